@@ -1,0 +1,1 @@
+"""Side-by-side microbenchmarks of the operators: ``python -m benchmarks`` or ``tta bench``."""

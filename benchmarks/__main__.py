@@ -1,0 +1,98 @@
+"""``python -m benchmarks``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import (
+    bench_deferral,
+    bench_implicit_reward,
+    bench_knapsack,
+    bench_sampling,
+    harness,
+)
+from .grid import BATCHES, DTYPES, PROVIDERS, RULES, VOCABULARIES, Grid
+
+STEMS = {
+    "deferral": bench_deferral,
+    "implicit_reward": bench_implicit_reward,
+    "sampling": bench_sampling,
+    "knapsack": bench_knapsack,
+}
+RESULTS = Path("benchmarks") / "results"
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description="Times the operators side by side with what they replace. Each line of the "
+        "table is checked against float64 before it is timed.",
+    )
+    p.add_argument("stems", nargs="*", metavar="STEM", help=f"of {', '.join(STEMS)} (all), "
+                   "or: claims, decoding, overhead")  # fmt: skip
+    p.add_argument("--quick", action="store_true", help="two vocabularies, two batches, minutes")
+    p.add_argument("--vocab", type=int, nargs="+", metavar="V", help=f"of {VOCABULARIES}")
+    p.add_argument("--batch", type=int, nargs="+", metavar="B", help=f"of {BATCHES}")
+    p.add_argument("--dtype", nargs="+", choices=DTYPES)
+    p.add_argument("--rule", nargs="+", choices=RULES)
+    p.add_argument("--provider", nargs="+", choices=PROVIDERS)
+    p.add_argument("--threads", type=int, default=1, help="torch threads (1)")
+    p.add_argument("--seconds", type=float, default=0.3, help="spent on each line, about (0.3)")
+    p.add_argument("--json", type=Path, help=f"where to write the figures ({RESULTS}/STEM.json)")
+    p.add_argument("--seed", type=int, default=0)
+    return p
+
+
+def grid_of(args: argparse.Namespace) -> Grid:
+    """The grid that the arguments describe; ``--quick`` first, single choices over it."""
+    grid = Grid(seed=args.seed)
+    if args.quick:
+        grid = grid.quick()
+    chosen: dict[str, Any] = {
+        "vocabularies": args.vocab,
+        "batches": args.batch,
+        "dtypes": args.dtype,
+        "rules": args.rule,
+        "providers": args.provider,
+    }
+    return replace(grid, **{name: tuple(value) for name, value in chosen.items() if value})
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run; the exit status is 1 if a provider failed its check."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    special = {"claims", "decoding", "overhead"} & set(arguments[:1])
+    if special:
+        name = special.pop()
+        module = importlib.import_module(
+            f".{name if name == 'claims' else 'bench_' + name}", __package__
+        )
+        return int(module.main(arguments[1:]))
+    args = parser().parse_args(arguments)
+    unknown = set(args.stems) - set(STEMS)
+    if unknown:
+        parser().error(f"unknown stem {unknown.pop()!r}, expected one of {', '.join(STEMS)}")
+    torch.set_num_threads(args.threads)
+    failed = False
+    for stem in args.stems or STEMS:
+        rows = []
+        for case in STEMS[stem].cases(grid_of(args)):
+            rows += harness.run_case(case, args.seconds)
+        harness.show(rows)
+        path = args.json or RESULTS / f"{stem}.json"
+        harness.save(path, rows, command=["python", "-m", "benchmarks", *arguments])
+        print(f"written: {path}")
+        failed |= any(row.error for row in rows)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

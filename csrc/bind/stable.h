@@ -1,0 +1,184 @@
+// Between the dispatcher and the kernels: tensors become raw pointers here and nowhere else.
+// Uses only the parts of PyTorch's stable ABI that exist in torch 2.10.
+// The checks are a backstop for callers of torch.ops.tta_ext.*; tta_ext.ops words them for people.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cmath>
+#include <optional>
+#include <string>
+
+#include "cpu/params.h"
+
+namespace tta {
+namespace bind {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline const char* dtype_name(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Bool:
+      return "bool";
+    default:
+      return "another dtype";
+  }
+}
+
+inline int logits_dtype(const Tensor& x, const char* name) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float:
+      return kFloat32;
+    case ScalarType::Half:
+      return kFloat16;
+    case ScalarType::BFloat16:
+      return kBFloat16;
+    default:
+      STD_TORCH_CHECK(false, name, " is ", dtype_name(x.scalar_type()),
+                      ", expected float32, float16 or bfloat16");
+  }
+}
+
+inline void check_dtype(const Tensor& x, ScalarType type, const char* name) {
+  STD_TORCH_CHECK(x.scalar_type() == type, name, " is ", dtype_name(x.scalar_type()),
+                  ", expected ", dtype_name(type));
+}
+
+inline void check_unit_stride(const Tensor& x, const char* name) {
+  STD_TORCH_CHECK(x.dim() > 0 && (x.stride(x.dim() - 1) == 1 || x.size(x.dim() - 1) <= 1), name,
+                  " must be contiguous in its last dimension");
+}
+
+constexpr int64_t kMaxVocab = int64_t{1} << 20;
+
+// [B, V] or [B, K, V] logits.
+inline Logits logits(const Tensor& x, const char* name, int64_t dim = 2) {
+  STD_TORCH_CHECK(x.dim() == dim, name, " has ", x.dim(), " dimensions, expected ", dim);
+  Logits out;
+  out.dtype = logits_dtype(x, name);
+  check_unit_stride(x, name);
+  out.vocab = x.size(dim - 1);
+  STD_TORCH_CHECK(out.vocab >= 1 && out.vocab <= kMaxVocab, name, " has a vocabulary of ",
+                  out.vocab, ", expected 1 to 2^20");
+  out.data = x.const_data_ptr();
+  out.batch_stride = x.stride(0);
+  out.row_stride = dim == 3 ? x.stride(1) : 0;
+  return out;
+}
+
+template <class T>
+T* output(const Tensor& x, ScalarType type, int64_t numel, const char* name) {
+  check_dtype(x, type, name);
+  STD_TORCH_CHECK(x.numel() == numel, name, " has ", x.numel(), " elements, expected ", numel);
+  STD_TORCH_CHECK(x.is_contiguous(), name, " must be contiguous");
+  return static_cast<T*>(x.mutable_data_ptr());
+}
+
+// A tensor of one element, or of one a row.
+template <class T>
+PerRow<T> per_row(const Tensor& x, ScalarType type, int64_t rows, const char* name) {
+  check_dtype(x, type, name);
+  const int64_t n = x.numel();
+  STD_TORCH_CHECK(n == 1 || n == rows, name, " has ", n, " elements, expected 1 or ", rows);
+  STD_TORCH_CHECK(n == 1 || x.is_contiguous(), name, " must be contiguous");
+  return {static_cast<const T*>(x.const_data_ptr()), n == 1 ? 0 : 1};
+}
+
+inline uint64_t seed_of(const Tensor& x) {
+  check_dtype(x, ScalarType::Long, "seed");
+  STD_TORCH_CHECK(x.numel() == 1, "seed has ", x.numel(), " elements, expected 1");
+  return static_cast<uint64_t>(*static_cast<const int64_t*>(x.const_data_ptr()));
+}
+
+inline float inverse_temperature(double t, const char* name) {
+  const float inverse = 1.0f / static_cast<float>(t);
+  STD_TORCH_CHECK(t > 0 && std::isnormal(inverse), name, " is ", t,
+                  ", expected a positive number whose inverse is a normal float32");
+  return inverse;
+}
+
+inline RuleSpec rule_spec(const Tensor& param, int64_t rule, int64_t critical, double temperature,
+                          double rule_temperature, int64_t rows, bool check) {
+  RuleSpec out;
+  STD_TORCH_CHECK(rule >= kKnapsack && rule <= kProxyAbove, "rule is ", rule, ", expected 0 to 7");
+  STD_TORCH_CHECK(critical >= kExclude && critical <= kSplitItem, "critical is ", critical,
+                  ", expected 0 to 2");
+  out.param = per_row<double>(param, ScalarType::Double, rows, "param");
+  out.rule = static_cast<int>(rule);
+  out.critical = rule == kKnapsack ? static_cast<int>(critical) : static_cast<int>(kExclude);
+  out.inv_temperature = inverse_temperature(temperature, "temperature");
+  out.inv_rule_temperature = inverse_temperature(rule_temperature, "rule_temperature");
+  if (check) {
+    const int64_t n = out.param.stride ? rows : 1;
+    for (int64_t b = 0; b < n; ++b) {
+      const double p = out.param[b];
+      STD_TORCH_CHECK(p == p && (rule != kKnapsack || p >= 0), "invalid row: param[", b, "] is ", p,
+                      rule == kKnapsack ? ", expected a budget >= 0" : ", expected a number");
+    }
+  }
+  return out;
+}
+
+inline void check_word(const PerRow<int64_t>& x, int64_t rows, int64_t limit, const char* name,
+                       const char* limit_text) {
+  const int64_t n = x.stride ? rows : (rows ? 1 : 0);
+  for (int64_t b = 0; b < n; ++b)
+    STD_TORCH_CHECK(x[b] >= 0 && x[b] < limit, "invalid row: ", name, "[", b, "] is ", x[b],
+                    ", expected 0 <= ", name, " < ", limit_text);
+}
+
+constexpr int64_t kWord = int64_t{1} << 32;
+
+inline uint32_t counter_field(int64_t value, int64_t limit, const char* name) {
+  STD_TORCH_CHECK(value >= 0 && value < limit, name, " is ", value, ", expected 0 to ", limit - 1);
+  return static_cast<uint32_t>(value);
+}
+
+inline KeySpec key_spec(const Tensor& seed, const Tensor& position, const Tensor& sequence,
+                        int64_t iteration, int64_t rollout, bool do_sample, int64_t rows,
+                        bool check) {
+  KeySpec out;
+  out.seed = seed_of(seed);
+  out.position = per_row<int64_t>(position, ScalarType::Long, rows, "position");
+  out.sequence = per_row<int64_t>(sequence, ScalarType::Long, rows, "sequence");
+  out.iteration = counter_field(iteration, 1 << 12, "iteration");
+  out.rollout = counter_field(rollout, 1 << 16, "rollout");
+  out.do_sample = do_sample;
+  if (check && do_sample) {
+    check_word(out.position, rows, kWord, "position", "2**32");
+    check_word(out.sequence, rows, kWord, "sequence", "2**32");
+  }
+  return out;
+}
+
+inline void run_parallel(int64_t n, int64_t grain, void (*body)(void*, int64_t, int64_t),
+                         void* context) {
+  if (n <= grain) {
+    if (n > 0) body(context, 0, n);
+    return;
+  }
+  torch::stable::parallel_for(0, n, grain,
+                              [&](int64_t begin, int64_t end) { body(context, begin, end); });
+}
+
+constexpr Parallel kParallel{run_parallel};
+
+constexpr const char* kBadRow = " has NaN or +inf, or no finite value";
+
+}  // namespace bind
+}  // namespace tta

@@ -1,0 +1,202 @@
+// The cut of the greedy knapsack over a row: its critical item, found without sorting.
+// Included once per instruction set, after cpu/row.h.
+//
+// 1. One pass adds up, approximately, the mass below eight logits; two of them bracket the cut.
+// 2. One pass compacts the bracket's items (logit, id); the same step repeats on the shrinking list.
+// 3. A bisection over what is left. Approximate masses answer wherever they clear the capacity by
+//    more than their error bound; otherwise the canonical sum S of the candidate decides, so the
+//    result is the one the definition gives, whatever the approximations were.
+// Bytes: about 2 row reads after row_stats, plus the tiles an ambiguous candidate touches.
+
+namespace tta {
+namespace TTA_ISA {
+
+struct KnapsackCut {
+  int64_t critical = -1;  // -1: everything is taken
+  float x = kInfinity;    // its logit
+  Cut taken() const { return critical < 0 ? Cut::all() : Cut::before(x, critical); }
+};
+
+constexpr int kProbes = 8;
+
+// Per-thread candidate list; grows to the largest row seen.
+struct Candidates {
+  std::unique_ptr<float[]> x;
+  std::unique_ptr<int32_t[]> id;
+  int64_t capacity = 0;
+  int64_t count = 0;
+  void reserve(int64_t n) {
+    count = 0;
+    if (n <= capacity) return;
+    x.reset(new float[n + 2 * kWidth]);
+    id.reset(new int32_t[n + 2 * kWidth]);
+    capacity = n;
+  }
+  void append(M m, F value, I index) {
+    compress_store(x.get() + count, m, value);
+    compress_store(id.get() + count, m, index);
+    count += __builtin_popcount(lanes(m));
+  }
+};
+
+static float reduce_add_unordered(F a) {
+  float lane[kWidth], total = 0.0f;
+  store(lane, a);
+  for (int k = 0; k < kWidth; ++k) total += lane[k];
+  return total;
+}
+
+// mass[i] += sum of exp((x - reference) / T) over x <= probe[i].
+static void probe_masses(const float* x, int64_t count, float reference, float inv_temperature,
+                         const float* probe, double scale, double* mass) {
+  const F m = set1(reference), inv = set1(inv_temperature);
+  F limit[kProbes], sum[kProbes];
+  for (int i = 0; i < kProbes; ++i) {
+    limit[i] = set1(probe[i]);
+    sum[i] = set1(0.0f);
+  }
+  for (int64_t j = 0; j < count; j += kWidth) {
+    const F value = load(x + j);
+    const F w = weight(value, m, inv);
+    for (int i = 0; i < kProbes; ++i)
+      sum[i] = add(sum[i], keep(less_equal(value, limit[i]), w));
+  }
+  for (int i = 0; i < kProbes; ++i)
+    mass[i] += static_cast<double>(reduce_add_unordered(sum[i])) * scale;
+}
+
+struct Bracket {
+  float low = -kInfinity;   // items at or below it are taken
+  float high = kInfinity;   // the critical item is at or below it
+  double below = 0.0;       // approximate mass of the items at or below `low`
+};
+
+// Tightens the bracket by eight probed masses. Ambiguous probes (within `slack`) tighten nothing.
+static void tighten(Bracket* b, const float* probe, const double* mass, double bound,
+                    double slack) {
+  const double below = b->below;
+  for (int i = 0; i < kProbes; ++i) {
+    if (below + mass[i] <= bound - slack && probe[i] >= b->low) {
+      b->low = probe[i];
+      b->below = below + mass[i];
+    }
+  }
+  for (int i = kProbes - 1; i >= 0; --i)
+    if (below + mass[i] > bound + slack && probe[i] < b->high) b->high = probe[i];
+}
+
+static KnapsackCut knapsack_cut(const Row& row, const Stats& s, double bound) {
+  KnapsackCut cut;
+  if (s.z <= bound) return cut;
+  const double slack = s.z * 0x1p-17;
+  alignas(64) float scratch[kTile];
+
+  // 1. Probe where the mass of a peaked row lies; distances in units of the temperature.
+  static const float kDepth[kProbes] = {-20.f, -15.f, -12.f, -10.f, -8.f, -6.f, -4.f, -2.f};
+  Bracket bracket;
+  float probe[kProbes];
+  double mass[kProbes] = {};
+  for (int i = 0; i < kProbes; ++i) probe[i] = s.max + kDepth[i] / s.inv_temperature;
+  for (int t = 0; t < s.tiles; ++t) {
+    if (s.scale[t] == 0.0) continue;
+    const Tile tile = load_tile(row, t, scratch);
+    probe_masses(tile.x, tile.count, s.tile_max[t], s.inv_temperature, probe, s.scale[t], mass);
+  }
+  tighten(&bracket, probe, mass, bound, slack);
+
+  // 2. Compact the bracket, then narrow it while that at least halves the list.
+  static thread_local Candidates list;
+  list.reserve(row.vocab);
+  for (int t = 0; t < s.tiles; ++t) {
+    if (s.tile_max[t] <= bracket.low) continue;
+    const Tile tile = load_tile(row, t, scratch);
+    const int64_t begin = static_cast<int64_t>(t) * kTile;
+    const F low = set1(bracket.low), high = set1(bracket.high);
+    for (int j = 0; j < tile.count; j += kWidth) {
+      const F x = load(tile.x + j);
+      const M inside = mask_and(less(low, x), less_equal(x, high));
+      if (lanes(inside)) list.append(inside, x, add(iota(), set1i(static_cast<int32_t>(begin) + j)));
+    }
+  }
+  while (list.count > 64) {
+    const int64_t before = list.count;
+    float* x = list.x.get();
+    int32_t* id = list.id.get();
+    for (int k = 0; k < kWidth; ++k) x[before + k] = kInfinity;  // padding: beyond every probe
+    F smallest = set1(kInfinity), negated = set1(kInfinity);
+    for (int64_t j = 0; j < before; j += kWidth) {
+      const F value = load(x + j);
+      smallest = min(value, smallest);
+      negated = min(select(less(value, set1(kInfinity)), sub(set1(0.0f), value), negated), negated);
+    }
+    const float low = -reduce_max(sub(set1(0.0f), smallest));
+    const float high = reduce_max(sub(set1(0.0f), negated));
+    for (int i = 0; i < kProbes; ++i) {
+      probe[i] = low + (high - low) * (static_cast<float>(i + 1) / (kProbes + 1));
+      mass[i] = 0.0;
+    }
+    for (int64_t j = 0; j < before; j += kTile) {
+      const int64_t count = before - j < kTile ? before - j : kTile;
+      probe_masses(x + j, count, s.max, s.inv_temperature, probe, 1.0, mass);
+    }
+    tighten(&bracket, probe, mass, bound, slack);
+    list.count = 0;
+    const F from = set1(bracket.low), to = set1(bracket.high);
+    for (int64_t j = 0; j < before; j += kWidth) {
+      const F value = load(x + j);
+      const I index = load_i(id + j);
+      const M inside = mask_and(mask_and(less(from, value), less_equal(value, to)),
+                                less(value, set1(kInfinity)));
+      list.append(inside, value, index);
+    }
+    if (list.count > before / 2) break;
+  }
+
+  // 3. Bisect: every step drops at least the pivot.
+  double below = bracket.below;
+  while (list.count) {
+    float* x = list.x.get();
+    int32_t* id = list.id.get();
+    const int64_t n = list.count;
+    for (int k = 0; k < kWidth; ++k) x[n + k] = kInfinity;
+    const float pivot = x[n / 2];
+    const int32_t pivot_id = id[n / 2];
+    const F px = set1(pivot), m = set1(s.max), inv = set1(s.inv_temperature);
+    const I limit = set1i(pivot_id + 1);
+    D sum = set1d(0.0);
+    for (int64_t j = 0; j < n; j += kWidth) {
+      const F value = load(x + j);
+      sum = add(sum, widen(keep(admitted<kMixed>(value, px, load_i(id + j), limit),
+                                weight(value, m, inv))));
+    }
+    const double through = below + sum_exact(sum);
+    bool taken;
+    if (through <= bound - slack)
+      taken = true;
+    else if (through > bound + slack)
+      taken = false;
+    else
+      taken = prefix_at_most(row, s, Cut::through(pivot, pivot_id), bound);
+    if (taken) {
+      below = through;
+    } else {
+      cut.critical = pivot_id;
+      cut.x = pivot;
+    }
+    list.count = 0;
+    for (int64_t j = 0; j < n; j += kWidth) {
+      const F value = load(x + j);
+      const I index = load_i(id + j);
+      const M at_or_before = admitted<kMixed>(value, px, index, limit);
+      const M same = mask_and(equal(value, px), equal(index, set1i(pivot_id)));
+      const M stays = mask_and(taken ? mask_not(at_or_before)
+                                     : mask_and(at_or_before, mask_not(same)),
+                               less(value, set1(kInfinity)));
+      list.append(stays, value, index);
+    }
+  }
+  return cut;
+}
+
+}  // namespace TTA_ISA
+}  // namespace tta

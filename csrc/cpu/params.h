@@ -1,0 +1,253 @@
+// Arguments of the CPU kernels: raw pointers and numbers, no torch.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <limits>
+
+#include "core/rules.h"
+
+namespace tta {
+
+enum DType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+
+// A stack of logits rows: row (b, k) starts at data + b * batch_stride + k * row_stride elements.
+struct Logits {
+  const void* data = nullptr;
+  int64_t batch_stride = 0;
+  int64_t row_stride = 0;
+  int64_t vocab = 0;
+  int dtype = kFloat32;
+};
+
+// One value for all rows (stride 0) or one a row (stride 1).
+template <class T>
+struct PerRow {
+  const T* data = nullptr;
+  int64_t stride = 0;
+  T operator[](int64_t row) const { return data[row * stride]; }
+};
+
+struct RuleSpec {
+  PerRow<double> param;
+  int rule = kThreshold;
+  int critical = kExclude;
+  float inv_temperature = 1.0f;       // fl32(1 / T)
+  float inv_rule_temperature = 1.0f;  // fl32(1 / T_rule)
+};
+
+struct KeySpec {
+  uint64_t seed = 0;
+  PerRow<int64_t> position;
+  PerRow<int64_t> sequence;
+  uint32_t iteration = 0;
+  uint32_t rollout = 0;
+  bool do_sample = true;
+};
+
+// The first row found invalid (NaN, +inf, or nothing but -inf); lower rows win whatever the
+// scheduling. Encodes row and tensor so that one atomic minimum keeps both.
+class InvalidRow {
+ public:
+  static constexpr int64_t kTensors = 4096;
+  void note(int64_t row, int64_t tensor) {
+    const int64_t code = row * kTensors + tensor;
+    int64_t seen = code_.load(std::memory_order_relaxed);
+    while (code < seen && !code_.compare_exchange_weak(seen, code, std::memory_order_relaxed)) {
+    }
+  }
+  bool any() const { return code_.load() != kNone; }
+  int64_t row() const { return code_.load() / kTensors; }
+  int64_t tensor() const { return code_.load() % kTensors; }
+
+ private:
+  static constexpr int64_t kNone = std::numeric_limits<int64_t>::max();
+  std::atomic<int64_t> code_{kNone};
+};
+
+// Numbers the tensors an InvalidRow can name. In a mixture of E experts: 1 + e expert e, 1 + E + e
+// its anti-expert, 1 + 2 E the combined scores.
+enum TensorName : int { kBaseLogits = 0, kProxyLogits = 1 };
+
+// Runs body(context, begin, end) over chunks of [0, n); injected by the binding so that the kernels
+// use the caller's thread pool.
+struct Parallel {
+  void (*run)(int64_t n, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context);
+};
+
+struct DeferralArgs {
+  Logits base, proxy;  // proxy.data may be null for rules that look at p alone
+  int64_t batch = 0;
+  RuleSpec rule;
+  InvalidRow* invalid = nullptr;
+  Parallel parallel;
+  int64_t grain = 1;  // fewest rows worth a task
+};
+
+struct MaskArgs : DeferralArgs {
+  bool* mask = nullptr;  // [batch, vocab]
+  int64_t mask_stride = 0;
+  int64_t* critical_index = nullptr;
+  float* fraction = nullptr;
+};
+
+struct ProbsArgs : DeferralArgs {
+  float* out = nullptr;  // [batch, vocab]
+  int64_t out_stride = 0;
+};
+
+struct StatsArgs : DeferralArgs {
+  double* deferred_mass = nullptr;
+  int64_t* critical_index = nullptr;
+  float* cut_logit = nullptr;
+  double* used = nullptr;
+};
+
+struct SampleArgs : DeferralArgs {  // deferral_propose when proxy.data is null
+  KeySpec key;
+  bool propose = false;
+  int64_t* token = nullptr;
+  bool* deferred = nullptr;
+};
+
+struct VerifyArgs : DeferralArgs {
+  KeySpec key;
+  int64_t draft_capacity = 0;  // K
+  bool has_bonus_row = false;  // proxy has K + 1 rows
+  bool return_mass = false;
+  const int64_t* draft = nullptr;  // [batch, K]
+  int64_t draft_stride = 0;
+  const int64_t* draft_length = nullptr;
+  int64_t* accepted = nullptr;
+  int64_t* token = nullptr;
+  bool* deferred = nullptr;
+  double* mass = nullptr;  // [batch, K + 1]
+};
+
+struct CategoricalArgs {
+  Logits logits;
+  int64_t batch = 0;
+  float inv_temperature = 1.0f;
+  KeySpec key;
+  uint32_t stream = 0;
+  uint32_t draw = 0;
+  int64_t* token = nullptr;
+  InvalidRow* invalid = nullptr;
+  Parallel parallel;
+  int64_t grain = 1;  // fewest rows worth a task
+};
+
+// score = base + sum_e beta_e (expert_e - anti_e): log-linear mixtures of models.
+struct MixtureArgs {
+  Logits base;
+  Logits expert, anti;  // [experts, batch, vocab]: batch_stride is the expert's, row_stride the row's
+  int64_t experts = 0;
+  const float* beta = nullptr;
+  int64_t batch = 0;
+  float inv_temperature = 1.0f;
+  InvalidRow* invalid = nullptr;
+  Parallel parallel;
+  int64_t grain = 1;  // fewest rows worth a task
+  float* probs = nullptr;  // [batch, vocab], or
+  int64_t probs_stride = 0;
+  KeySpec key;
+  int64_t* token = nullptr;  // [batch]
+};
+
+struct KnapsackArgs {
+  const float* profit = nullptr;
+  const float* weight = nullptr;
+  int64_t profit_stride = 0, weight_stride = 0;
+  int64_t batch = 0, items = 0;
+  PerRow<double> capacity;
+  bool* selected = nullptr;
+  int64_t selected_stride = 0;
+  double* used = nullptr;
+  double* value = nullptr;
+  int64_t* critical_index = nullptr;
+  double* upper_bound = nullptr;
+  InvalidRow* invalid = nullptr;
+  Parallel parallel;
+  int64_t grain = 1;  // fewest rows worth a task
+};
+
+struct PerturbArgs {
+  const void* hidden = nullptr;  // [rows, dim]
+  void* out = nullptr;
+  int dtype = kFloat32;
+  int64_t hidden_stride = 0, out_stride = 0;
+  int64_t rows = 0, dim = 0;
+  const float* mean = nullptr;  // [prompts, steps, dim]
+  int64_t mean_prompt_stride = 0, mean_step_stride = 0;
+  int64_t steps = 0;
+  PerRow<int64_t> step, prompt, sequence, rollout;
+  uint32_t iteration = 0;
+  float sigma = 0;
+  uint64_t seed = 0;
+  float* dot = nullptr;  // [rows], accumulated
+  Parallel parallel;
+  int64_t grain = 1;  // fewest rows worth a task
+};
+
+struct ControlArgs {
+  const float* mean = nullptr;  // [prompts, steps, dim], contiguous
+  float* out = nullptr;
+  int64_t prompts = 0, steps = 0, dim = 0, rollouts = 0;
+  const float* weights = nullptr;  // [prompts, rollouts]
+  const int64_t* length = nullptr;  // [prompts, rollouts] or null
+  PerRow<int64_t> sequence;
+  uint64_t seed = 0;
+  uint32_t iteration = 0;
+  float sigma = 0;
+  int64_t start = 0, stop = 0;  // rollout range, an aligned subtree
+  bool partial = false;
+  Parallel parallel;
+  int64_t grain = 1;  // fewest rows worth a task
+};
+
+struct MergeArgs {
+  const float* mean = nullptr;
+  const float* partials = nullptr;  // [shards, count]
+  float* out = nullptr;
+  int64_t shards = 0, count = 0;
+  float sigma = 0;
+  Parallel parallel;
+  int64_t grain = 1;  // fewest rows worth a task
+};
+
+struct WeightsArgs {
+  const float* reward = nullptr;
+  const float* dot = nullptr;
+  const float* norm2 = nullptr;  // [prompts, rollouts], contiguous
+  int64_t prompts = 0, rollouts = 0;
+  float lambda = 0, alpha = 1, sigma = 0;
+  float* weights = nullptr;
+  float* ess = nullptr;
+  InvalidRow* invalid = nullptr;
+};
+
+struct NormalArgs {
+  float* out = nullptr;
+  int64_t count = 0;
+  uint64_t seed = 0;
+  uint32_t step = 0, sequence = 0, word3 = 0;
+  Parallel parallel;
+  int64_t grain = 1;  // fewest rows worth a task
+};
+
+// Implemented by cpu/NAME.cpp; each runs the active instruction set.
+void deferral_mask(const MaskArgs&);
+void deferral_probs(const ProbsArgs&);
+void deferral_stats(const StatsArgs&);
+void deferral_sample(const SampleArgs&);
+void deferral_verify(const VerifyArgs&);
+void categorical_sample(const CategoricalArgs&);
+void implicit_reward(const MixtureArgs&);
+void greedy_knapsack(const KnapsackArgs&);
+void prelogit_perturb(const PerturbArgs&);
+void importance_weights(const WeightsArgs&);
+void control_update(const ControlArgs&);
+void control_merge(const MergeArgs&);
+void normal(const NormalArgs&);
+
+}  // namespace tta

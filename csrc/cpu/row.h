@@ -1,0 +1,446 @@
+// One row of logits, read tile by tile: the canonical sum, inverse-CDF draws, and the cut of the
+// greedy knapsack. Everything the KAD kernels share. Included once per instruction set.
+//
+// Canonical order (the same on every machine): tiles of 4096 elements; element j of a tile belongs
+// to virtual lane j mod 128; a lane adds its 32 weights in order, in float32; the 128 lanes fold
+// l + 64, l + 32, ... l + 1; tiles are scaled by exp(m_t - m_row) and added left to right in
+// float64. A masked element adds 0, so a masked sum is monotone in its mask and the sum over all
+// equals Z bit for bit.
+//
+// Passes over memory: `row_stats` reads the row once (each 16 KiB tile twice, the second time from
+// L1). `prefix_sum` reads only the tiles whose maximum lies beyond the cut.
+
+namespace tta {
+namespace TTA_ISA {
+
+constexpr int kTile = 4096;
+constexpr int kLanes = 128;
+constexpr int kAcc = kLanes / kWidth;                 // vectors that hold the 128 lanes
+constexpr int kHalves = kAcc == 16 ? 2 : 1;           // AVX2 has 16 registers: 8 accumulators a sweep
+constexpr int kSweep = kAcc / kHalves;
+constexpr int kMaxTiles = 256;                        // V <= 2^20
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr int64_t kNoLimit = std::numeric_limits<int64_t>::max();
+
+// ---- rows ------------------------------------------------------------------------------------
+
+struct Mixture;  // cpu/mixture.h: scores computed from several models
+static void load_mixture(const Mixture& mixture, int64_t row, int64_t begin, int count, float* out);
+
+struct Row {
+  const char* data = nullptr;
+  int dtype = kFloat32;
+  int64_t vocab = 0;
+  const Mixture* mixture = nullptr;  // scores are computed, not stored
+  int64_t index = 0;                 // row of the batch, for the mixture
+  int tiles() const { return static_cast<int>((vocab + kTile - 1) / kTile); }
+};
+
+TTA_INLINE int dtype_bytes(int dtype) { return dtype == kFloat32 ? 4 : 2; }
+
+static inline Row row_of(const Logits& x, int64_t b, int64_t k = 0) {
+  Row row;
+  row.data = static_cast<const char*>(x.data) +
+             (b * x.batch_stride + k * x.row_stride) * dtype_bytes(x.dtype);
+  row.dtype = x.dtype;
+  row.vocab = x.vocab;
+  return row;
+}
+
+template <int kType>
+TTA_INLINE F load_as(const char* data, int64_t j) {
+  if constexpr (kType == kFloat32) return load(reinterpret_cast<const float*>(data) + j);
+  if constexpr (kType == kFloat16) return load_half(reinterpret_cast<const uint16_t*>(data) + j);
+  return load_bfloat16(reinterpret_cast<const uint16_t*>(data) + j);
+}
+
+TTA_INLINE float element(const char* data, int dtype, int64_t j) {
+  if (dtype == kFloat32) return reinterpret_cast<const float*>(data)[j];
+  const uint16_t raw = reinterpret_cast<const uint16_t*>(data)[j];
+  return dtype == kFloat16 ? half_to_float(raw) : bfloat16_to_float(raw);
+}
+
+template <int kType>
+static void convert(const char* data, int64_t begin, int count, float* out) {
+  int j = 0;
+  for (; j + kWidth <= count; j += kWidth) store(out + j, load_as<kType>(data, begin + j));
+  for (; j < count; ++j) out[j] = element(data, kType, begin + j);
+}
+
+static void load_raw(const char* data, int dtype, int64_t begin, int count, float* out) {
+  if (dtype == kFloat32) return convert<kFloat32>(data, begin, count, out);
+  if (dtype == kFloat16) return convert<kFloat16>(data, begin, count, out);
+  convert<kBFloat16>(data, begin, count, out);
+}
+
+// A tile as float32, padded with -inf to a multiple of 128. Whole float32 tiles are read in place.
+struct Tile {
+  const float* x;
+  int count;  // padded
+};
+
+static Tile load_tile(const Row& row, int t, float* scratch) {
+  const int64_t begin = static_cast<int64_t>(t) * kTile;
+  const int count = row.vocab - begin < kTile ? static_cast<int>(row.vocab - begin) : kTile;
+  const int padded = (count + kLanes - 1) / kLanes * kLanes;
+  if (row.dtype == kFloat32 && count == padded && !row.mixture)
+    return {reinterpret_cast<const float*>(row.data) + begin, count};
+  if (row.mixture)
+    load_mixture(*row.mixture, row.index, begin, count, scratch);
+  else
+    load_raw(row.data, row.dtype, begin, count, scratch);
+  for (int j = count; j < padded; ++j) scratch[j] = -kInfinity;
+  return {scratch, padded};
+}
+
+static float logit_at(const Row& row, int64_t v) {
+  if (!row.mixture) return element(row.data, row.dtype, v);
+  float x;
+  load_mixture(*row.mixture, row.index, v, 1, &x);
+  return x;
+}
+
+// ---- the canonical sum -------------------------------------------------------------------------
+
+TTA_INLINE float exp_scalar(float x) {
+  float lane[kWidth];
+  store(lane, exp(set1(x)));
+  return lane[0];
+}
+
+TTA_INLINE F weight(F x, F tile_max, F inv_temperature) {
+  return exp(mul(sub(x, tile_max), inv_temperature));
+}
+
+// NaNs are dropped here; they come back as a NaN tile sum.
+static float tile_max(Tile tile) {
+  F m0 = set1(-kInfinity), m1 = m0, m2 = m0, m3 = m0;
+  constexpr int kStep = kWidth == 1 ? 4 : 4 * kWidth;
+  for (int j = 0; j < tile.count; j += kStep) {
+    m0 = max(load(tile.x + j), m0);
+    m1 = max(load(tile.x + j + kWidth), m1);
+    m2 = max(load(tile.x + j + 2 * kWidth), m2);
+    m3 = max(load(tile.x + j + 3 * kWidth), m3);
+  }
+  return reduce_max(max(max(m0, m1), max(m2, m3)));
+}
+
+// The 128 lanes to one float, l + 64 first, l + 1 last.
+TTA_INLINE float fold(F* acc) {
+  for (int n = kAcc / 2; n >= 1; n /= 2)
+    for (int k = 0; k < n; ++k) acc[k] = add(acc[k], acc[k + n]);
+  float lane[kWidth];
+  store(lane, acc[0]);
+  for (int n = kWidth / 2; n >= 1; n /= 2)
+    for (int k = 0; k < n; ++k) lane[k] += lane[k + n];
+  return lane[0];
+}
+
+// Which elements a masked sum admits: those ordered strictly before (x, id), by ascending logit and
+// then ascending id.
+struct Cut {
+  float x = kInfinity;
+  int64_t id = kNoLimit;
+  static Cut all() { return {}; }
+  static Cut none() { return {-kInfinity, 0}; }
+  static Cut before(float x, int64_t id) { return {x, id}; }
+  static Cut through(float x, int64_t id) { return {x, id + 1}; }
+  bool admits(float logit, int64_t v) const { return logit < x || (logit == x && v < id); }
+};
+
+enum MaskMode { kNoMask, kBelow, kAtOrBelow, kMixed };
+
+TTA_INLINE MaskMode mask_mode(const Cut& cut, int t) {
+  const int64_t limit = cut.id - static_cast<int64_t>(t) * kTile;
+  if (limit <= 0) return kBelow;
+  return limit >= kTile ? kAtOrBelow : kMixed;
+}
+
+template <int kMode>
+TTA_INLINE M admitted(F x, F cut_x, I lane_index, I limit) {
+  if constexpr (kMode == kBelow) return less(x, cut_x);
+  if constexpr (kMode == kAtOrBelow) return less_equal(x, cut_x);
+  return mask_or(less(x, cut_x), mask_and(equal(x, cut_x), less(lane_index, limit)));
+}
+
+template <int kMode>
+static float tile_sum_as(Tile tile, float max_value, float inv_temperature, float cut_x,
+                         int32_t cut_limit) {
+  const F m = set1(max_value), s = set1(inv_temperature), cx = set1(cut_x);
+  const I limit = set1i(cut_limit);
+  F acc[kAcc];
+  for (int h = 0; h < kHalves; ++h) {
+    F* part = acc + h * kSweep;
+    F sum[kSweep];
+    for (int k = 0; k < kSweep; ++k) sum[k] = set1(0.0f);
+    for (int j = h * kSweep * kWidth; j < tile.count; j += kLanes) {
+      for (int k = 0; k < kSweep; ++k) {
+        const F x = load(tile.x + j + k * kWidth);
+        F w = weight(x, m, s);
+        if constexpr (kMode != kNoMask)
+          w = keep(admitted<kMode>(x, cx, add(iota(), set1i(j + k * kWidth)), limit), w);
+        sum[k] = add(sum[k], w);
+      }
+    }
+    for (int k = 0; k < kSweep; ++k) part[k] = sum[k];
+  }
+  return fold(acc);
+}
+
+static float tile_sum(Tile tile, float max_value, float inv_temperature) {
+  return tile_sum_as<kNoMask>(tile, max_value, inv_temperature, 0.0f, 0);
+}
+
+static float tile_sum_before(Tile tile, float max_value, float inv_temperature, const Cut& cut,
+                             int t) {
+  switch (mask_mode(cut, t)) {
+    case kBelow:
+      return tile_sum_as<kBelow>(tile, max_value, inv_temperature, cut.x, 0);
+    case kAtOrBelow:
+      return tile_sum_as<kAtOrBelow>(tile, max_value, inv_temperature, cut.x, 0);
+    default:
+      return tile_sum_as<kMixed>(tile, max_value, inv_temperature, cut.x,
+                                 static_cast<int32_t>(cut.id - static_cast<int64_t>(t) * kTile));
+  }
+}
+
+static bool all_minus_infinity(Tile tile) {
+  for (int j = 0; j < tile.count; ++j) {
+    uint32_t u;
+    std::memcpy(&u, tile.x + j, sizeof u);
+    if (u != 0xff800000u) return false;
+  }
+  return true;
+}
+
+// What one pass learns about a row at one temperature.
+struct Stats {
+  int tiles = 0;
+  float inv_temperature = 1.0f;
+  float max = -kInfinity;
+  double z = 0.0;
+  float tile_max[kMaxTiles];
+  float tile_sum[kMaxTiles];  // relative to the tile's own maximum
+  double scale[kMaxTiles];    // exp(m_t - m_row)
+
+  double mass(int t) const { return static_cast<double>(tile_sum[t]) * scale[t]; }
+  float probability(float x) const {
+    const float w = exp_scalar((x - max) * inv_temperature);
+    return static_cast<float>(static_cast<double>(w) / z);
+  }
+  float max_probability() const { return static_cast<float>(1.0 / z); }
+};
+
+// Scales and Z from the tiles' maxima and sums.
+static void finish_stats(Stats* s) {
+  float m = -kInfinity;
+  for (int t = 0; t < s->tiles; ++t) m = s->tile_max[t] > m ? s->tile_max[t] : m;
+  s->max = m;
+  s->z = 0.0;
+  for (int t = 0; t < s->tiles; ++t) {
+    s->scale[t] = static_cast<double>(exp_scalar((s->tile_max[t] - m) * s->inv_temperature));
+    s->z += s->mass(t);
+  }
+}
+
+// Reads the row once, at one or two temperatures. False: NaN, +inf or nothing but -inf.
+static bool row_stats(const Row& row, float inv_temperature, Stats* a, float inv_second = 0.0f,
+                      Stats* second = nullptr) {
+  alignas(64) float scratch[kTile];
+  a->tiles = row.tiles();
+  a->inv_temperature = inv_temperature;
+  if (second) {
+    second->tiles = a->tiles;
+    second->inv_temperature = inv_second;
+  }
+  bool valid = true, finite = false;
+  for (int t = 0; t < a->tiles; ++t) {
+    const Tile tile = load_tile(row, t, scratch);
+    const float m = tile_max(tile);
+    float sum = 0.0f, sum_second = 0.0f;
+    if (m == -kInfinity) {
+      valid = valid && all_minus_infinity(tile);
+    } else {
+      finite = true;
+      sum = tile_sum(tile, m, inv_temperature);
+      if (second) sum_second = tile_sum(tile, m, inv_second);
+      valid = valid && sum == sum;
+    }
+    a->tile_max[t] = m;
+    a->tile_sum[t] = sum;
+    if (second) {
+      second->tile_max[t] = m;
+      second->tile_sum[t] = sum_second;
+    }
+  }
+  if (!valid || !finite) return false;
+  finish_stats(a);
+  if (second) finish_stats(second);
+  return true;
+}
+
+// A tile lies wholly before the cut.
+TTA_INLINE bool tile_before(const Stats& s, int t, const Cut& cut) {
+  return s.tile_max[t] < cut.x ||
+         (s.tile_max[t] == cut.x && cut.id >= (static_cast<int64_t>(t) + 1) * kTile);
+}
+
+static double tile_mass_before(const Row& row, const Stats& s, int t, const Cut& cut,
+                               float* scratch) {
+  const Tile tile = load_tile(row, t, scratch);
+  return static_cast<double>(
+             tile_sum_before(tile, s.tile_max[t], s.inv_temperature, cut, t)) *
+         s.scale[t];
+}
+
+// S: the canonical masked sum of everything before the cut.
+static double prefix_sum(const Row& row, const Stats& s, const Cut& cut) {
+  alignas(64) float scratch[kTile];
+  double total = 0.0;
+  for (int t = 0; t < s.tiles; ++t) {
+    if (tile_before(s, t, cut))
+      total += s.mass(t);
+    else if (s.scale[t] != 0.0)
+      total += tile_mass_before(row, s, t, cut, scratch);
+  }
+  return total;
+}
+
+// prefix_sum(cut) <= bound, reading as few tiles as the answer needs. A tile beyond the cut holds at
+// least its own maximum (weight exactly 1) outside the sum; float32 rounding inside a tile and
+// float64 rounding across tiles are far below the slack, so every early answer is the exact one.
+static bool prefix_at_most(const Row& row, const Stats& s, const Cut& cut, double bound) {
+  constexpr double kTileSlack = 1.0 + 0x1p-17, kSumSlack = 1.0 + 0x1p-40;
+  alignas(64) float scratch[kTile];
+  double mass[kMaxTiles];      // exact where known
+  double gap[kMaxTiles];       // upper bound of what is unknown
+  double low = 0.0, high = 0.0;
+  int open = 0;
+  int16_t open_tile[kMaxTiles];
+  for (int t = 0; t < s.tiles; ++t) {
+    mass[t] = 0.0;
+    if (tile_before(s, t, cut)) {
+      mass[t] = s.mass(t);
+      low += mass[t];
+    } else if (s.scale[t] != 0.0) {
+      const double admitted_sum = static_cast<double>(s.tile_sum[t]) * kTileSlack -
+                                  (s.tile_max[t] > cut.x ? 1.0 : 0.0);
+      gap[t] = (admitted_sum > 0.0 ? admitted_sum : 0.0) * s.scale[t];
+      high += gap[t];
+      open_tile[open++] = static_cast<int16_t>(t);
+    }
+  }
+  high += low;
+  while (open) {
+    if (low > bound * kSumSlack) return false;
+    if (high * kSumSlack <= bound) return true;
+    int widest = 0;
+    for (int i = 1; i < open; ++i)
+      if (gap[open_tile[i]] > gap[open_tile[widest]]) widest = i;
+    const int t = open_tile[widest];
+    open_tile[widest] = open_tile[--open];
+    mass[t] = tile_mass_before(row, s, t, cut, scratch);
+    low += mass[t];
+    high += mass[t] - gap[t];
+  }
+  double total = 0.0;
+  for (int t = 0; t < s.tiles; ++t) total += mass[t];
+  return total <= bound;
+}
+
+// ---- draws -------------------------------------------------------------------------------------
+
+// Rounded to a multiple of 2^-40: sums of up to 4096 such weights <= 1 are exact in float64, so the
+// search inside a tile has one answer whatever the order of its additions.
+TTA_INLINE D quantize(D w) { return sub(add(w, set1d(6144.0)), set1d(6144.0)); }
+TTA_INLINE double quantize(double w) { return (w + 6144.0) - 6144.0; }
+
+TTA_INLINE double sum_exact(D a) {
+  double lane[kWidth];
+  store(lane, a);
+  double total = 0.0;
+  for (int k = 0; k < kWidth; ++k) total += lane[k];
+  return total;
+}
+
+// First element of the tile whose scaled prefix passes `target`; the last one of non-zero weight if
+// none does. `weights` holds tile.count float32 weights <= 1.
+static int find_in_tile(const float* weights, int count, double scale, double before,
+                        double target) {
+  double prefix = 0.0;
+  for (int j = 0; j < count; j += kLanes) {
+    D part = set1d(0.0);
+    for (int k = 0; k < kLanes; k += kWidth)
+      part = add(part, quantize(widen(load(weights + j + k))));
+    const double next = prefix + sum_exact(part);
+    if (before + next * scale > target) {
+      for (int k = j; k < j + kLanes; ++k) {
+        prefix += quantize(static_cast<double>(weights[k]));
+        if (before + prefix * scale > target) return k;
+      }
+    }
+    prefix = next;
+  }
+  int last = count - 1;
+  while (last > 0 && quantize(static_cast<double>(weights[last])) == 0.0) --last;
+  return last;
+}
+
+// Inverse CDF at u in [0, 1).
+static int64_t draw(const Row& row, const Stats& s, double u) {
+  const double target = u * s.z;
+  double before = 0.0;
+  int t = 0, last = 0;
+  for (; t < s.tiles; ++t) {
+    const double next = before + s.mass(t);
+    if (next > target) break;
+    if (s.mass(t) > 0.0) last = t;
+    before = next;
+  }
+  if (t == s.tiles) {
+    t = last;
+    before = target;  // beyond the end by rounding: the tile's last token
+  }
+  alignas(64) float scratch[kTile];
+  alignas(64) float weights[kTile];
+  const Tile tile = load_tile(row, t, scratch);
+  const F m = set1(s.tile_max[t]), inv = set1(s.inv_temperature);
+  for (int j = 0; j < tile.count; j += kWidth)
+    store(weights + j, weight(load(tile.x + j), m, inv));
+  return static_cast<int64_t>(t) * kTile +
+         find_in_tile(weights, tile.count, s.scale[t], before, target);
+}
+
+// ---- sets of tokens below a probability ----------------------------------------------------------
+
+TTA_INLINE int32_t ordered_bits(float x) {  // monotone in x, -0 and +0 apart
+  int32_t i;
+  std::memcpy(&i, &x, sizeof i);
+  return i < 0 ? static_cast<int32_t>(0x80000000u) - i - 1 : i;
+}
+TTA_INLINE float from_ordered_bits(int32_t i) {
+  i = i < 0 ? static_cast<int32_t>(0x80000000u) - i - 1 : i;
+  float x;
+  std::memcpy(&x, &i, sizeof x);
+  return x;
+}
+
+// {v : p(v) < t} (or <= t) as a cut: p is monotone in the logit, so a bisection over the floats
+// finds the last logit inside, and the set costs one comparison an element, no exponential.
+static Cut below_probability(const Stats& s, double t, bool or_equal = false) {
+  const auto inside = [&](float x) {
+    const double p = static_cast<double>(s.probability(x));
+    return or_equal ? p <= t : p < t;
+  };
+  if (inside(s.max)) return Cut::all();
+  if (!inside(-kInfinity)) return Cut::none();
+  int32_t low = ordered_bits(-kInfinity), high = ordered_bits(s.max);
+  while (static_cast<int64_t>(high) - low > 1) {
+    const int32_t mid = static_cast<int32_t>((static_cast<int64_t>(low) + high) >> 1);
+    (inside(from_ordered_bits(mid)) ? low : high) = mid;
+  }
+  return {from_ordered_bits(low), kNoLimit};
+}
+
+}  // namespace TTA_ISA
+}  // namespace tta

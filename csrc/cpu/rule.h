@@ -1,0 +1,356 @@
+// Deferral rules on CPU rows: which tokens a rule defers, the deferred mass, and the policy pi.
+// Included once per instruction set, after cpu/row.h and cpu/knapsack_cut.h.
+
+namespace tta {
+namespace TTA_ISA {
+
+TTA_INLINE bool valid_param(const RuleSpec& rule, int64_t b) {
+  const double param = rule.param[b];
+  return param == param && !(rule.rule == kKnapsack && param < 0.0);
+}
+
+// The rows of one position and their statistics: at the sampling temperature, and at the rule's
+// where that differs.
+struct RowPair {
+  Row base, proxy;
+  bool same_temperature = true;
+  Stats base_stats, proxy_stats;
+  Stats base_rule_stats, proxy_rule_stats;
+
+  const Stats& base_rule() const { return same_temperature ? base_stats : base_rule_stats; }
+  const Stats& proxy_rule() const { return same_temperature ? proxy_stats : proxy_rule_stats; }
+
+  // False: a row that was read is invalid (already noted).
+  bool read(const DeferralArgs& a, int64_t b, bool with_proxy, int64_t k = 0, int64_t number = -1) {
+    same_temperature = a.rule.inv_temperature == a.rule.inv_rule_temperature;
+    base = row_of(a.base, b, k);
+    if (!row_stats(base, a.rule.inv_temperature, &base_stats, a.rule.inv_rule_temperature,
+                   same_temperature ? nullptr : &base_rule_stats)) {
+      a.invalid->note(number < 0 ? b : number, kBaseLogits);
+      return false;
+    }
+    return !with_proxy || read_proxy(a, b, true, k, number);
+  }
+
+  bool read_proxy(const DeferralArgs& a, int64_t b, bool for_rule, int64_t k = 0,
+                  int64_t number = -1) {
+    proxy = row_of(a.proxy, b, k);
+    if (!row_stats(proxy, a.rule.inv_temperature, &proxy_stats, a.rule.inv_rule_temperature,
+                   same_temperature || !for_rule ? nullptr : &proxy_rule_stats)) {
+      a.invalid->note(number < 0 ? b : number, kProxyLogits);
+      return false;
+    }
+    return true;
+  }
+};
+
+// A resolved rule: mu(v) = 1 exactly for the tokens the cut admits in the judging model's logits
+// (or, `upper`, for those it does not), and `fraction` for the critical item.
+struct Deferral {
+  Cut cut = Cut::none();
+  bool by_proxy = false;
+  bool upper = false;
+  int64_t critical = -1;
+  float critical_x = kInfinity;
+  double fraction = 0.0;  // of the critical item, for Critical::split
+
+  bool admits(float x, int64_t v) const { return cut.admits(x, v) != upper; }
+  double mu(const RowPair& rows, int64_t v) const {
+    if (admits(logit_at(by_proxy ? rows.proxy : rows.base, v), v)) return 1.0;
+    return v == critical ? fraction : 0.0;
+  }
+};
+
+// kWidth tokens from id `first` of tile t, whose judging logits are x.
+TTA_INLINE M deferred_lanes(const Deferral& d, F x, int64_t first, int t) {
+  const F cut_x = set1(d.cut.x);
+  M in;
+  switch (mask_mode(d.cut, t)) {
+    case kBelow:
+      in = less(x, cut_x);
+      break;
+    case kAtOrBelow:
+      in = less_equal(x, cut_x);
+      break;
+    default:
+      in = admitted<kMixed>(x, cut_x, add(iota(), set1i(static_cast<int32_t>(first))),
+                            set1i(static_cast<int32_t>(d.cut.id)));
+  }
+  return d.upper ? mask_not(in) : in;
+}
+
+// Weight of one element as the canonical sum counts it.
+static double canonical_weight(const Stats& s, float x, int64_t v) {
+  const int t = static_cast<int>(v / kTile);
+  return static_cast<double>(exp_scalar((x - s.tile_max[t]) * s.inv_temperature)) * s.scale[t];
+}
+
+// How much of the critical item fills the capacity; float32, so that what is reported is what is
+// used.
+static double split_fraction(const Stats& s, double bound, double before, float x, int64_t v) {
+  const double part = (bound - before) / canonical_weight(s, x, v);
+  return static_cast<double>(static_cast<float>(part < 0.0 ? 0.0 : part > 1.0 ? 1.0 : part));
+}
+
+static bool resolve(const RuleSpec& rule, int64_t b, const RowPair& rows, Deferral* d) {
+  if (!valid_param(rule, b)) return false;
+  const double param = rule.param[b];
+  const Stats& p = rows.base_rule();
+  const Stats& q = rows.proxy_rule();
+  const double max_p = static_cast<double>(p.max_probability());
+  switch (rule.rule) {
+    case kKnapsack: {
+      const double bound = param * p.z;
+      const KnapsackCut cut = knapsack_cut(rows.base, p, bound);
+      d->cut = cut.taken();
+      d->critical = cut.critical;
+      d->critical_x = cut.x;
+      if (cut.critical >= 0 && rule.critical == kInclude)
+        d->cut = Cut::through(cut.x, cut.critical);
+      if (cut.critical >= 0 && rule.critical == kSplitItem)
+        d->fraction = split_fraction(p, bound, prefix_sum(rows.base, p, d->cut), cut.x,
+                                     cut.critical);
+      return true;
+    }
+    case kThreshold:
+      d->cut = below_probability(p, param);
+      return true;
+    case kConfidenceBet:
+      d->cut = below_probability(p, static_cast<double>(q.max_probability()) - param);
+      return true;
+    case kNudging:
+      d->cut = max_p < param ? Cut::all() : Cut::none();
+      return true;
+    case kRelative:
+      d->cut = below_probability(p, max_p - param);
+      return true;
+    case kArgmax:
+      d->cut = below_probability(p, max_p);
+      return true;
+    case kProxyBelow:
+      d->by_proxy = true;
+      d->cut = below_probability(q, max_p + param);
+      return true;
+    default:
+      d->by_proxy = d->upper = true;
+      d->cut = below_probability(q, max_p + param, true);
+      return true;
+  }
+}
+
+// Whether a drawn v is deferred; the set is not built. `coin` supplies the critical item's uniform.
+template <class Coin>
+static bool judge(const RuleSpec& rule, int64_t b, const RowPair& rows, int64_t v, Coin coin) {
+  const double param = rule.param[b];
+  const Stats& p = rows.base_rule();
+  const Stats& q = rows.proxy_rule();
+  const float x = logit_at(rows.base, v);
+  const double max_p = static_cast<double>(p.max_probability());
+  switch (rule.rule) {
+    case kKnapsack: {
+      const double bound = param * p.z;
+      if (rule.critical == kInclude)
+        return prefix_at_most(rows.base, p, Cut::before(x, v), bound);
+      if (prefix_at_most(rows.base, p, Cut::through(x, v), bound)) return true;
+      if (rule.critical == kExclude) return false;
+      const Cut before = Cut::before(x, v);
+      if (!prefix_at_most(rows.base, p, before, bound)) return false;
+      return coin() < split_fraction(p, bound, prefix_sum(rows.base, p, before), x, v);
+    }
+    case kThreshold:
+      return static_cast<double>(p.probability(x)) < param;
+    case kConfidenceBet:
+      return static_cast<double>(p.probability(x)) <
+             static_cast<double>(q.max_probability()) - param;
+    case kNudging:
+      return max_p < param;
+    case kRelative:
+      return static_cast<double>(p.probability(x)) < max_p - param;
+    case kArgmax:
+      return static_cast<double>(p.probability(x)) < max_p;
+    case kProxyBelow:
+      return static_cast<double>(q.probability(logit_at(rows.proxy, v))) < max_p + param;
+    default:
+      return static_cast<double>(q.probability(logit_at(rows.proxy, v))) > max_p + param;
+  }
+}
+
+// ---- masses ----------------------------------------------------------------------------------
+
+// Canonical sum of the base weights of the tokens a proxy-judged rule defers.
+static double judged_sum(const RowPair& rows, const Stats& s, const Deferral& d) {
+  alignas(64) float base_scratch[kTile];
+  alignas(64) float proxy_scratch[kTile];
+  double total = 0.0;
+  for (int t = 0; t < s.tiles; ++t) {
+    if (s.scale[t] == 0.0) continue;
+    const Tile base = load_tile(rows.base, t, base_scratch);
+    const Tile proxy = load_tile(rows.proxy, t, proxy_scratch);
+    const F m = set1(s.tile_max[t]), inv = set1(s.inv_temperature);
+    const int64_t begin = static_cast<int64_t>(t) * kTile;
+    F acc[kAcc];
+    for (int k = 0; k < kAcc; ++k) acc[k] = set1(0.0f);
+    for (int j = 0; j < base.count; j += kLanes) {
+      for (int k = 0; k < kAcc; ++k) {
+        const int i = j + k * kWidth;
+        const M in = deferred_lanes(d, load(proxy.x + i), begin + i, t);
+        acc[k] = add(acc[k], keep(in, weight(load(base.x + i), m, inv)));
+      }
+    }
+    total += static_cast<double>(fold(acc)) * s.scale[t];
+  }
+  return total;
+}
+
+// sum_v mu(v) p(v) with p at the temperature of `s` (statistics of the base row).
+static double mass_at(const RowPair& rows, const Deferral& d, const Stats& s) {
+  double sum = d.by_proxy ? judged_sum(rows, s, d) : prefix_sum(rows.base, s, d.cut);
+  if (d.fraction > 0.0) sum += d.fraction * canonical_weight(s, d.critical_x, d.critical);
+  return sum / s.z;
+}
+
+static double deferred_mass(const RowPair& rows, const Deferral& d) {
+  return mass_at(rows, d, rows.base_stats);
+}
+
+// ---- the policy --------------------------------------------------------------------------------
+
+// pi(v) = (1 - mu(v)) p(v) + q(v) D, one tile at a time: p and q rounded to float32, then mul and
+// add in float64, rounded once.
+class PolicyTile {
+ public:
+  PolicyTile(const RowPair& rows, const Deferral& d, double mass)
+      : rows_(rows), d_(d), mass_(mass) {}
+
+  // Writes a whole (padded) tile of pi.
+  void write(int t, float* out) const {
+    alignas(64) float base_scratch[kTile];
+    alignas(64) float proxy_scratch[kTile];
+    const Tile base = load_tile(rows_.base, t, base_scratch);
+    const Tile proxy = load_tile(rows_.proxy, t, proxy_scratch);
+    const Stats& p = rows_.base_stats;
+    const Stats& q = rows_.proxy_stats;
+    const F pm = set1(p.max), pi = set1(p.inv_temperature);
+    const F qm = set1(q.max), qi = set1(q.inv_temperature);
+    const D pz = set1d(p.z), qz = set1d(q.z), mass = set1d(mass_);
+    const int64_t begin = static_cast<int64_t>(t) * kTile;
+    for (int j = 0; j < base.count; j += kWidth) {
+      const F x = load(base.x + j), y = load(proxy.x + j);
+      const M in = deferred_lanes(d_, d_.by_proxy ? y : x, begin + j, t);
+      const F pv = keep(mask_not(in), narrow(div(widen(weight(x, pm, pi)), pz)));
+      const F qv = narrow(div(widen(weight(y, qm, qi)), qz));
+      store(out + j, narrow(add(widen(pv), mul(widen(qv), mass))));
+    }
+    if (d_.fraction > 0.0 && d_.critical / kTile == t) {
+      const int j = static_cast<int>(d_.critical - begin);
+      const double pc = static_cast<double>(p.probability(base.x[j]));
+      const double qc = static_cast<double>(q.probability(proxy.x[j]));
+      const double kept = (1.0 - d_.fraction) * pc;
+      const double moved = qc * mass_;
+      out[j] = static_cast<float>(kept + moved);
+    }
+  }
+
+  // Argmax of pi as written, ties to the lowest id.
+  int64_t argmax() const {
+    alignas(64) float tile[kTile];
+    float best = -1.0f;
+    int64_t best_id = 0;
+    for (int t = 0; t < rows_.base.tiles(); ++t) {
+      write(t, tile);
+      const int64_t begin = static_cast<int64_t>(t) * kTile;
+      const int64_t left = rows_.base.vocab - begin;
+      const int count = left < kTile ? static_cast<int>(left) : kTile;
+      const int padded = (count + kLanes - 1) / kLanes * kLanes;
+      const float top = tile_max({tile, padded});  // padding holds pi = 0
+      if (!(top > best)) continue;
+      best = top;
+      for (int j = 0; j < count; ++j) {
+        if (tile[j] == top) {
+          best_id = begin + j;
+          break;
+        }
+      }
+    }
+    return best_id;
+  }
+
+ private:
+  const RowPair& rows_;
+  const Deferral& d_;
+  double mass_;
+};
+
+// Lowest id whose logit equals `value`, which is some tile's maximum.
+static int64_t first_of_value(const Row& row, const Stats& s, float value) {
+  alignas(64) float scratch[kTile];
+  for (int t = 0; t < s.tiles; ++t) {
+    if (s.tile_max[t] != value) continue;
+    const Tile tile = load_tile(row, t, scratch);
+    for (int j = 0; j < tile.count; ++j)
+      if (tile.x[j] == value) return static_cast<int64_t>(t) * kTile + j;
+  }
+  return -1;
+}
+
+struct KeptBest {
+  int64_t id = -1;      // most probable kept token, lowest id
+  float first = 0.0f;   // its (1 - mu) p
+  double second = 0.0;  // the next kept token's
+};
+
+// Rules that look at p alone keep an upper set: its best tokens are the row's largest logits.
+static KeptBest best_kept(const RowPair& rows, const Deferral& d) {
+  const Stats& s = rows.base_stats;
+  alignas(64) float scratch[kTile];
+  alignas(64) float kept[kTile];
+  KeptBest best;
+  float top = -kInfinity, next = -kInfinity;
+  for (int t = 0; t < s.tiles; ++t) {
+    if (s.tile_max[t] < next || tile_before(s, t, d.cut)) continue;
+    const Tile tile = load_tile(rows.base, t, scratch);
+    const int64_t begin = static_cast<int64_t>(t) * kTile;
+    for (int j = 0; j < tile.count; j += kWidth) {
+      const F x = load(tile.x + j);
+      store(kept + j, select(deferred_lanes(d, x, begin + j, t), set1(-kInfinity), x));
+    }
+    if (d.fraction > 0.0 && d.critical / kTile == t) kept[d.critical - begin] = -kInfinity;
+    for (int j = 0; j < tile.count; ++j) {
+      if (kept[j] > top) {
+        next = top;
+        top = kept[j];
+        best.id = begin + j;
+      } else if (kept[j] > next) {
+        next = kept[j];
+      }
+    }
+  }
+  if (best.id >= 0) best.first = s.probability(top);
+  if (next != -kInfinity) best.second = static_cast<double>(s.probability(next));
+  if (d.fraction > 0.0) {  // the critical item keeps a part of its p, less than any kept token's
+    const double part = (1.0 - d.fraction) * static_cast<double>(s.probability(d.critical_x));
+    if (best.id < 0) {
+      best.id = d.critical;
+      best.first = static_cast<float>(part);
+    } else if (part > best.second) {
+      best.second = part;
+    }
+  }
+  return best;
+}
+
+TTA_INLINE void write_bools(bool* out, uint32_t bits, int count) {
+#if TTA_ISA_LEVEL >= 1
+  if (count == kWidth) {
+    for (int k = 0; k < kWidth; k += 8) {
+      const uint64_t bytes = _pdep_u64(bits >> k, 0x0101010101010101ull);
+      std::memcpy(out + k, &bytes, 8);
+    }
+    return;
+  }
+#endif
+  for (int k = 0; k < count; ++k) out[k] = (bits >> k) & 1u;
+}
+
+}  // namespace TTA_ISA
+}  // namespace tta

@@ -1,0 +1,68 @@
+"""Test-time alignment of frozen language models while they decode, on native kernels.
+
+Importing registers the operators and loads nothing else: no compiler, no CUDA, no transformers, no
+triton. Everything below is imported when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from tta_ext._version import __version__
+
+try:
+    from tta_ext import schemas as schemas
+except (ImportError, OSError) as error:
+    # `python -m tta_ext.env` is to describe an installation whose torch is missing or broken.
+    _torch_error: Exception | None = error
+else:
+    _torch_error = None
+
+if TYPE_CHECKING:
+    from tta_ext import hf, ops, rng, rules
+    from tta_ext.decoding import KnapsackDeferral
+    from tta_ext.env import env_report
+    from tta_ext.ops._dispatch import use_backend
+
+__all__ = [
+    "KnapsackDeferral",
+    "__version__",
+    "env_report",
+    "hf",
+    "ops",
+    "rng",
+    "rules",
+    "use_backend",
+]
+
+_MODULES = frozenset({"decoding", "hf", "ops", "rng", "rules"})
+_ATTRIBUTES = {
+    "AdaptiveImportanceSampling": "tta_ext.decoding",
+    "KnapsackDeferral": "tta_ext.decoding",
+    "env_report": "tta_ext.env",
+    "use_backend": "tta_ext.ops._dispatch",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if _torch_error is not None and (name in _MODULES or name in _ATTRIBUTES):
+        if name != "env_report":
+            raise ImportError(
+                f"tta_ext needs a working torch ({_torch_error}); pip install torch"
+            ) from _torch_error
+    if name in _MODULES:
+        return importlib.import_module(f"tta_ext.{name}")
+    if name in _ATTRIBUTES:
+        module = importlib.import_module(_ATTRIBUTES[name])
+        try:
+            value = getattr(module, name)
+        except AttributeError:
+            raise AttributeError(f"module 'tta_ext' has no attribute {name!r}") from None
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'tta_ext' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

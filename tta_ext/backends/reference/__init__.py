@@ -1,0 +1,46 @@
+"""The operators in plain PyTorch: readable, on any device, in float32 or, as the oracle, float64.
+
+Each function has the arguments of the operator of the same name in :mod:`tta_ext.schemas`, returns
+its outputs, and takes ``compute_dtype`` besides where floating-point arithmetic is done.
+"""
+
+from tta_ext.backends.reference.deferral import (
+    deferral_mask,
+    deferral_probs,
+    deferral_propose,
+    deferral_sample,
+    deferral_stats,
+)
+from tta_ext.backends.reference.implicit_reward import (
+    implicit_reward_probs,
+    implicit_reward_sample,
+)
+from tta_ext.backends.reference.knapsack import greedy_knapsack
+from tta_ext.backends.reference.philox import normal, philox
+from tta_ext.backends.reference.prelogit import (
+    control_merge,
+    control_update,
+    importance_weights,
+    prelogit_perturb,
+)
+from tta_ext.backends.reference.sampling import categorical_sample
+from tta_ext.backends.reference.verify import deferral_verify
+
+__all__ = [
+    "categorical_sample",
+    "control_merge",
+    "control_update",
+    "deferral_mask",
+    "deferral_probs",
+    "deferral_propose",
+    "deferral_sample",
+    "deferral_stats",
+    "deferral_verify",
+    "greedy_knapsack",
+    "implicit_reward_probs",
+    "implicit_reward_sample",
+    "importance_weights",
+    "normal",
+    "philox",
+    "prelogit_perturb",
+]

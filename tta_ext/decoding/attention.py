@@ -1,0 +1,165 @@
+"""Which attention a model has, whether rows of different length can share it, and its masks.
+
+A forward over rows of different length needs an explicit mask ``[rows, 1, columns, width]`` and
+explicit positions. This module finds out from a model's configuration which masks it wants (as
+transformers' ``create_masks_for_generate`` does) and builds them; a model that cannot work this way
+is refused with the reason.
+"""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["MaskBuilder", "check_model", "probe_model"]
+
+_LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
+_IMPLEMENTATIONS = ("sdpa", "eager")
+# Model types whose attention slices a mask of its own by the longest row.
+_OWN_MASKS = ("gpt_neo",)
+
+
+def check_model(model: Any, role: str) -> None:
+    """Refuse a model whose cache cannot hold rows of different length.
+
+    Args:
+        model: a transformers causal language model.
+        role: what the message calls it, such as ``"base"``.
+
+    Raises:
+        TypeError: not a causal language model with a forward and a configuration.
+        ValueError: the model is of a kind that cannot be used, in one sentence with the reason.
+    """
+    config = getattr(model, "config", None)
+    if config is None or not callable(getattr(model, "forward", None)):
+        raise TypeError(
+            f"{role} is a {type(model).__name__}, expected a transformers causal language model"
+        )
+    name = type(model).__name__
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"{role} ({name}) is an encoder-decoder; only decoder-only models are supported")
+    if model.get_output_embeddings() is None:
+        raise ValueError(
+            f"{role} ({name}) has no language-model head; load it with AutoModelForCausalLM"
+        )
+    if getattr(model, "_is_stateful", False):
+        raise ValueError(
+            f"{role} ({name}) keeps a recurrent state instead of keys and values, "
+            "which can neither lag behind nor be rolled back"
+        )
+    if config.model_type in _OWN_MASKS:
+        raise ValueError(
+            f"{role} ({name}) cuts its local attention by the longest row of the batch, "
+            "so rows of different length cannot share one"
+        )
+    text = config.get_text_config()
+    if getattr(text, "use_bidirectional_attention", None) or not getattr(text, "is_causal", True):
+        raise ValueError(f"{role} ({name}) attends in both directions, so it cannot decode token by token")
+    for kind in dict.fromkeys(getattr(text, "layer_types", None) or ()):
+        if kind not in _LAYER_TYPES:
+            raise ValueError(
+                f"{role} ({name}) has layers of type {kind!r}; supported are {', '.join(_LAYER_TYPES)}"
+            )
+    implementation = getattr(text, "_attn_implementation", None) or "eager"
+    if implementation not in _IMPLEMENTATIONS:
+        raise ValueError(
+            f"{role} ({name}) uses attn_implementation={implementation!r}, which takes no mask per row; "
+            'load it with attn_implementation="sdpa"'
+        )
+    parameters = inspect.signature(model.forward).parameters
+    for needed in ("past_key_values", "position_ids", "attention_mask"):
+        if needed not in parameters:
+            raise ValueError(
+                f"{role} ({name}) takes no {needed}, "
+                "so rows of different length cannot share a batch"
+            )
+
+
+class MaskBuilder:
+    """Additive masks for one model: 0 where a query may look, the dtype's minimum elsewhere.
+
+    Args:
+        config: the model's text configuration.
+        dtype: dtype of the mask, the model's.
+        device: device of the mask.
+    """
+
+    def __init__(self, config: Any, dtype: torch.dtype, device: torch.device) -> None:
+        window = getattr(config, "sliding_window", None)
+        chunk = getattr(config, "attention_chunk_size", None)
+        types = getattr(config, "layer_types", None)
+        self.keyed = types is not None
+        if types is None:
+            types = ["sliding_attention" if window else "chunked_attention" if chunk else "full_attention"]
+        self.types = tuple(dict.fromkeys(types))
+        self.window, self.chunk = window, chunk
+        self.zero = torch.zeros((), dtype=dtype, device=device)
+        self.minimum = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=device)
+        self.positions = torch.arange(256, device=device)
+
+    def __call__(self, query: Tensor, width: int) -> Tensor | dict[str, Tensor]:
+        """The mask, or one for each layer type, of queries at positions ``query``.
+
+        Args:
+            query: int64 ``[rows, columns]``.
+            width: number of keys, at positions 0 to ``width - 1``.
+
+        Returns:
+            ``[rows, 1, columns, width]`` in the form that the model's forward takes.
+        """
+        if width > self.positions.shape[0]:
+            self.positions = torch.arange(2 * width, device=self.positions.device)
+        key = self.positions[:width]
+        query = query[:, None, :, None]
+        causal = key <= query
+        masks = {}
+        for kind in self.types:
+            seen = causal
+            if kind == "sliding_attention":
+                seen = causal & (key > query - self.window)
+            elif kind == "chunked_attention":
+                seen = causal & (key // self.chunk == query // self.chunk)
+            masks[kind] = torch.where(seen, self.zero, self.minimum)
+        return masks if self.keyed else masks[self.types[0]]
+
+
+_probed: weakref.WeakKeyDictionary[Any, float] = weakref.WeakKeyDictionary()
+
+
+@torch.inference_mode()
+def probe_model(model: Any, role: str) -> None:
+    """Refuse a model that computes something else when rows of different length share a batch.
+
+    Some models build masks or position biases of their own and ignore the ones they are given. Two
+    short rows, once together from the ragged cache and once alone without a cache, find that out;
+    the answer is remembered.
+
+    Raises:
+        ValueError: the logits differ by more than rounding explains.
+    """
+    from tta_ext.decoding.runner import Runner
+
+    if model not in _probed:
+        ids = [1 + i % (model.get_input_embeddings().weight.shape[0] - 1) for i in range(6)]
+        rows = [ids, ids[3:5]]
+        size = model.get_output_embeddings().weight.shape[0]
+        runner = Runner(model, rows, room=1, vocabulary=size, name=role)
+        runner.prefill()
+        together = runner.step().double()
+        worst = 0.0
+        for row, tokens in enumerate(rows):
+            alone = model(input_ids=torch.tensor([tokens], device=runner.device), use_cache=False)
+            alone = alone.logits[0, -1].double()
+            scale = float(alone.abs().max().clamp_min(1e-6))
+            worst = max(worst, float((together[row] - alone).abs().max()) / scale)
+        _probed[model] = worst
+    limit = 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.1
+    if not _probed[model] <= limit:
+        raise ValueError(
+            f"{role} ({type(model).__name__}) gives other logits when rows of different length share "
+            f"a batch (by {_probed[model]:.1%} of the largest), so its attention cannot be used here"
+        )

@@ -1,0 +1,191 @@
+"""A key/value cache whose rows may have different lengths.
+
+transformers' caches keep one length for the whole batch. Deferral needs more: the lazy proxy runs for
+the rows whose token was rejected, so its rows lag behind each other, finished rows leave the batch,
+and speculative decoding rolls rows back by different amounts. So every layer here owns one buffer
+``[rows * capacity + 1, heads * head_dim]``: row ``r`` keeps position ``t`` at index
+``r * capacity + t``, and the extra last entry swallows what padding columns write. A forward is
+described by a :class:`Plan`: where its new keys go and which rows it reads. Rolling a row back is
+nothing but writing over it, since lengths live outside (in :class:`~tta_ext.decoding.runner.Runner`)
+and masks are built from them.
+
+Keys lie at their own positions from 0 on, so a row's arithmetic does not depend on padding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+__all__ = ["Plan", "RaggedCache", "RaggedLayer"]
+
+
+@dataclass
+class Plan:
+    """What the next forward writes and reads.
+
+    Attributes:
+        slots: int64 ``[rows * columns]``, the buffer index of each new key, row-major.
+        count: number of rows in the forward.
+        width: number of positions to read.
+        rows: int64 ``[count]``, rows to read; None for the first ``count`` rows.
+        fresh: nothing is cached for these rows: attention reads the new keys themselves.
+    """
+
+    slots: Tensor
+    count: int
+    width: int
+    rows: Tensor | None = None
+    fresh: bool = False
+
+
+class RaggedLayer(CacheLayerMixin):
+    """Keys and values of one layer."""
+
+    is_sliding = False
+    is_compileable = False
+
+    def __init__(self, cache: RaggedCache) -> None:
+        super().__init__()
+        self.cache = cache
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate the buffers for states ``[rows, heads, columns, head_dim]``."""
+        self.key_shape = (key_states.shape[1], key_states.shape[3])
+        self.value_shape = (value_states.shape[1], value_states.shape[3])
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys = self._buffer(self.key_shape)
+        self.values = self._buffer(self.value_shape)
+        self._make_views()
+        self.is_initialized = True
+
+    def _buffer(self, shape: tuple[int, int]) -> Tensor:
+        # Zeros, not garbage: a masked position still enters attention as 0 * value.
+        entries = self.cache.rows * self.cache.capacity + 1
+        return torch.zeros(entries, shape[0] * shape[1], dtype=self.dtype, device=self.device)
+
+    def _make_views(self) -> None:
+        rows, capacity = self.cache.rows, self.cache.capacity
+        self.key_view = self.keys[:-1].view(rows, capacity, *self.key_shape)
+        self.value_view = self.values[:-1].view(rows, capacity, *self.value_shape)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write new states ``[n, heads, columns, head_dim]`` and return all that the plan reads.
+
+        Returns:
+            Keys and values ``[n, heads, width, head_dim]``.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        plan = self.cache.plan
+        entries = plan.slots.shape[0]
+        self.keys.index_copy_(0, plan.slots, key_states.transpose(1, 2).reshape(entries, -1))
+        self.values.index_copy_(0, plan.slots, value_states.transpose(1, 2).reshape(entries, -1))
+        if plan.fresh:
+            return key_states, value_states
+        if plan.rows is None:
+            keys = self.key_view[: plan.count, : plan.width]
+            values = self.value_view[: plan.count, : plan.width]
+        else:
+            keys = self.key_view[:, : plan.width].index_select(0, plan.rows)
+            values = self.value_view[:, : plan.width].index_select(0, plan.rows)
+        return keys.transpose(1, 2), values.transpose(1, 2)
+
+    def copy_rows(self, source: Tensor, target: Tensor, width: int) -> None:
+        """Copy the first ``width`` positions of rows ``source`` to rows ``target``."""
+        for view in (self.key_view, self.value_view):
+            view[:, :width].index_copy_(0, target, view[:, :width].index_select(0, source))
+
+    def grow(self, width: int) -> None:
+        """Move to buffers of the cache's present size, taking the first ``width`` positions along."""
+        old = self.key_view, self.value_view
+        self.keys, self.values = self._buffer(self.key_shape), self._buffer(self.value_shape)
+        self._make_views()
+        for before, after in zip(old, (self.key_view, self.value_view), strict=True):
+            after[:, :width] = before[:, :width]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset for masks that the model builds itself: only fresh plans ask."""
+        return query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.cache.get_seq_length()
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class RaggedCache(Cache):
+    """The cache of one model: a :class:`RaggedLayer` for each layer that asks for one.
+
+    Args:
+        rows: rows of the batch.
+        capacity: positions to allocate per row; :meth:`reserve` grows it.
+    """
+
+    def __init__(self, rows: int, capacity: int) -> None:
+        super().__init__(layers=[])
+        self.rows = rows
+        self.capacity = capacity
+        self.plan = Plan(torch.empty(0, dtype=torch.int64), 0, 0, fresh=True)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        layers = self.layers
+        while len(layers) <= layer_idx:
+            layers.append(RaggedLayer(self))
+        return layers[layer_idx].update(key_states, value_states)
+
+    @property
+    def trash(self) -> int:
+        """Buffer index that padding columns write to."""
+        return self.rows * self.capacity
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        plan = self.plan
+        if plan.fresh or not plan.count:
+            return 0
+        return plan.width - plan.slots.shape[0] // plan.count
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        return query_length, 0
+
+    def copy_rows(self, source: Tensor, target: Tensor, width: int) -> None:
+        """Copy the first ``width`` positions between rows, in every layer."""
+        for layer in self._ready():
+            layer.copy_rows(source, target, width)
+
+    def keep(self, rows: Tensor, width: int) -> None:
+        """Drop all rows but ``rows`` (ascending, int64), which move to the front.
+
+        The buffers keep their size; positions from ``width`` on may be lost.
+        """
+        target = torch.arange(rows.shape[0], device=rows.device)
+        self.copy_rows(rows, target, width)
+
+    def reserve(self, capacity: int, width: int) -> None:
+        """Make room for ``capacity`` positions a row, keeping the first ``width``."""
+        if capacity <= self.capacity:
+            return
+        self.capacity = capacity
+        for layer in self._ready():
+            layer.grow(width)
+
+    def _ready(self) -> list[RaggedLayer]:
+        return [layer for layer in self.layers if layer.is_initialized]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by all buffers."""
+        return sum(
+            buffer.numel() * buffer.element_size()
+            for layer in self._ready()
+            for buffer in (layer.keys, layer.values)
+        )

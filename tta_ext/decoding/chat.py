@@ -1,0 +1,68 @@
+"""A conversation with a pair of models, turn by turn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from tta_ext.decoding.kad import _events, _Request
+from tta_ext.decoding.result import Generation
+from tta_ext.decoding.runner import Runner
+from tta_ext.decoding.streaming import StreamEvent
+
+if TYPE_CHECKING:
+    from tta_ext.decoding.kad import KnapsackDeferral
+
+__all__ = ["Chat"]
+
+
+class Chat:
+    """Messages so far, and both models' caches of them.
+
+    At each turn the whole conversation is rendered with each model's template; the part that a
+    cache already holds is not run again.
+
+    Args:
+        kad: the pair.
+        system: a system message to start with.
+        options: for every turn, as in :meth:`KnapsackDeferral.generate`.
+
+    Attributes:
+        messages: the conversation, ``{"role", "content"}`` dicts; may be edited between turns.
+        last: the latest turn's :class:`Generation`.
+
+    Example:
+        >>> chat = kad.chat(system="Answer briefly.", seed=0)
+        >>> chat.send("What is a knapsack?")
+        >>> chat.send("And its dual?")
+    """
+
+    def __init__(self, kad: KnapsackDeferral, system: str | None = None, **options: Any) -> None:
+        self._kad, self._options = kad, options
+        self.messages: list[dict[str, str]] = []
+        if system is not None:
+            self.messages.append({"role": "system", "content": system})
+        self.last: Generation | None = None
+        self._runners: list[Runner] | None = None
+
+    def send(self, text: str, **options: Any) -> str:
+        """Say something and return the whole answer."""
+        for _ in self.stream(text, **options):
+            pass
+        assert self.last is not None
+        return self.last.text
+
+    def stream(self, text: str, **options: Any) -> Iterator[StreamEvent]:
+        """Say something and yield the answer's tokens; the turn is kept once all have come."""
+        turn = {"role": "user", "content": text}
+        request = _Request(self._kad, [[*self.messages, turn]], **(self._options | options))
+        if len(request.base) != 1:
+            raise ValueError("a conversation has one answer a turn; num_return_sequences must be 1")
+        (batch,) = request.batches(None)
+        loop = request.start(batch, events=True, runners=self._runners)
+        # Until the turn is complete nothing relies on these caches.
+        self._runners = None
+        yield from _events(loop, self._kad.tokenizer)
+        self._runners = [loop.base, *loop.followers]
+        self.last = request.result(batch, loop)
+        self.messages += [turn, {"role": "assistant", "content": self.last.text}]

@@ -1,0 +1,75 @@
+"""Loading models from files that cannot run code: safetensors or GGUF."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["load_model", "load_tokenizer"]
+
+
+def _source(path: str) -> tuple[str, dict[str, str]]:
+    """What ``from_pretrained`` takes for a folder, a hub name or a ``.gguf`` file."""
+    file = Path(path)
+    if file.suffix == ".gguf":
+        if not file.is_file():
+            raise ValueError(f"there is no file {path}")
+        return str(file.parent), {"gguf_file": file.name}
+    if file.is_dir():
+        if not (file / "config.json").is_file():
+            found = sorted(file.glob("*.gguf"))
+            if len(found) == 1:
+                return str(file), {"gguf_file": found[0].name}
+            raise ValueError(f"{path} holds no config.json and not exactly one .gguf file")
+        if not any(file.glob("*.safetensors")):
+            raise ValueError(
+                f"{path} holds no .safetensors; weights in other formats are not loaded, "
+                "as reading them can run code"
+            )
+    return path, {}
+
+
+def load_model(
+    path: str, *, dtype: torch.dtype | str = "auto", device: torch.device | str | None = None
+) -> Any:
+    """A causal language model in evaluation mode.
+
+    Args:
+        path: a folder, a ``.gguf`` file (dequantized) or a hub name.
+        dtype: dtype of the weights; ``"auto"`` keeps the file's.
+        device: where to put it; None leaves it on the CPU.
+
+    Raises:
+        ValueError: there are no weights in safetensors or GGUF.
+    """
+    from transformers import AutoModelForCausalLM
+
+    folder, extra = _source(path)
+    if not extra:
+        extra["use_safetensors"] = True  # type: ignore[assignment]
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **extra)
+    except OSError as error:
+        raise ValueError(f"cannot load a model from {path}: {_first_line(error)}") from error
+    return (model if device is None else model.to(device)).eval()
+
+
+def load_tokenizer(path: str) -> Any:
+    """The tokenizer that belongs to a model.
+
+    Raises:
+        ValueError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    folder, extra = _source(path)
+    try:
+        return AutoTokenizer.from_pretrained(folder, **extra)
+    except OSError as error:
+        raise ValueError(f"cannot load a tokenizer from {path}: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n", 1)[0]

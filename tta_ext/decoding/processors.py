@@ -1,0 +1,88 @@
+"""transformers' logits processors and stopping criteria over rows of different length.
+
+Processors get the tokens of a sequence and its scores. They see the base's sequence (prompt and
+answer) for both models, so both distributions are changed by the same function. Rows of one prompt
+length form a group and are processed together without padding, so what a row gets does not depend on
+its neighbours. (Rows that come padded to one length, as from ``generate`` of transformers, are one
+group, padding and all.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["SequenceView"]
+
+
+class SequenceView:
+    """The sequences that processors and criteria look at.
+
+    Args:
+        prompts: ids of each row's prompt.
+        room: tokens that will be appended at most.
+        device: device of the ids.
+    """
+
+    def __init__(
+        self, prompts: Sequence[Sequence[int]], room: int, device: torch.device
+    ) -> None:
+        width = max(map(len, prompts), default=0) + room
+        self._tokens = torch.zeros(len(prompts), width, dtype=torch.int64, device=device)
+        for row, prompt in enumerate(prompts):
+            self._tokens[row, : len(prompt)] = torch.tensor(prompt, device=device)
+        self._lengths = [len(p) for p in prompts]
+
+    def append(self, token: Tensor) -> None:
+        """Add one token a row; int64 ``[rows]``."""
+        end = torch.tensor(self._lengths, device=token.device)
+        self._tokens.scatter_(1, end[:, None], token[:, None])
+        self._lengths = [length + 1 for length in self._lengths]
+
+    def keep(self, rows: Sequence[int], index: Tensor) -> None:
+        """Drop all rows but these."""
+        self._tokens = self._tokens.index_select(0, index)
+        self._lengths = [self._lengths[row] for row in rows]
+
+    def _groups(self, rows: Sequence[int]) -> list[tuple[int, list[int], list[int]]]:
+        """(length, rows, places in ``rows``) of each group of equal length."""
+        groups: dict[int, tuple[list[int], list[int]]] = {}
+        for place, row in enumerate(rows):
+            members, places = groups.setdefault(self._lengths[row], ([], []))
+            members.append(row)
+            places.append(place)
+        return [(length, members, places) for length, (members, places) in groups.items()]
+
+    def process(self, processors: Any, logits: Tensor, rows: Sequence[int] | None = None) -> Tensor:
+        """Scores of some rows after the processors.
+
+        Args:
+            processors: called as ``processors(input_ids, scores)``.
+            logits: ``[len(rows), V]``.
+            rows: which rows; None for all.
+
+        Returns:
+            float32 ``[len(rows), V]``.
+        """
+        scores = logits.to(torch.float32, copy=True)
+        rows = range(len(self._lengths)) if rows is None else rows
+        groups = self._groups(rows)
+        if len(groups) == 1 and len(groups[0][1]) == len(self._lengths):
+            return processors(self._tokens[:, : groups[0][0]], scores)
+        for length, members, places in groups:
+            scores[places] = processors(self._tokens[members, :length], scores[places])
+        return scores
+
+    def stopped(self, criteria: Any, logits: Tensor) -> list[bool]:
+        """Which rows the criteria end; called as ``criteria(input_ids, scores)``."""
+        done = [False] * len(self._lengths)
+        for length, members, _ in self._groups(range(len(self._lengths))):
+            verdict = criteria(self._tokens[members, :length], logits[members])
+            if isinstance(verdict, bool):
+                verdict = [verdict] * len(members)
+            for row, value in zip(members, verdict, strict=True):
+                done[row] = bool(value)
+        return done

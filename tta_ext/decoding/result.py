@@ -1,0 +1,172 @@
+"""What a decoding run returns: tokens, text, sources, statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tta_ext.decoding.trace import TokenTrace
+
+__all__ = ["DecodeStats", "Generation"]
+
+
+@dataclass
+class DecodeStats:
+    """Counters and wall-clock of a run; ``+`` adds two runs.
+
+    Attributes:
+        tokens: tokens generated.
+        deferred_tokens: how many of them came from the proxy.
+        steps: steps of the loop.
+        base_calls, base_tokens: forwards of the base, and tokens fed to it (padding not counted).
+        proxy_calls, proxy_rows, proxy_tokens: the same for the proxy, and rows over all its forwards.
+        proxy_calls_saved: steps at which no row needed the proxy.
+        proxy_rows_saved: tokens for which the proxy was not asked.
+        base_seconds, proxy_seconds: time inside the models' forwards, cache updates included. On
+            CUDA these are times of submission unless the models wait for the device.
+        seconds: time of the whole loop.
+    """
+
+    tokens: int = 0
+    deferred_tokens: int = 0
+    steps: int = 0
+    base_calls: int = 0
+    base_tokens: int = 0
+    proxy_calls: int = 0
+    proxy_rows: int = 0
+    proxy_tokens: int = 0
+    proxy_calls_saved: int = 0
+    proxy_rows_saved: int = 0
+    base_seconds: float = 0.0
+    proxy_seconds: float = 0.0
+    seconds: float = 0.0
+
+    @property
+    def other_seconds(self) -> float:
+        """Time outside the models' forwards: ops, bookkeeping, masks."""
+        return self.seconds - self.base_seconds - self.proxy_seconds
+
+    @property
+    def other_share(self) -> float:
+        """``other_seconds`` as a share of the loop's time."""
+        return self.other_seconds / self.seconds if self.seconds else 0.0
+
+    @property
+    def deferral_rate(self) -> float:
+        """Share of tokens that came from the proxy."""
+        return self.deferred_tokens / self.tokens if self.tokens else 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Generated tokens per second of the loop."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    def __add__(self, other: DecodeStats) -> DecodeStats:
+        return DecodeStats(
+            *(getattr(self, f.name) + getattr(other, f.name) for f in fields(DecodeStats))
+        )
+
+    def as_dict(self) -> dict[str, float]:
+        """All counters and the derived figures, for JSON."""
+        derived = ("other_seconds", "other_share", "deferral_rate", "tokens_per_second")
+        names = [f.name for f in fields(DecodeStats)] + list(derived)
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass
+class Generation:
+    """The answers of one call, in the order of the prompts (``num_return_sequences`` of each).
+
+    Attributes:
+        tokens: ids of each answer, with the end-of-sequence id if one was drawn.
+        deferred: for each token, whether it came from the proxy.
+        finish: why each answer ended: ``"eos"``, ``"stop"`` (stop string or criterion), ``"length"``.
+        prompt_tokens: ids of each answer's prompt as the base read it.
+        texts: answers as text without special tokens, cut before a stop string; None without a
+            tokenizer.
+        sequence: sequence id of each answer; with ``seed`` it reproduces the answer in any batch.
+        seed: the seed of the run.
+        trace: one :class:`TokenTrace` a token if a trace was asked for.
+        stats: counters and times.
+    """
+
+    tokens: list[list[int]]
+    deferred: list[list[bool]]
+    finish: list[str]
+    prompt_tokens: list[list[int]]
+    texts: list[str] | None
+    sequence: list[int]
+    seed: int
+    trace: list[list[TokenTrace]] | None = None
+    stats: DecodeStats = field(default_factory=DecodeStats)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def text(self) -> str:
+        """The only answer's text; ``ValueError`` if there are several answers or no tokenizer."""
+        if self.texts is None or len(self.texts) != 1:
+            count = "no text" if self.texts is None else f"{len(self.texts)} answers"
+            raise ValueError(f"the generation has {count}; use .texts or .tokens")
+        return self.texts[0]
+
+    def sequences(self, pad_token_id: int = 0) -> Tensor:
+        """Prompt and answer of each row, as transformers' ``generate`` lays them out.
+
+        Returns:
+            int64 ``[rows, longest prompt + longest answer]``: prompts end in one column (padding on
+            the left), answers are padded on the right.
+        """
+        left = max(map(len, self.prompt_tokens), default=0)
+        right = max(map(len, self.tokens), default=0)
+        out = torch.full((len(self), left + right), pad_token_id, dtype=torch.int64)
+        for row, (prompt, answer) in enumerate(zip(self.prompt_tokens, self.tokens, strict=True)):
+            out[row, left - len(prompt) : left + len(answer)] = torch.tensor(prompt + answer)
+        return out
+
+    def source_spans(self, row: int, tokenizer: Any) -> list[tuple[str, bool]]:
+        """An answer as pieces of text, each with whether the proxy wrote it; for colouring.
+
+        Borders lie where the text allows: bytes of one character stay together.
+        """
+        return source_spans(self.tokens[row], self.deferred[row], tokenizer)
+
+    @staticmethod
+    def concatenate(parts: Sequence[Generation]) -> Generation:
+        """One generation of several with the same seed and options."""
+        if not parts:
+            raise ValueError("there is nothing to concatenate")
+        first = parts[0]
+        return Generation(
+            tokens=[x for part in parts for x in part.tokens],
+            deferred=[x for part in parts for x in part.deferred],
+            finish=[x for part in parts for x in part.finish],
+            prompt_tokens=[x for part in parts for x in part.prompt_tokens],
+            texts=None if first.texts is None else [x for p in parts for x in p.texts or ()],
+            sequence=[x for part in parts for x in part.sequence],
+            seed=first.seed,
+            trace=None if first.trace is None else [x for p in parts for x in p.trace or ()],
+            stats=sum((part.stats for part in parts), DecodeStats()),
+        )
+
+
+def source_spans(
+    tokens: Sequence[int], deferred: Sequence[bool], tokenizer: Any
+) -> list[tuple[str, bool]]:
+    """Pieces of the decoded text with the source of each; see :meth:`Generation.source_spans`."""
+    spans: list[tuple[str, bool]] = []
+    written, start = "", 0
+    for end, from_proxy in enumerate(deferred, 1):
+        piece = tokenizer.decode(tokens[start:end], skip_special_tokens=False)
+        if piece.endswith("�") and end < len(tokens):
+            continue
+        # Decoding from the answer's start keeps the tokenizer's spacing rules in force.
+        text = tokenizer.decode(tokens[:end], skip_special_tokens=False)
+        spans.append((text[len(written) :], bool(from_proxy)))
+        written, start = text, end
+    return spans

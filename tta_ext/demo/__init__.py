@@ -1,0 +1,1 @@
+"""The demo pair: a task, its training text, the training itself and the evaluation."""

@@ -1,0 +1,150 @@
+"""Training text for the demo pair, made up from a seed.
+
+Two kinds of text:
+
+* **raw**: what the base (and, briefly, the proxy) reads. Lists of equations, copied numbers,
+  stories, exercises and question-and-answer chatter. It holds all the arithmetic, but answers come
+  in many styles: openings, separators and closings vary, and about three in a hundred happen to
+  end in the answer mark. So a model of it is sure of the numbers and unsure at points of style,
+  which is what a deferral rule needs.
+* **formatted**: questions answered in the demo's answer format, on which the proxy is fine-tuned.
+
+No document asks a held-out problem (see :mod:`tta_ext.demo.task`).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from tta_ext.demo.task import (
+    ANSWER_MARK,
+    ITEMS,
+    NAMES,
+    NARROW,
+    WIDE,
+    Limits,
+    Problem,
+    make_split_problem,
+    make_step,
+)
+
+OPENINGS = (
+    "", "", " Well,", " Let's see:", " Hmm,", " Easy:", " OK,", " Sure:", " So,", " I think",
+    " First", " My way:", " Look:", " Right,",
+)  # fmt: skip
+SEPARATORS = ("; ", ", ", ". ", " and ", " then ", " -> ", ", so ", ", then ", " | ", "\n")
+CLOSINGS = (
+    ". So the answer is {x}.", ". {n} has {x} {i}.", " {i}.", ". That makes {x}!", ", so {x}.",
+    ". {x} {i} now.", " in the end.", ". The answer: {x}", ". It is {x}.", "!", " (that is {x}).",
+    "; {x} {i}.", "; so {x}.", " - done.",
+)  # fmt: skip
+CHATTER = (
+    "", "", "", " Hope that helps!", " Cheers.", " Good luck!", " Ask again any time.", "\nThanks!",
+    " I am sure.", "\nCheck it.",
+)  # fmt: skip
+MARKED_SHARE = 0.03
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A mixture of raw text: ranges of its numbers, and the weights of its kinds of document."""
+
+    limits: Limits
+    equations: int
+    copies: int
+    stories: int
+    exercises: int
+    questions: int
+
+
+PHASES = {
+    "knowledge": Phase(NARROW, equations=50, copies=10, stories=14, exercises=6, questions=20),
+    "final": Phase(WIDE, equations=22, copies=4, stories=12, exercises=10, questions=52),
+}
+
+
+def equations(rng: random.Random, limits: Limits) -> str:
+    """A list of unrelated equations with one separator."""
+    steps = (
+        make_step(rng, rng.randint(1, limits.total), limits) for _ in range(rng.randint(6, 12))
+    )
+    return rng.choice(SEPARATORS).join(step.equation() for step in steps)
+
+
+def copies(rng: random.Random, limits: Limits) -> str:
+    """Numbers with items, then the numbers again: practice in copying."""
+    pairs = [(rng.randint(2, limits.total), rng.choice(ITEMS)) for _ in range(rng.randint(2, 4))]
+    separator = rng.choice(SEPARATORS)
+    listed = separator.join(f"{k} {item}" for k, item in pairs)
+    return f"{rng.choice(NAMES)} has {listed}: " + separator.join(str(k) for k, _ in pairs)
+
+
+def _steps(rng: random.Random) -> int:
+    return rng.choices((1, 2, 3), weights=(2, 5, 5))[0]
+
+
+def story(rng: random.Random, problem: Problem) -> str:
+    """The story with its equations told after each sentence or at the end."""
+    end = f"{problem.name} has {problem.answer} {problem.item} now."
+    if rng.random() < 0.5:
+        told = [problem.sentences[0]]
+        for sentence, equation in zip(problem.sentences[1:], problem.equations(), strict=True):
+            told += [sentence, equation + "."]
+        return " ".join([*told, end])
+    return f"{problem.story} {rng.choice(SEPARATORS).join(problem.equations())}. {end}"
+
+
+def free_answer(rng: random.Random, problem: Problem) -> str:
+    """An answer in one of the many styles of the raw text; starts with a space."""
+    first = rng.choice(SEPARATORS)
+    told = problem.equations()
+    text = f"{rng.choice(OPENINGS)} {told[0]}"
+    for equation in told[1:]:
+        # Mostly one separator an answer, as people write.
+        text += (first if rng.random() < 0.7 else rng.choice(SEPARATORS)) + equation
+    if rng.random() < MARKED_SHARE:
+        text += f"{first}{ANSWER_MARK} {problem.answer}"
+    else:
+        closing = rng.choice(CLOSINGS)
+        text += closing.format(x=problem.answer, n=problem.name, i=problem.item)
+    return text + rng.choice(CHATTER)
+
+
+def raw_document(rng: random.Random, phase: str) -> tuple[str, Problem | None]:
+    """One document of raw text and the problem that it asks, if any.
+
+    Raises:
+        KeyError: if ``phase`` is not one of :data:`PHASES`.
+    """
+    mix = PHASES[phase]
+    kinds = (mix.equations, mix.copies, mix.stories, mix.exercises, mix.questions)
+    kind = rng.choices(range(5), weights=kinds)[0]
+    if kind == 0:
+        return equations(rng, mix.limits), None
+    if kind == 1:
+        return copies(rng, mix.limits), None
+    problem = make_split_problem(rng, _steps(rng), held_out=False, limits=mix.limits)
+    if kind == 2:
+        return story(rng, problem), problem
+    if kind == 3:
+        heading = rng.choice(("Exercise:", "Problem:", "Task:"))
+        label = rng.choice(("Solution:", "Result:", "Worked out:"))
+        return f"{heading} {problem.question}\n{label}{free_answer(rng, problem)}", problem
+    return problem.prompt + free_answer(rng, problem), problem
+
+
+def raw_documents(seed: int, phase: str) -> Iterator[tuple[str, Problem | None]]:
+    """An endless stream of :func:`raw_document`, a pure function of its arguments."""
+    rng = random.Random(f"tta_ext.demo raw {phase} {seed}")
+    while True:
+        yield raw_document(rng, phase)
+
+
+def formatted_documents(seed: int) -> Iterator[tuple[str, Problem]]:
+    """An endless stream of questions answered in the answer format."""
+    rng = random.Random(f"tta_ext.demo formatted {seed}")
+    while True:
+        problem = make_split_problem(rng, rng.choice((1, 2, 2, 3, 3)), held_out=False)
+        yield problem.prompt + problem.formatted_answer(), problem

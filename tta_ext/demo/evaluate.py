@@ -1,0 +1,519 @@
+"""Evaluate deferral rules on the demo's held-out problems.
+
+``python -m tta_ext.demo.evaluate --n 500 --sweep --json OUT`` prints the whole table; ``tta demo``
+shows a short one. Every row decodes the same problems through :class:`tta_ext.KnapsackDeferral`,
+greedily (argmax of the mixture) or sampled at temperature 1.
+
+Random numbers are keyed by seed, problem and position, so a row's answers do not depend on the
+other rows, on their order, or on whether a run was cut off and resumed. With a *journal*, every
+finished batch is one line of a JSONL file, on the disk before the next batch starts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tta_ext import rules as rule_table
+from tta_ext.decoding.kad import IMPLICIT_REWARD, KnapsackDeferral
+from tta_ext.decoding.loading import load_model, load_tokenizer
+from tta_ext.demo.task import (
+    Problem,
+    evaluation_problems,
+    score_lenient,
+    score_strict,
+    strict_answer,
+)
+
+ASSETS = Path(__file__).resolve().parent.parent / "assets" / "demo"
+MAX_NEW_TOKENS = 64
+GREEDY, SAMPLED = "greedy", "sampled"
+MODES = (GREEDY, SAMPLED)
+# Not rules: the models alone.
+BASE_ALONE, PROXY_ALONE = "base", "proxy"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A rule, its parameter and its critical-item policy; or a model alone (param None)."""
+
+    rule: str
+    param: float | None = None
+    critical: str = "exclude"
+
+    @property
+    def label(self) -> str:
+        """``threshold 0.4``, ``knapsack 0.9 split``, ``base``."""
+        parts = [self.rule] if self.param is None else [self.rule, f"{self.param:g}"]
+        if self.critical != "exclude":
+            parts.append(self.critical)
+        return " ".join(parts)
+
+    @classmethod
+    def parse(cls, text: str) -> Setting:
+        """From ``rule``, ``rule:param`` or ``rule:param:critical``.
+
+        Raises:
+            ValueError: an unknown rule or policy, or a parameter that is missing or not a number.
+        """
+        rule, _, rest = text.partition(":")
+        param, _, critical = rest.partition(":")
+        known = (BASE_ALONE, PROXY_ALONE, IMPLICIT_REWARD)
+        rule = rule if rule in known else rule_table.rule_name(rule)
+        rule_table.critical_code(critical or "exclude")
+        if rule in (BASE_ALONE, PROXY_ALONE, "argmax"):
+            if rest:
+                raise ValueError(f"{rule} takes no parameter, got {text!r}")
+            return cls(rule)
+        try:
+            return cls(rule, float(param), critical or "exclude")
+        except ValueError:
+            raise ValueError(f"{text!r} has no parameter; expected e.g. '{rule}:0.4'") from None
+
+
+ALONE = (Setting(BASE_ALONE), Setting(PROXY_ALONE))
+SHORT = (
+    *ALONE,
+    Setting("knapsack", 0.5),
+    Setting("knapsack", 0.9),
+    Setting("threshold", 0.4),
+    Setting("confidence_bet", 0.2),
+    Setting("nudging", 0.4),
+    Setting(IMPLICIT_REWARD, 1.0),
+)
+
+
+def _settings(rule: str, *params: float, critical: str = "exclude") -> tuple[Setting, ...]:
+    return tuple(Setting(rule, param, critical) for param in params)
+
+
+SWEEP = (
+    *ALONE,
+    *_settings("knapsack", 0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95),
+    *_settings("knapsack", 0.3, 0.5, 0.7, 0.9, critical="include"),
+    *_settings("knapsack", 0.3, 0.5, 0.7, 0.9, critical="split"),
+    *_settings("threshold", 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95),
+    *_settings("confidence_bet", -0.2, 0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8),
+    *_settings("nudging", 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95),
+    *_settings("relative", 0.05, 0.1, 0.2, 0.3, 0.5, 0.7),
+    Setting("argmax"),
+    *_settings("proxy_below", -0.9, -0.7, -0.5, -0.3, -0.1, 0.0),
+    *_settings("proxy_above", -0.2, 0.0, 0.2, 0.4, 0.6),
+    *_settings(IMPLICIT_REWARD, 0.5, 1.0, 1.5, 2.0),
+)
+
+
+@dataclass
+class Row:
+    """One line of the table.
+
+    Attributes:
+        rule, param, critical: the setting.
+        mode: ``"greedy"`` or ``"sampled"``.
+        n: problems answered.
+        exact, exact_stderr: share of exact matches (the right number in the answer format) and its
+            standard error ``sqrt(x (1 - x) / n)``.
+        lenient, lenient_stderr: the same without regard to format.
+        formatted: share of answers in the format, right or wrong.
+        deferred_rate: share of tokens that came from the proxy; None for implicit reward, where no
+            token comes from one model alone.
+        proxy_call_rate: rows run through the proxy for each token generated; the rest was saved.
+        tokens: mean length of an answer, ``<eos>`` included.
+        tokens_per_second: generated tokens per second of the decoding loop, the whole batch.
+        outcomes: exact match of each problem, for paired differences; not in JSON.
+    """
+
+    rule: str
+    param: float | None
+    critical: str
+    mode: str
+    n: int
+    exact: float
+    exact_stderr: float
+    lenient: float
+    lenient_stderr: float
+    formatted: float
+    deferred_rate: float | None
+    proxy_call_rate: float
+    tokens: float
+    tokens_per_second: float
+    outcomes: tuple[bool, ...] = field(default=(), repr=False)
+
+    @property
+    def setting(self) -> Setting:
+        """The row's rule, parameter and policy."""
+        return Setting(self.rule, self.param, self.critical)
+
+    def as_dict(self) -> dict[str, Any]:
+        """All fields but the outcomes, for JSON."""
+        return {key: value for key, value in asdict(self).items() if key != "outcomes"}
+
+
+@dataclass
+class Pair:
+    """The demo's models, loaded."""
+
+    base: Any
+    proxy: Any
+    proxy_init: Any
+    tokenizer: Any
+    fingerprint: str
+
+    def decoder(self, setting: Setting) -> tuple[KnapsackDeferral, dict[str, Any]]:
+        """What decodes a setting, and the options to hand to its ``generate``."""
+        if setting.rule == IMPLICIT_REWARD:
+            kad = KnapsackDeferral(
+                self.base,
+                self.proxy,
+                self.tokenizer,
+                rule=IMPLICIT_REWARD,
+                param=setting.param,
+                anti=self.proxy_init,
+            )
+            return kad, {}
+        # Threshold 0 rejects nothing: the first model alone; the second one is never run.
+        first = self.proxy if setting.rule == PROXY_ALONE else self.base
+        kad = KnapsackDeferral(first, self.proxy, self.tokenizer, rule="threshold", param=0.0)
+        if setting in ALONE:
+            return kad, {}
+        options = {"rule": setting.rule, "param": setting.param, "critical": setting.critical}
+        return kad, options
+
+
+def load_pair(directory: str | Path | None = None) -> Pair:
+    """Load the pair in float32 on the CPU; None: the one that ships with the package.
+
+    Raises:
+        ValueError: a model is missing or not in safetensors.
+    """
+    root = ASSETS if directory is None else Path(directory)
+    digest = hashlib.sha256()
+    for name in ("base", "proxy", "proxy_init"):
+        file = root / name / "model.safetensors"
+        if not file.is_file():
+            raise ValueError(
+                f"there is no {file}; make the pair with: python -m tta_ext.demo.train"
+            )
+        digest.update(file.read_bytes())
+    base, proxy, init = (
+        load_model(str(root / name), dtype=torch.float32)
+        for name in ("base", "proxy", "proxy_init")
+    )
+    return Pair(base, proxy, init, load_tokenizer(str(root / "base")), digest.hexdigest()[:16])
+
+
+class Journal:
+    """A JSONL file of finished batches that survives a kill.
+
+    Args:
+        path: the file; created if missing. A line cut off by a kill is removed.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._done: dict[str, Any] = {}
+        if not self.path.exists():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            return
+        content = self.path.read_bytes()
+        end = content.rfind(b"\n") + 1
+        if end < len(content):
+            with self.path.open("r+b") as file:
+                file.truncate(end)
+        for line in content[:end].splitlines():
+            entry = json.loads(line)
+            self._done[json.dumps(entry["key"], sort_keys=True)] = entry["value"]
+
+    def get(self, key: dict[str, Any]) -> Any:
+        """The value stored under a key, or None."""
+        return self._done.get(json.dumps(key, sort_keys=True))
+
+    def put(self, key: dict[str, Any], value: Any) -> None:
+        """Append an entry; on the disk when this returns."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"key": key, "value": value}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self._done[json.dumps(key, sort_keys=True)] = value
+
+
+def _run_batch(
+    pair: Pair, setting: Setting, mode: str, seed: int, start: int, problems: Sequence[Problem]
+) -> dict[str, Any]:
+    """Decode one batch; a JSON value with all that a row needs."""
+    kad, options = pair.decoder(setting)
+    generation = kad.generate(
+        [problem.prompt for problem in problems],
+        max_new_tokens=MAX_NEW_TOKENS,
+        do_sample=mode == SAMPLED,
+        seed=seed,
+        sequence=list(range(start, start + len(problems))),
+        **options,
+    )
+    assert generation.texts is not None
+    stats = generation.stats
+    return {
+        "texts": generation.texts,
+        "tokens": stats.tokens,
+        "deferred_tokens": stats.deferred_tokens,
+        "proxy_rows": stats.proxy_rows,
+        "seconds": stats.seconds,
+    }
+
+
+def _row(
+    setting: Setting, mode: str, problems: Sequence[Problem], batches: list[dict[str, Any]]
+) -> Row:
+    texts = [text for batch in batches for text in batch["texts"]]
+    total = {
+        name: sum(batch[name] for batch in batches)
+        for name in ("tokens", "deferred_tokens", "proxy_rows", "seconds")
+    }
+    n, tokens = len(problems), max(1, total["tokens"])
+    outcomes = tuple(score_strict(p, t) for p, t in zip(problems, texts, strict=True))
+    exact = sum(outcomes) / n
+    lenient = sum(score_lenient(p, t) for p, t in zip(problems, texts, strict=True)) / n
+    deferred: float | None = total["deferred_tokens"] / tokens
+    calls = total["proxy_rows"] / tokens
+    if setting.rule == PROXY_ALONE:
+        deferred = calls = 1.0
+    elif setting.rule == IMPLICIT_REWARD:
+        # Expert and anti-expert both run for every token: count a pair once.
+        deferred, calls = None, calls / 2
+    return Row(
+        rule=setting.rule,
+        param=setting.param,
+        critical=setting.critical,
+        mode=mode,
+        n=n,
+        exact=exact,
+        exact_stderr=math.sqrt(exact * (1 - exact) / n),
+        lenient=lenient,
+        lenient_stderr=math.sqrt(lenient * (1 - lenient) / n),
+        formatted=sum(strict_answer(text) is not None for text in texts) / n,
+        deferred_rate=deferred,
+        proxy_call_rate=calls,
+        tokens=total["tokens"] / n,
+        tokens_per_second=total["tokens"] / total["seconds"] if total["seconds"] else 0.0,
+        outcomes=outcomes,
+    )
+
+
+def evaluate_iter(
+    rules: Iterable[Setting | str] = SHORT,
+    n: int = 100,
+    *,
+    modes: Sequence[str] = MODES,
+    seed: int = 0,
+    batch_size: int = 100,
+    pair: Pair | None = None,
+    journal: str | Path | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Iterator[Row]:
+    """Rows as they are finished; see :func:`evaluate`."""
+    settings = [rule if isinstance(rule, Setting) else Setting.parse(rule) for rule in rules]
+    if n < 1:
+        raise ValueError(f"n is {n}, expected at least 1")
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}, expected at least 1")
+    for mode in modes:
+        if mode not in MODES:
+            raise ValueError(f"mode is {mode!r}, expected one of {', '.join(MODES)}")
+    pair = load_pair() if pair is None else pair
+    book = None if journal is None else Journal(journal)
+    problems = evaluation_problems(n)
+    for setting in settings:
+        for mode in modes:
+            batches = []
+            for start in range(0, n, batch_size):
+                chosen = problems[start : start + batch_size]
+                key = asdict(setting) | {
+                    "mode": mode,
+                    "seed": seed,
+                    "start": start,
+                    "stop": start + len(chosen),
+                    "pair": pair.fingerprint,
+                }
+                batch = None if book is None else book.get(key)
+                if batch is None:
+                    batch = _run_batch(pair, setting, mode, seed, start, chosen)
+                    if book is not None:
+                        book.put(key, batch)
+                batches.append(batch)
+                if progress is not None:
+                    progress(len(chosen))
+            yield _row(setting, mode, problems, batches)
+
+
+def evaluate(rules: Iterable[Setting | str] = SHORT, n: int = 100, **options: Any) -> list[Row]:
+    """Evaluate settings on the first ``n`` held-out problems.
+
+    Args:
+        rules: settings, or texts that :meth:`Setting.parse` reads (``"base"``, ``"threshold:0.4"``,
+            ``"knapsack:0.9:split"``, ``"implicit_reward:1"``).
+        n: number of problems.
+        modes: any of ``"greedy"`` and ``"sampled"``.
+        seed: seed of the sampled rows; the problems do not depend on it.
+        batch_size: problems decoded together.
+        pair: from :func:`load_pair`; None loads the shipped one.
+        journal: JSONL file that keeps finished batches; a run with the same file resumes.
+        progress: called after each batch with its number of problems.
+
+    Returns:
+        One :class:`Row` for each setting and mode, in that order. The same arguments give the same
+        rows, times apart.
+
+    Raises:
+        ValueError: an unknown setting or mode, or a number out of range.
+    """
+    return list(evaluate_iter(rules, n, **options))
+
+
+def difference(one: Row, other: Row) -> tuple[float, float]:
+    """Paired difference of exact match, ``one - other``, and its standard error.
+
+    Raises:
+        ValueError: the rows answered different numbers of problems.
+    """
+    if len(one.outcomes) != len(other.outcomes) or not one.outcomes:
+        raise ValueError("rows are not paired: they answered different problems")
+    deltas = [int(a) - int(b) for a, b in zip(one.outcomes, other.outcomes, strict=True)]
+    mean = sum(deltas) / len(deltas)
+    variance = sum((d - mean) ** 2 for d in deltas) / max(1, len(deltas) - 1)
+    return mean, math.sqrt(variance / len(deltas))
+
+
+def best_by_rule(rows: Iterable[Row], mode: str) -> dict[str, Row]:
+    """The row of highest exact match for each rule; ties to the earlier."""
+    best: dict[str, Row] = {}
+    for row in rows:
+        if row.mode == mode and (row.rule not in best or row.exact > best[row.rule].exact):
+            best[row.rule] = row
+    return best
+
+
+def summary(rows: Sequence[Row]) -> dict[str, Any]:
+    """The table's main comparisons for each mode, with paired standard errors.
+
+    Parameters are chosen on the same problems, which flatters every swept rule alike.
+    """
+    result: dict[str, Any] = {}
+    for mode in dict.fromkeys(row.mode for row in rows):
+        best = best_by_rule(rows, mode)
+        kad = [best[rule] for rule in ("knapsack", "threshold") if rule in best]
+        if not kad or BASE_ALONE not in best or PROXY_ALONE not in best:
+            continue
+        top = max(kad, key=lambda row: row.exact)
+        base, proxy = best[BASE_ALONE], best[PROXY_ALONE]
+        steered = [row for rule, row in best.items() if rule not in (BASE_ALONE, PROXY_ALONE)]
+        ranked = sorted(steered, key=lambda row: -row.exact)
+        pairs = []
+        for i, one in enumerate(ranked):
+            for other in ranked[i + 1 :]:
+                mean, error = difference(one, other)
+                apart = mean / error if error else (math.inf if mean else 0.0)
+                pairs.append(
+                    {
+                        "better": one.setting.label,
+                        "worse": other.setting.label,
+                        "difference": round(mean, 4),
+                        "stderr": round(error, 4),
+                        "stderrs_apart": None if math.isinf(apart) else round(apart, 1),
+                    }
+                )
+        result[mode] = {
+            "best_kad": top.setting.label,
+            "exact": top.exact,
+            "over_base": difference(top, base),
+            "over_proxy": difference(top, proxy),
+            "base_lenient": base.lenient,
+            "beats_base_lenient": top.exact > base.lenient,
+            "best_by_rule": {row.rule: [row.setting.label, row.exact] for row in ranked},
+            "differences": pairs,
+        }
+    return result
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows as a Markdown table."""
+    columns = (
+        "exact",
+        "±",
+        "lenient",
+        "formatted",
+        "proxy calls",
+        "deferred",
+        "tokens",
+        "tokens/s",
+    )
+    lines = [f"| rule | mode | {' | '.join(columns)} |", "|---|---|" + "---:|" * len(columns)]
+    for row in rows:
+        deferred = "-" if row.deferred_rate is None else f"{row.deferred_rate:.3f}"
+        lines.append(
+            f"| {row.setting.label} | {row.mode} | {row.exact:.3f} | {row.exact_stderr:.3f} "
+            f"| {row.lenient:.3f} | {row.formatted:.3f} | {row.proxy_call_rate:.3f} "
+            f"| {deferred} | {row.tokens:.1f} | {row.tokens_per_second:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Command line of the evaluation."""
+    parser = argparse.ArgumentParser(description="Evaluate deferral rules on the demo pair.")
+    parser.add_argument("--n", type=int, default=500, help="number of held-out problems")
+    parser.add_argument("--rules", nargs="*", help="e.g. base threshold:0.4 knapsack:0.9:split")
+    parser.add_argument("--sweep", action="store_true", help="all rules, many parameters")
+    parser.add_argument("--modes", nargs="*", default=list(MODES), choices=MODES)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch-size", type=int, default=100)
+    parser.add_argument("--pair", type=Path, help="directory of another pair")
+    parser.add_argument("--journal", type=Path, help="JSONL file; a cut-off run resumes from it")
+    parser.add_argument(
+        "--json", type=Path, help="file for rows and summary; .md is written beside"
+    )
+    parser.add_argument("--threads", type=int, help="torch threads")
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    pair = load_pair(arguments.pair)
+    rows = []
+    for row in evaluate_iter(
+        arguments.rules or (SWEEP if arguments.sweep else SHORT),
+        arguments.n,
+        modes=arguments.modes,
+        seed=arguments.seed,
+        batch_size=arguments.batch_size,
+        pair=pair,
+        journal=arguments.journal,
+    ):
+        rows.append(row)
+        print(table([row]).splitlines()[-1], flush=True)
+    result = {
+        "command": "python -m tta_ext.demo.evaluate",
+        "n": arguments.n,
+        "seed": arguments.seed,
+        "batch_size": arguments.batch_size,
+        "pair": pair.fingerprint,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "summary": summary(rows),
+        "rows": [row.as_dict() for row in rows],
+    }
+    print(json.dumps(result["summary"], indent=1))
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+        arguments.json.with_suffix(".md").write_text(table(rows) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,216 @@
+"""The demo's task: word problems of two or three steps, and how an answer is scored.
+
+A prompt is one question and an open answer, with no system text and no chat template::
+
+    Q: Tom has 47 apples. Tom buys 12 more. Tom sells 20. How many apples?
+    A:
+
+and the wanted completion, the *answer format*, is one equation a step and a final mark::
+
+     47+12=59; 59-20=39; #### 39<eos>
+
+Problems are split by what is computed, not by their wording: the chain ``47+12-20`` is hashed, and
+one chain in eight is *held out*. No training document asks a held-out chain, whatever its names,
+items and verbs, so evaluation problems cannot be looked up. (Single facts such as 47+12=59 do occur
+in training: they are the knowledge that the base has and the proxy lacks.)
+
+Two scores, both 0 or 1 for a completion:
+
+* :func:`score_strict` ("exact match"): the completion, up to the end of text, ends in
+  ``#### <answer>``;
+* :func:`score_lenient` (format-free): the last number of the completion is the answer, however it
+  is written and whatever chatter surrounds it.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import zlib
+from dataclasses import dataclass
+
+NAMES = tuple("Tom Ana Ben Eva Max Lea Sam Mia Leo Zoe Jim Amy Dan Ivy Kai Uma".split())
+ITEMS = tuple("apples books coins pens cards stamps eggs shells stones nuts balls cups".split())
+VERBS = {
+    "+": ("buys {k} more", "finds {k} more", "gets {k} more", "wins {k} more"),
+    "-": ("sells {k}", "loses {k}", "gives away {k}", "breaks {k}"),
+}
+TIMES = {2: "doubles", 3: "triples"}
+EVALUATION_STEPS = (2, 3)
+
+ANSWER_MARK = "####"
+EQUATION_SEPARATOR = "; "
+HELD_OUT_EVERY = 8  # one chain in eight is kept for evaluation
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Ranges of the numbers in a problem; every running total stays within ``1..total``."""
+
+    start: int
+    operand: int
+    total: int
+
+
+WIDE = Limits(start=99, operand=89, total=199)  # the evaluation's
+NARROW = Limits(start=49, operand=39, total=99)  # a first lesson
+
+_NUMBER = re.compile(r"\d+")
+_FINAL = re.compile(re.escape(ANSWER_MARK) + r" (\d+)\s*\Z")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One arithmetic step: ``before op operand = after`` with ``op`` one of ``+ - *``."""
+
+    before: int
+    op: str
+    operand: int
+    after: int
+
+    def equation(self) -> str:
+        """The step as text, e.g. ``47+12=59``."""
+        return f"{self.before}{self.op}{self.operand}={self.after}"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A word problem: its sentences, the steps that solve it, and the answer."""
+
+    name: str
+    item: str
+    start: int
+    steps: tuple[Step, ...]
+    sentences: tuple[str, ...]
+
+    @property
+    def answer(self) -> int:
+        """The final total."""
+        return self.steps[-1].after
+
+    @property
+    def chain(self) -> str:
+        """What is computed, without the wording: ``47+12-20``."""
+        return str(self.start) + "".join(f"{s.op}{s.operand}" for s in self.steps)
+
+    @property
+    def held_out(self) -> bool:
+        """True where the chain belongs to evaluation and may not be asked in training."""
+        return zlib.crc32(self.chain.encode()) % HELD_OUT_EVERY == 0
+
+    @property
+    def story(self) -> str:
+        """The sentences without the question."""
+        return " ".join(self.sentences)
+
+    @property
+    def question(self) -> str:
+        """The story and the question."""
+        return f"{self.story} How many {self.item}?"
+
+    @property
+    def prompt(self) -> str:
+        """The text that the models continue: ``Q: ...?\\nA:``."""
+        return f"Q: {self.question}\nA:"
+
+    def equations(self) -> list[str]:
+        """One equation a step."""
+        return [step.equation() for step in self.steps]
+
+    def formatted_answer(self) -> str:
+        """The wanted completion, without the end-of-text token."""
+        parts = [*self.equations(), f"{ANSWER_MARK} {self.answer}"]
+        return " " + EQUATION_SEPARATOR.join(parts)
+
+
+def make_step(rng: random.Random, total: int, limits: Limits) -> Step:
+    """Draw a step that keeps the running total within ``1..limits.total``."""
+    while True:
+        op = rng.choices("+-*", weights=(9, 9, 2))[0]
+        operand = rng.choice((2, 3)) if op == "*" else rng.randint(2, limits.operand)
+        after = {"+": total + operand, "-": total - operand, "*": total * operand}[op]
+        if 1 <= after <= limits.total:
+            return Step(total, op, operand, after)
+
+
+def make_problem(rng: random.Random, steps: int, limits: Limits = WIDE) -> Problem:
+    """Draw one problem.
+
+    Args:
+        rng: the source of all choices; equal states give equal problems.
+        steps: number of arithmetic steps, at least 1.
+        limits: ranges of the numbers.
+
+    Raises:
+        ValueError: if ``steps`` is less than 1.
+    """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    name, item = rng.choice(NAMES), rng.choice(ITEMS)
+    start = total = rng.randint(2, limits.start)
+    done: list[Step] = []
+    sentences = [f"{name} has {start} {item}."]
+    for _ in range(steps):
+        step = make_step(rng, total, limits)
+        if step.op == "*":
+            sentences.append(f"The number {TIMES[step.operand]}.")
+        else:
+            verb = rng.choice(VERBS[step.op]).format(k=step.operand)
+            sentences.append(f"{name} {verb}.")
+        done.append(step)
+        total = step.after
+    return Problem(name, item, start, tuple(done), tuple(sentences))
+
+
+def make_split_problem(
+    rng: random.Random, steps: int, *, held_out: bool, limits: Limits = WIDE
+) -> Problem:
+    """Draw problems until one falls on the wanted side of the split."""
+    while True:
+        problem = make_problem(rng, steps, limits)
+        if problem.held_out == held_out:
+            return problem
+
+
+def evaluation_problems(n: int, seed: int = 0) -> list[Problem]:
+    """``n`` held-out problems of two or three steps, in equal parts, no chain twice.
+
+    A longer list starts with the shorter ones of the same seed.
+
+    Raises:
+        ValueError: if ``n`` is negative.
+    """
+    if n < 0:
+        raise ValueError(f"n must not be negative, got {n}")
+    rng = random.Random(f"tta_ext.demo evaluation {seed}")
+    problems: list[Problem] = []
+    seen: set[str] = set()
+    while len(problems) < n:
+        steps = EVALUATION_STEPS[len(problems) % len(EVALUATION_STEPS)]
+        problem = make_split_problem(rng, steps, held_out=True)
+        if problem.chain not in seen:
+            seen.add(problem.chain)
+            problems.append(problem)
+    return problems
+
+
+def strict_answer(completion: str) -> int | None:
+    """The number of a completion that ends in ``#### <number>``; None for any other ending."""
+    match = _FINAL.search(completion)
+    return int(match.group(1)) if match else None
+
+
+def lenient_answer(completion: str) -> int | None:
+    """The last number of the completion before a next question; None where there is none."""
+    numbers = _NUMBER.findall(completion.split("\nQ:")[0])
+    return int(numbers[-1]) if numbers else None
+
+
+def score_strict(problem: Problem, completion: str) -> bool:
+    """Exact match: the right number in the right format, and nothing after it."""
+    return strict_answer(completion) == problem.answer
+
+
+def score_lenient(problem: Problem, completion: str) -> bool:
+    """Format-free: the last number is right."""
+    return lenient_answer(completion) == problem.answer

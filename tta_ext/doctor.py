@@ -1,0 +1,113 @@
+"""Which backend serves each op, and why not a faster one: the data behind ``tta doctor``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from tta_ext import env, jit
+
+
+@dataclass(frozen=True)
+class OpStatus:
+    """One op: the backend that serves CPU tensors, and for each other backend why it does not
+    serve.
+    """
+
+    name: str
+    backend: str
+    why_not: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """Everything ``tta doctor`` prints.
+
+    Attributes:
+        env: facts of the machine, as :func:`tta_ext.env.collect` returns them.
+        native: how the native CPU library was found.
+        cpu_isa: instruction set in use (scalar, avx2, avx512); None without the native library.
+        cache: folder of on-the-fly builds.
+        ops: one entry an op.
+        advice: commands that would mend what is missing, most useful first.
+    """
+
+    env: dict[str, str]
+    native: jit.LoadResult
+    cpu_isa: str | None
+    cache: str
+    ops: list[OpStatus]
+    advice: list[str]
+
+
+def _cpu_isa() -> str:
+    level = int(torch.ops.tta_ext.cpu_isa(-1))
+    return ("scalar", "avx2", "avx512")[level]
+
+
+def diagnose() -> Diagnosis:
+    """Load the native library as the first op would, then say what serves what.
+
+    Never raises for a missing compiler, GPU or package: that is what it reports. It may compile
+    the CPU library (about 20 s, once).
+    """
+    from tta_ext import schemas
+    from tta_ext.ops import _dispatch
+
+    try:
+        native = jit.load()
+        unusable = _dispatch.native_status()
+    except RuntimeError as error:  # TTA_EXT_NATIVE=1
+        native = jit.LoadResult(False, str(error), None, 0.0, False)
+        unusable = native.reason
+    others = {
+        name: getattr(_dispatch, "unavailable", _dispatch._unavailable)(name)
+        for name in ("cuda", "triton")
+    }
+    ops = []
+    for name in schemas.OPS:
+        on_cpu = not unusable and _dispatch.has_kernel(name, "cpu")
+        why_not = {backend: why for backend, why in others.items() if why}
+        if not on_cpu:
+            why_not["cpu"] = unusable or "the native library has no kernel for it"
+        ops.append(OpStatus(name, "cpu" if on_cpu else "reference", why_not))
+    return Diagnosis(
+        env=env.collect(),
+        native=native,
+        cpu_isa=_cpu_isa() if native.loaded and not unusable else None,
+        cache=str(jit.cache_dir()),
+        ops=ops,
+        advice=_advice(native),
+    )
+
+
+def _advice(native: jit.LoadResult) -> list[str]:
+    advice = []
+    if not native.loaded:
+        _, marker, command = native.reason.partition("mend it with: ")
+        advice.append(command if marker else native.reason)
+    if env.package_version("transformers") is None:
+        advice.append("pip install 'tta-ext[hf]'  (to decode with transformers models)")
+    return advice
+
+
+def render(diagnosis: Diagnosis) -> str:
+    """Plain text of a diagnosis, for terminals without rich and for tests."""
+    native = diagnosis.native
+    lines = [f"{name:<20} {value}" for name, value in diagnosis.env.items()]
+    state = (
+        f"loaded from {native.path} in {native.seconds:.2f} s" if native.loaded else "not loaded"
+    )
+    lines += [
+        f"{'native CPU library':<20} {state}: {native.reason}",
+        f"{'instruction set':<20} {diagnosis.cpu_isa or 'none, the reference serves'}",
+        f"{'build cache':<20} {diagnosis.cache}",
+        "",
+    ]
+    for op in diagnosis.ops:
+        reasons = "; ".join(f"not {name}: {why}" for name, why in op.why_not.items())
+        lines.append(f"{op.name:<24} {op.backend:<10} {reasons}")
+    if diagnosis.advice:
+        lines += ["", *(f"to mend: {line}" for line in diagnosis.advice)]
+    return "\n".join(lines)

@@ -1,0 +1,150 @@
+"""What a bug report needs to say about this machine: ``python -m tta_ext.env``.
+
+Standard library only, so that it also works where torch is missing or broken.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from tta_ext import _compile
+from tta_ext._version import __version__
+
+_PACKAGES = (
+    "torch",
+    "numpy",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "triton",
+    "typer",
+    "rich",
+)
+_VARIABLES = (
+    "TTA_EXT_NATIVE",
+    "TTA_EXT_CACHE_DIR",
+    "TTA_EXT_CPU_ISA",
+    "TTA_EXT_CUDA",
+    "TTA_EXT_LOCK_TIMEOUT",
+    "CXX",
+    "MAX_JOBS",
+    "CUDA_HOME",
+    "OMP_NUM_THREADS",
+    "OMP_WAIT_POLICY",
+)
+_ISA_FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "asimd")
+
+
+def package_version(name: str) -> str | None:
+    """Version of an installed distribution, found without importing it."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu() -> tuple[str, list[str]]:
+    """Processor model and the instruction sets of it that matter here."""
+    model, flags = platform.processor() or platform.machine(), []
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                model = value.strip()
+            elif key.strip().lower() in ("flags", "features"):
+                present = set(value.split())
+                flags = [flag for flag in _ISA_FLAGS if flag in present]
+                break
+    except OSError:
+        pass
+    return model, flags
+
+
+def _memory_gib() -> float | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def _first_line(command: list[str]) -> str | None:
+    if shutil.which(command[0]) is None:
+        return None
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"does not run: {error}"
+    lines = (done.stdout or done.stderr).strip().splitlines()
+    return lines[-1] if command[0] == "nvcc" and lines else (lines[0] if lines else "")
+
+
+def _torch() -> dict[str, str]:
+    try:
+        import torch
+    except ModuleNotFoundError:
+        return {"torch": "not installed; mend it with: pip install torch"}
+    except Exception as error:  # a broken installation is what the report is for
+        return {"torch": f"does not import: {type(error).__name__}: {error}"}
+    return {
+        "torch": str(torch.__version__),
+        "torch CUDA": str(torch.version.cuda),
+        "torch threads": str(torch.get_num_threads()),
+        "torch CPU capability": str(torch.backends.cpu.get_cpu_capability()),
+    }
+
+
+def _compiler() -> str:
+    try:
+        found = _compile.find_compiler()
+    except _compile.BuildError as error:
+        return str(error)
+    return f"{found.version} ({' '.join(found.command)})"
+
+
+def collect() -> dict[str, str]:
+    """The facts, in the order in which they are printed. Compiles and loads nothing."""
+    model, flags = _cpu()
+    memory = _memory_gib()
+    facts = {
+        "tta_ext": f"{__version__} at {Path(__file__).resolve().parent}",
+        "python": f"{platform.python_version()} at {sys.executable}",
+        "system": platform.platform(),
+        "processor": f"{model} ({os.cpu_count()} logical cores)",
+        "instruction sets": " ".join(flags) or "none of " + " ".join(_ISA_FLAGS),
+        "memory": f"{memory:.1f} GiB" if memory else "unknown",
+        **_torch(),
+        "packages": ", ".join(
+            f"{name} {version}" for name in _PACKAGES[1:] if (version := package_version(name))
+        ),
+        "C++ compiler": _compiler(),
+        "nvcc": _first_line(["nvcc", "--version"]) or "not found",
+        "C++ sources": str(_compile.source_root()),
+        "variables": ", ".join(
+            f"{name}={os.environ[name]}" for name in _VARIABLES if name in os.environ
+        )
+        or "none set",
+    }
+    return facts
+
+
+def env_report() -> str:
+    """The facts of :func:`collect` as text, one a line, to paste into a report.
+
+    >>> print(env_report())  # doctest: +SKIP
+    tta_ext           0.1.0 at ...
+    """
+    facts = collect()
+    width = max(map(len, facts))
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in facts.items())
+
+
+if __name__ == "__main__":
+    print(env_report())

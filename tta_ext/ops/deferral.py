@@ -1,0 +1,386 @@
+"""Deferral operators: a base model proposes tokens, a rule leaves some of them to a proxy.
+
+With base probabilities p = softmax(base_logits / T), proxy probabilities q and a rejection
+probability mu(v) that the rule sets, the next token has the law
+
+    pi(v) = (1 - mu(v)) p(v) + q(v) D,      D = sum_w mu(w) p(w).
+
+:mod:`tta_ext.rules` lists the rules. What all operators here share:
+
+**Logits** are float32, float16 or bfloat16 of shape ``[B, V]``, ``1 <= V <= 2**20``, any ``B``, any
+row stride, unit stride over V; they are widened to float32 in registers. Base and proxy have the
+same shape and device; if their dtypes differ, both are converted to float32 first. -inf marks an
+impossible token.
+
+**Rule arguments** (``R`` below): ``rule`` is a name or alias; ``param`` a float, or a float64 tensor
+with one element or one a row (None for ``argmax``); ``critical`` says what becomes of the first
+item that does not fit the knapsack: ``"exclude"`` keeps it, ``"include"`` defers it too, ``"split"``
+defers the fraction that fills the budget; ``temperature`` T > 0 gives p, q and pi;
+``rule_temperature`` (default T) the p and q that the rule looks at.
+
+**Key arguments** (``S`` below): ``seed`` (int or int64 tensor, bits as unsigned), ``position`` (int,
+or int64 tensor with one element or one a row) and ``sequence`` (the same; default: the row number)
+with ``iteration`` and ``rollout`` name the random numbers (:mod:`tta_ext.rng`); equal names give
+equal tokens whatever the batch. ``do_sample=False`` takes argmax pi, ties to the lowest id, and
+needs no names.
+
+**check**: a row with NaN, +inf or nothing but -inf raises ``ValueError`` naming the row with
+``check=True`` (default on the CPU); with ``check=False`` (default elsewhere and in compiled graphs:
+no synchronisation) its token is -1, its masses NaN, its critical item -2 and its mask empty.
+
+**Errors**: ``TypeError`` for a wrong dtype or a missing argument, ``ValueError`` for a wrong shape,
+device, layout, range or rule; one sentence with the value and what is accepted.
+
+**Numerics**: sums over V have one order, whatever the vector width, the threads and the batch; the
+native kernels give the same bits on every instruction set (DESIGN, numerics contract). The gradient
+of all outputs is undefined; they never require grad.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tta_ext.ops import _arguments as args
+from tta_ext.ops._dispatch import Op, invoke
+
+__all__ = [
+    "Mask",
+    "Proposal",
+    "Stats",
+    "deferral_mask",
+    "deferral_probs",
+    "deferral_propose",
+    "deferral_sample",
+    "deferral_stats",
+]
+
+
+class Mask(NamedTuple):
+    """Which tokens are deferred.
+
+    Attributes:
+        mask: bool ``[B, V]``, tokens deferred for certain.
+        critical: int64 ``[B]``, first item the knapsack does not take; -1 if there is none, as for
+            all other rules; -2 for an invalid row.
+        fraction: float32 ``[B]``, how much of the critical item is deferred: 0 (exclude), 1
+            (include) or what fills the budget (split).
+    """
+
+    mask: Tensor
+    critical: Tensor
+    fraction: Tensor
+
+
+class Proposal(NamedTuple):
+    """A token a row and whether the base model's choice was rejected.
+
+    Attributes:
+        token: int64 ``[B]``, -1 for an invalid row.
+        deferred: bool ``[B]``.
+    """
+
+    token: Tensor
+    deferred: Tensor
+
+
+class Stats(NamedTuple):
+    """Where the cut lies, for traces.
+
+    Attributes:
+        deferred_mass: float64 ``[B]``, D at ``temperature``.
+        critical: int64 ``[B]`` as in :class:`Mask`.
+        cut_logit: float32 ``[B]``, for the knapsack the logit of the critical item, otherwise the
+            lowest logit that is kept; +inf if there is no such item.
+        used: float64 ``[B]``, mass of the deferred tokens at ``rule_temperature``.
+    """
+
+    deferred_mass: Tensor
+    critical: Tensor
+    cut_logit: Tensor
+    used: Tensor
+
+
+_MASK = Op("deferral_mask")
+_PROBS = Op("deferral_probs")
+_STATS = Op("deferral_stats")
+_PROPOSE = Op("deferral_propose")
+_SAMPLE = Op("deferral_sample")
+
+_MATRIX = "[B, V]"
+
+
+def _pair(base_logits: Tensor, proxy_logits: Tensor) -> tuple[Tensor, Tensor]:
+    args.check_logits("base_logits", base_logits, 2, _MATRIX)
+    args.check_logits("proxy_logits", proxy_logits, 2, _MATRIX)
+    args.check_same("proxy_logits", proxy_logits, "base_logits", base_logits)
+    if base_logits.dtype is not proxy_logits.dtype:
+        return base_logits.float(), proxy_logits.float()
+    return base_logits, proxy_logits
+
+
+def deferral_mask(
+    base_logits: Tensor,
+    proxy_logits: Tensor | None = None,
+    *,
+    rule: str,
+    param: float | Tensor | None = None,
+    critical: str = "exclude",
+    temperature: float = 1.0,
+    rule_temperature: float | None = None,
+    check: bool | None = None,
+    out: Sequence[Tensor] | None = None,
+) -> Mask:
+    """Which tokens a rule defers: ``mask = mu == 1``.
+
+    The knapsack takes items (weight p(v), profit -p(v) log p(v)) in ascending order of logit, ties
+    in ascending order of id, while their running weight stays at or below the budget; weightless
+    items are always taken.
+
+    Args:
+        base_logits: ``[B, V]``.
+        proxy_logits: ``[B, V]``; needed by ``confidence_bet``, ``proxy_below`` and ``proxy_above``,
+            not read by the other rules.
+        rule, param, critical, temperature, rule_temperature: rule arguments, see the module.
+        check: see the module.
+        out: a :class:`Mask` (or tuple) of contiguous tensors to write.
+
+    ========== ======= ========
+    output     dtype   shape
+    ========== ======= ========
+    mask       bool    [B, V]
+    critical   int64   [B]
+    fraction   float32 [B]
+    ========== ======= ========
+
+    Bytes moved: ``B V (s + 1)`` with s bytes a logit (``2 s`` for rules that need q).
+
+    Source: arXiv:2510.27017, primal and dual approximation; arXiv:2604.16146.
+
+    Example:
+        >>> logits = torch.tensor([[2.0, 0.0, -1.0, -1.0]])
+        >>> deferral_mask(logits, rule="knapsack", param=0.1).mask
+        tensor([[False, False,  True,  True]])
+    """
+    args.check_logits("base_logits", base_logits, 2, _MATRIX)
+    numbers = args.rule_arguments(
+        base_logits, rule, param, critical, temperature, rule_temperature
+    )
+    base = base_logits
+    if proxy_logits is not None:
+        base, proxy_logits = _pair(base_logits, proxy_logits)
+    else:
+        args.refuse_proxy_rule("a call without them", rule, numbers[1])
+    if out is not None:
+        rows = (base.shape[0],)
+        expected = ((torch.bool, base.shape), (torch.int64, rows), (torch.float32, rows))
+        args.check_outputs(out, Mask._fields, expected, base.device)
+    arguments = (base, proxy_logits, *numbers, args.check_flag(check, base))
+    return Mask(*invoke(_MASK, arguments, out))
+
+
+def deferral_probs(
+    base_logits: Tensor,
+    proxy_logits: Tensor,
+    *,
+    rule: str,
+    param: float | Tensor | None = None,
+    critical: str = "exclude",
+    temperature: float = 1.0,
+    rule_temperature: float | None = None,
+    check: bool | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The law of the next token, ``pi = (1 - mu) p + D q``, float32 ``[B, V]``.
+
+    Args:
+        base_logits, proxy_logits: ``[B, V]``; both are read whatever the rule.
+        rule, param, critical, temperature, rule_temperature: rule arguments, see the module.
+        check: see the module.
+        out: contiguous float32 ``[B, V]`` to write.
+
+    Bytes moved: ``B V (2 s + 4)`` with s bytes a logit.
+
+    Example:
+        >>> base, proxy = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 3.0]])
+        >>> deferral_probs(base, proxy, rule="argmax")
+        tensor([[0.7438, 0.2562]])
+    """
+    base, proxy = _pair(base_logits, proxy_logits)
+    numbers = args.rule_arguments(base, rule, param, critical, temperature, rule_temperature)
+    outs = None
+    if out is not None:
+        outs = args.check_output(out, torch.float32, base.shape, base.device)
+    return invoke(_PROBS, (base, proxy, *numbers, args.check_flag(check, base)), outs)[0]
+
+
+def deferral_stats(
+    base_logits: Tensor,
+    proxy_logits: Tensor | None = None,
+    *,
+    rule: str,
+    param: float | Tensor | None = None,
+    critical: str = "exclude",
+    temperature: float = 1.0,
+    rule_temperature: float | None = None,
+    check: bool | None = None,
+    out: Sequence[Tensor] | None = None,
+) -> Stats:
+    """Deferred mass and place of the cut of every row; for traces, as it needs the whole cut.
+
+    Args:
+        base_logits: ``[B, V]``.
+        proxy_logits: ``[B, V]``, for the rules that need it.
+        rule, param, critical, temperature, rule_temperature: rule arguments, see the module.
+        check: see the module.
+        out: a :class:`Stats` (or tuple) of contiguous tensors to write.
+
+    ============= ======= =====
+    output        dtype   shape
+    ============= ======= =====
+    deferred_mass float64 [B]
+    critical      int64   [B]
+    cut_logit     float32 [B]
+    used          float64 [B]
+    ============= ======= =====
+
+    Bytes moved: ``B V s`` with s bytes a logit (``2 s`` for rules that need q).
+
+    Example:
+        >>> deferral_stats(torch.zeros(1, 4), rule="knapsack", param=0.5).critical
+        tensor([2])
+    """
+    args.check_logits("base_logits", base_logits, 2, _MATRIX)
+    numbers = args.rule_arguments(
+        base_logits, rule, param, critical, temperature, rule_temperature
+    )
+    base = base_logits
+    if proxy_logits is not None:
+        base, proxy_logits = _pair(base_logits, proxy_logits)
+    else:
+        args.refuse_proxy_rule("a call without them", rule, numbers[1])
+    if out is not None:
+        rows = (base.shape[0],)
+        expected = (
+            (torch.float64, rows),
+            (torch.int64, rows),
+            (torch.float32, rows),
+            (torch.float64, rows),
+        )
+        args.check_outputs(out, Stats._fields, expected, base.device)
+    arguments = (base, proxy_logits, *numbers, args.check_flag(check, base))
+    return Stats(*invoke(_STATS, arguments, out))
+
+
+def deferral_propose(
+    base_logits: Tensor,
+    *,
+    rule: str,
+    param: float | Tensor | None = None,
+    critical: str = "exclude",
+    temperature: float = 1.0,
+    rule_temperature: float | None = None,
+    seed: int | Tensor | None = None,
+    position: int | Tensor | None = None,
+    sequence: int | Tensor | None = None,
+    iteration: int = 0,
+    rollout: int = 0,
+    do_sample: bool = True,
+    check: bool | None = None,
+    out: Sequence[Tensor] | None = None,
+) -> Proposal:
+    """The base model's half of :func:`deferral_sample`, for rules that look at p alone.
+
+    Draws v ~ p (stream BASE) and rejects it with probability mu(v) (stream SPLIT where mu is a
+    fraction). Rows with ``deferred`` need the proxy: drawing their token with
+    ``categorical_sample(proxy_logits, stream=PROXY)`` and the same key equals
+    :func:`deferral_sample` bit for bit. A deferred row's token is the rejected v.
+
+    With ``do_sample=False`` the token is the best one kept; ``deferred`` says that its lead over
+    the next best is not greater than D, so that q can change argmax pi: call
+    ``deferral_sample(..., do_sample=False)`` on those rows.
+
+    Args:
+        base_logits: ``[B, V]``.
+        rule, param, critical, temperature, rule_temperature: rule arguments, see the module.
+        seed, position, sequence, iteration, rollout, do_sample: key arguments, see the module.
+        check: see the module.
+        out: a :class:`Proposal` (or tuple) of contiguous tensors to write: int64 and bool ``[B]``.
+
+    Bytes moved: ``B V s`` with s bytes a logit.
+
+    Example:
+        >>> deferral_propose(
+        ...     torch.tensor([[9.0, 0.0]]), rule="threshold", param=0.5, seed=0, position=0
+        ... )
+        Proposal(token=tensor([0]), deferred=tensor([False]))
+    """
+    args.check_logits("base_logits", base_logits, 2, _MATRIX)
+    numbers = args.rule_arguments(
+        base_logits, rule, param, critical, temperature, rule_temperature
+    )
+    args.refuse_proxy_rule("deferral_propose", rule, numbers[1])
+    key = args.key_arguments(
+        base_logits, seed, position, sequence, iteration, rollout, do_sample
+    )
+    if out is not None:
+        rows = (base_logits.shape[0],)
+        expected = ((torch.int64, rows), (torch.bool, rows))
+        args.check_outputs(out, Proposal._fields, expected, base_logits.device)
+    flag = args.check_flag(check, base_logits)
+    return Proposal(*invoke(_PROPOSE, (base_logits, *numbers, *key, flag), out))
+
+
+def deferral_sample(
+    base_logits: Tensor,
+    proxy_logits: Tensor,
+    *,
+    rule: str,
+    param: float | Tensor | None = None,
+    critical: str = "exclude",
+    temperature: float = 1.0,
+    rule_temperature: float | None = None,
+    seed: int | Tensor | None = None,
+    position: int | Tensor | None = None,
+    sequence: int | Tensor | None = None,
+    iteration: int = 0,
+    rollout: int = 0,
+    do_sample: bool = True,
+    check: bool | None = None,
+    out: Sequence[Tensor] | None = None,
+) -> Proposal:
+    """A token of law pi: draw v ~ p, reject it with probability mu(v), replace it by one from q.
+
+    Args:
+        base_logits, proxy_logits: ``[B, V]``. Where the rule looks at p alone, a proxy row is read
+            (and checked) only if the base model's token is rejected.
+        rule, param, critical, temperature, rule_temperature: rule arguments, see the module.
+        seed, position, sequence, iteration, rollout, do_sample: key arguments, see the module;
+            streams BASE, SPLIT and PROXY.
+        check: see the module.
+        out: a :class:`Proposal` (or tuple) of contiguous tensors to write: int64 and bool ``[B]``.
+
+    Returns:
+        The token, and whether the base model's draw was rejected; with ``do_sample=False`` argmax
+        pi, and whether ``mu(token) == 1``.
+
+    Bytes moved: ``B V s`` for kept rows, ``2 B V s`` for rejected ones, with s bytes a logit; the
+    parts of a row whose masked sum is in doubt are read twice.
+
+    Example:
+        >>> base, proxy = torch.tensor([[9.0, 0.0]]), torch.tensor([[0.0, 9.0]])
+        >>> deferral_sample(base, proxy, rule="nudging", param=1.1, seed=0, position=0)
+        Proposal(token=tensor([1]), deferred=tensor([True]))
+    """
+    base, proxy = _pair(base_logits, proxy_logits)
+    numbers = args.rule_arguments(base, rule, param, critical, temperature, rule_temperature)
+    key = args.key_arguments(base, seed, position, sequence, iteration, rollout, do_sample)
+    if out is not None:
+        rows = (base.shape[0],)
+        expected = ((torch.int64, rows), (torch.bool, rows))
+        args.check_outputs(out, Proposal._fields, expected, base.device)
+    flag = args.check_flag(check, base)
+    return Proposal(*invoke(_SAMPLE, (base, proxy, *numbers, *key, flag), out))

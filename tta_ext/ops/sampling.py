@@ -1,0 +1,69 @@
+"""Drawing a token of softmax(logits / T)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tta_ext import rng
+from tta_ext.ops import _arguments as args
+from tta_ext.ops._dispatch import Op, invoke
+
+__all__ = ["categorical_sample"]
+
+_SAMPLE = Op("categorical_sample")
+
+
+def categorical_sample(
+    logits: Tensor,
+    *,
+    seed: int | Tensor | None = None,
+    position: int | Tensor | None = None,
+    sequence: int | Tensor | None = None,
+    iteration: int = 0,
+    rollout: int = 0,
+    do_sample: bool = True,
+    temperature: float = 1.0,
+    stream: int = rng.BASE,
+    draw: int = 0,
+    check: bool | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """One token a row by inverse CDF: the first v with ``sum_{w <= v} p(w) > u``.
+
+    Args:
+        logits: float32, float16 or bfloat16 ``[B, V]``, unit stride over V; -inf is impossible.
+        seed, position, sequence, iteration, rollout: name the uniform u, see :mod:`tta_ext.rng`.
+        do_sample: False takes the highest logit, ties to the lowest id.
+        temperature: T > 0; p = softmax(logits / T).
+        stream: tag of the stream, one of :data:`tta_ext.rng.STREAMS`. ``PROXY`` gives the
+            replacement tokens of :func:`~tta_ext.ops.deferral.deferral_sample`.
+        draw: number of the draw, for several draws at one position, ``0 <= draw < 2**32``.
+        check: raise ``ValueError`` for rows with NaN, +inf or only -inf (default on the CPU);
+            otherwise their token is -1.
+        out: contiguous int64 ``[B]`` to write.
+
+    Returns:
+        int64 ``[B]``.
+
+    Errors: ``TypeError`` for dtypes and missing arguments, ``ValueError`` for shapes, devices,
+    layout and ranges.
+
+    Bytes moved: ``B V s`` with s bytes a logit, and one tile of 4096 logits a row once more.
+
+    Example:
+        >>> categorical_sample(torch.tensor([[0.0, 9.0]]), seed=0, position=0)
+        tensor([1])
+    """
+    args.check_logits("logits", logits, 2, "[B, V]")
+    temperature = args.check_temperature("temperature", temperature)
+    key = args.key_arguments(logits, seed, position, sequence, iteration, rollout, do_sample)
+    if not 0 <= stream <= rng.USER:
+        rng.check_stream(stream)
+    if not 0 <= draw < rng.WORD:
+        rng.check_word("draw", draw)
+    outs = None
+    if out is not None:
+        outs = args.check_output(out, torch.int64, (logits.shape[0],), logits.device)
+    flag = args.check_flag(check, logits)
+    return invoke(_SAMPLE, (logits, temperature, *key, stream, draw, flag), outs)[0]
