@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
         "table is checked against float64 before it is timed.",
     )
     p.add_argument("stems", nargs="*", metavar="STEM", help=f"of {', '.join(STEMS)} (all), "
-                   "or: claims, decoding, overhead")  # fmt: skip
+                   "or: claims, decoding")  # fmt: skip
     p.add_argument("--quick", action="store_true", help="two vocabularies, two batches, minutes")
     p.add_argument("--vocab", type=int, nargs="+", metavar="V", help=f"of {VOCABULARIES}")
     p.add_argument("--batch", type=int, nargs="+", metavar="B", help=f"of {BATCHES}")
@@ -63,13 +63,14 @@ def grid_of(args: argparse.Namespace) -> Grid:
         "rules": args.rule,
         "providers": args.provider,
     }
-    return replace(grid, **{name: tuple(value) for name, value in chosen.items() if value})
+    given: Any = {name: tuple(value) for name, value in chosen.items() if value}
+    return replace(grid, **given)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run; the exit status is 1 if a provider failed its check."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    special = {"claims", "decoding", "overhead"} & set(arguments[:1])
+    special = {"claims", "decoding"} & set(arguments[:1])
     if special:
         name = special.pop()
         module = importlib.import_module(
@@ -81,17 +82,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown:
         parser().error(f"unknown stem {unknown.pop()!r}, expected one of {', '.join(STEMS)}")
     torch.set_num_threads(args.threads)
-    failed = False
+    command = ["python", "-m", "benchmarks", *arguments]
+    every = []
     for stem in args.stems or STEMS:
         rows = []
         for case in STEMS[stem].cases(grid_of(args)):
             rows += harness.run_case(case, args.seconds)
         harness.show(rows)
-        path = args.json or RESULTS / f"{stem}.json"
-        harness.save(path, rows, command=["python", "-m", "benchmarks", *arguments])
-        print(f"written: {path}")
-        failed |= any(row.error for row in rows)
-    return int(failed)
+        if not args.json:
+            path = RESULTS / f"{stem}.json"
+            harness.save(path, rows, command=command)
+            print(f"written: {path}")
+        every += rows
+    if args.json:
+        harness.save(args.json, every, command=command)
+    return int(any(row.error for row in every))
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ def _philox(grid: Grid, blocks: int) -> Case:
 
     return Case(
         "philox",
-        "blocks of 4 words; eager is torch.randint",
+        "eager: torch.randint",
         torch.int64,
         1,
         blocks,
@@ -109,7 +109,7 @@ def _normal(grid: Grid, n: int) -> Case:
 
     return Case(
         "normal",
-        "eager is torch.randn",
+        "eager: torch.randn",
         torch.float32,
         1,
         n,

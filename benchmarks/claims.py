@@ -1,15 +1,17 @@
 """The figures that the project promises, each with its bound: ``python -m benchmarks claims``.
 
-The row is *language-model-like* in the sense of :mod:`benchmarks.data`: Zipf-Mandelbrot logits with
-noise, in random order, whose likeliest 50 to 200 tokens hold nine tenths of the mass. Proxy rows are
-the base's with noise of their own. Every ratio compares calls that take turns in one process and is
-a quotient of the least time per call over rounds; outputs, seeds and positions are tensors made
-before. The *eager chain* is two softmaxes, sort, cumsum, scatter, mixture and multinomial.
+The row is *language-model-like* in the sense of :mod:`benchmarks.data`: Zipf-Mandelbrot logits
+with noise, in random order, whose likeliest 50 to 200 tokens hold nine tenths of the mass. Proxy
+rows are the base's with noise of their own. Every ratio compares calls that take turns in one
+process and is a quotient of the least time per call over rounds; outputs, seeds and positions are
+tensors made before. The *eager chain* is two softmaxes, sort, cumsum, scatter, mixture and
+multinomial.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -45,7 +47,7 @@ class Claim:
         return self.value >= self.bound if self.at_least else self.value <= self.bound
 
 
-def _keys(batch: int, seed: int) -> dict[str, Tensor]:
+def _keys(batch: int, seed: int) -> dict[str, Any]:
     return {
         "seed": torch.tensor(seed, dtype=torch.int64),
         "position": torch.full((batch,), 7, dtype=torch.int64),
@@ -58,23 +60,15 @@ def single_row(seconds: float, seeds: int) -> list[Claim]:
     base, proxy = language_model_pair(1, VOCAB, 0)
     out = ops.deferral_sample(base, proxy, **RULE, **_keys(1, 0))
     keys = [_keys(1, seed) for seed in range(seeds)]
-    kept, deferred = [], []
+    kept: list[dict[str, Any]] = []
+    deferred: list[dict[str, Any]] = []
     for key in keys:
         flag = bool(ops.deferral_sample(base, proxy, **RULE, **key).deferred)
         (deferred if flag else kept).append(key)
 
-    def over(chosen: Sequence[dict[str, Tensor]]) -> Callable[[], Any]:
-        turn = iter(())
-
-        def call() -> Any:
-            nonlocal turn
-            key = next(turn, None)  # the next seed in each call, so that no draw is special
-            if key is None:
-                turn = iter(chosen)
-                key = next(turn)
-            return ops.deferral_sample(base, proxy, **RULE, **key, out=out)
-
-        return call
+    def over(chosen: Sequence[dict[str, Any]]) -> Callable[[], Any]:
+        turn = itertools.cycle(chosen)  # another seed in each call, so that no draw is special
+        return lambda: ops.deferral_sample(base, proxy, **RULE, **next(turn), out=out)
 
     def softmax() -> Tensor:
         return torch.softmax(base, -1)
@@ -179,7 +173,7 @@ def knapsack(seconds: float) -> list[Claim]:
 
 
 def overhead(seconds: float) -> list[Claim]:
-    """A whole public call at V=64 with ``out=`` and tensor positions; the slowest of them counts."""
+    """A public call at V=64 with ``out=`` and tensor positions; the slowest counts."""
     base, proxy = language_model_pair(1, 64, 4)
     key = _keys(1, 0)
     token, flags = ops.deferral_sample(base, proxy, **RULE, **key)
@@ -216,11 +210,23 @@ def show(claims: Sequence[Claim]) -> None:
         print(f"{verdict} {claim.name:<52} {figure:>12}  ({sign} {claim.bound:g})  {claim.detail}")
 
 
+def show_markdown(claims: Sequence[Claim]) -> None:
+    """The README's table."""
+    print("| figure | measured | promised | detail |\n|---|---|---|---|")
+    for claim in claims:
+        bound = f"{'>=' if claim.at_least else '<='} {claim.bound:g}"
+        missed = "" if claim.holds else " (missed)"
+        print(
+            f"| {claim.name} | {claim.value:.3g} {claim.unit}{missed} | {bound} | {claim.detail} |"
+        )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Print every claim; the exit status is 1 if one does not hold."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks claims", description=__doc__)
     parser.add_argument("--seconds", type=float, default=1.0, help="spent on each figure (1)")
     parser.add_argument("--seeds", type=int, default=1000, help="draws of the mean (1000)")
+    parser.add_argument("--markdown", action="store_true", help="print the README's table")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -232,8 +238,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         *knapsack(args.seconds),
         *overhead(args.seconds),
     ]
-    show(claims)
-    print(f"{time.perf_counter() - start:.0f} s in all")
+    (show_markdown if args.markdown else show)(claims)
+    print(f"\n{time.perf_counter() - start:.0f} s in all")
     if args.json:
         command = ["python", "-m", "benchmarks", "claims", *(argv or [])]
         harness.save(args.json, claims, command=command)

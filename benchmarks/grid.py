@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,7 +33,6 @@ class Grid:
     rules: tuple[str, ...] = ("knapsack", "threshold")
     providers: tuple[str, ...] = PROVIDERS
     seed: int = 0
-    extra: dict[str, Any] = field(default_factory=dict)
 
     def quick(self) -> Grid:
         """A few minutes instead of most of an hour."""

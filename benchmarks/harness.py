@@ -147,13 +147,10 @@ def run_case(case: Case, seconds: float, log: Callable[[str], None] = print) -> 
         try:
             row.error = case.check(name, run())
         except Exception as error:  # a provider that cannot run is a line of the table
-            row.error = (
-                f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            )
+            row.error = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         if row.error:
-            log(
-                f"{case.op} {case.variant} {row.dtype} {case.batch}x{case.vocab} {name}: {row.error}"
-            )
+            shape = f"{case.batch}x{case.vocab}"
+            log(f"{case.op} {case.variant} {row.dtype} {shape} {name}: {row.error}")
         else:
             runs[name] = run
         rows.append(row)

@@ -427,8 +427,8 @@ def copy_tree(target: Path) -> Path:
     target.mkdir()
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
         shutil.copy(ROOT / name, target)
-    for name in ("tta_ext", "csrc"):
-        ignored = shutil.ignore_patterns("__pycache__", "_C.*")
+    for name in ("tta_ext", "csrc", "benchmarks"):
+        ignored = shutil.ignore_patterns("__pycache__", "_C.*", "results")
         shutil.copytree(ROOT / name, target / name, ignore=ignored)
     return target
 
@@ -511,7 +511,6 @@ def test_library_loads_warm_in_a_fifth_of_a_second(library: Path) -> None:
     assert min(times) < 0.2
 
 
-@pytest.mark.slow
 def test_scalar_only_build(library: Path, tmp_path: Path) -> None:
     """The sources compile with the compiler's baseline instruction set only, and compute."""
     import torch
@@ -569,3 +568,15 @@ def test_readme_opens_with_two_one_line_commands() -> None:
     assert "tta demo" in demo
     assert "pytest" in tests
     assert "ci_readme_command 2" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_readme_examples_run() -> None:
+    """Every Python block of the README, as it stands."""
+    pytest.importorskip("transformers")
+    text = (ROOT / "README.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 2
+    code = "\n".join(blocks)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from itertools import islice
@@ -9,7 +10,12 @@ from itertools import islice
 import pytest
 import torch
 
-from tta_ext.demo import corpus, task
+pytest.importorskip("transformers")
+
+from tta_ext.demo import corpus, evaluate, task, train
+
+EVALUATION_DIGEST = "0"
+KAD = "threshold:0.4"
 
 PROBLEM = task.Problem(
     name="Tom",
@@ -59,7 +65,7 @@ def test_problems_are_sound():
             assert step.before == total
             total = eval(f"{total}{step.op}{step.operand}")
             assert step.after == total
-            assert 1 <= total <= task.MAX_TOTAL
+            assert 1 <= total <= task.WIDE.total
         assert problem.answer == total
         assert str(problem.start) in problem.prompt
         assert task.score_strict(problem, problem.formatted_answer())
@@ -69,8 +75,245 @@ def test_evaluation_is_a_function_of_its_seed():
     first = task.evaluation_problems(50, seed=0)
     assert first == task.evaluation_problems(80, seed=0)[:50]
     assert first != task.evaluation_problems(50, seed=1)
-    assert [p.prompt for p in first][0] == FIRST_PROMPT
+    # The generator must not change silently: figures on record belong to these problems.
+    text = "\n".join(problem.prompt for problem in task.evaluation_problems(500))
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == EVALUATION_DIGEST
     with pytest.raises(ValueError, match="-1"):
         task.evaluation_problems(-1)
     with pytest.raises(ValueError, match="steps"):
         task.make_problem(random.Random(0), 0)
+
+
+def test_training_text_is_a_function_of_its_seed():
+    for phase in corpus.PHASES:
+        one = list(islice(corpus.raw_documents(5, phase), 50))
+        assert one == list(islice(corpus.raw_documents(5, phase), 50))
+        assert one != list(islice(corpus.raw_documents(6, phase), 50))
+    assert list(islice(corpus.formatted_documents(5), 20)) == list(
+        islice(corpus.formatted_documents(5), 20)
+    )
+
+
+def test_formatted_documents_follow_the_format():
+    for text, problem in islice(corpus.formatted_documents(0), 100):
+        assert text == problem.prompt + problem.formatted_answer()
+        assert task.score_strict(problem, text[len(problem.prompt) :])
+
+
+def test_raw_text_holds_the_answers_but_rarely_the_mark():
+    marked = asked = 0
+    for text, problem in islice(corpus.raw_documents(0, "final"), 3000):
+        if problem is None:
+            continue
+        asked += 1
+        marked += task.ANSWER_MARK in text
+        assert all(equation in text for equation in problem.equations())
+    assert 0 < marked / asked < 0.05
+
+
+def test_no_evaluation_problem_was_asked_in_training():
+    """Every document that training read, made again from the recorded seeds and counts."""
+    training = json.loads((evaluate.ASSETS / "training.json").read_text())
+    problems = task.evaluation_problems(1000)
+    chains = {problem.chain for problem in problems}
+    stories = {problem.story for problem in problems}
+    assert len(chains) == len(problems)
+    read = 0
+    for stage in training["stages"]:
+        if stage["text"] == "formatted":
+            documents = corpus.formatted_documents(stage["seed"])
+        else:
+            documents = corpus.raw_documents(stage["seed"], stage["text"])
+        for text, problem in islice(documents, stage["documents"] or stage["read"]):
+            read += 1
+            if problem is not None:
+                assert not problem.held_out
+                assert problem.chain not in chains
+                assert problem.story not in stories
+                assert problem.story in text or problem.sentences[0] in text
+    assert read > 50_000
+
+
+# ---- the shipped pair ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pair():
+    return evaluate.load_pair()
+
+
+def test_assets_are_small_and_complete():
+    files = [file for file in evaluate.ASSETS.rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) <= 8_000_000
+    tokenizers = {
+        (evaluate.ASSETS / name / "tokenizer.json").read_bytes()
+        for name in ("base", "proxy", "proxy_init")
+    }
+    assert len(tokenizers) == 1
+    assert {file.suffix for file in files} <= {".json", ".safetensors"}
+
+
+@pytest.mark.parametrize("name", ["base", "proxy", "proxy_init"])
+def test_assets_load_with_transformers(name):
+    transformers = pytest.importorskip("transformers")
+    model = transformers.AutoModelForCausalLM.from_pretrained(evaluate.ASSETS / name)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(evaluate.ASSETS / name)
+    assert model.dtype == torch.float32
+    assert model.config.vocab_size == len(tokenizer)
+    text = "Q: Eva has 104 shells.\nA: 104-35=69; #### 69"
+    ids = tokenizer(text)["input_ids"]
+    assert tokenizer.decode(ids) == text
+    digits = [tokenizer.decode([i]) for i in ids]
+    assert all(len(t) == 1 for t in digits if any(c.isdigit() for c in t))
+    assert tokenizer.eos_token_id == model.config.eos_token_id
+    with torch.inference_mode():
+        logits = model(input_ids=torch.tensor([ids])).logits
+    assert logits.isfinite().all()
+
+
+def test_deferral_beats_both_models(pair):
+    """A small run of the claim; benchmarks/results/demo_pair.md has it at n = 500."""
+    rows = evaluate.evaluate(["base", "proxy", KAD], 40, pair=pair, batch_size=40)
+    by = {(row.setting.label, row.mode): row for row in rows}
+    label = evaluate.Setting.parse(KAD).label
+    for mode in evaluate.MODES:
+        kad, base, proxy = by[label, mode], by["base", mode], by["proxy", mode]
+        assert kad.exact >= base.exact + 0.3
+        assert kad.exact >= proxy.exact + 0.3
+        assert base.lenient > base.exact + 0.3
+        assert proxy.formatted > 0.9
+        assert 0.0 < kad.deferred_rate <= kad.proxy_call_rate < 0.6
+        assert base.proxy_call_rate == base.deferred_rate == 0.0
+        assert proxy.proxy_call_rate == 1.0
+
+
+def test_rows_do_not_depend_on_other_rows(pair):
+    settings = ["base", "proxy", "confidence_bet:0.2"]
+    rows = evaluate.evaluate(settings, 8, pair=pair, modes=["sampled"])
+    again = evaluate.evaluate(settings[::-1], 8, pair=pair, modes=["sampled"])[::-1]
+    for one, other in zip(rows, again, strict=True):
+        assert timeless(one) == timeless(other)
+    other_seed = evaluate.evaluate(["base"], 8, pair=pair, modes=["sampled"], seed=1)
+    assert other_seed[0].tokens != rows[0].tokens
+
+
+def timeless(row):
+    return {k: v for k, v in vars(row).items() if k != "tokens_per_second"}
+
+
+def test_a_killed_run_resumes(pair, tmp_path, monkeypatch):
+    journal = tmp_path / "journal.jsonl"
+    arguments = {"n": 6, "pair": pair, "batch_size": 2, "modes": ["sampled"]}
+    whole = evaluate.evaluate(["proxy", "threshold:0.4"], **arguments)
+
+    class Killed(Exception):
+        pass
+
+    def killed_after_two(count):
+        killed_after_two.left -= 1
+        if not killed_after_two.left:
+            raise Killed
+
+    killed_after_two.left = 4
+    with pytest.raises(Killed):
+        evaluate.evaluate(
+            ["proxy", "threshold:0.4"], journal=journal, progress=killed_after_two, **arguments
+        )
+    assert len(journal.read_text().splitlines()) == 4
+    with journal.open("a") as file:
+        file.write('{"key": {"rule": "thr')  # a line cut off by the kill
+
+    ran = []
+    run = evaluate._run_batch
+    monkeypatch.setattr(evaluate, "_run_batch", lambda *a: ran.append(a[1:5]) or run(*a))
+    rows = evaluate.evaluate(["proxy", "threshold:0.4"], journal=journal, **arguments)
+    assert [timeless(row) for row in rows] == [timeless(row) for row in whole]
+    assert [start for _, _, _, start in ran] == [2, 4]
+    lines = [json.loads(line) for line in journal.read_text().splitlines()]
+    keys = [json.dumps(line["key"], sort_keys=True) for line in lines]
+    assert len(keys) == len(set(keys)) == 6
+
+
+@pytest.mark.parametrize(
+    ("text", "setting"),
+    [
+        ("base", evaluate.Setting("base")),
+        ("threshold:0.4", evaluate.Setting("threshold", 0.4)),
+        ("dual_kad:0.4", evaluate.Setting("threshold", 0.4)),
+        ("knapsack:0.9:split", evaluate.Setting("knapsack", 0.9, "split")),
+        ("argmax", evaluate.Setting("argmax")),
+        ("implicit_reward:1", evaluate.Setting("implicit_reward", 1.0)),
+    ],
+)
+def test_settings_parse(text, setting):
+    assert evaluate.Setting.parse(text) == setting
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("", "rule is ''"),
+        ("nonsense:1", "nonsense"),
+        ("threshold", "threshold:0.4"),
+        ("threshold:x", "threshold:x"),
+        ("knapsack:0.5:most", "most"),
+        ("base:0.5", "base:0.5"),
+    ],
+)
+def test_bad_settings_are_named(text, named):
+    with pytest.raises(ValueError, match=named):
+        evaluate.Setting.parse(text)
+
+
+def test_bad_arguments_are_named(pair, tmp_path):
+    with pytest.raises(ValueError, match="n is 0"):
+        evaluate.evaluate(n=0, pair=pair)
+    with pytest.raises(ValueError, match="warm"):
+        evaluate.evaluate(n=1, pair=pair, modes=["warm"])
+    with pytest.raises(ValueError, match=r"base/model\.safetensors"):
+        evaluate.load_pair(tmp_path)
+
+
+def test_table_and_summary(pair):
+    rows = evaluate.evaluate(["base", "proxy", "threshold:0.5"], 5, pair=pair)
+    assert len(evaluate.table(rows).splitlines()) == 2 + len(rows)
+    result = evaluate.summary(rows)
+    assert result["greedy"]["best_kad"] == "threshold 0.5"
+    json.dumps([result, *(row.as_dict() for row in rows)], allow_nan=False)
+    mean, error = evaluate.difference(rows[4], rows[4])
+    assert mean == error == 0.0
+
+
+# ---- training --------------------------------------------------------------------------------
+
+
+def test_packed_rows_keep_documents_whole(pair):
+    texts = [text for text, _ in islice(corpus.raw_documents(0, "final"), 300)]
+    rows = list(islice(train.packed_rows(iter(texts * 2), pair.tokenizer), 60))
+    eos = pair.tokenizer.eos_token_id
+    seen = set()
+    for row in rows:
+        assert len(row) <= train.ROW
+        assert row[-1] == eos
+        seen.update(pair.tokenizer.decode(row).split("<eos>")[:-1])
+    assert seen <= set(texts)
+    assert sum(map(len, rows)) > 0.9 * len(rows) * train.ROW
+
+
+def test_training_is_reproducible(tmp_path, monkeypatch):
+    """The whole script at one step a stage, twice."""
+    tiny = train.Shape(hidden=16, layers=1, heads=2, feed_forward=16)
+    monkeypatch.setattr(train, "BASE", tiny)
+    monkeypatch.setattr(train, "PROXY", tiny)
+    original = train.train_tokenizer
+    monkeypatch.setattr(train, "train_tokenizer", lambda: original(500))
+    for name in ("one", "two"):
+        train.train_pair(tmp_path / name, scale=1e-6)
+    for model in ("base", "proxy", "proxy_init"):
+        files = [tmp_path / name / model / "model.safetensors" for name in ("one", "two")]
+        assert files[0].read_bytes() == files[1].read_bytes()
+        tokenizers = [file.with_name("tokenizer.json").read_bytes() for file in files]
+        assert tokenizers[0] == tokenizers[1]
+    assert evaluate.load_pair(tmp_path / "one").fingerprint
+    with pytest.raises(ValueError, match="scale"):
+        train.train_pair(tmp_path, scale=0)

@@ -92,6 +92,16 @@ def _advice(native: jit.LoadResult) -> list[str]:
     return advice
 
 
+def _common_reasons(ops: list[OpStatus]) -> dict[str, str]:
+    """Backends that serve no op, all for the same reason."""
+    if not ops:
+        return {}
+    first = ops[0].why_not
+    return {
+        name: why for name, why in first.items() if all(op.why_not.get(name) == why for op in ops)
+    }
+
+
 def render(diagnosis: Diagnosis) -> str:
     """Plain text of a diagnosis, for terminals without rich and for tests."""
     native = diagnosis.native
@@ -105,9 +115,12 @@ def render(diagnosis: Diagnosis) -> str:
         f"{'build cache':<20} {diagnosis.cache}",
         "",
     ]
+    common = _common_reasons(diagnosis.ops)
     for op in diagnosis.ops:
-        reasons = "; ".join(f"not {name}: {why}" for name, why in op.why_not.items())
-        lines.append(f"{op.name:<24} {op.backend:<10} {reasons}")
+        own = {name: why for name, why in op.why_not.items() if name not in common}
+        reasons = "; ".join(f"not {name}: {why}" for name, why in own.items())
+        lines.append(f"{op.name:<24} {op.backend:<10} {reasons}".rstrip())
+    lines += [f"no op on {name}: {why}" for name, why in common.items()]
     if diagnosis.advice:
         lines += ["", *(f"to mend: {line}" for line in diagnosis.advice)]
     return "\n".join(lines)

@@ -117,6 +117,69 @@ void deferral_sample(Tensor base, Tensor proxy, Tensor param, int64_t rule, int6
          sequence, iteration, rollout, do_sample, check, token, deferred);
 }
 
+void deferral_verify(Tensor base, Tensor proxy, Tensor draft, Tensor draft_length, Tensor param,
+                     int64_t rule, int64_t critical, double temperature, double rule_temperature,
+                     Tensor seed, Tensor position, Tensor sequence, int64_t iteration,
+                     int64_t rollout, bool do_sample, bool return_mass, bool check, Tensor accepted,
+                     Tensor token, Tensor deferred, Tensor mass) {
+  InvalidRow invalid;
+  VerifyArgs a;
+  a.base = logits(base, "base_logits", 3);
+  a.proxy = logits(proxy, "proxy_logits", 3);
+  a.batch = base.size(0);
+  const int64_t positions = base.size(1), proxy_rows = proxy.size(1);
+  STD_TORCH_CHECK(positions >= 1, "base_logits has no positions, expected K + 1");
+  a.draft_capacity = positions - 1;
+  STD_TORCH_CHECK(proxy.size(0) == a.batch && a.proxy.vocab == a.base.vocab &&
+                      (proxy_rows == positions || proxy_rows == positions - 1),
+                  "proxy_logits is [", proxy.size(0), ", ", proxy_rows, ", ", a.proxy.vocab,
+                  "], expected [", a.batch, ", ", positions - 1, " or ", positions, ", ",
+                  a.base.vocab, "]");
+  a.has_bonus_row = proxy_rows == positions;
+  check_dtype(draft, ScalarType::Long, "draft");
+  check_dtype(draft_length, ScalarType::Long, "draft_length");
+  STD_TORCH_CHECK(draft.dim() == 2 && draft.size(0) == a.batch && draft.size(1) == a.draft_capacity,
+                  "draft must be [", a.batch, ", ", a.draft_capacity, "]");
+  STD_TORCH_CHECK(a.draft_capacity == 0 || draft.stride(1) == 1 || a.draft_capacity == 1,
+                  "draft must be contiguous in its last dimension");
+  STD_TORCH_CHECK(draft_length.numel() == a.batch && draft_length.is_contiguous(),
+                  "draft_length must hold ", a.batch, " contiguous elements");
+  a.draft = static_cast<const int64_t*>(draft.const_data_ptr());
+  a.draft_stride = draft.stride(0);
+  a.draft_length = static_cast<const int64_t*>(draft_length.const_data_ptr());
+  const int64_t params = param.numel();
+  const bool each = params != 1 && params != a.batch;
+  a.rule = rule_spec(param, rule, critical, temperature, rule_temperature,
+                     each ? a.batch * positions : a.batch, check);
+  a.param_row_stride = params == 1 ? 0 : each ? positions : 1;
+  a.param_position_stride = each ? 1 : 0;
+  a.key = key_spec(seed, position, sequence, iteration, rollout, do_sample, a.batch, check);
+  a.return_mass = return_mass;
+  a.accepted = output<int64_t>(accepted, ScalarType::Long, a.batch, "accepted");
+  a.token = output<int64_t>(token, ScalarType::Long, a.batch, "token");
+  a.deferred = output<bool>(deferred, ScalarType::Bool, a.batch, "deferred");
+  a.mass = output<double>(mass, ScalarType::Double, a.batch * positions, "mass");
+  a.invalid = &invalid;
+  a.parallel = kParallel;
+  if (check) {
+    for (int64_t b = 0; b < a.batch; ++b) {
+      const int64_t length = a.draft_length[b];
+      STD_TORCH_CHECK(length >= 0 && length <= a.draft_capacity, "invalid row: draft_length[", b,
+                      "] is ", length, ", expected 0 <= draft_length < ", positions);
+      for (int64_t k = 0; k < length; ++k) {
+        const int64_t x = a.draft[b * a.draft_stride + k];
+        STD_TORCH_CHECK(x >= 0 && x < a.base.vocab, "invalid row: draft[", b * a.draft_capacity + k,
+                        "] is ", x, ", expected 0 <= draft < ", a.base.vocab);
+      }
+    }
+  }
+  tta::deferral_verify(a);
+  if (check && invalid.any())
+    STD_TORCH_CHECK(false, "invalid row: row ", invalid.row() / positions, ", position ",
+                    invalid.row() % positions, " of ",
+                    invalid.tensor() == kBaseLogits ? "base_logits" : "proxy_logits", kBadRow);
+}
+
 void categorical_sample(Tensor x, double temperature, Tensor seed, Tensor position, Tensor sequence,
                         int64_t iteration, int64_t rollout, bool do_sample, int64_t stream,
                         int64_t draw, bool check, Tensor out) {
@@ -137,7 +200,8 @@ void categorical_sample(Tensor x, double temperature, Tensor seed, Tensor positi
     STD_TORCH_CHECK(false, "invalid row: row ", invalid.row(), " of logits", kBadRow);
 }
 
-// ---- mixtures ------------------------------------------------------------------------------------
+// ---- mixtures
+// ------------------------------------------------------------------------------------
 
 Logits expert_logits(const Tensor& x, const MixtureArgs& a, const char* name) {
   const Logits out = logits(x, name, 3);
@@ -204,7 +268,8 @@ void implicit_reward_sample(Tensor base, Tensor expert, std::optional<Tensor> an
   raise_invalid(a, check);
 }
 
-// ---- knapsack ------------------------------------------------------------------------------------
+// ---- knapsack
+// ------------------------------------------------------------------------------------
 
 void greedy_knapsack(Tensor profit, Tensor weight, Tensor capacity, bool check, Tensor selected,
                      Tensor used, Tensor value, Tensor critical_index, Tensor upper_bound) {
@@ -243,7 +308,8 @@ void greedy_knapsack(Tensor profit, Tensor weight, Tensor capacity, bool check, 
                     " has a negative, infinite or NaN value");
 }
 
-// ---- random numbers --------------------------------------------------------------------------------
+// ---- random numbers
+// --------------------------------------------------------------------------------
 
 void philox(Tensor counter, Tensor key, Tensor out) {
   check_dtype(counter, ScalarType::Long, "counter");
@@ -291,6 +357,7 @@ STABLE_TORCH_LIBRARY_IMPL(tta_ext, CPU, m) {
   m.impl("deferral_stats.out", TORCH_BOX(&tta::bind::deferral_stats));
   m.impl("deferral_propose.out", TORCH_BOX(&tta::bind::deferral_propose));
   m.impl("deferral_sample.out", TORCH_BOX(&tta::bind::deferral_sample));
+  m.impl("deferral_verify.out", TORCH_BOX(&tta::bind::deferral_verify));
   m.impl("categorical_sample.out", TORCH_BOX(&tta::bind::categorical_sample));
   m.impl("implicit_reward_probs.out", TORCH_BOX(&tta::bind::implicit_reward_probs));
   m.impl("implicit_reward_sample.out", TORCH_BOX(&tta::bind::implicit_reward_sample));

@@ -55,8 +55,8 @@ inline int logits_dtype(const Tensor& x, const char* name) {
 }
 
 inline void check_dtype(const Tensor& x, ScalarType type, const char* name) {
-  STD_TORCH_CHECK(x.scalar_type() == type, name, " is ", dtype_name(x.scalar_type()),
-                  ", expected ", dtype_name(type));
+  STD_TORCH_CHECK(x.scalar_type() == type, name, " is ", dtype_name(x.scalar_type()), ", expected ",
+                  dtype_name(type));
 }
 
 inline void check_unit_stride(const Tensor& x, const char* name) {

@@ -18,10 +18,13 @@
 #define TTA_INLINE TTA_HOST_DEVICE inline
 #endif
 
+// -DTTA_X86_64=0 builds the scalar kernels alone.
+#ifndef TTA_X86_64
 #if (defined(__x86_64__) || defined(_M_X64)) && (defined(__GNUC__) || defined(__clang__))
 #define TTA_X86_64 1
 #else
 #define TTA_X86_64 0
+#endif
 #endif
 
 #if defined(__GNUC__) || defined(__clang__)

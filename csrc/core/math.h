@@ -10,22 +10,35 @@ namespace TTA_ISA {
 
 // e^x for x <= 0 (any x for which the result is normal). Monotone over all floats, exp(-inf) = 0,
 // 0 below ln 2^-126 (no subnormal is ever produced), NaN stays NaN. At most 1 ulp off.
-// x = n ln 2 + r by the 1.5 * 2^23 trick, whose low bits then hold n for the exponent field.
+// x = n ln 2 + r by the 1.5 * 2^23 trick, whose low bits then hold n + 127, the field of 2^n.
+//
+// N vectors at a time, step by step: the chain of one exponential is about 60 cycles long, and a
+// processor looks only a few dozen instructions ahead.
+template <int N>
+TTA_INLINE void exp_pack(F* x) {
+  const F magic = set1(0x1.8p23f + 127.0f);  // 127: the exponent's bias
+  F shifted[N], p[N];
+  for (int k = 0; k < N; ++k) shifted[k] = fma(x[k], set1(0x1.715476p+0f), magic);
+  F n[N], r[N];
+  for (int k = 0; k < N; ++k) n[k] = sub(shifted[k], magic);
+  for (int k = 0; k < N; ++k) r[k] = fma(n[k], set1(-0x1.62e000p-1f), x[k]);
+  for (int k = 0; k < N; ++k) r[k] = fma(n[k], set1(-0x1.0bfbe8p-15f), r[k]);
+  for (int k = 0; k < N; ++k) p[k] = fma(set1(0x1.6a2256p-10f), r[k], set1(0x1.123b02p-7f));
+  for (int k = 0; k < N; ++k) p[k] = fma(p[k], r[k], set1(0x1.5558f8p-5f));
+  for (int k = 0; k < N; ++k) p[k] = fma(p[k], r[k], set1(0x1.555490p-3f));
+  for (int k = 0; k < N; ++k) p[k] = fma(p[k], r[k], set1(0x1.fffffcp-2f));
+  for (int k = 0; k < N; ++k) p[k] = fma(p[k], r[k], set1(1.0f));
+  for (int k = 0; k < N; ++k) p[k] = fma(p[k], r[k], set1(1.0f));
+  for (int k = 0; k < N; ++k) {
+    // A product, not a sum of bits, so that a NaN stays one whatever its payload; exact.
+    const F scaled = mul(p[k], from_bits(shift_left<23>(bits(shifted[k]))));
+    x[k] = keep(mask_not(less(x[k], set1(-0x1.5d589ep+6f))), scaled);
+  }
+}
+
 TTA_INLINE F exp(F x) {
-  const F magic = set1(0x1.8p23f);
-  const F shifted = fma(x, set1(0x1.715476p+0f), magic);
-  const F n = sub(shifted, magic);
-  F r = fma(n, set1(-0x1.62e000p-1f), x);
-  r = fma(n, set1(-0x1.0bfbe8p-15f), r);
-  F p = set1(0x1.6a2256p-10f);
-  p = fma(p, r, set1(0x1.123b02p-7f));
-  p = fma(p, r, set1(0x1.5558f8p-5f));
-  p = fma(p, r, set1(0x1.555490p-3f));
-  p = fma(p, r, set1(0x1.fffffcp-2f));
-  p = fma(p, r, set1(1.0f));
-  p = fma(p, r, set1(1.0f));
-  const I scaled = add(bits(p), shift_left<23>(bits(shifted)));
-  return keep(mask_not(less(x, set1(-0x1.5d58a0p+6f))), from_bits(scaled));
+  exp_pack<1>(&x);
+  return x;
 }
 
 // Natural logarithm of a positive normal float. x = 2^k (1 + f), sqrt(1/2) <= 1 + f < sqrt(2).
@@ -51,8 +64,8 @@ TTA_INLINE F log(F x) {
 }
 
 // Box-Muller: two 32-bit words -> two independent standard normals.
-// u1 = (2 (a >> 9) + 1) 2^-24 in (0, 1), u2 likewise from b; radius = sqrt(-2 ln u1), angle 2 pi u2.
-// The angle is reduced to a quadrant and an exact remainder in [-1/2, 1/2] before any rounding.
+// u1 = (2 (a >> 9) + 1) 2^-24 in (0, 1), u2 likewise from b; radius = sqrt(-2 ln u1), angle 2 pi
+// u2. The angle is reduced to a quadrant and an exact remainder in [-1/2, 1/2] before any rounding.
 TTA_INLINE void normal_pair(I a, I b, F* cosine, F* sine) {
   const F unit = set1(0x1p-24f);
   const F u1 = mul(to_float(bit_or(shift_left<1>(shift_right<9>(a)), set1i(1))), unit);

@@ -87,15 +87,18 @@ TTA_INLINE D widen(F a) {
           _mm512_cvtps_pd(_mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(a.v), 1)))};
 }
 TTA_INLINE F narrow(D a) {
-  return {_mm512_castpd_ps(_mm512_insertf64x4(
-      _mm512_castpd256_pd512(_mm256_castps_pd(_mm512_cvtpd_ps(a.lo))),
-      _mm256_castps_pd(_mm512_cvtpd_ps(a.hi)), 1))};
+  return {_mm512_castpd_ps(
+      _mm512_insertf64x4(_mm512_castpd256_pd512(_mm256_castps_pd(_mm512_cvtpd_ps(a.lo))),
+                         _mm256_castps_pd(_mm512_cvtpd_ps(a.hi)), 1))};
 }
 TTA_INLINE D set1d(double a) { return {_mm512_set1_pd(a), _mm512_set1_pd(a)}; }
 TTA_INLINE D add(D a, D b) { return {_mm512_add_pd(a.lo, b.lo), _mm512_add_pd(a.hi, b.hi)}; }
 TTA_INLINE D sub(D a, D b) { return {_mm512_sub_pd(a.lo, b.lo), _mm512_sub_pd(a.hi, b.hi)}; }
 TTA_INLINE D mul(D a, D b) { return {_mm512_mul_pd(a.lo, b.lo), _mm512_mul_pd(a.hi, b.hi)}; }
 TTA_INLINE D div(D a, D b) { return {_mm512_div_pd(a.lo, b.lo), _mm512_div_pd(a.hi, b.hi)}; }
+TTA_INLINE D fma(D a, D b, D c) {
+  return {_mm512_fmadd_pd(a.lo, b.lo, c.lo), _mm512_fmadd_pd(a.hi, b.hi, c.hi)};
+}
 TTA_INLINE D max(D a, D b) { return {_mm512_max_pd(a.lo, b.lo), _mm512_max_pd(a.hi, b.hi)}; }
 TTA_INLINE M less(D a, D b) {
   const uint32_t lo = _mm512_cmp_pd_mask(a.lo, b.lo, _CMP_LT_OQ);
@@ -216,14 +219,17 @@ TTA_INLINE D widen(F a) {
           _mm256_cvtps_pd(_mm256_extractf128_ps(a.v, 1))};
 }
 TTA_INLINE F narrow(D a) {
-  return {_mm256_insertf128_ps(_mm256_castps128_ps256(_mm256_cvtpd_ps(a.lo)),
-                               _mm256_cvtpd_ps(a.hi), 1)};
+  return {_mm256_insertf128_ps(_mm256_castps128_ps256(_mm256_cvtpd_ps(a.lo)), _mm256_cvtpd_ps(a.hi),
+                               1)};
 }
 TTA_INLINE D set1d(double a) { return {_mm256_set1_pd(a), _mm256_set1_pd(a)}; }
 TTA_INLINE D add(D a, D b) { return {_mm256_add_pd(a.lo, b.lo), _mm256_add_pd(a.hi, b.hi)}; }
 TTA_INLINE D sub(D a, D b) { return {_mm256_sub_pd(a.lo, b.lo), _mm256_sub_pd(a.hi, b.hi)}; }
 TTA_INLINE D mul(D a, D b) { return {_mm256_mul_pd(a.lo, b.lo), _mm256_mul_pd(a.hi, b.hi)}; }
 TTA_INLINE D div(D a, D b) { return {_mm256_div_pd(a.lo, b.lo), _mm256_div_pd(a.hi, b.hi)}; }
+TTA_INLINE D fma(D a, D b, D c) {
+  return {_mm256_fmadd_pd(a.lo, b.lo, c.lo), _mm256_fmadd_pd(a.hi, b.hi, c.hi)};
+}
 TTA_INLINE D max(D a, D b) { return {_mm256_max_pd(a.lo, b.lo), _mm256_max_pd(a.hi, b.hi)}; }
 // The float-shaped mask that two double-shaped masks stand for.
 TTA_INLINE M pack_mask(__m256d lo, __m256d hi) {
@@ -265,9 +271,7 @@ TTA_INLINE void multiply_wide(I a, I b, I* high, I* low) {
 TTA_INLINE I load_i(const int32_t* p) {
   return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))};
 }
-TTA_INLINE void store(int32_t* p, I a) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a.v);
-}
+TTA_INLINE void store(int32_t* p, I a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a.v); }
 
 #else  // scalar: any C++17 compiler and architecture
 
@@ -353,6 +357,7 @@ TTA_INLINE D add(D a, D b) { return {a.v + b.v}; }
 TTA_INLINE D sub(D a, D b) { return {a.v - b.v}; }
 TTA_INLINE D mul(D a, D b) { return {a.v * b.v}; }
 TTA_INLINE D div(D a, D b) { return {a.v / b.v}; }
+TTA_INLINE D fma(D a, D b, D c) { return {std::fma(a.v, b.v, c.v)}; }
 TTA_INLINE D max(D a, D b) { return {a.v > b.v ? a.v : b.v}; }
 TTA_INLINE M less(D a, D b) { return {a.v < b.v}; }
 TTA_INLINE M equal(D a, D b) { return {a.v == b.v}; }

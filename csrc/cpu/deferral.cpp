@@ -16,15 +16,13 @@
 #include "cpu/foreach_isa.h"
 
 #include "cpu/denormals.h"
-#include "cpu/row.h"
-#include "cpu/knapsack_cut.h"
-#include "cpu/mixture.h"
-#include "cpu/rule.h"
+#include "cpu/kad.h"
 
 namespace tta {
 namespace TTA_ISA {
 
-// ---- mask ----------------------------------------------------------------------------------------
+// ---- mask
+// ----------------------------------------------------------------------------------------
 
 static void mask_row(const MaskArgs& a, int64_t b) {
   bool* out = a.mask + b * a.mask_stride;
@@ -49,12 +47,13 @@ static void mask_row(const MaskArgs& a, int64_t b) {
     }
   }
   a.critical_index[b] = d.critical;
-  a.fraction[b] = d.critical < 0 ? 0.0f
+  a.fraction[b] = d.critical < 0                ? 0.0f
                   : a.rule.critical == kInclude ? 1.0f
                                                 : static_cast<float>(d.fraction);
 }
 
-// ---- pi ------------------------------------------------------------------------------------------
+// ---- pi
+// ------------------------------------------------------------------------------------------
 
 static void probs_row(const ProbsArgs& a, int64_t b) {
   float* out = a.out + b * a.out_stride;
@@ -79,7 +78,8 @@ static void probs_row(const ProbsArgs& a, int64_t b) {
   }
 }
 
-// ---- statistics ----------------------------------------------------------------------------------
+// ---- statistics
+// ----------------------------------------------------------------------------------
 
 static float lowest_kept_logit(const RowPair& rows, const Deferral& d) {
   alignas(64) float base_scratch[kTile];
@@ -113,35 +113,13 @@ static void stats_row(const StatsArgs& a, int64_t b) {
     return;
   }
   a.deferred_mass[b] = deferred_mass(rows, d);
-  a.used[b] = rows.same_temperature ? a.deferred_mass[b]
-                                    : mass_at(rows, d, rows.base_rule());
+  a.used[b] = rows.same_temperature ? a.deferred_mass[b] : mass_at(rows, d, rows.base_rule());
   a.critical_index[b] = d.critical;
   a.cut_logit[b] = a.rule.rule == kKnapsack ? d.critical_x : lowest_kept_logit(rows, d);
 }
 
-// ---- draws ---------------------------------------------------------------------------------------
-
-static double uniform(const KeySpec& key, int64_t b, Stream stream) {
-  return philox_uniform(key.seed, 0, static_cast<uint32_t>(key.position[b]),
-                        static_cast<uint32_t>(key.sequence[b]),
-                        counter_word3(stream, key.iteration, key.rollout));
-}
-
-// Without q: the most probable kept token, and whether q could still change the choice. pi of any
-// other token is at most fl32(second best kept p + D), pi of this one at least its p.
-static void propose_greedy(const SampleArgs& a, int64_t b, const RowPair& rows) {
-  Deferral d;
-  resolve(a.rule, b, rows, &d);
-  const double mass = deferred_mass(rows, d);
-  const KeptBest best = best_kept(rows, d);
-  if (best.id < 0) {
-    a.token[b] = first_of_value(rows.base, rows.base_stats, rows.base_stats.max);
-    a.deferred[b] = true;
-    return;
-  }
-  a.token[b] = best.id;
-  a.deferred[b] = mass > 0.0 && !(static_cast<float>(best.second + mass) < best.first);
-}
+// ---- draws
+// ---------------------------------------------------------------------------------------
 
 static void sample_row(const SampleArgs& a, int64_t b) {
   const bool needs_proxy = rule_needs_proxy(a.rule.rule);
@@ -151,24 +129,27 @@ static void sample_row(const SampleArgs& a, int64_t b) {
   if (!valid_param(a.rule, b)) return;
   if (!rows.read(a, b, needs_proxy || (!a.key.do_sample && !a.propose))) return;
   if (!a.key.do_sample) {
-    if (a.propose) return propose_greedy(a, b, rows);
     Deferral d;
     resolve(a.rule, b, rows, &d);
     const double mass = deferred_mass(rows, d);
+    if (a.propose) {
+      a.token[b] = propose_greedy(rows, d, mass, &a.deferred[b]);
+      return;
+    }
     const int64_t v = PolicyTile(rows, d, mass).argmax();
     a.token[b] = v;
     a.deferred[b] = d.mu(rows, v) == 1.0;
     return;
   }
-  const int64_t v = draw(rows.base, rows.base_stats, uniform(a.key, b, kBase));
-  const bool deferred = judge(a.rule, b, rows, v, [&] { return uniform(a.key, b, kSplit); });
+  const int64_t v = draw(rows.base, rows.base_stats, uniform(a.key, b, 0, kBase));
+  const bool deferred = judge(a.rule, b, rows, v, [&] { return uniform(a.key, b, 0, kSplit); });
   if (!deferred || a.propose) {
     a.token[b] = v;
     a.deferred[b] = deferred;
     return;
   }
   if (!needs_proxy && !rows.read_proxy(a, b, false)) return;
-  a.token[b] = draw(rows.proxy, rows.proxy_stats, uniform(a.key, b, kProxy));
+  a.token[b] = draw(rows.proxy, rows.proxy_stats, uniform(a.key, b, 0, kProxy));
   a.deferred[b] = true;
 }
 

@@ -24,7 +24,21 @@
 #include "cpu/isa.h"
 #include "cpu/params.h"
 #if TTA_X86_64
+#if defined(__GNUC__) && !defined(__clang__)
+// GCC 12 writes "undefined" vectors as `__m512 __Y = __Y` and warns of itself.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
+#pragma GCC diagnostic pop
+#else
+#include <immintrin.h>
+#endif
+#endif
+#if defined(__GNUC__) || defined(__clang__)
+// The shared headers define static functions (a copy for each instruction set); no kernel file
+// calls all of them.
+#pragma GCC diagnostic ignored "-Wunused-function"
 #endif
 #endif
 
@@ -32,16 +46,19 @@
 
 #if TTA_X86_64
 #if defined(__clang__)
-#define TTA_BEGIN_TARGET_512                                                            \
-  _Pragma("clang attribute push(__attribute__((target(\"avx512f,avx512bw,avx512dq,"     \
-          "avx512vl,avx2,fma,f16c,bmi,bmi2\"))), apply_to = function)")
-#define TTA_BEGIN_TARGET_256                                                            \
-  _Pragma("clang attribute push(__attribute__((target(\"avx2,fma,f16c,bmi,bmi2\"))), " \
-          "apply_to = function)")
+#define TTA_BEGIN_TARGET_512                                                    \
+  _Pragma(                                                                      \
+      "clang attribute push(__attribute__((target(\"avx512f,avx512bw,avx512dq," \
+      "avx512vl,avx2,fma,f16c,bmi,bmi2\"))), apply_to = function)")
+#define TTA_BEGIN_TARGET_256                                                       \
+  _Pragma(                                                                         \
+      "clang attribute push(__attribute__((target(\"avx2,fma,f16c,bmi,bmi2\"))), " \
+      "apply_to = function)")
 #define TTA_END_TARGET _Pragma("clang attribute pop")
 #else
-#define TTA_BEGIN_TARGET_512 \
-  _Pragma("GCC push_options") _Pragma("GCC target(\"avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi,bmi2\")")
+#define TTA_BEGIN_TARGET_512  \
+  _Pragma("GCC push_options") \
+      _Pragma("GCC target(\"avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi,bmi2\")")
 #define TTA_BEGIN_TARGET_256 \
   _Pragma("GCC push_options") _Pragma("GCC target(\"avx2,fma,f16c,bmi,bmi2\")")
 #define TTA_END_TARGET _Pragma("GCC pop_options")

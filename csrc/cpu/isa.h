@@ -13,14 +13,14 @@ int set_isa(int level);  // clamps, returns the level now active
 
 // Calls NAME of the active instruction set with the arguments given.
 #if TTA_X86_64
-#define TTA_DISPATCH(NAME, ...)                                     \
-  switch (::tta::active_isa()) {                                    \
-    case ::tta::kAvx512:                                            \
-      return ::tta::avx512::NAME(__VA_ARGS__);                      \
-    case ::tta::kAvx2:                                              \
-      return ::tta::avx2::NAME(__VA_ARGS__);                        \
-    default:                                                        \
-      return ::tta::scalar::NAME(__VA_ARGS__);                      \
+#define TTA_DISPATCH(NAME, ...)                \
+  switch (::tta::active_isa()) {               \
+    case ::tta::kAvx512:                       \
+      return ::tta::avx512::NAME(__VA_ARGS__); \
+    case ::tta::kAvx2:                         \
+      return ::tta::avx2::NAME(__VA_ARGS__);   \
+    default:                                   \
+      return ::tta::scalar::NAME(__VA_ARGS__); \
   }
 #else
 #define TTA_DISPATCH(NAME, ...) return ::tta::scalar::NAME(__VA_ARGS__);

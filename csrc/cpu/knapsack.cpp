@@ -1,24 +1,21 @@
-// greedy_knapsack: the 0-1 knapsack by falling density profit / weight, for any profits and weights,
-// without sorting.
+// greedy_knapsack: the 0-1 knapsack by falling density profit / weight, for any profits and
+// weights, without sorting.
 //
 // Order: density (a float64 quotient) falling, ties by rising id. Items of weight 0 come first and
-// are taken; items heavier than the capacity are left out beforehand. An item is taken iff S(v), the
-// canonical float64 sum of the weights ordered at or before it, is at most the capacity; the first
-// one not taken is the critical item, and Dantzig's bound fills the rest with a part of it.
+// are taken; items heavier than the capacity are left out beforehand. An item is taken iff S(v),
+// the canonical float64 sum of the weights ordered at or before it, is at most the capacity; the
+// first one not taken is the critical item, and Dantzig's bound fills the rest with a part of it.
 //
 // Passes over memory, 8 V bytes in and V out: one computes the densities (kept in scratch, 8 V
-// bytes); one adds up the weights above eight sampled densities, which bracket the cut; one compacts
-// the bracket, and the step repeats on a list about nine times shorter each time. Inexact sums
-// answer only where they clear the capacity by more than their error; S decides the rest.
+// bytes); one adds up the weights above eight sampled densities, which bracket the cut; one
+// compacts the bracket, and the step repeats on a list about nine times shorter each time. Inexact
+// sums answer only where they clear the capacity by more than their error; S decides the rest.
 
 #define TTA_TARGET_FILE "cpu/knapsack.cpp"
 #include "cpu/foreach_isa.h"
 
 #include "cpu/denormals.h"
-#include "cpu/row.h"
-#include "cpu/knapsack_cut.h"
-#include "cpu/mixture.h"
-#include "cpu/rule.h"
+#include "cpu/kad.h"
 
 namespace tta {
 namespace TTA_ISA {
@@ -79,9 +76,9 @@ static double sum_before(const float* x, const double* density, int64_t n, const
       for (int j = h * kWidth; j < padded; j += kLanes) {
         for (int k = 0; k < kPart; ++k) {
           const int i = j + k * kWidth;
-          const M in = before(load_d(density + begin + i),
-                              add(iota(), set1i(static_cast<int32_t>(begin) + i)), cut_density,
-                              cut_id);
+          const M in =
+              before(load_d(density + begin + i),
+                     add(iota(), set1i(static_cast<int32_t>(begin) + i)), cut_density, cut_id);
           part[k] = add(part[k], keep(in, widen(load(value + i))));
         }
       }
@@ -231,7 +228,8 @@ static DensityCut critical_item(const float* weight, int64_t n, double capacity,
     }
     for (int i = 0; i < probes; ++i) mass[i] = taken + sum_exact(sum[i]);
 
-    // Everything denser than `upper` is taken; the critical item is denser than or equal to `lower`.
+    // Everything denser than `upper` is taken; the critical item is denser than or equal to
+    // `lower`.
     double upper = std::numeric_limits<double>::infinity(), lower = -0.5;
     bool pivot_taken = false;
     double new_taken = taken;

@@ -1,12 +1,14 @@
 // The cut of the greedy knapsack over a row: its critical item, found without sorting.
 // Included once per instruction set, after cpu/row.h.
 //
-// 1. One pass adds up, approximately, the mass below eight logits; two of them bracket the cut.
-// 2. One pass compacts the bracket's items (logit, id); the same step repeats on the shrinking list.
-// 3. A bisection over what is left. Approximate masses answer wherever they clear the capacity by
-//    more than their error bound; otherwise the canonical sum S of the candidate decides, so the
-//    result is the one the definition gives, whatever the approximations were.
-// Bytes: about 2 row reads after row_stats, plus the tiles an ambiguous candidate touches.
+// 1. An eighth of the row is probed: the mass below eight logits, which brackets the cut.
+// 2. One pass adds up the mass below the bracket and compacts its items (logit, id). Where the sum
+//    shows that the sample misled, the whole row is probed and the pass repeated.
+// 3. The list is probed and compacted again while that shortens it, then bisected.
+// Approximate masses answer wherever they clear the capacity by more than their error bound;
+// otherwise the canonical sum S of the candidate decides, so the result is the one the definition
+// gives, whatever the sample and the approximations were.
+// Bytes: about 1.1 row reads after row_stats, plus the tiles an ambiguous candidate touches.
 
 namespace tta {
 namespace TTA_ISA {
@@ -55,20 +57,29 @@ static void probe_masses(const float* x, int64_t count, float reference, float i
     limit[i] = set1(probe[i]);
     sum[i] = set1(0.0f);
   }
-  for (int64_t j = 0; j < count; j += kWidth) {
+  int64_t j = 0;
+  for (; j + kPack * kWidth <= count; j += kPack * kWidth) {
+    F w[kPack];
+    weight_pack<kPack>(x + j, m, inv, w);
+    for (int k = 0; k < kPack; ++k) {
+      const F value = load(x + j + k * kWidth);
+      for (int i = 0; i < kProbes; ++i)
+        sum[i] = add(sum[i], keep(less_equal(value, limit[i]), w[k]));
+    }
+  }
+  for (; j < count; j += kWidth) {
     const F value = load(x + j);
     const F w = weight(value, m, inv);
-    for (int i = 0; i < kProbes; ++i)
-      sum[i] = add(sum[i], keep(less_equal(value, limit[i]), w));
+    for (int i = 0; i < kProbes; ++i) sum[i] = add(sum[i], keep(less_equal(value, limit[i]), w));
   }
   for (int i = 0; i < kProbes; ++i)
     mass[i] += static_cast<double>(reduce_add_unordered(sum[i])) * scale;
 }
 
 struct Bracket {
-  float low = -kInfinity;   // items at or below it are taken
-  float high = kInfinity;   // the critical item is at or below it
-  double below = 0.0;       // approximate mass of the items at or below `low`
+  float low = -kInfinity;  // items at or below it are taken
+  float high = kInfinity;  // the critical item is at or below it
+  double below = 0.0;      // approximate mass of the items at or below `low`
 };
 
 // Tightens the bracket by eight probed masses. Ambiguous probes (within `slack`) tighten nothing.
@@ -85,39 +96,89 @@ static void tighten(Bracket* b, const float* probe, const double* mass, double b
     if (below + mass[i] > bound + slack && probe[i] < b->high) b->high = probe[i];
 }
 
+constexpr int kSampled = 8;  // one element in so many is probed first
+
+// Masses below the probes over the first 1/fraction of every tile.
+static void probe_row(const Row& row, const Stats& s, int fraction, const float* probe,
+                      double* mass) {
+  alignas(64) float scratch[kTile];
+  for (int t = 0; t < s.tiles; ++t) {
+    if (s.scale[t] == 0.0) continue;
+    const Tile tile = load_tile(row, t, scratch);
+    const int count = fraction == 1 || tile.count < kTile ? tile.count : kTile / fraction;
+    probe_masses(tile.x, count, s.tile_max[t], s.inv_temperature, probe, s.scale[t], mass);
+  }
+}
+
+// Lists the items inside the bracket, sets bracket->below, returns the mass inside.
+static double collect(const Row& row, const Stats& s, Bracket* bracket, Candidates* list) {
+  alignas(64) float scratch[kTile];
+  const F low = set1(bracket->low), high = set1(bracket->high), inv = set1(s.inv_temperature);
+  double below = 0.0, inside = 0.0;
+  list->count = 0;
+  for (int t = 0; t < s.tiles; ++t) {
+    if (s.tile_max[t] <= bracket->low) {
+      below += s.mass(t);
+      continue;
+    }
+    const Tile tile = load_tile(row, t, scratch);
+    const int32_t begin = t * kTile;
+    const F m = set1(s.tile_max[t]);
+    F under = set1(0.0f), in = set1(0.0f);
+    for (int j = 0; j < tile.count; j += kPack * kWidth) {
+      F w[kPack];
+      weight_pack<kPack>(tile.x + j, m, inv, w);
+      for (int k = 0; k < kPack; ++k) {
+        const F x = load(tile.x + j + k * kWidth);
+        const M above = less(low, x), listed = mask_and(above, less_equal(x, high));
+        under = add(under, keep(mask_not(above), w[k]));
+        if (!lanes(listed)) continue;
+        in = add(in, keep(listed, w[k]));
+        list->append(listed, x, add(iota(), set1i(begin + j + k * kWidth)));
+      }
+    }
+    below += static_cast<double>(reduce_add_unordered(under)) * s.scale[t];
+    inside += static_cast<double>(reduce_add_unordered(in)) * s.scale[t];
+  }
+  bracket->below = below;
+  return inside;
+}
+
 static KnapsackCut knapsack_cut(const Row& row, const Stats& s, double bound) {
   KnapsackCut cut;
   if (s.z <= bound) return cut;
   const double slack = s.z * 0x1p-17;
-  alignas(64) float scratch[kTile];
 
   // 1. Probe where the mass of a peaked row lies; distances in units of the temperature.
   static const float kDepth[kProbes] = {-20.f, -15.f, -12.f, -10.f, -8.f, -6.f, -4.f, -2.f};
-  Bracket bracket;
   float probe[kProbes];
-  double mass[kProbes] = {};
   for (int i = 0; i < kProbes; ++i) probe[i] = s.max + kDepth[i] / s.inv_temperature;
-  for (int t = 0; t < s.tiles; ++t) {
-    if (s.scale[t] == 0.0) continue;
-    const Tile tile = load_tile(row, t, scratch);
-    probe_masses(tile.x, tile.count, s.tile_max[t], s.inv_temperature, probe, s.scale[t], mass);
-  }
-  tighten(&bracket, probe, mass, bound, slack);
-
-  // 2. Compact the bracket, then narrow it while that at least halves the list.
+  Bracket bracket;
   static thread_local Candidates list;
   list.reserve(row.vocab);
-  for (int t = 0; t < s.tiles; ++t) {
-    if (s.tile_max[t] <= bracket.low) continue;
-    const Tile tile = load_tile(row, t, scratch);
-    const int64_t begin = static_cast<int64_t>(t) * kTile;
-    const F low = set1(bracket.low), high = set1(bracket.high);
-    for (int j = 0; j < tile.count; j += kWidth) {
-      const F x = load(tile.x + j);
-      const M inside = mask_and(less(low, x), less_equal(x, high));
-      if (lanes(inside)) list.append(inside, x, add(iota(), set1i(static_cast<int32_t>(begin) + j)));
-    }
+  bool guessed = row.vocab >= 4 * kTile;
+  if (guessed) {
+    double mass[kProbes] = {};
+    probe_row(row, s, kSampled, probe, mass);
+    for (int i = 0; i < kProbes; ++i)
+      if (mass[i] * kSampled <= 0.75 * bound) bracket.low = probe[i];
+    for (int i = kProbes - 1; i >= 0; --i)
+      if (mass[i] * kSampled >= 1.5 * bound) bracket.high = probe[i];
+    // 2. The guess is kept if the exact masses confirm it.
+    const double inside = collect(row, s, &bracket, &list);
+    guessed = bracket.low < bracket.high && bracket.below <= bound - slack &&
+              (bracket.high == kInfinity || bracket.below + inside > bound + slack);
   }
+  if (!guessed) {
+    double mass[kProbes] = {};
+    bracket = Bracket{};
+    probe_row(row, s, 1, probe, mass);
+    tighten(&bracket, probe, mass, bound, slack);
+    collect(row, s, &bracket, &list);
+  }
+
+  // 3. Narrow the list while that at least halves it.
+  double mass[kProbes];
   while (list.count > 64) {
     const int64_t before = list.count;
     float* x = list.x.get();
@@ -189,9 +250,9 @@ static KnapsackCut knapsack_cut(const Row& row, const Stats& s, double bound) {
       const I index = load_i(id + j);
       const M at_or_before = admitted<kMixed>(value, px, index, limit);
       const M same = mask_and(equal(value, px), equal(index, set1i(pivot_id)));
-      const M stays = mask_and(taken ? mask_not(at_or_before)
-                                     : mask_and(at_or_before, mask_not(same)),
-                               less(value, set1(kInfinity)));
+      const M stays =
+          mask_and(taken ? mask_not(at_or_before) : mask_and(at_or_before, mask_not(same)),
+                   less(value, set1(kInfinity)));
       list.append(stays, value, index);
     }
   }

@@ -53,7 +53,8 @@ static void load_mixture(const Mixture& mixture, int64_t row, int64_t begin, int
   }
   // A token the base rules out stays out, whatever infinities the terms gave; a NaN among its terms
   // is still reported, and is all that a self-comparison can fail on.
-  for (int j = 0; j < count; ++j) out[j] = base[j] == -kInfinity && !(score[j] != score[j]) ? -kInfinity : score[j];
+  for (int j = 0; j < count; ++j)
+    out[j] = base[j] == -kInfinity && !(score[j] != score[j]) ? -kInfinity : score[j];
 }
 
 // A row found invalid: which tensor is to blame.

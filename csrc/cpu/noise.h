@@ -5,8 +5,8 @@ namespace tta {
 namespace TTA_ISA {
 
 struct NoiseKey {
-  uint32_t k0, k1;           // the seed
-  uint32_t c1, c2, c3;       // step, sequence, tag | iteration | rollout
+  uint32_t k0, k1;      // the seed
+  uint32_t c1, c2, c3;  // step, sequence, tag | iteration | rollout
 };
 
 // Four vectors of normals: lane i of out[w] is dimension 4 (block + i) + w.

@@ -121,7 +121,11 @@ struct VerifyArgs : DeferralArgs {
   int64_t* accepted = nullptr;
   int64_t* token = nullptr;
   bool* deferred = nullptr;
-  double* mass = nullptr;  // [batch, K + 1]
+  double* mass = nullptr;                                   // [batch, K + 1]
+  int64_t param_row_stride = 0, param_position_stride = 0;  // of rule.param
+  int64_t param_index(int64_t b, int64_t k) const {
+    return b * param_row_stride + k * param_position_stride;
+  }
 };
 
 struct CategoricalArgs {
@@ -140,14 +144,15 @@ struct CategoricalArgs {
 // score = base + sum_e beta_e (expert_e - anti_e): log-linear mixtures of models.
 struct MixtureArgs {
   Logits base;
-  Logits expert, anti;  // [experts, batch, vocab]: batch_stride is the expert's, row_stride the row's
+  Logits expert,
+      anti;  // [experts, batch, vocab]: batch_stride is the expert's, row_stride the row's
   int64_t experts = 0;
   const float* beta = nullptr;
   int64_t batch = 0;
   float inv_temperature = 1.0f;
   InvalidRow* invalid = nullptr;
   Parallel parallel;
-  int64_t grain = 1;  // fewest rows worth a task
+  int64_t grain = 1;       // fewest rows worth a task
   float* probs = nullptr;  // [batch, vocab], or
   int64_t probs_stride = 0;
   KeySpec key;
@@ -193,7 +198,7 @@ struct ControlArgs {
   const float* mean = nullptr;  // [prompts, steps, dim], contiguous
   float* out = nullptr;
   int64_t prompts = 0, steps = 0, dim = 0, rollouts = 0;
-  const float* weights = nullptr;  // [prompts, rollouts]
+  const float* weights = nullptr;   // [prompts, rollouts]
   const int64_t* length = nullptr;  // [prompts, rollouts] or null
   PerRow<int64_t> sequence;
   uint64_t seed = 0;

@@ -1,9 +1,8 @@
 // Gaussian noise of the AISP family: `normal` writes one step's noise out.
 
 #define TTA_TARGET_FILE "cpu/prelogit.cpp"
-#include "cpu/foreach_isa.h"
-
 #include "cpu/denormals.h"
+#include "cpu/foreach_isa.h"
 #include "cpu/noise.h"
 
 namespace tta {

@@ -15,10 +15,10 @@ namespace TTA_ISA {
 
 constexpr int kTile = 4096;
 constexpr int kLanes = 128;
-constexpr int kAcc = kLanes / kWidth;                 // vectors that hold the 128 lanes
-constexpr int kHalves = kAcc == 16 ? 2 : 1;           // AVX2 has 16 registers: 8 accumulators a sweep
+constexpr int kAcc = kLanes / kWidth;        // vectors that hold the 128 lanes
+constexpr int kHalves = kAcc == 16 ? 2 : 1;  // AVX2 has 16 registers: 8 accumulators a sweep
 constexpr int kSweep = kAcc / kHalves;
-constexpr int kMaxTiles = 256;                        // V <= 2^20
+constexpr int kMaxTiles = 256;  // V <= 2^20
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr int64_t kNoLimit = std::numeric_limits<int64_t>::max();
 
@@ -112,6 +112,14 @@ TTA_INLINE F weight(F x, F tile_max, F inv_temperature) {
   return exp(mul(sub(x, tile_max), inv_temperature));
 }
 
+// N weights at once (core/math.h says why).
+template <int N>
+TTA_INLINE void weight_pack(const float* x, F tile_max, F inv_temperature, F* w) {
+  for (int k = 0; k < N; ++k) w[k] = mul(sub(load(x + k * kWidth), tile_max), inv_temperature);
+  exp_pack<N>(w);
+}
+constexpr int kPack = kWidth == 1 ? 1 : 4;  // weights computed together
+
 // NaNs are dropped here; they come back as a NaN tile sum.
 static float tile_max(Tile tile) {
   F m0 = set1(-kInfinity), m1 = m0, m2 = m0, m3 = m0;
@@ -174,12 +182,16 @@ static float tile_sum_as(Tile tile, float max_value, float inv_temperature, floa
     F sum[kSweep];
     for (int k = 0; k < kSweep; ++k) sum[k] = set1(0.0f);
     for (int j = h * kSweep * kWidth; j < tile.count; j += kLanes) {
-      for (int k = 0; k < kSweep; ++k) {
-        const F x = load(tile.x + j + k * kWidth);
-        F w = weight(x, m, s);
-        if constexpr (kMode != kNoMask)
-          w = keep(admitted<kMode>(x, cx, add(iota(), set1i(j + k * kWidth)), limit), w);
-        sum[k] = add(sum[k], w);
+      for (int k = 0; k < kSweep; k += kPack) {
+        F w[kPack];
+        weight_pack<kPack>(tile.x + j + k * kWidth, m, s, w);
+        for (int i = 0; i < kPack; ++i) {
+          const int at = j + (k + i) * kWidth;
+          if constexpr (kMode != kNoMask)
+            w[i] =
+                keep(admitted<kMode>(load(tile.x + at), cx, add(iota(), set1i(at)), limit), w[i]);
+          sum[k + i] = add(sum[k + i], w[i]);
+        }
       }
     }
     for (int k = 0; k < kSweep; ++k) part[k] = sum[k];
@@ -288,8 +300,7 @@ TTA_INLINE bool tile_before(const Stats& s, int t, const Cut& cut) {
 static double tile_mass_before(const Row& row, const Stats& s, int t, const Cut& cut,
                                float* scratch) {
   const Tile tile = load_tile(row, t, scratch);
-  return static_cast<double>(
-             tile_sum_before(tile, s.tile_max[t], s.inv_temperature, cut, t)) *
+  return static_cast<double>(tile_sum_before(tile, s.tile_max[t], s.inv_temperature, cut, t)) *
          s.scale[t];
 }
 
@@ -306,14 +317,16 @@ static double prefix_sum(const Row& row, const Stats& s, const Cut& cut) {
   return total;
 }
 
-// prefix_sum(cut) <= bound, reading as few tiles as the answer needs. A tile beyond the cut holds at
-// least its own maximum (weight exactly 1) outside the sum; float32 rounding inside a tile and
-// float64 rounding across tiles are far below the slack, so every early answer is the exact one.
-static bool prefix_at_most(const Row& row, const Stats& s, const Cut& cut, double bound) {
-  constexpr double kTileSlack = 1.0 + 0x1p-17, kSumSlack = 1.0 + 0x1p-40;
+// reached(prefix_sum(cut)) for a `reached` that turns from false to true as its argument grows,
+// reading as few tiles as the answer needs. A tile beyond the cut holds at least its own maximum
+// (weight exactly 1) outside the sum; float32 rounding inside a tile and float64 rounding across
+// tiles are far below the slack, so every early answer is the exact one.
+template <class Reached>
+static bool prefix_reaches(const Row& row, const Stats& s, const Cut& cut, Reached reached) {
+  constexpr double kTileSlack = 1.0 + 0x1p-17, kSumSlack = 0x1p-40;
   alignas(64) float scratch[kTile];
-  double mass[kMaxTiles];      // exact where known
-  double gap[kMaxTiles];       // upper bound of what is unknown
+  double mass[kMaxTiles];  // exact where known
+  double gap[kMaxTiles];   // upper bound of what is unknown
   double low = 0.0, high = 0.0;
   int open = 0;
   int16_t open_tile[kMaxTiles];
@@ -323,8 +336,8 @@ static bool prefix_at_most(const Row& row, const Stats& s, const Cut& cut, doubl
       mass[t] = s.mass(t);
       low += mass[t];
     } else if (s.scale[t] != 0.0) {
-      const double admitted_sum = static_cast<double>(s.tile_sum[t]) * kTileSlack -
-                                  (s.tile_max[t] > cut.x ? 1.0 : 0.0);
+      const double admitted_sum =
+          static_cast<double>(s.tile_sum[t]) * kTileSlack - (s.tile_max[t] > cut.x ? 1.0 : 0.0);
       gap[t] = (admitted_sum > 0.0 ? admitted_sum : 0.0) * s.scale[t];
       high += gap[t];
       open_tile[open++] = static_cast<int16_t>(t);
@@ -332,8 +345,8 @@ static bool prefix_at_most(const Row& row, const Stats& s, const Cut& cut, doubl
   }
   high += low;
   while (open) {
-    if (low > bound * kSumSlack) return false;
-    if (high * kSumSlack <= bound) return true;
+    if (reached(low * (1.0 - kSumSlack))) return true;
+    if (!reached(high * (1.0 + kSumSlack))) return false;
     int widest = 0;
     for (int i = 1; i < open; ++i)
       if (gap[open_tile[i]] > gap[open_tile[widest]]) widest = i;
@@ -345,7 +358,12 @@ static bool prefix_at_most(const Row& row, const Stats& s, const Cut& cut, doubl
   }
   double total = 0.0;
   for (int t = 0; t < s.tiles; ++t) total += mass[t];
-  return total <= bound;
+  return reached(total);
+}
+
+// prefix_sum(cut) <= bound.
+static bool prefix_at_most(const Row& row, const Stats& s, const Cut& cut, double bound) {
+  return !prefix_reaches(row, s, cut, [bound](double sum) { return sum > bound; });
 }
 
 // ---- draws -------------------------------------------------------------------------------------
@@ -405,13 +423,64 @@ static int64_t draw(const Row& row, const Stats& s, double u) {
   alignas(64) float weights[kTile];
   const Tile tile = load_tile(row, t, scratch);
   const F m = set1(s.tile_max[t]), inv = set1(s.inv_temperature);
-  for (int j = 0; j < tile.count; j += kWidth)
-    store(weights + j, weight(load(tile.x + j), m, inv));
+  for (int j = 0; j < tile.count; j += kWidth) store(weights + j, weight(load(tile.x + j), m, inv));
   return static_cast<int64_t>(t) * kTile +
          find_in_tile(weights, tile.count, s.scale[t], before, target);
 }
 
-// ---- sets of tokens below a probability ----------------------------------------------------------
+// ---- probabilities ---------------------------------------------------------------------------
+
+// fl32(w / z) for many w and one z, with the bits of the float64 division but without dividing:
+// y = fl(1 / z), then two corrections q += (w - q z) y. The first leaves q within an ulp, the
+// second then rounds correctly (Markstein 1990; z with an all-ones mantissa is the theorem's
+// exception).
+class DivideBy {
+ public:
+  explicit DivideBy(double z) : z_(set1d(z)), minus_z_(set1d(-z)), y_(set1d(1.0 / z)) {
+    uint64_t u;
+    std::memcpy(&u, &z, sizeof u);
+    divide_ = TTA_ISA_LEVEL == 0 || (u & 0xfffffffffffffull) == 0xfffffffffffffull;
+  }
+  // In place, N vectors at a time.
+  template <int N>
+  TTA_INLINE void operator()(F* w) const {
+    D a[N], q[N], e[N];
+    for (int k = 0; k < N; ++k) a[k] = widen(w[k]);
+    if (TTA_UNLIKELY(divide_)) {
+      for (int k = 0; k < N; ++k) w[k] = narrow(div(a[k], z_));
+      return;
+    }
+    for (int k = 0; k < N; ++k) q[k] = mul(a[k], y_);
+    for (int k = 0; k < N; ++k) e[k] = fma(q[k], minus_z_, a[k]);
+    for (int k = 0; k < N; ++k) q[k] = fma(e[k], y_, q[k]);
+    for (int k = 0; k < N; ++k) e[k] = fma(q[k], minus_z_, a[k]);
+    for (int k = 0; k < N; ++k) q[k] = fma(e[k], y_, q[k]);
+    for (int k = 0; k < N; ++k) w[k] = narrow(q[k]);
+  }
+
+ private:
+  D z_, minus_z_, y_;
+  bool divide_;
+};
+
+static void write_probabilities(Tile tile, const Stats& s, float* out) {
+  const F m = set1(s.max), inv = set1(s.inv_temperature);
+  const DivideBy z(s.z);
+  for (int j = 0; j < tile.count; j += kPack * kWidth) {
+    F w[kPack];
+    weight_pack<kPack>(tile.x + j, m, inv, w);
+    for (int k = 0; k < kPack; ++k) store(out + j + k * kWidth, w[k]);
+  }
+  for (int j = 0; j < tile.count; j += kPack * kWidth) {
+    F w[kPack];
+    for (int k = 0; k < kPack; ++k) w[k] = load(out + j + k * kWidth);
+    z.operator()<kPack>(w);
+    for (int k = 0; k < kPack; ++k) store(out + j + k * kWidth, w[k]);
+  }
+}
+
+// ---- sets of tokens below a probability
+// ----------------------------------------------------------
 
 TTA_INLINE int32_t ordered_bits(float x) {  // monotone in x, -0 and +0 apart
   int32_t i;

@@ -9,6 +9,13 @@ TTA_INLINE bool valid_param(const RuleSpec& rule, int64_t b) {
   return param == param && !(rule.rule == kKnapsack && param < 0.0);
 }
 
+// The uniform of one decision about row b, `ahead` tokens after its position.
+static double uniform(const KeySpec& key, int64_t b, int64_t ahead, Stream stream) {
+  return philox_uniform(key.seed, 0, static_cast<uint32_t>(key.position[b] + ahead),
+                        static_cast<uint32_t>(key.sequence[b]),
+                        counter_word3(stream, key.iteration, key.rollout));
+}
+
 // The rows of one position and their statistics: at the sampling temperature, and at the rule's
 // where that differs.
 struct RowPair {
@@ -61,6 +68,14 @@ struct Deferral {
   }
 };
 
+// fl32 probabilities of one token at the sampling temperature.
+TTA_INLINE float base_probability(const RowPair& rows, int64_t v) {
+  return rows.base_stats.probability(logit_at(rows.base, v));
+}
+TTA_INLINE float proxy_probability(const RowPair& rows, int64_t v) {
+  return rows.proxy_stats.probability(logit_at(rows.proxy, v));
+}
+
 // kWidth tokens from id `first` of tile t, whose judging logits are x.
 TTA_INLINE M deferred_lanes(const Deferral& d, F x, int64_t first, int t) {
   const F cut_x = set1(d.cut.x);
@@ -108,8 +123,8 @@ static bool resolve(const RuleSpec& rule, int64_t b, const RowPair& rows, Deferr
       if (cut.critical >= 0 && rule.critical == kInclude)
         d->cut = Cut::through(cut.x, cut.critical);
       if (cut.critical >= 0 && rule.critical == kSplitItem)
-        d->fraction = split_fraction(p, bound, prefix_sum(rows.base, p, d->cut), cut.x,
-                                     cut.critical);
+        d->fraction =
+            split_fraction(p, bound, prefix_sum(rows.base, p, d->cut), cut.x, cut.critical);
       return true;
     }
     case kThreshold:
@@ -149,8 +164,7 @@ static bool judge(const RuleSpec& rule, int64_t b, const RowPair& rows, int64_t 
   switch (rule.rule) {
     case kKnapsack: {
       const double bound = param * p.z;
-      if (rule.critical == kInclude)
-        return prefix_at_most(rows.base, p, Cut::before(x, v), bound);
+      if (rule.critical == kInclude) return prefix_at_most(rows.base, p, Cut::before(x, v), bound);
       if (prefix_at_most(rows.base, p, Cut::through(x, v), bound)) return true;
       if (rule.critical == kExclude) return false;
       const Cut before = Cut::before(x, v);
@@ -177,15 +191,17 @@ static bool judge(const RuleSpec& rule, int64_t b, const RowPair& rows, int64_t 
 
 // ---- masses ----------------------------------------------------------------------------------
 
-// Canonical sum of the base weights of the tokens a proxy-judged rule defers.
-static double judged_sum(const RowPair& rows, const Stats& s, const Deferral& d) {
+// Canonical sum of the base weights of the tokens a rule defers, or of those it keeps; the critical
+// item counts as kept. The general form: prefix_sum is the quick one for what a cut defers.
+static double judged_sum(const RowPair& rows, const Stats& s, const Deferral& d, bool kept) {
   alignas(64) float base_scratch[kTile];
   alignas(64) float proxy_scratch[kTile];
   double total = 0.0;
   for (int t = 0; t < s.tiles; ++t) {
     if (s.scale[t] == 0.0) continue;
+    if (kept && !d.by_proxy && tile_before(s, t, d.cut)) continue;
     const Tile base = load_tile(rows.base, t, base_scratch);
-    const Tile proxy = load_tile(rows.proxy, t, proxy_scratch);
+    const Tile judged = d.by_proxy ? load_tile(rows.proxy, t, proxy_scratch) : base;
     const F m = set1(s.tile_max[t]), inv = set1(s.inv_temperature);
     const int64_t begin = static_cast<int64_t>(t) * kTile;
     F acc[kAcc];
@@ -193,7 +209,8 @@ static double judged_sum(const RowPair& rows, const Stats& s, const Deferral& d)
     for (int j = 0; j < base.count; j += kLanes) {
       for (int k = 0; k < kAcc; ++k) {
         const int i = j + k * kWidth;
-        const M in = deferred_lanes(d, load(proxy.x + i), begin + i, t);
+        const M deferred = deferred_lanes(d, load(judged.x + i), begin + i, t);
+        const M in = kept ? mask_not(deferred) : deferred;
         acc[k] = add(acc[k], keep(in, weight(load(base.x + i), m, inv)));
       }
     }
@@ -204,13 +221,21 @@ static double judged_sum(const RowPair& rows, const Stats& s, const Deferral& d)
 
 // sum_v mu(v) p(v) with p at the temperature of `s` (statistics of the base row).
 static double mass_at(const RowPair& rows, const Deferral& d, const Stats& s) {
-  double sum = d.by_proxy ? judged_sum(rows, s, d) : prefix_sum(rows.base, s, d.cut);
+  double sum = d.by_proxy ? judged_sum(rows, s, d, false) : prefix_sum(rows.base, s, d.cut);
   if (d.fraction > 0.0) sum += d.fraction * canonical_weight(s, d.critical_x, d.critical);
   return sum / s.z;
 }
 
 static double deferred_mass(const RowPair& rows, const Deferral& d) {
   return mass_at(rows, d, rows.base_stats);
+}
+
+// 1 - D, added up from the kept tokens themselves.
+static double kept_mass(const RowPair& rows, const Deferral& d) {
+  const Stats& s = rows.base_stats;
+  double sum = judged_sum(rows, s, d, true);
+  if (d.fraction > 0.0) sum -= d.fraction * canonical_weight(s, d.critical_x, d.critical);
+  return sum / s.z;
 }
 
 // ---- the policy --------------------------------------------------------------------------------
@@ -230,24 +255,25 @@ class PolicyTile {
     const Tile proxy = load_tile(rows_.proxy, t, proxy_scratch);
     const Stats& p = rows_.base_stats;
     const Stats& q = rows_.proxy_stats;
-    const F pm = set1(p.max), pi = set1(p.inv_temperature);
-    const F qm = set1(q.max), qi = set1(q.inv_temperature);
-    const D pz = set1d(p.z), qz = set1d(q.z), mass = set1d(mass_);
+    alignas(64) float moved[kTile];
+    // Three short loops, each with its constants in registers; the tile stays in L1 between them.
+    write_probabilities(base, p, out);
+    write_probabilities(proxy, q, moved);
+    const D mass = set1d(mass_);
+    const float* judged = d_.by_proxy ? proxy.x : base.x;
     const int64_t begin = static_cast<int64_t>(t) * kTile;
     for (int j = 0; j < base.count; j += kWidth) {
-      const F x = load(base.x + j), y = load(proxy.x + j);
-      const M in = deferred_lanes(d_, d_.by_proxy ? y : x, begin + j, t);
-      const F pv = keep(mask_not(in), narrow(div(widen(weight(x, pm, pi)), pz)));
-      const F qv = narrow(div(widen(weight(y, qm, qi)), qz));
-      store(out + j, narrow(add(widen(pv), mul(widen(qv), mass))));
+      const M in = deferred_lanes(d_, load(judged + j), begin + j, t);
+      const D kept = widen(keep(mask_not(in), load(out + j)));
+      store(out + j, narrow(add(kept, mul(widen(load(moved + j)), mass))));
     }
     if (d_.fraction > 0.0 && d_.critical / kTile == t) {
       const int j = static_cast<int>(d_.critical - begin);
       const double pc = static_cast<double>(p.probability(base.x[j]));
       const double qc = static_cast<double>(q.probability(proxy.x[j]));
       const double kept = (1.0 - d_.fraction) * pc;
-      const double moved = qc * mass_;
-      out[j] = static_cast<float>(kept + moved);
+      const double from_proxy = qc * mass_;
+      out[j] = static_cast<float>(kept + from_proxy);
     }
   }
 
@@ -337,6 +363,16 @@ static KeptBest best_kept(const RowPair& rows, const Deferral& d) {
     }
   }
   return best;
+}
+
+// Greedy choice without q: the most probable kept token, and whether q could still change it. pi of
+// any other token is at most fl32(second best kept p + D), pi of this one at least its p.
+static int64_t propose_greedy(const RowPair& rows, const Deferral& d, double mass,
+                              bool* needs_proxy) {
+  const KeptBest best = best_kept(rows, d);
+  *needs_proxy =
+      best.id < 0 || (mass > 0.0 && !(static_cast<float>(best.second + mass) < best.first));
+  return best.id < 0 ? first_of_value(rows.base, rows.base_stats, rows.base_stats.max) : best.id;
 }
 
 TTA_INLINE void write_bools(bool* out, uint32_t bits, int count) {

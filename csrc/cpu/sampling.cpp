@@ -9,10 +9,7 @@
 #include "cpu/foreach_isa.h"
 
 #include "cpu/denormals.h"
-#include "cpu/row.h"
-#include "cpu/knapsack_cut.h"
-#include "cpu/mixture.h"
-#include "cpu/rule.h"
+#include "cpu/kad.h"
 
 namespace tta {
 namespace TTA_ISA {
@@ -44,12 +41,9 @@ static void categorical_rows(void* context, int64_t begin, int64_t end) {
 static void write_probs(const Row& row, const Stats& s, float* out) {
   alignas(64) float scratch[kTile];
   alignas(64) float p[kTile];
-  const F m = set1(s.max), inv = set1(s.inv_temperature);
-  const D z = set1d(s.z);
   for (int t = 0; t < s.tiles; ++t) {
     const Tile tile = load_tile(row, t, scratch);
-    for (int j = 0; j < tile.count; j += kWidth)
-      store(p + j, narrow(div(widen(weight(load(tile.x + j), m, inv)), z)));
+    write_probabilities(tile, s, p);
     const int64_t begin = static_cast<int64_t>(t) * kTile;
     const int64_t left = row.vocab - begin;
     std::memcpy(out + begin, p, static_cast<size_t>(left < kTile ? left : kTile) * sizeof(float));

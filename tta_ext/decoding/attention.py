@@ -41,7 +41,9 @@ def check_model(model: Any, role: str) -> None:
         )
     name = type(model).__name__
     if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(f"{role} ({name}) is an encoder-decoder; only decoder-only models are supported")
+        raise ValueError(
+            f"{role} ({name}) is an encoder-decoder; only decoder-only models are supported"
+        )
     if model.get_output_embeddings() is None:
         raise ValueError(
             f"{role} ({name}) has no language-model head; load it with AutoModelForCausalLM"
@@ -58,7 +60,9 @@ def check_model(model: Any, role: str) -> None:
         )
     text = config.get_text_config()
     if getattr(text, "use_bidirectional_attention", None) or not getattr(text, "is_causal", True):
-        raise ValueError(f"{role} ({name}) attends in both directions, so it cannot decode token by token")
+        raise ValueError(
+            f"{role} ({name}) attends in both directions, so it cannot decode token by token"
+        )
     for kind in dict.fromkeys(getattr(text, "layer_types", None) or ()):
         if kind not in _LAYER_TYPES:
             raise ValueError(
@@ -94,7 +98,13 @@ class MaskBuilder:
         types = getattr(config, "layer_types", None)
         self.keyed = types is not None
         if types is None:
-            types = ["sliding_attention" if window else "chunked_attention" if chunk else "full_attention"]
+            types = [
+                "sliding_attention"
+                if window
+                else "chunked_attention"
+                if chunk
+                else "full_attention"
+            ]
         self.types = tuple(dict.fromkeys(types))
         self.window, self.chunk = window, chunk
         self.zero = torch.zeros((), dtype=dtype, device=device)

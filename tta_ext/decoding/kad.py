@@ -322,7 +322,9 @@ class _Request:
         if trace not in (False, True, "lazy", "full"):
             raise ValueError(f"trace is {trace!r}, expected False, True, 'full' or 'lazy'")
         if trace and self.implicit:
-            raise ValueError("rule 'implicit_reward' has no trace: no token comes from one model alone")
+            raise ValueError(
+                "rule 'implicit_reward' has no trace: no token comes from one model alone"
+            )
         self.trace = {False: None, True: "full"}.get(trace, trace)  # type: ignore[call-overload]
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
@@ -336,7 +338,9 @@ class _Request:
             base = unpad(input_ids, attention_mask)
             proxy = base
             if padded_context:
-                self.padded = [row for row in input_ids.tolist() for _ in range(num_return_sequences)]
+                self.padded = [
+                    row for row in input_ids.tolist() for _ in range(num_return_sequences)
+                ]
         else:
             listed = normalise_prompts(prompts)
             other = None if proxy_prompts is None else normalise_prompts(proxy_prompts)
@@ -395,7 +399,9 @@ class _Request:
             if beta.numel() == 1:
                 beta = beta.expand(experts).clone()
             if beta.numel() != experts:
-                raise ValueError(f"param has {beta.numel()} betas, expected {experts}, one for each expert")
+                raise ValueError(
+                    f"param has {beta.numel()} betas, expected {experts}, one for each expert"
+                )
             return beta.to(_device_of(owner.base))
         if not isinstance(param, (Tensor, Sequence)):
             return param
@@ -526,7 +532,9 @@ def _events(loop: Loop, tokenizer: Any, offset: int = 0) -> Iterator[StreamEvent
     while not loop.done:
         loop.step()
         for one in loop.events:
-            text = None if deltas is None else deltas[one.row].push(one.token, one.finish is not None)
+            text = (
+                None if deltas is None else deltas[one.row].push(one.token, one.finish is not None)
+            )
             yield StreamEvent(offset + one.row, one.token, text, one.deferred, one.finish)
 
 

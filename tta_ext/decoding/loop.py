@@ -105,6 +105,8 @@ class Loop:
         self.token = torch.empty(rows, dtype=torch.int64, device=base.device)
         self.deferred = torch.zeros(rows, dtype=torch.bool, device=base.device)
         self.rule = dict(options.rule)
+        param = self.rule["param"]
+        self._param_by_row = isinstance(param, Tensor) and param.numel() > 1
         self._fed = False
 
     @property
@@ -160,7 +162,7 @@ class Loop:
         else:
             # The first time: prompts, or what a conversation has added since the last turn.
             runner.prefill()
-            logits = runner.catch_up(self._every, torch.tensor(self._every, device=runner.device))
+            logits = runner.catch_up()
         return self.process(logits, None)
 
     @property
@@ -182,9 +184,11 @@ class Loop:
         """Hand the step's tokens to everyone and take finished rows out."""
         options, answers = self.options, self.answers
         self._fed = True
-        for runner in self._runners:
-            on_base = runner.device == self.base.device
-            runner.append(self.token if on_base else self.token.to(runner.device))
+        # Only the base may take the token from the op's output: by the time a lazy proxy runs, the
+        # next proposal has overwritten it.
+        self.base.append(tokens, self.token)
+        for runner in self.followers:
+            runner.append(tokens)
         finished = []
         for i, row in enumerate(self.active):
             if self._emit(row, tokens[i], flags[i]):
@@ -237,9 +241,9 @@ class Loop:
         self.active = [self.active[i] for i in rows]
         if not rows:
             return
-        index = torch.tensor(rows, device=self.base.device)
         for runner in self._runners:
-            runner.keep(rows, index)
+            runner.keep(rows)
+        index = torch.tensor(rows, device=self.base.device)
         if self.options.context is not None:
             self.options.context.keep(rows, index)
         self.keep(index)
@@ -248,15 +252,18 @@ class Loop:
         """Drop what this loop keeps for rows that are not in ``index``."""
         self.sequence = self.sequence[index]
         self.token, self.deferred = self.token[: len(index)], self.deferred[: len(index)]
-        param = self.rule.get("param")
-        if isinstance(param, Tensor) and param.dim() == 1 and param.shape[0] > 1:
-            self.rule["param"] = param[index]
+        if self._param_by_row:
+            self.rule["param"] = self.rule["param"].index_select(0, index)
 
     # Of the latest step, for criteria and traces.
     _base_logits: Tensor
 
     def _record(
-        self, proxy_logits: Tensor | None, rows: list[int] | None, flags: list[bool], needs_proxy: bool
+        self,
+        proxy_logits: Tensor | None,
+        rows: list[int] | None,
+        flags: list[bool],
+        needs_proxy: bool,
     ) -> None:
         traces = trace_step(
             self._base_logits, proxy_logits, rows, self.token, flags, self.rule, needs_proxy
@@ -300,56 +307,53 @@ class LazyDeferral(Loop):
             if options.trace:
                 self._record(None, None, flags, False)
             return flags
-        asked = self._every if full else rows
-        every = len(rows) == len(flags)
-        index = torch.tensor(asked, device=self.base.device)
+        asked = None if full or len(rows) == len(flags) else rows
         if not self._warm:
             self.proxy.prefill()
             self._warm = True
-        on_base = self.proxy.device == self.base.device
-        proxy_logits = self.proxy.catch_up(asked, index if on_base else index.to(self.proxy.device))
-        proxy_logits = self.process(proxy_logits, asked)
+        proxy_logits = self.process(self.proxy.catch_up(asked), asked)
         if rows:
-            drawn_from = proxy_logits[rows] if full and not every else proxy_logits
-            if full:
-                index = torch.tensor(rows, device=self.base.device)
             with span("replace"):
-                self._replace(None if every else index, logits, drawn_from)
+                self._replace(rows, logits, proxy_logits[rows] if full else proxy_logits)
             if not options.do_sample:
                 flags = self.deferred.tolist()
         if options.trace:
             self._record(proxy_logits, asked, flags, False)
         return flags
 
-    def _replace(self, index: Tensor | None, logits: Tensor, proxy_logits: Tensor) -> None:
-        """Draw the tokens of the rows in ``index`` (None: of all) with the proxy's help."""
+    def _replace(self, rows: list[int], logits: Tensor, proxy_logits: Tensor) -> None:
+        """Draw the tokens of ``rows``, whose proxy logits these are, with the proxy's help."""
         options, rule = self.options, self.rule
         position, sequence = self.base.total, self.sequence
-        if index is not None:
-            position = position.index_select(0, index)
-            sequence = sequence.index_select(0, index)
-        key = {"seed": options.seed, "position": position, "sequence": sequence}
+        everyone = len(rows) == len(self.active)
+        if not everyone:
+            index = torch.tensor(rows, device=logits.device)
+            position, sequence = position.index_select(0, index), sequence.index_select(0, index)
         if options.do_sample:
             token = ops.categorical_sample(
                 proxy_logits,
                 temperature=rule["temperature"],
                 stream=rng.PROXY,
-                **key,
-                out=self.token if index is None else None,
+                seed=options.seed,
+                position=position,
+                sequence=sequence,
+                out=self.token if everyone else None,
             )
-            if index is not None:
+            if not everyone:
                 self.token.index_copy_(0, index, token)
             return
         # Greedy: `deferred` said "cannot tell without q".
-        if index is not None:
+        if not everyone:
             logits = logits.index_select(0, index)
-            param = rule.get("param")
-            if isinstance(param, Tensor) and param.dim() == 1 and param.shape[0] > 1:
-                rule = rule | {"param": param[index]}
-        drawn = ops.deferral_sample(logits, proxy_logits, **rule, **key, do_sample=False)
-        index = torch.arange(len(logits), device=logits.device) if index is None else index
-        self.token.index_copy_(0, index, drawn.token)
-        self.deferred.index_copy_(0, index, drawn.deferred)
+            if self._param_by_row:
+                rule = rule | {"param": rule["param"].index_select(0, index)}
+        drawn = ops.deferral_sample(logits, proxy_logits, **rule, do_sample=False)
+        if everyone:
+            self.token.copy_(drawn.token)
+            self.deferred.copy_(drawn.deferred)
+        else:
+            self.token.index_copy_(0, index, drawn.token)
+            self.deferred.index_copy_(0, index, drawn.deferred)
 
 
 class DenseDeferral(Loop):
@@ -394,6 +398,7 @@ class ImplicitReward(Loop):
     ) -> None:
         super().__init__(base, followers, options)
         self.experts = experts
+        self._param_by_row = False  # beta has a value for each expert
 
     def draw(self) -> list[bool]:
         options = self.options

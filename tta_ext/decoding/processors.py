@@ -27,9 +27,7 @@ class SequenceView:
         device: device of the ids.
     """
 
-    def __init__(
-        self, prompts: Sequence[Sequence[int]], room: int, device: torch.device
-    ) -> None:
+    def __init__(self, prompts: Sequence[Sequence[int]], room: int, device: torch.device) -> None:
         width = max(map(len, prompts), default=0) + room
         self._tokens = torch.zeros(len(prompts), width, dtype=torch.int64, device=device)
         for row, prompt in enumerate(prompts):

@@ -49,7 +49,11 @@ def chat_template(own: str | None, tokenizer: Any, fallback: Any) -> str:
     Raises:
         ValueError: there is none.
     """
-    for template in (own, getattr(tokenizer, "chat_template", None), getattr(fallback, "chat_template", None)):
+    for template in (
+        own,
+        getattr(tokenizer, "chat_template", None),
+        getattr(fallback, "chat_template", None),
+    ):
         if isinstance(template, Mapping):
             template = template.get("default")
         if template:
@@ -99,7 +103,9 @@ def encode_prompts(
         if not ids:
             start = getattr(tokenizer, "bos_token_id", None)
             if start is None:
-                raise ValueError(f"prompt {i} is empty and the tokenizer has no bos token to start with")
+                raise ValueError(
+                    f"prompt {i} is empty and the tokenizer has no bos token to start with"
+                )
             ids = [start]
         encoded.append(list(ids))
     return encoded
@@ -117,7 +123,9 @@ def unpad(input_ids: Tensor, attention_mask: Tensor | None) -> list[list[int]]:
         ValueError: shapes do not match.
     """
     if not isinstance(input_ids, Tensor) or input_ids.dtype.is_floating_point:
-        raise TypeError(f"input_ids is a {_kind(input_ids)}, expected an integer tensor [rows, columns]")
+        raise TypeError(
+            f"input_ids is a {_kind(input_ids)}, expected an integer tensor [rows, columns]"
+        )
     if input_ids.dim() != 2:
         raise ValueError(f"input_ids has shape {list(input_ids.shape)}, expected [rows, columns]")
     rows = input_ids.tolist()

@@ -6,7 +6,10 @@ plain case every row has one pending token (:meth:`Runner.step`). The lazy proxy
 pending tokens until their logits are wanted (:meth:`Runner.catch_up`). A prompt, except its last
 token, goes through :meth:`Runner.prefill`.
 
-Host-side copies of the lengths exist so that no forward waits for the device.
+Tokens and lengths live on the host, in plain lists, so no forward waits for the device; what a plain
+step needs on the device (lengths, positions, buffer indices) is one small tensor that moves on by one
+addition. Between two forwards of a model everything is cold, and each call costs several times what
+a benchmark of it alone would say: few calls matter more than cheap ones.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from collections.abc import Sequence
 from time import perf_counter
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,6 +31,8 @@ __all__ = ["Runner"]
 
 # Padded tokens of one prefill call at most; longer rows go alone.
 PREFILL_TOKENS = 8192
+# Positions to allocate beyond the prompts at first; most answers end before their limit.
+FIRST_ROOM = 256
 
 
 class Runner:
@@ -41,9 +47,9 @@ class Runner:
         name: name in profiles and messages.
 
     Attributes:
-        total: int64 ``[rows]`` on the model's device, tokens a row holds.
-        cached: int64 ``[rows]`` on the model's device, how many of them the cache holds.
-        seconds, calls, rows_run, tokens_run: cost of the forwards so far.
+        count: number of rows.
+        device: the model's device.
+        seconds, calls, rows_run, tokens_run: cost of the forwards so far; tokens without padding.
     """
 
     def __init__(
@@ -64,88 +70,92 @@ class Runner:
         self._masks = MaskBuilder(model.config.get_text_config(), model.dtype, self.device)
         self.seconds = 0.0
         self.calls = self.rows_run = self.tokens_run = 0
-        self.cache: RaggedCache | None = None
+        self.cache = RaggedCache(0, 0)
         self._load(prompts, room)
 
     # ---- tokens ------------------------------------------------------------------------------
 
     def _load(self, prompts: Sequence[Sequence[int]], room: int) -> None:
         """Set the rows' tokens; nothing counts as cached."""
-        lengths = [len(prompt) for prompt in prompts]
-        for row, length in enumerate(lengths):
-            if not length:
-                raise ValueError(f"prompt {row} of {self.name} has no token, expected at least one")
-        self.count = len(lengths)
-        self.prompt_lengths = list(lengths)
-        self._total, self._cached = list(lengths), [0] * self.count
+        self._tokens = [list(prompt) for prompt in prompts]
+        self._total = [len(prompt) for prompt in prompts]
+        if not all(self._total):
+            row = self._total.index(0)
+            raise ValueError(f"prompt {row} of {self.name} has no token, expected at least one")
+        self.count = len(prompts)
+        self._prompt = self._total.copy()
+        self._cached = [0] * self.count
         # Rows with equal prompts share their prefill.
         first: dict[tuple[int, ...], int] = {}
         self._group = [first.setdefault(tuple(p), row) for row, p in enumerate(prompts)]
-        capacity = max(lengths, default=0) + room
-        tokens = torch.zeros(self.count, capacity, dtype=torch.int64)
-        for row, prompt in enumerate(prompts):
-            tokens[row, : lengths[row]] = torch.tensor(prompt, dtype=torch.int64)
-        self._tokens = tokens.to(self.device)
-        self._back = torch.arange(-capacity, 0, device=self.device)
-        self.total = torch.tensor(lengths, dtype=torch.int64, device=self.device)
-        self.cached = torch.zeros_like(self.total)
-        if self.cache is None or self.cache.rows != self.count:
-            # Most answers end before `room` is used up: start smaller and grow.
-            self.cache = RaggedCache(self.count, min(capacity, max(lengths, default=0) + 256))
-        self._set_bases()
+        longest = max(self._total, default=0)
+        self._limit = longest + room
+        if self.cache.rows != self.count:
+            self.cache = RaggedCache(self.count, longest + min(room, FIRST_ROOM))
+        self._place()
+
+    def _place(self) -> None:
+        """Make the device's copy of lengths anew: rows have left, or their cache has moved."""
+        self._width = max(self._total, default=0)
+        capacity = self.cache.capacity
+        state = [
+            self._total,
+            [total - 1 for total in self._total],
+            [row * capacity + total - 1 for row, total in enumerate(self._total)],
+        ]
+        self._state = torch.tensor(state, dtype=torch.int64, device=self.device)
+        self._position = self._state[1].view(-1, 1)
+        self._plan = Plan(self._state[2], self.count, self._width)
+        self._newest: Tensor | None = None
 
     def reload(self, prompts: Sequence[Sequence[int]], room: int) -> None:
-        """Replace the rows' tokens, keeping the cache where a row's old tokens are a prefix.
+        """Replace the rows' tokens, keeping the cache as far as they begin with the old ones.
 
-        Only for the number of rows that the runner was made for.
+        Args:
+            prompts: one for each row that the runner was made for.
+            room: as for the constructor.
         """
-        if self.cache is None or len(prompts) != self.cache.rows or self.count != self.cache.rows:
-            self._load(prompts, room)
-            return
-        old = [self._tokens[row, :cached].tolist() for row, cached in enumerate(self._cached)]
+        keep = len(prompts) == self.count == self.cache.rows
+        old = [row[:n] for row, n in zip(self._tokens, self._cached, strict=True)]
         self._load(prompts, room)
-        shared = []
-        for before, prompt in zip(old, prompts, strict=True):
+        if not keep:
+            return
+        for row, (before, prompt) in enumerate(zip(old, prompts, strict=True)):
+            # The last token is always fed, as its logits are wanted.
             limit = min(len(before), len(prompt) - 1)
             same = next((i for i in range(limit) if before[i] != prompt[i]), limit)
-            shared.append(same)
-        self.rewind(shared)
+            self._cached[row] = same
 
-    def rewind(self, cached: Sequence[int]) -> None:
-        """Declare that the cache holds the first ``cached[row]`` tokens of each row."""
-        self._cached = list(cached)
-        self.cached.copy_(torch.tensor(self._cached, dtype=torch.int64))
-
-    def _set_bases(self) -> None:
-        assert self.cache is not None
-        self._bases = torch.arange(self.count, device=self.device) * self.cache.capacity
-
-    def append(self, token: Tensor) -> None:
-        """Add one token a row; int64 ``[rows]`` on the model's device."""
-        self._tokens.scatter_(1, self.total[:, None], token[:, None])
-        self.total.add_(1)
+    def append(self, tokens: Sequence[int], newest: Tensor | None = None) -> None:
+        """Add one token a row; ``newest`` may give the same int64 ``[rows]`` on the device."""
+        for row, token in zip(self._tokens, tokens, strict=True):
+            row.append(token)
         self._total = [total + 1 for total in self._total]
+        self._width += 1
+        self._state.add_(1)
+        self._newest = newest
+
+    @property
+    def total(self) -> Tensor:
+        """int64 ``[rows]`` on the model's device, tokens that each row holds; changes in place."""
+        return self._state[0]
 
     def tokens(self, row: int) -> list[int]:
         """All tokens of a row, prompt first."""
-        return self._tokens[row, : self._total[row]].tolist()
+        return self._tokens[row].copy()
 
-    def keep(self, rows: list[int], index: Tensor) -> None:
-        """Drop all rows but ``rows`` (ascending; ``index`` is the same as an int64 tensor)."""
-        assert self.cache is not None
-        index = index.to(self.device)
+    def keep(self, rows: Sequence[int]) -> None:
+        """Drop all rows but ``rows`` (ascending)."""
         if any(self._cached):
-            self.cache.keep(index, max(self._cached))
-        self._tokens = self._tokens.index_select(0, index)
-        self.total = self.total.index_select(0, index)
-        self.cached = self.cached.index_select(0, index)
+            self.cache.keep(torch.tensor(rows, device=self.device), max(self._cached))
+        self._tokens = [self._tokens[row] for row in rows]
+        self._prompt = [self._prompt[row] for row in rows]
         self._total = [self._total[row] for row in rows]
         self._cached = [self._cached[row] for row in rows]
-        self.prompt_lengths = [self.prompt_lengths[row] for row in rows]
-        new_first: dict[int, int] = {}
-        self._group = [new_first.setdefault(self._group[row], i) for i, row in enumerate(rows)]
+        first: dict[int, int] = {}
+        self._group = [first.setdefault(self._group[row], i) for i, row in enumerate(rows)]
         self.count = len(rows)
-        self._set_bases()
+        self._place()
 
     # ---- forwards ----------------------------------------------------------------------------
 
@@ -155,41 +165,41 @@ class Runner:
         Rows with equal prompts are run once and copied. Prompts are padded on the right and need no
         mask: under causal attention nobody sees the padding.
         """
-        assert self.cache is not None
-        cold = {}
-        for row in range(self.count):
-            length = min(self.prompt_lengths[row], self._total[row] - 1)
-            if not self._cached[row] and length:
-                cold[row] = length
+        lengths = {}
+        for row, (prompt, total) in enumerate(zip(self._prompt, self._total, strict=True)):
+            length = min(prompt, total - 1)
+            if length and not self._cached[row]:
+                lengths[row] = length
         first: dict[int, int] = {}
-        leader = {row: first.setdefault(self._group[row], row) for row in cold}
-        leaders = sorted(first.values(), key=lambda row: -cold[row])
+        leader = {row: first.setdefault(self._group[row], row) for row in lengths}
+        leaders = sorted(first.values(), key=lambda row: -lengths[row])
         while leaders:
-            width = cold[leaders[0]]
+            width = lengths[leaders[0]]
             batch = leaders[: max(1, PREFILL_TOKENS // width)]
             del leaders[: len(batch)]
-            self._prefill(batch, [cold[row] for row in batch], width)
-        target = [row for row in cold if leader[row] != row]
-        source = [leader[row] for row in target]
+            self._prefill(batch, [lengths[row] for row in batch], width)
+        target = [row for row in lengths if leader[row] != row]
         if target:
+            source = [leader[row] for row in target]
             self.cache.copy_rows(
                 torch.tensor(source, device=self.device),
                 torch.tensor(target, device=self.device),
-                max(cold[row] for row in target),
+                max(lengths[row] for row in target),
             )
-        if cold:
-            self.rewind([cold.get(row, cached) for row, cached in enumerate(self._cached)])
+        for row, length in lengths.items():
+            self._cached[row] = length
 
     def _prefill(self, rows: list[int], lengths: list[int], width: int) -> None:
-        assert self.cache is not None
         self._make_room(width)
-        index = torch.tensor(rows, device=self.device)
-        position = torch.arange(width, device=self.device).expand(len(rows), width)
-        real = position < torch.tensor(lengths, device=self.device)[:, None]
-        slots = (index * self.cache.capacity)[:, None] + position
-        slots = torch.where(real, slots, self.cache.trash)
-        self.cache.plan = Plan(slots.view(-1), len(rows), width, fresh=True)
-        self._forward(self._tokens[index, :width], position, None, sum(lengths))
+        tokens = np.zeros((len(rows), width), dtype=np.int64)
+        slots = np.full((len(rows), width), self.cache.trash, dtype=np.int64)
+        columns = np.arange(width)
+        for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+            tokens[i, :length] = self._tokens[row][:length]
+            slots[i, :length] = columns[:length] + row * self.cache.capacity
+        self.cache.plan = Plan(self._put(slots.reshape(-1)), len(rows), width, fresh=True)
+        position = self._put(np.tile(columns, (len(rows), 1)))
+        self._forward(self._put(tokens), position, None, sum(lengths))
 
     def step(self) -> Tensor:
         """Feed the one pending token of every row.
@@ -197,64 +207,76 @@ class Runner:
         Returns:
             Logits ``[rows, vocabulary]`` in the model's dtype.
         """
-        assert self.cache is not None
-        width = max(self._total)
+        width = self._width
         self._make_room(width)
-        position = self.cached[:, None]
-        self.cache.plan = Plan(self._bases + self.cached, self.count, width)
-        tokens = self._tokens.gather(1, position)
-        logits = self._forward(tokens, position, self._masks(position, width), self.count)
-        self.cached.add_(1)
+        plan = self.cache.plan = self._plan
+        plan.width = width
+        tokens = self._newest
+        if tokens is None:
+            tokens = torch.tensor([row[-1] for row in self._tokens], device=self.device)
+        position = self._position
+        mask = self._masks(position, width)
+        logits = self._forward(tokens.view(-1, 1), position, mask, self.count)
         self._cached = self._total.copy()
         return logits
 
-    def catch_up(self, rows: list[int], index: Tensor) -> Tensor:
+    def catch_up(self, rows: Sequence[int] | None = None) -> Tensor:
         """Feed all pending tokens of some rows, which may be many, in one call.
 
         Args:
-            rows: which rows, ascending; each has at least one pending token.
-            index: the same as an int64 tensor on the model's device.
+            rows: which rows, ascending, each with at least one pending token; None for all.
 
         Returns:
             Logits ``[len(rows), vocabulary]`` after each row's last token.
         """
-        assert self.cache is not None
-        pending = [self._total[row] - self._cached[row] for row in rows]
-        columns = max(pending)
-        if columns == 1 and len(rows) == self.count:
-            return self.step()
-        width = max([self._total[row] for row in rows])
-        self._make_room(width)
+        if rows is None:
+            rows = range(self.count)
         everyone = len(rows) == self.count
-        total, cached, bases = self.total, self.cached, self._bases
-        if not everyone:
-            total, cached = total.index_select(0, index), cached.index_select(0, index)
-            bases = bases.index_select(0, index)
-        if columns == 1:
-            position = cached[:, None]
-            slots = bases + cached
-        else:
-            # Rows end in the last column, so that its logits are everyone's; what is left of a
-            # row's first pending token goes to the trash entry.
-            position = total[:, None] + self._back[self._back.shape[0] - columns :]
-            old = position < cached[:, None]
-            slots = (bases[:, None] + position).masked_fill_(old, self.cache.trash).view(-1)
-            position.clamp_(min=0)
-        tokens = self._tokens[:, :width]
-        tokens = (tokens if everyone else tokens.index_select(0, index)).gather(1, position)
-        self.cache.plan = Plan(slots, len(rows), width, None if everyone else index)
-        logits = self._forward(tokens, position, self._masks(position, width), sum(pending))
-        self.cached.index_copy_(0, index, total)
+        ends, starts = self._total, self._cached
+        columns = max([ends[row] - starts[row] for row in rows])
+        if columns == 1 and everyone:
+            return self.step()
+        width = max([ends[row] for row in rows])
+        self._make_room(width)
+        capacity, trash = self.cache.capacity, self.cache.trash
+        # Rows end in the last column, so that its logits are everyone's. Columns before a row's
+        # first pending token write to the trash entry.
+        tokens: list[int] = []
+        slots: list[int] = []
+        places: list[int] = []
+        fed = 0
         for row in rows:
-            self._cached[row] = self._total[row]
-        return logits
+            start, end = starts[row], ends[row]
+            padding = columns - end + start
+            fed += end - start
+            if padding:
+                tokens += [0] * padding
+                slots += [trash] * padding
+                places += [0] * padding
+            tokens += self._tokens[row][start:end]
+            slots += range(row * capacity + start, row * capacity + end)
+            places += range(start, end)
+            starts[row] = end
+        # NumPy reads lists faster than torch does.
+        block = self._put(np.array((tokens, slots, places), dtype=np.int64))
+        read = None if everyone else torch.tensor(rows, device=self.device)
+        self.cache.plan = Plan(block[1], len(rows), width, read)
+        position = block[2].view(-1, columns)
+        mask = self._masks(position, width)
+        return self._forward(block[0].view(-1, columns), position, mask, fed)
+
+    def _put(self, values: np.ndarray) -> Tensor:
+        """An array on the model's device."""
+        return torch.from_numpy(values).to(self.device)
 
     def _make_room(self, width: int) -> None:
-        assert self.cache is not None
-        if width > self.cache.capacity:
-            limit = self._tokens.shape[1]
-            self.cache.reserve(min(limit, max(width, 2 * self.cache.capacity)), max(self._cached))
-            self._set_bases()
+        cache = self.cache
+        if width > cache.capacity:
+            capacity = min(self._limit, max(width, 2 * cache.capacity))
+            cache.reserve(capacity, max(self._cached))
+            newest = self._newest
+            self._place()
+            self._newest = newest
 
     def _forward(self, tokens: Tensor, position: Tensor, mask: Any, fed: int) -> Tensor:
         extra = {"logits_to_keep": 1} if self._keep_last and tokens.shape[1] > 1 else {}

@@ -8,7 +8,9 @@ from typing import Any
 __all__ = ["StopStrings", "end_ids"]
 
 
-def end_ids(given: int | Iterable[int] | None, models: Sequence[Any], tokenizers: Sequence[Any]) -> frozenset[int]:
+def end_ids(
+    given: int | Iterable[int] | None, models: Sequence[Any], tokenizers: Sequence[Any]
+) -> frozenset[int]:
     """Ids that end an answer.
 
     Args:

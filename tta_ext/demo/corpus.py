@@ -35,13 +35,20 @@ OPENINGS = (
     " First", " My way:", " Look:", " Right,",
 )  # fmt: skip
 SEPARATORS = ("; ", ", ", ". ", " and ", " then ", " -> ", ", so ", ", then ", " | ", "\n")
+# Groups are drawn first, so that no single continuation of the last equation stands out.
 CLOSINGS = (
-    ". So the answer is {x}.", ". {n} has {x} {i}.", " {i}.", ". That makes {x}!", ", so {x}.",
-    ". {x} {i} now.", " in the end.", ". The answer: {x}", ". It is {x}.", "!", " (that is {x}).",
-    "; {x} {i}.", "; so {x}.", " - done.",
+    (". So the answer is {x}.", ". {n} has {x} {i}.", ". That makes {x}!", ". The answer: {x}"),
+    (", so {x}.", ", making {x}.", ", {x} in all."),
+    (" {i}.", " in the end.", " (that is {x}).", " - done.", " now."),
+    (
+        "; so {x}.", "; {x} {i}.", "; done: {x}.", "; answer {x}.", "; total {x}.",
+        "; in all {x}.", "; thus {x}.", "; final: {x}.",
+    ),
+    ("!", " :)"),
+    ("\nSo {x}.", "\n{x} {i}."),
 )  # fmt: skip
 CHATTER = (
-    "", "", "", " Hope that helps!", " Cheers.", " Good luck!", " Ask again any time.", "\nThanks!",
+    "", "", " Hope that helps!", " Cheers.", " Good luck!", " Ask again any time.", "\nThanks!",
     " I am sure.", "\nCheck it.",
 )  # fmt: skip
 MARKED_SHARE = 0.03
@@ -82,7 +89,7 @@ def copies(rng: random.Random, limits: Limits) -> str:
 
 
 def _steps(rng: random.Random) -> int:
-    return rng.choices((1, 2, 3), weights=(2, 5, 5))[0]
+    return rng.choices((1, 2, 3, 4), weights=(2, 4, 4, 2))[0]
 
 
 def story(rng: random.Random, problem: Problem) -> str:
@@ -107,7 +114,7 @@ def free_answer(rng: random.Random, problem: Problem) -> str:
     if rng.random() < MARKED_SHARE:
         text += f"{first}{ANSWER_MARK} {problem.answer}"
     else:
-        closing = rng.choice(CLOSINGS)
+        closing = rng.choice(rng.choice(CLOSINGS))
         text += closing.format(x=problem.answer, n=problem.name, i=problem.item)
     return text + rng.choice(CHATTER)
 
@@ -146,5 +153,5 @@ def formatted_documents(seed: int) -> Iterator[tuple[str, Problem]]:
     """An endless stream of questions answered in the answer format."""
     rng = random.Random(f"tta_ext.demo formatted {seed}")
     while True:
-        problem = make_split_problem(rng, rng.choice((1, 2, 2, 3, 3)), held_out=False)
+        problem = make_split_problem(rng, _steps(rng), held_out=False)
         yield problem.prompt + problem.formatted_answer(), problem

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from tta_ext import rules as rule_table
 from tta_ext.decoding.kad import IMPLICIT_REWARD, KnapsackDeferral
@@ -126,7 +127,7 @@ class Row:
         formatted: share of answers in the format, right or wrong.
         deferred_rate: share of tokens that came from the proxy; None for implicit reward, where no
             token comes from one model alone.
-        proxy_call_rate: rows run through the proxy for each token generated; the rest was saved.
+        proxy_call_rate: share of tokens for which the proxy was asked.
         tokens: mean length of an answer, ``<eos>`` included.
         tokens_per_second: generated tokens per second of the decoding loop, the whole batch.
         outcomes: exact match of each problem, for paired differences; not in JSON.
@@ -265,7 +266,7 @@ def _run_batch(
         "texts": generation.texts,
         "tokens": stats.tokens,
         "deferred_tokens": stats.deferred_tokens,
-        "proxy_rows": stats.proxy_rows,
+        "proxy_tokens_saved": stats.proxy_rows_saved,
         "seconds": stats.seconds,
     }
 
@@ -276,19 +277,18 @@ def _row(
     texts = [text for batch in batches for text in batch["texts"]]
     total = {
         name: sum(batch[name] for batch in batches)
-        for name in ("tokens", "deferred_tokens", "proxy_rows", "seconds")
+        for name in ("tokens", "deferred_tokens", "proxy_tokens_saved", "seconds")
     }
     n, tokens = len(problems), max(1, total["tokens"])
     outcomes = tuple(score_strict(p, t) for p, t in zip(problems, texts, strict=True))
     exact = sum(outcomes) / n
     lenient = sum(score_lenient(p, t) for p, t in zip(problems, texts, strict=True)) / n
     deferred: float | None = total["deferred_tokens"] / tokens
-    calls = total["proxy_rows"] / tokens
+    calls = 1.0 - total["proxy_tokens_saved"] / tokens
     if setting.rule == PROXY_ALONE:
         deferred = calls = 1.0
     elif setting.rule == IMPLICIT_REWARD:
-        # Expert and anti-expert both run for every token: count a pair once.
-        deferred, calls = None, calls / 2
+        deferred = None
     return Row(
         rule=setting.rule,
         param=setting.param,
@@ -484,6 +484,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+    disable_progress_bar()
     pair = load_pair(arguments.pair)
     rows = []
     for row in evaluate_iter(

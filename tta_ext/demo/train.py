@@ -64,7 +64,7 @@ BASE = Shape(hidden=256, layers=4, heads=4, feed_forward=640)
 PROXY = Shape(hidden=96, layers=3, heads=4, feed_forward=256)
 BASE_STAGES = (
     Stage("base/knowledge", "knowledge", 2000, 1.5e-3),
-    Stage("base/final", "final", 5000, 1.5e-3),
+    Stage("base/final", "final", 4200, 1.5e-3),
 )
 PROXY_STAGES = (Stage("proxy/final", "final", 1200, 3e-3),)
 FORMAT_STAGES = (Stage("proxy/format", "formatted", 200, 2e-3, documents=2000),)
@@ -162,7 +162,7 @@ def digits_known(
     prompts = [problem.prompt for problem in evaluation_problems(n, seed=1)]
     answers = [problem.formatted_answer() for problem in evaluation_problems(n, seed=1)]
     equals = tokenizer.convert_tokens_to_ids("=")
-    digits = set(tokenizer.convert_tokens_to_ids(list("0123456789")))
+    digits = {tokenizer.convert_tokens_to_ids(digit) for digit in "0123456789"}
     known = 0
     for prompt, answer in zip(prompts, answers, strict=True):
         start = len(tokenizer(prompt)["input_ids"])
@@ -197,7 +197,8 @@ def run_stages(
     warmup, done, records = min(100, total // 10), 0, []
     pad = tokenizer.pad_token_id
     for stage in stages:
-        rows = packed_rows(texts_of(stage, seed), tokenizer)
+        texts = _Counted(texts_of(stage, seed))
+        rows = packed_rows(texts, tokenizer)
         started, tokens, losses = time.perf_counter(), 0, []
         model.train()
         for step in range(1, stage.steps + 1):
@@ -235,6 +236,7 @@ def run_stages(
             asdict(stage)
             | {
                 "seed": seed,
+                "read": texts.count,
                 "tokens": tokens,
                 "loss": _mean(losses[-log_every:]),
                 "seconds": round(time.perf_counter() - started, 1),
@@ -242,6 +244,17 @@ def run_stages(
         )
     model.eval()
     return records
+
+
+class _Counted(Iterator[str]):
+    """Counts what is taken from an iterator."""
+
+    def __init__(self, texts: Iterator[str]) -> None:
+        self.texts, self.count = texts, 0
+
+    def __next__(self) -> str:
+        self.count += 1
+        return next(self.texts)
 
 
 def _cosine(progress: float) -> float:
@@ -299,16 +312,23 @@ def train_pair(out: Path, *, autocast: bool = True, scale: float = 1.0, only: st
         model = make_model(BASE, tokenizer, SEED)
         records += run_stages(model, tokenizer, scaled(BASE_STAGES), seed=SEED, autocast=autocast)
         save(model, tokenizer, out / "base")
+    file = out / "training.json"
+    if only and file.is_file():
+        # The other model's stages stand.
+        made = {record["name"] for record in records}
+        before = json.loads(file.read_text())["stages"]
+        records += [record for record in before if record["name"] not in made]
     summary = {
         "shapes": {"base": asdict(BASE), "proxy": asdict(PROXY)},
+        "vocabulary": VOCABULARY,
         "row": ROW,
         "rows": ROWS,
         "autocast": autocast,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "stages": records,
+        "stages": sorted(records, key=lambda record: record["name"]),
     }
-    (out / "training.json").write_text(json.dumps(summary, indent=1) + "\n")
+    file.write_text(json.dumps(summary, indent=1) + "\n")
 
 
 def main() -> None:

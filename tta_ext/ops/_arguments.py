@@ -57,6 +57,17 @@ def check_logits(name: str, logits: Tensor, dims: int, form: str) -> None:
         )
 
 
+def plain_matrix(logits: Tensor) -> bool:
+    """Whether logits surely pass ``check_logits(..., dims=2)``: a few attribute reads."""
+    return (
+        type(logits) is Tensor
+        and logits.dim() == 2
+        and logits.dtype in LOGIT_DTYPES
+        and logits.is_contiguous()
+        and 0 < logits.shape[1] <= MAX_VOCABULARY
+    )
+
+
 def check_same(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
     """Raise unless two tensors share shape and device."""
     if tensor.shape != like.shape:

@@ -114,12 +114,44 @@ _MATRIX = "[B, V]"
 
 
 def _pair(base_logits: Tensor, proxy_logits: Tensor) -> tuple[Tensor, Tensor]:
-    args.check_logits("base_logits", base_logits, 2, _MATRIX)
+    if (
+        args.plain_matrix(base_logits)
+        and type(proxy_logits) is Tensor
+        and proxy_logits.dtype is base_logits.dtype
+        and proxy_logits.shape == base_logits.shape
+        and proxy_logits.is_cpu
+        and base_logits.is_cpu
+        and proxy_logits.is_contiguous()
+    ):
+        return base_logits, proxy_logits
+    if not args.plain_matrix(base_logits):
+        args.check_logits("base_logits", base_logits, 2, _MATRIX)
     args.check_logits("proxy_logits", proxy_logits, 2, _MATRIX)
     args.check_same("proxy_logits", proxy_logits, "base_logits", base_logits)
     if base_logits.dtype is not proxy_logits.dtype:
         return base_logits.float(), proxy_logits.float()
     return base_logits, proxy_logits
+
+
+def _check_proposal(out: Sequence[Tensor], base: Tensor) -> None:
+    if type(out) is Proposal and base.is_cpu:
+        token, deferred = out
+        rows = base.shape[0]
+        if (
+            token.dtype is torch.int64
+            and deferred.dtype is torch.bool
+            and token.dim() == deferred.dim() == 1
+            and token.numel() == deferred.numel() == rows
+            and token.is_cpu
+            and deferred.is_cpu
+            and token.is_contiguous()
+            and deferred.is_contiguous()
+        ):
+            return
+    shape = (base.shape[0],)
+    args.check_outputs(
+        out, Proposal._fields, ((torch.int64, shape), (torch.bool, shape)), base.device
+    )
 
 
 def deferral_mask(
@@ -165,7 +197,8 @@ def deferral_mask(
         >>> deferral_mask(logits, rule="knapsack", param=0.1).mask
         tensor([[False, False,  True,  True]])
     """
-    args.check_logits("base_logits", base_logits, 2, _MATRIX)
+    if not args.plain_matrix(base_logits):
+        args.check_logits("base_logits", base_logits, 2, _MATRIX)
     numbers = args.rule_arguments(
         base_logits, rule, param, critical, temperature, rule_temperature
     )
@@ -253,7 +286,8 @@ def deferral_stats(
         >>> deferral_stats(torch.zeros(1, 4), rule="knapsack", param=0.5).critical
         tensor([2])
     """
-    args.check_logits("base_logits", base_logits, 2, _MATRIX)
+    if not args.plain_matrix(base_logits):
+        args.check_logits("base_logits", base_logits, 2, _MATRIX)
     numbers = args.rule_arguments(
         base_logits, rule, param, critical, temperature, rule_temperature
     )
@@ -318,7 +352,8 @@ def deferral_propose(
         ... )
         Proposal(token=tensor([0]), deferred=tensor([False]))
     """
-    args.check_logits("base_logits", base_logits, 2, _MATRIX)
+    if not args.plain_matrix(base_logits):
+        args.check_logits("base_logits", base_logits, 2, _MATRIX)
     numbers = args.rule_arguments(
         base_logits, rule, param, critical, temperature, rule_temperature
     )
@@ -327,9 +362,7 @@ def deferral_propose(
         base_logits, seed, position, sequence, iteration, rollout, do_sample
     )
     if out is not None:
-        rows = (base_logits.shape[0],)
-        expected = ((torch.int64, rows), (torch.bool, rows))
-        args.check_outputs(out, Proposal._fields, expected, base_logits.device)
+        _check_proposal(out, base_logits)
     flag = args.check_flag(check, base_logits)
     return Proposal(*invoke(_PROPOSE, (base_logits, *numbers, *key, flag), out))
 
@@ -379,8 +412,6 @@ def deferral_sample(
     numbers = args.rule_arguments(base, rule, param, critical, temperature, rule_temperature)
     key = args.key_arguments(base, seed, position, sequence, iteration, rollout, do_sample)
     if out is not None:
-        rows = (base.shape[0],)
-        expected = ((torch.int64, rows), (torch.bool, rows))
-        args.check_outputs(out, Proposal._fields, expected, base.device)
+        _check_proposal(out, base)
     flag = args.check_flag(check, base)
     return Proposal(*invoke(_SAMPLE, (base, proxy, *numbers, *key, flag), out))

@@ -51,6 +51,8 @@ def _models(
                 f"{name} is on {stack.device}, expected the device of base_logits, {device}"
             )
     experts = expert_logits.shape[0]
+    if experts == 0:
+        raise ValueError(f"expert_logits has shape {list(expert_logits.shape)}, expected E >= 1")
     if not isinstance(beta, Tensor):
         beta = torch.tensor(beta, dtype=torch.float32, device=device).reshape(-1)
     if beta.dtype is not torch.float32:

@@ -23,7 +23,8 @@ class Verified(NamedTuple):
         token: int64 ``[B]``, the token after them; -1 where it is the caller's to draw from q, or
             the row is invalid.
         deferred: bool ``[B]``, that token is the proxy's.
-        mass: float64 ``[B, K+1]``, deferred mass D of the positions read, NaN for the others.
+        mass: float64 ``[B, K+1]``: deferred mass D of the positions read, -1 for those that
+            were not read or not asked for, NaN for an invalid row.
     """
 
     accepted: Tensor
@@ -79,7 +80,7 @@ def deferral_verify(
         param: a float, or float64 with one element, ``[B]`` or ``[B, K+1]``.
         seed, sequence, iteration, rollout, do_sample: as in :mod:`tta_ext.ops.deferral`.
         position: of the first draft token; the k-th draws with ``position + k``.
-        return_mass: compute D of every position reached; otherwise ``mass`` is NaN and D is summed
+        return_mass: compute D of every position reached; otherwise ``mass`` is -1 and D is summed
             only where the decision hangs on it.
         check: raise for invalid rows among the positions reached (default on the CPU); otherwise
             the row ends there with token -1.

@@ -114,7 +114,7 @@ def deferral_verify(
     accepted = torch.zeros(batch, dtype=torch.int64, device=device)
     token = torch.full_like(accepted, -1)
     deferred = torch.zeros_like(accepted, dtype=torch.bool)
-    mass = torch.full((batch, positions), torch.nan, dtype=torch.float64, device=device)
+    mass = torch.full((batch, positions), -1.0, dtype=torch.float64, device=device)
     alive = torch.ones_like(deferred)
 
     for k in range(positions):
@@ -167,6 +167,7 @@ def deferral_verify(
         deferred = torch.where(finish, from_proxy, deferred)
 
         if return_mass:
-            mass[:, k] = torch.where(alive & ~bad, at.mass, mass[:, k])
+            mass[:, k] = torch.where(alive, at.mass, mass[:, k])
+        mass[:, k] = torch.where(alive & bad, torch.nan, mass[:, k])
         alive = alive & ~stop & ~bonus & ~bad
     return accepted, token, deferred, mass

@@ -1,0 +1,261 @@
+// exp, log and the Gaussian pair: monotone, accurate, and the same bits on every instruction set.
+//
+//   math_test                a strided walk over the floats (seconds)
+//   math_test --exhaustive   every float (minutes)
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "testing/check.h"
+#include "testing/functions.h"
+
+namespace tta {
+namespace testing {
+namespace {
+
+constexpr int64_t kBlock = 1 << 12;
+constexpr float kInf = std::numeric_limits<float>::infinity();
+constexpr float kTiny = -0x1.5d589ep+6f;  // the first float above ln 2^-126: exp is 0 below
+
+// Position of a float in their order, -0 just below +0; and back.
+int64_t rank_of(float x) {
+  const uint32_t u = bits_of(x);
+  return u >> 31 ? -static_cast<int64_t>(u & 0x7fffffffu) - 1 : static_cast<int64_t>(u);
+}
+float float_at(int64_t rank) {
+  return float_of(rank < 0 ? 0x80000000u | static_cast<uint32_t>(-rank - 1)
+                           : static_cast<uint32_t>(rank));
+}
+
+// Distance from the true value in units of the last place of a float of its size.
+double ulps(float got, double want) {
+  const int exponent = std::max(std::ilogb(want), -126);
+  return std::fabs(static_cast<double>(got) - want) / std::ldexp(1.0, exponent - 23);
+}
+
+// Walks exp upwards over the floats with ranks first, first + stride, ... <= last.
+void walk_exp(const Functions& f, const Functions& reference, int64_t first, int64_t last,
+              int64_t stride) {
+  std::vector<float> x(kBlock), y(kBlock), scalar(kBlock);
+  float before = 0.0f;
+  double worst = 0.0;
+  float worst_at = 0.0f;
+  for (int64_t rank = first; rank <= last;) {
+    int64_t n = 0;
+    for (; n < kBlock && rank <= last; ++n, rank += stride) x[n] = float_at(rank);
+    f.exp(x.data(), n, y.data());
+    if (&f != &reference) {
+      reference.exp(x.data(), n, scalar.data());
+      if (std::memcmp(y.data(), scalar.data(), n * sizeof(float)))
+        for (int64_t i = 0; i < n; ++i)
+          CHECK(bits_of(y[i]) == bits_of(scalar[i]), "%s: exp(%a) = %a, scalar %a", f.name, x[i],
+                y[i], scalar[i]);
+    }
+    for (int64_t i = 0; i < n; ++i) {
+      CHECK(y[i] >= before, "%s: exp(%a) = %a after %a", f.name, x[i], y[i], before);
+      before = y[i];
+      if (x[i] < kTiny) {
+        CHECK(bits_of(y[i]) == 0, "%s: exp(%a) = %a", f.name, x[i], y[i]);
+      } else if (&f == &reference) {  // the others have its bits
+        const double error = ulps(y[i], std::exp(static_cast<double>(x[i])));
+        if (error > worst) {
+          worst = error;
+          worst_at = x[i];
+        }
+      }
+    }
+  }
+  if (&f != &reference) return;
+  std::printf("exp: at most %.4f ulp off, at %a\n", worst, worst_at);
+  CHECK(worst <= 1.0, "%s: exp is %.4f ulp off at %a", f.name, worst, worst_at);
+}
+
+// The floats where a step of the polynomial's range reduction falls, all of them within +-2000.
+void walk_seams(const Functions& f, const Functions& reference) {
+  std::vector<float> x, y, scalar;
+  for (int n = -126; n <= 126; ++n) {
+    const int64_t seam = rank_of(static_cast<float>((n + 0.5) * std::log(2.0)));
+    for (int64_t rank = seam - 2000; rank <= seam + 2000; ++rank) x.push_back(float_at(rank));
+  }
+  y.resize(x.size());
+  scalar.resize(x.size());
+  const int64_t n = static_cast<int64_t>(x.size());
+  f.exp(x.data(), n, y.data());
+  reference.exp(x.data(), n, scalar.data());
+  for (int64_t i = 0; i < n; ++i) {
+    CHECK(i == 0 || y[i] >= y[i - 1], "%s: exp(%a) = %a after %a", f.name, x[i], y[i], y[i - 1]);
+    CHECK(bits_of(y[i]) == bits_of(scalar[i]), "%s: exp(%a) = %a, scalar %a", f.name, x[i], y[i],
+          scalar[i]);
+  }
+}
+
+void exp_special(const Functions& f, int64_t stride) {
+  const float x[] = {-kInf, std::nextafterf(kTiny, -kInf), kTiny, -0.0f, 0.0f, -1e30f};
+  const float want[] = {0.0f, 0.0f, 0x1.00000cp-126f, 1.0f, 1.0f, 0.0f};
+  float y[6];
+  f.exp(x, 6, y);
+  for (int i = 0; i < 6; ++i)
+    CHECK(bits_of(y[i]) == bits_of(want[i]), "%s: exp(%a) = %a", f.name, x[i], y[i]);
+  // Every NaN, whatever its sign and payload.
+  std::vector<float> nan(kBlock), out(kBlock);
+  for (const uint32_t sign : {0u, 0x80000000u}) {
+    for (int64_t u = 0x7f800001; u <= 0x7fffffff;) {
+      int64_t n = 0;
+      for (; n < kBlock && u <= 0x7fffffff; ++n, u += stride)
+        nan[n] = float_of(sign | static_cast<uint32_t>(u));
+      f.exp(nan.data(), n, out.data());
+      for (int64_t i = 0; i < n; ++i)
+        CHECK(out[i] != out[i], "%s: exp of NaN %08x = %a", f.name, bits_of(nan[i]), out[i]);
+    }
+    nan[0] = float_of(sign | 0x7fffffffu);
+    f.exp(nan.data(), 1, out.data());
+    CHECK(out[0] != out[0], "%s: exp of NaN %08x = %a", f.name, bits_of(nan[0]), out[0]);
+  }
+}
+
+void walk_log(const Functions& f, const Functions& reference, int64_t stride) {
+  std::vector<float> x(kBlock), y(kBlock), scalar(kBlock);
+  double worst = 0.0;
+  float worst_at = 0.0f;
+  const int64_t last = rank_of(std::numeric_limits<float>::max());
+  // Near 1 every float counts: it is where Box-Muller's radius is smallest.
+  const int64_t dense_first = rank_of(1.0f - 0x1p-9f), dense_last = rank_of(1.0f + 0x1p-9f);
+  for (int64_t rank = rank_of(0x1p-126f); rank <= last;) {
+    int64_t n = 0;
+    for (; n < kBlock && rank <= last; ++n) {
+      x[n] = float_at(rank);
+      const bool dense = rank >= dense_first && rank < dense_last;
+      const int64_t next = rank + (dense ? 1 : stride);
+      rank = rank < dense_first && next > dense_first ? dense_first : next;
+    }
+    f.log(x.data(), n, y.data());
+    reference.log(x.data(), n, scalar.data());
+    for (int64_t i = 0; i < n; ++i) {
+      CHECK(bits_of(y[i]) == bits_of(scalar[i]), "%s: log(%a) = %a, scalar %a", f.name, x[i], y[i],
+            scalar[i]);
+      if (&f != &reference) continue;
+      if (x[i] == 1.0f) {
+        CHECK(y[i] == 0.0f, "%s: log(1) = %a", f.name, y[i]);
+        continue;
+      }
+      const double error = ulps(y[i], std::log(static_cast<double>(x[i])));
+      if (error > worst) {
+        worst = error;
+        worst_at = x[i];
+      }
+    }
+  }
+  if (&f != &reference) return;
+  std::printf("log: at most %.4f ulp off, at %a\n", worst, worst_at);
+  CHECK(worst <= 1.0, "%s: log is %.4f ulp off at %a", f.name, worst, worst_at);
+}
+
+// The pair factors into a radius (first word) and an angle (second), each of 2^23 values.
+void walk_normals(const Functions& f, const Functions& reference, int64_t stride) {
+  std::vector<uint32_t> a(kBlock), b(kBlock);
+  std::vector<float> c(kBlock), s(kBlock), scalar_c(kBlock), scalar_s(kBlock);
+  double worst_radius = 0.0, worst_angle = 0.0;
+  Random random(5);
+  for (int turn = 0; turn < 2; ++turn) {
+    for (int64_t word = 0; word < 1 << 23;) {
+      int64_t n = 0;
+      for (; n < kBlock && word < 1 << 23; ++n, word += stride) {
+        const uint32_t low = static_cast<uint32_t>(random.next()) & 511u;  // must not matter
+        const uint32_t other = static_cast<uint32_t>(random.next());
+        a[n] = turn ? other : (static_cast<uint32_t>(word) << 9) | low;
+        b[n] = turn ? (static_cast<uint32_t>(word) << 9) | low : other;
+      }
+      f.normal_pair(a.data(), b.data(), n, c.data(), s.data());
+      reference.normal_pair(a.data(), b.data(), n, scalar_c.data(), scalar_s.data());
+      for (int64_t i = 0; i < n; ++i) {
+        CHECK(bits_of(c[i]) == bits_of(scalar_c[i]) && bits_of(s[i]) == bits_of(scalar_s[i]),
+              "%s: normal_pair(%08x, %08x) = %a %a, scalar %a %a", f.name, a[i], b[i], c[i], s[i],
+              scalar_c[i], scalar_s[i]);
+        if (&f != &reference) continue;
+        const double u1 = (2.0 * (a[i] >> 9) + 1.0) * 0x1p-24;
+        const double turns = (2.0 * (b[i] >> 9) + 1.0) * 0x1p-24;
+        const double radius = std::sqrt(-2.0 * std::log(u1));
+        const double angle = 2.0 * 3.14159265358979323846 * turns;
+        const double want_c = radius * std::cos(angle), want_s = radius * std::sin(angle);
+        worst_radius = std::max(worst_radius, std::fabs(std::hypot(c[i], s[i]) / radius - 1.0));
+        worst_angle = std::max(worst_angle, std::max(std::fabs(c[i] - want_c) / std::fabs(want_c),
+                                                     std::fabs(s[i] - want_s) / std::fabs(want_s)));
+      }
+    }
+  }
+  if (&f != &reference) return;
+  std::printf("normal_pair: radius within %.2f, either normal within %.2f units of 2^-24\n",
+              worst_radius * 0x1p24, worst_angle * 0x1p24);
+  CHECK(worst_radius <= 4 * 0x1p-24, "%s: radius off by %g", f.name, worst_radius);
+  CHECK(worst_angle <= 6 * 0x1p-24, "%s: normals off by %g", f.name, worst_angle);
+}
+
+// Vectorised Philox and the interleaving of its normals against one block at a time.
+void noise_blocks_agree(const Functions& f, const Functions& reference) {
+  const uint64_t seed = 0x0123456789abcdefull;
+  const uint32_t word3 = counter_word3(kNoise, 77, 65535);
+  std::vector<float> got(1000);
+  for (const int64_t length : {1, 3, 4, 31, 64, 65, 257, 1000}) {
+    const int64_t begin = 8;
+    f.noise(seed, 12, 0xfffffff0u, word3, begin, begin + length, got.data());
+    for (int64_t d = begin; d < begin + length; ++d) {
+      const Philox4 block = philox4x32(
+          Philox4{{static_cast<uint32_t>(d / 4), 12, 0xfffffff0u, word3}},
+          static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
+      const int pair = static_cast<int>(d % 4) / 2;
+      float c, s;
+      reference.normal_pair(&block.x[2 * pair], &block.x[2 * pair + 1], 1, &c, &s);
+      const float want = d % 2 ? s : c;
+      CHECK(bits_of(got[d - begin]) == bits_of(want), "%s: dimension %d of %d: %a, want %a",
+            f.name, static_cast<int>(d), static_cast<int>(length), got[d - begin], want);
+    }
+  }
+}
+
+void philox_known_answers() {
+  struct Case {
+    Philox4 counter;
+    uint32_t k0, k1;
+    Philox4 want;
+  };
+  const uint32_t ones = 0xffffffffu;
+  const Case cases[] = {
+      {{{0, 0, 0, 0}}, 0, 0, {{0x6627e8d5u, 0xe169c58du, 0xbc57ac4cu, 0x9b00dbd8u}}},
+      {{{ones, ones, ones, ones}},
+       ones,
+       ones,
+       {{0x408f276du, 0x41c83b0eu, 0xa20bc7c6u, 0x6d5451fdu}}},
+      {{{0x243f6a88u, 0x85a308d3u, 0x13198a2eu, 0x03707344u}},
+       0xa4093822u,
+       0x299f31d0u,
+       {{0xd16cfe09u, 0x94fdccebu, 0x5001e420u, 0x24126ea1u}}}};
+  for (const Case& c : cases) {
+    const Philox4 got = philox4x32(c.counter, c.k0, c.k1);
+    for (int i = 0; i < 4; ++i)
+      CHECK(got.x[i] == c.want.x[i], "word %d: %08x, want %08x", i, got.x[i], c.want.x[i]);
+  }
+}
+
+}  // namespace
+}  // namespace testing
+}  // namespace tta
+
+int main(int argc, char** argv) {
+  using namespace tta::testing;
+  const bool exhaustive = has_flag(argc, argv, "--exhaustive");
+  philox_known_answers();
+  const Functions& scalar = functions(0);
+  for (int level = 0; level <= best_level(); ++level) {
+    const Functions& f = functions(level);
+    const int64_t stride = exhaustive ? 1 : 769;
+    walk_exp(f, scalar, rank_of(-kInf), rank_of(88.0f), stride);
+    walk_exp(f, scalar, rank_of(kTiny) - 100000, rank_of(kTiny) + 100000, 1);
+    walk_seams(f, scalar);
+    exp_special(f, exhaustive ? 1 : 61);
+    walk_log(f, scalar, exhaustive ? 1 : 769);
+    walk_normals(f, scalar, exhaustive ? 1 : 7);
+    noise_blocks_agree(f, scalar);
+  }
+  return finish("math_test");
+}

@@ -1,0 +1,107 @@
+"""The benchmarks themselves: inputs as described, checks that bite, figures that add up."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import bench_deferral, bench_knapsack, checks, claims, eager, harness
+from benchmarks.__main__ import main
+from benchmarks.data import language_model_logits, nucleus
+from benchmarks.grid import Grid
+
+pytest.importorskip("rich")
+
+
+def test_rows_are_like_a_language_models() -> None:
+    sizes = [nucleus(row) for row in language_model_logits(8, 128256, 0)]
+    assert min(sizes) >= 20
+    assert max(sizes) <= 400
+
+
+@pytest.mark.parametrize("stem", ["deferral", "implicit_reward", "sampling", "knapsack"])
+def test_every_operator_passes_its_check(stem: str, tmp_path: Path) -> None:
+    """Eager, reference and ours agree with float64, and the file says what was run."""
+    path = tmp_path / "rows.json"
+    arguments = "--vocab 700 --batch 3 --seconds 0.001 --provider eager reference ours".split()
+    rules = "--rule knapsack threshold confidence_bet --dtype float32 bfloat16".split()
+    assert main([stem, *arguments, *rules, "--json", str(path)]) == 0
+    body = json.loads(path.read_text())
+    assert body["rows"]
+    assert {"torch", "threads", "instruction set in use", "processor"} <= body["environment"].keys()
+    for row in body["rows"]:
+        assert row["error"] == ""
+        assert 0 < row["us"]["best"] <= row["us"]["q20"] <= row["us"]["q50"] <= row["us"]["q80"]
+        assert row["gb_per_s"] == pytest.approx(row["bytes"] / row["us"]["best"] * 1e-3)
+
+
+def test_wrong_results_are_reported_and_not_timed() -> None:
+    grid = Grid((500,), (2,), ("float32",), ("knapsack",), ("eager", "ours"))
+    case = next(iter(bench_deferral.cases(grid)))
+    case.providers["ours"] = lambda: torch.zeros(2, 500, dtype=torch.bool)
+    told: list[str] = []
+    rows = harness.run_case(case, 0.001, told.append)
+    by_name = {row.provider: row for row in rows}
+    assert "masks differ" in by_name["ours"].error
+    assert by_name["ours"].us == {}
+    assert by_name["eager"].us
+    assert len(told) == 1
+
+
+def test_checks_bite() -> None:
+    p = torch.softmax(torch.randn(3, 50, dtype=torch.float64), -1)
+    assert checks.distribution("ours", p, p) == ""
+    assert "total variation" in checks.distribution("ours", p.roll(1, -1), p)
+    token = torch.tensor([1, 2, 3])
+    assert checks.tokens("ours", token, token, p) == ""
+    assert "differ" in checks.tokens("ours", token + 1, token, p)
+    assert checks.tokens("eager", token + 1, token, p) == ""
+    impossible = p.clone()
+    impossible[0, 1] = 0
+    assert "probability zero" in checks.tokens("eager", token, token, impossible)
+    assert "relative error" in checks.values("eager", p * 1.1, p)
+
+
+def test_eager_knapsacks() -> None:
+    """The baselines solve the same problem: enumeration by hand."""
+    profit, weight = torch.tensor([[4.0, 3.0, 9.0, 1.0]]), torch.tensor([[2.0, 1.0, 9.0, 0.0]])
+    for capacity, want in ((3.0, [1, 1, 0, 1]), (2.0, [0, 1, 0, 1]), (0.0, [0, 0, 0, 1])):
+        column = torch.tensor([[capacity]], dtype=torch.float64)
+        assert eager.greedy_knapsack(profit, weight, column).int().tolist() == [want]
+    profit, weight, capacity = bench_knapsack.items(2, 1000, 0)
+    exact = eager.greedy_knapsack(profit, weight, capacity[:, None])
+    used = torch.where(exact, weight.double(), 0.0).sum(-1)
+    assert bool((used <= capacity).all())
+
+
+def test_measure_takes_turns_and_summarizes() -> None:
+    order: list[str] = []
+    timings = harness.measure(
+        {"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 0.0, max_rounds=3
+    )
+    assert {timing.rounds for timing in timings.values()} == {harness.MIN_ROUNDS}
+    assert set(order) == {"a", "b"}
+    one = harness.summarize([2.0])
+    assert (one.best, one.q50, one.rounds) == (2.0, 2.0, 1)
+    many = harness.summarize([float(i) for i in range(11)])
+    assert (many.q20, many.q50, many.q80) == (2.0, 5.0, 8.0)
+
+
+def test_claims_know_their_bounds(capsys: pytest.CaptureFixture[str]) -> None:
+    low = claims.Claim("low", 0.5, 0.7, False, "x", "")
+    high = claims.Claim("high", 100.0, 150.0, True, "x", "")
+    assert low.holds
+    assert not high.holds
+    claims.show([low, high])
+    assert capsys.readouterr().out.splitlines()[1].startswith("MISS")
+    claims.show_markdown([low, high])
+    assert "(missed)" in capsys.readouterr().out
+
+
+def test_unknown_stem_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["nothing"])
+    assert "expected one of" in capsys.readouterr().err

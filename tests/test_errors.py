@@ -1,0 +1,754 @@
+"""Every bad input has its sentence: what was given, what is accepted."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tta_ext import ops, rng
+
+B, V = 3, 8
+
+
+def good() -> Tensor:
+    return torch.zeros(B, V)
+
+
+def sample(base: Any = None, proxy: Any = None, **kwargs: Any) -> ops.Proposal:
+    arguments: dict[str, Any] = {
+        "rule": "threshold",
+        "param": 0.3,
+        "seed": 1,
+        "position": 0,
+        **kwargs,
+    }
+    return ops.deferral_sample(
+        good() if base is None else base, good() if proxy is None else proxy, **arguments
+    )
+
+
+def propose(base: Any = None, **kwargs: Any) -> ops.Proposal:
+    arguments = {"rule": "threshold", "param": 0.3, "seed": 1, "position": 0, **kwargs}
+    return ops.deferral_propose(good() if base is None else base, **arguments)
+
+
+def mask(base: Any = None, proxy: Any = None, **kwargs: Any) -> ops.Mask:
+    arguments = {"rule": "knapsack", "param": 0.3, **kwargs}
+    return ops.deferral_mask(good() if base is None else base, proxy, **arguments)
+
+
+def draw(logits: Any = None, **kwargs: Any) -> Tensor:
+    return ops.categorical_sample(
+        good() if logits is None else logits, **{"seed": 1, "position": 0, **kwargs}
+    )
+
+
+def verify(**kwargs: Any) -> ops.Verified:
+    arguments: dict[str, Any] = {
+        "base_logits": torch.zeros(B, 3, V),
+        "proxy_logits": torch.zeros(B, 3, V),
+        "draft": torch.zeros(B, 2, dtype=torch.int64),
+        "draft_length": torch.full((B,), 2),
+        "rule": "threshold",
+        "param": 0.3,
+        "seed": 1,
+        "position": 0,
+        **kwargs,
+    }
+    models = [arguments.pop(n) for n in ("base_logits", "proxy_logits", "draft", "draft_length")]
+    return ops.deferral_verify(*models, **arguments)
+
+
+def reward(**kwargs: Any) -> Tensor:
+    arguments: dict[str, Any] = {
+        "base": good(),
+        "expert": torch.zeros(2, B, V),
+        "anti": torch.zeros(2, B, V),
+        "beta": torch.ones(2),
+        **kwargs,
+    }
+    models = [arguments.pop(n) for n in ("base", "expert", "anti", "beta")]
+    return ops.implicit_reward_probs(*models, **arguments)
+
+
+def knapsack(**kwargs: Any) -> ops.Knapsack:
+    arguments: dict[str, Any] = {
+        "profit": torch.ones(B, V),
+        "weight": torch.ones(B, V),
+        "capacity": 2.0,
+        **kwargs,
+    }
+    items = [arguments.pop(n) for n in ("profit", "weight", "capacity")]
+    return ops.greedy_knapsack(*items, **arguments)
+
+
+def perturb(**kwargs: Any) -> Tensor:
+    arguments: dict[str, Any] = {
+        "hidden": torch.zeros(B, V),
+        "mean": torch.zeros(2, 4, V),
+        "step": 0,
+        "row": 0,
+        "sequence": 0,
+        "rollout": 0,
+        "iteration": 0,
+        "sigma": 1.0,
+        "seed": 1,
+        **kwargs,
+    }
+    tensors = [arguments.pop(n) for n in ("hidden", "mean")]
+    return ops.prelogit_perturb(*tensors, **arguments)
+
+
+def weights(**kwargs: Any) -> ops.Weights:
+    arguments: dict[str, Any] = {
+        "reward": torch.zeros(2, 4),
+        "dot": torch.zeros(2, 4),
+        "norm2": torch.zeros(2, 4),
+        "lam": 1.0,
+        "alpha": 0.5,
+        "sigma": 1.0,
+        **kwargs,
+    }
+    return ops.importance_weights(**arguments)
+
+
+def update(**kwargs: Any) -> Tensor:
+    arguments: dict[str, Any] = {
+        "mean": torch.zeros(2, 4, V),
+        "weights": torch.zeros(2, 5),
+        "sigma": 1.0,
+        "seed": 1,
+        "iteration": 0,
+        **kwargs,
+    }
+    tensors = [arguments.pop(n) for n in ("mean", "weights")]
+    return ops.control_update(*tensors, **arguments)
+
+
+def ids(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64)
+
+
+def doubles(*values: float) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def spoiled(value: float, row: int = 2) -> Tensor:
+    x = good()
+    x[row, 5] = value
+    return x
+
+
+def hopeless(row: int = 1) -> Tensor:
+    x = good()
+    x[row] = -torch.inf
+    return x
+
+
+Case = tuple[Callable[[], Any], type[Exception], str]
+
+STATIC: dict[str, Case] = {
+    # tensors
+    "not a tensor": (
+        lambda: sample([[0.0]]),
+        TypeError,
+        "base_logits is list, expected a tensor [B, V]",
+    ),
+    "float64": (
+        lambda: sample(good().double()),
+        TypeError,
+        "base_logits has dtype torch.float64, expected torch.float32, torch.float16 or "
+        "torch.bfloat16",
+    ),
+    "int logits": (lambda: draw(ids(1)[None]), TypeError, "logits has dtype torch.int64"),
+    "one dimension": (
+        lambda: propose(torch.zeros(V)),
+        ValueError,
+        "base_logits has shape [8], expected [B, V]",
+    ),
+    "empty vocabulary": (
+        lambda: propose(torch.zeros(B, 0)),
+        ValueError,
+        "base_logits has a last dimension of 0, expected 1 to 1048576",
+    ),
+    "vocabulary too large": (
+        lambda: propose(torch.zeros(1, (1 << 20) + 1, dtype=torch.bfloat16)),
+        ValueError,
+        "base_logits has a last dimension of 1048577, expected 1 to 1048576",
+    ),
+    "strided vocabulary": (
+        lambda: propose(torch.zeros(V, B).t()),
+        ValueError,
+        "base_logits has stride 3 over its last dimension, expected 1; call .contiguous() on it",
+    ),
+    "vocabularies differ": (
+        lambda: sample(good(), torch.zeros(B, V + 1)),
+        ValueError,
+        "proxy_logits has shape [3, 9], expected that of base_logits, [3, 8]",
+    ),
+    "devices differ": (
+        lambda: sample(good(), torch.zeros(B, V, device="meta")),
+        ValueError,
+        "proxy_logits is on meta, expected the device of base_logits, cpu",
+    ),
+    # rules
+    "unknown rule": (
+        lambda: mask(rule="greedy"),
+        ValueError,
+        "rule is 'greedy', expected one of knapsack, threshold",
+    ),
+    "rule of another type": (
+        lambda: mask(rule=["knapsack"]),
+        ValueError,
+        "rule is ['knapsack'], expected one of knapsack",
+    ),
+    "unknown policy": (
+        lambda: mask(critical="drop"),
+        ValueError,
+        "critical is 'drop', expected one of exclude, include, split",
+    ),
+    "propose with q": (
+        lambda: propose(rule="confidence_bet"),
+        ValueError,
+        "rule is 'confidence_bet', which needs proxy_logits; deferral_propose accepts knapsack, "
+        "threshold, nudging, relative, argmax",
+    ),
+    "mask without q": (
+        lambda: mask(rule="proxy_above"),
+        ValueError,
+        "rule is 'proxy_above', which needs proxy_logits",
+    ),
+    "negative budget": (
+        lambda: mask(param=-0.1),
+        ValueError,
+        "param is -0.1, expected a budget >= 0 for rule 'knapsack'",
+    ),
+    "budget NaN": (lambda: mask(param=float("nan")), ValueError, "param is nan, expected a budget"),
+    "threshold NaN": (
+        lambda: sample(param=float("nan")),
+        ValueError,
+        "param is nan, expected a number for rule 'threshold'",
+    ),
+    "no param": (
+        lambda: mask(param=None),
+        ValueError,
+        "param is None, expected a number for rule 'knapsack'",
+    ),
+    "param for argmax": (
+        lambda: mask(rule="argmax", param=0.1),
+        ValueError,
+        "param is 0.1, expected None for rule 'argmax'",
+    ),
+    "param of another type": (
+        lambda: mask(param="0.3"),
+        TypeError,
+        "param is '0.3', expected a number or a float64 tensor",
+    ),
+    "param float32": (
+        lambda: mask(param=torch.tensor([0.3])),
+        TypeError,
+        "param has dtype torch.float32, expected torch.float64",
+    ),
+    "param shape": (
+        lambda: mask(param=doubles(0.1, 0.2)),
+        ValueError,
+        "param has shape [2], expected one element or [3]",
+    ),
+    "temperature 0": (
+        lambda: mask(temperature=0.0),
+        ValueError,
+        "temperature is 0.0, expected a positive finite number between",
+    ),
+    "temperature negative": (lambda: draw(temperature=-1.0), ValueError, "temperature is -1.0"),
+    "temperature inf": (lambda: mask(temperature=float("inf")), ValueError, "temperature is inf"),
+    "temperature NaN": (lambda: mask(temperature=float("nan")), ValueError, "temperature is nan"),
+    "temperature tiny": (lambda: mask(temperature=1e-39), ValueError, "temperature is 1e-39"),
+    "temperature huge": (lambda: mask(temperature=1e38), ValueError, "temperature is 1e+38"),
+    "rule temperature": (
+        lambda: mask(rule_temperature=0.0),
+        ValueError,
+        "rule_temperature is 0.0, expected a positive",
+    ),
+    # keys
+    "no seed": (
+        lambda: sample(seed=None),
+        TypeError,
+        "seed is None, expected an int or an int64 tensor to draw with",
+    ),
+    "no position": (lambda: sample(position=None), TypeError, "position is None"),
+    "seed float": (lambda: sample(seed=1.0), TypeError, "seed is 1.0, expected an int"),
+    "seed range": (
+        lambda: sample(seed=2**64),
+        ValueError,
+        "seed is 18446744073709551616, expected -2**63 <= seed < 2**64",
+    ),
+    "seed dtype": (
+        lambda: sample(seed=torch.tensor(1, dtype=torch.int32)),
+        TypeError,
+        "seed has dtype torch.int32, expected torch.int64",
+    ),
+    "seed shape": (lambda: sample(seed=ids(1, 2)), ValueError, "seed has shape [2], expected one"),
+    "generator": (
+        lambda: sample(seed=torch.Generator()),
+        TypeError,
+        "seed is a torch.Generator, expected tta_ext.rng.seed_from_generator of it",
+    ),
+    "position range": (
+        lambda: sample(position=-1),
+        ValueError,
+        "position is -1, expected 0 <= position < 2**32",
+    ),
+    "position dtype": (
+        lambda: sample(position=torch.zeros(B)),
+        TypeError,
+        "position has dtype torch.float32, expected torch.int64",
+    ),
+    "position shape": (
+        lambda: sample(position=ids(1, 2)),
+        ValueError,
+        "position has shape [2], expected one element or [3]",
+    ),
+    "sequence range": (
+        lambda: sample(sequence=2**32),
+        ValueError,
+        "sequence is 4294967296, expected 0 <= sequence < 2**32",
+    ),
+    "iteration range": (
+        lambda: sample(iteration=4096),
+        ValueError,
+        "iteration is 4096, expected 0 <= iteration < 4096",
+    ),
+    "rollout range": (
+        lambda: sample(rollout=-1),
+        ValueError,
+        "rollout is -1, expected 0 <= rollout < 65536",
+    ),
+    "stream": (lambda: draw(stream=10), ValueError, "stream is 10, expected one of BASE=0"),
+    "draw number": (lambda: draw(draw=-1), ValueError, "draw is -1, expected 0 <= draw < 2**32"),
+    # outputs
+    "out count": (
+        lambda: sample(out=(ids(0, 0, 0),)),
+        ValueError,
+        "out has 1 tensors, expected 2: token, deferred",
+    ),
+    "out dtype": (
+        lambda: sample(out=(ids(0, 0, 0), ids(0, 0, 0))),
+        ValueError,
+        "out.deferred is a tensor of shape [3], torch.int64, on cpu, expected shape [3], torch.bool",
+    ),
+    "out shape": (
+        lambda: draw(out=ids(0)),
+        ValueError,
+        "out is a tensor of shape [1], torch.int64, on cpu, expected shape [3], torch.int64",
+    ),
+    "out strided": (
+        lambda: draw(out=torch.zeros(B, 2, dtype=torch.int64)[:, 0]),
+        ValueError,
+        "out is not contiguous, expected a contiguous tensor",
+    ),
+    # verification
+    "verify dims": (
+        lambda: verify(base_logits=good()),
+        ValueError,
+        "base_logits has shape [3, 8], expected [B, K+1, V]",
+    ),
+    "verify positions": (
+        lambda: verify(proxy_logits=torch.zeros(B, 1, V)),
+        ValueError,
+        "proxy_logits has shape [3, 1, 8], expected [3, 2 or 3, 8]",
+    ),
+    "verify draft": (
+        lambda: verify(draft=torch.zeros(B, 3, dtype=torch.int64)),
+        ValueError,
+        "draft has shape [3, 3], expected [3, 2]",
+    ),
+    "verify draft dtype": (
+        lambda: verify(draft=torch.zeros(B, 2)),
+        TypeError,
+        "draft has dtype torch.float32, expected torch.int64",
+    ),
+    "verify lengths": (
+        lambda: verify(draft_length=ids(1)),
+        ValueError,
+        "draft_length has shape [1], expected [3]",
+    ),
+    "verify rule that needs q": (
+        lambda: verify(rule="confidence_bet", proxy_logits=torch.zeros(B, 2, V)),
+        ValueError,
+        "proxy_logits has 2 positions, expected 3 for rule 'confidence_bet'",
+    ),
+    "verify param": (
+        lambda: verify(param=torch.zeros(B, 2, dtype=torch.float64)),
+        ValueError,
+        "param has shape [3, 2], expected one element or [3] or [3, 3]",
+    ),
+    # implicit reward
+    "expert shape": (
+        lambda: reward(expert=torch.zeros(2, B, V + 1)),
+        ValueError,
+        "expert_logits has shape [2, 3, 9], expected [2, 3, 8]",
+    ),
+    "anti count": (
+        lambda: reward(anti=torch.zeros(1, B, V)),
+        ValueError,
+        "anti_logits has shape [1, 3, 8], expected [2, 3, 8]",
+    ),
+    "no expert": (
+        lambda: reward(expert=torch.zeros(0, B, V), anti=None),
+        ValueError,
+        "expert_logits has shape [0, 3, 8], expected E >= 1",
+    ),
+    "beta shape": (lambda: reward(beta=[1.0]), ValueError, "beta has shape [1], expected [2]"),
+    "beta dtype": (
+        lambda: reward(beta=doubles(1, 1)),
+        TypeError,
+        "beta has dtype torch.float64, expected torch.float32",
+    ),
+    # knapsack
+    "profit dtype": (
+        lambda: knapsack(profit=torch.ones(B, V).half()),
+        TypeError,
+        "profit has dtype torch.float16, expected torch.float32",
+    ),
+    "weight shape": (
+        lambda: knapsack(weight=torch.ones(B, V + 1)),
+        ValueError,
+        "weight has shape [3, 9], expected that of profit, [3, 8]",
+    ),
+    "capacity": (
+        lambda: knapsack(capacity=-1.0),
+        ValueError,
+        "capacity is -1.0, expected a capacity >= 0",
+    ),
+    "capacity shape": (
+        lambda: knapsack(capacity=doubles(1, 2)),
+        ValueError,
+        "capacity has shape [2], expected one element or [3]",
+    ),
+    # random numbers
+    "philox counter": (
+        lambda: ops.philox(ids(1, 2, 3), ids(1, 2)),
+        ValueError,
+        "counter has shape [3], expected [..., 4]",
+    ),
+    "philox key": (
+        lambda: ops.philox(ids(1, 2, 3, 4), ids(1)),
+        ValueError,
+        "key has shape [1], expected [2]",
+    ),
+    "philox dtype": (
+        lambda: ops.philox(torch.zeros(4), ids(1, 2)),
+        TypeError,
+        "counter has dtype torch.float32, expected torch.int64",
+    ),
+    "normal n": (lambda: ops.normal(-1, seed=0), ValueError, "n is -1, expected n >= 0"),
+    "normal rollout": (
+        lambda: ops.normal(1, seed=0, rollout=65536),
+        ValueError,
+        "rollout is 65536, expected 0 <= rollout < 65536",
+    ),
+    # pre-logits
+    "mean shape": (
+        lambda: perturb(mean=torch.zeros(2, 4, V + 1)),
+        ValueError,
+        "mean has shape [2, 4, 9], expected [P, tau, 8]",
+    ),
+    "mean dtype": (
+        lambda: perturb(mean=torch.zeros(2, 4, V).half()),
+        TypeError,
+        "mean has dtype torch.float16, expected torch.float32",
+    ),
+    "row range": (lambda: perturb(row=2), ValueError, "row is 2, expected 0 <= row < 2"),
+    "rollout number": (
+        lambda: perturb(rollout=65536),
+        ValueError,
+        "rollout is 65536, expected 0 <= rollout < 65536",
+    ),
+    "sigma": (
+        lambda: perturb(sigma=-0.5),
+        ValueError,
+        "sigma is -0.5, expected a finite number >= 0",
+    ),
+    "dot dtype": (
+        lambda: perturb(dot=torch.zeros(B, dtype=torch.float64)),
+        TypeError,
+        "dot has dtype torch.float64, expected torch.float32",
+    ),
+    "weights lambda": (
+        lambda: weights(lam=-1.0),
+        ValueError,
+        "lam is -1.0, expected a finite number >= 0",
+    ),
+    "weights alpha": (
+        lambda: weights(alpha=1.5),
+        ValueError,
+        "alpha is 1.5, expected 0 <= alpha <= 1",
+    ),
+    "weights shapes": (
+        lambda: weights(dot=torch.zeros(2, 5)),
+        ValueError,
+        "dot has shape [2, 5], expected that of reward, [2, 4]",
+    ),
+    "update weights": (
+        lambda: update(weights=torch.zeros(3, 5)),
+        ValueError,
+        "weights has shape [3, 5], expected [2, n]",
+    ),
+    "update rollouts": (
+        lambda: update(rollouts=(1, 3)),
+        ValueError,
+        "rollouts is (1, 3), expected (start, stop) with 0 <= start < stop <= 8",
+    ),
+    "update length": (
+        lambda: update(length=torch.zeros(2, 5)),
+        TypeError,
+        "length has dtype torch.float32, expected torch.int64",
+    ),
+    "merge count": (
+        lambda: ops.control_merge(torch.zeros(2, 4, V), torch.zeros(3, 2, 4, V), 1.0),
+        ValueError,
+        "partials has shape [3, 2, 4, 8], expected [S, P, tau, d] with S a power of two",
+    ),
+}
+
+# What only reading the values can tell.
+VALUES: dict[str, Case] = {
+    "base NaN": (
+        lambda: sample(spoiled(torch.nan)),
+        ValueError,
+        "row 2 of base_logits has NaN or +inf, or no finite value",
+    ),
+    "base +inf": (
+        lambda: mask(spoiled(torch.inf)),
+        ValueError,
+        "row 2 of base_logits has NaN or +inf, or no finite value",
+    ),
+    "base impossible": (
+        lambda: propose(hopeless()),
+        ValueError,
+        "row 1 of base_logits has NaN or +inf, or no finite value",
+    ),
+    "half NaN": (
+        lambda: propose(spoiled(torch.nan).half()),
+        ValueError,
+        "row 2 of base_logits has NaN",
+    ),
+    "bfloat16 +inf": (
+        lambda: draw(spoiled(torch.inf).bfloat16()),
+        ValueError,
+        "row 2 of logits has NaN",
+    ),
+    "proxy NaN": (
+        lambda: ops.deferral_probs(good(), spoiled(torch.nan), rule="threshold", param=0.1),
+        ValueError,
+        "row 2 of proxy_logits has NaN or +inf, or no finite value",
+    ),
+    "stats": (
+        lambda: ops.deferral_stats(hopeless(), rule="threshold", param=0.1),
+        ValueError,
+        "row 1 of base_logits has NaN",
+    ),
+    "stats, proxy rule": (
+        lambda: ops.deferral_stats(good(), hopeless(), rule="proxy_below", param=0.1),
+        ValueError,
+        "row 1 of proxy_logits has NaN",
+    ),
+    "budget of a row": (
+        lambda: mask(param=doubles(0.1, -0.2, 0.3)),
+        ValueError,
+        "param[1] is -0.2",
+    ),
+    "threshold of a row": (
+        lambda: sample(param=doubles(0.1, 0.2, torch.nan)),
+        ValueError,
+        "param[2] is",
+    ),
+    "position of a row": (
+        lambda: sample(position=ids(1, 2, -3)),
+        ValueError,
+        "position[2] is -3, expected 0 <= position < 2**32",
+    ),
+    "sequence of a row": (
+        lambda: draw(sequence=ids(1, 2**32, 3)),
+        ValueError,
+        "sequence[1] is 4294967296, expected 0 <= sequence < 2**32",
+    ),
+    "verify base": (
+        lambda: verify(base_logits=torch.full((B, 3, V), torch.nan)),
+        ValueError,
+        "row 0, position 0 of base_logits has NaN or +inf, or no finite value",
+    ),
+    "verify proxy": (
+        lambda: verify(proxy_logits=torch.full((B, 3, V), torch.inf)),
+        ValueError,
+        "row 0, position 0 of proxy_logits has NaN or +inf, or no finite value",
+    ),
+    "verify draft id": (
+        lambda: verify(draft=torch.full((B, 2), V)),
+        ValueError,
+        "draft[0] is 8, expected 0 <= draft < 8",
+    ),
+    "verify draft length": (
+        lambda: verify(draft_length=ids(0, 3, 1)),
+        ValueError,
+        "draft_length[1] is 3, expected 0 <= draft_length < 3",
+    ),
+    "expert": (
+        lambda: reward(expert=torch.stack((good(), spoiled(torch.nan)))),
+        ValueError,
+        "row 2 of expert_logits[1] has NaN or +inf, or no finite value",
+    ),
+    "anti": (
+        lambda: reward(anti=torch.stack((hopeless(), good()))),
+        ValueError,
+        "row 1 of anti_logits[0] has NaN or +inf, or no finite value",
+    ),
+    "beta": (lambda: reward(beta=[1.0, torch.inf]), ValueError, "beta[1] is inf"),
+    "profit": (
+        lambda: knapsack(profit=spoiled(-1.0)),
+        ValueError,
+        "row 2 of profit has a negative, infinite or NaN value",
+    ),
+    "weight": (
+        lambda: knapsack(weight=spoiled(torch.inf)),
+        ValueError,
+        "row 2 of weight has a negative, infinite or NaN value",
+    ),
+    "capacity of a row": (
+        lambda: knapsack(capacity=doubles(1, -2, 3)),
+        ValueError,
+        "capacity[1] is -2",
+    ),
+    "step of a rollout": (
+        lambda: perturb(step=ids(0, -1, 0)),
+        ValueError,
+        "step[1] is -1, expected 0 <= step < 2**32",
+    ),
+    "row of a rollout": (
+        lambda: perturb(row=ids(0, 1, 2)),
+        ValueError,
+        "row[2] is 2, expected 0 <= row < 2",
+    ),
+    "rollout of a rollout": (
+        lambda: perturb(rollout=ids(0, 1, 65536)),
+        ValueError,
+        "rollout[2] is 65536, expected 0 <= rollout < 65536",
+    ),
+    "weights of the update": (
+        lambda: update(weights=torch.full((2, 5), torch.nan)),
+        ValueError,
+        "row 0 of weights has NaN or inf",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", STATIC.values(), ids=STATIC)
+def test_arguments(case: Case) -> None:
+    call, kind, text = case
+    with pytest.raises(kind, match=re.escape(text)):
+        call()
+
+
+@pytest.mark.parametrize("case", VALUES.values(), ids=VALUES)
+def test_values(case: Case, backend: str) -> None:
+    call, kind, text = case
+    with pytest.raises(kind, match=re.escape(text)) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+
+
+def test_unchecked_rows_are_marked(backend: str) -> None:
+    """check=False: token -1, masses NaN, and the other rows as if alone."""
+    bad = torch.randn(4, V, generator=torch.Generator().manual_seed(0))
+    proxy = bad.flip(1).contiguous()
+    clean = bad.clone()
+    bad[1, 3], bad[2] = torch.nan, -torch.inf
+    fine = torch.tensor([0, 3])
+    kwargs: dict[str, Any] = {"rule": "knapsack", "param": 0.4}
+    key: dict[str, Any] = {"seed": 1, "position": 0}
+
+    for sample_it in (True, False):
+        got = ops.deferral_sample(bad, proxy, check=False, do_sample=sample_it, **kwargs, **key)
+        want = ops.deferral_sample(clean, proxy, do_sample=sample_it, **kwargs, **key)
+        assert got.token[1:3].tolist() == [-1, -1]
+        assert not got.deferred[1:3].any()
+        assert torch.equal(got.token[fine], want.token[fine])
+        got = ops.deferral_propose(bad, check=False, do_sample=sample_it, **kwargs, **key)
+        assert got.token[1:3].tolist() == [-1, -1]
+        assert not got.deferred[1:3].any()
+
+    masks = ops.deferral_mask(bad, check=False, **kwargs)
+    assert not masks.mask[1:3].any()
+    assert masks.critical[1:3].tolist() == [-2, -2]
+    assert masks.fraction[1:3].isnan().all()
+    assert torch.equal(masks.mask[fine], ops.deferral_mask(clean, **kwargs).mask[fine])
+
+    law = ops.deferral_probs(bad, proxy, check=False, **kwargs)
+    assert law[1:3].isnan().all()
+    assert torch.equal(law[fine], ops.deferral_probs(clean, proxy, **kwargs)[fine])
+    swapped = ops.deferral_probs(proxy, bad, check=False, **kwargs)
+    assert swapped[1:3].isnan().all()
+    assert not swapped[fine].isnan().any()
+
+    stats = ops.deferral_stats(bad, check=False, **kwargs)
+    for name in ("deferred_mass", "cut_logit", "used"):
+        assert getattr(stats, name)[1:3].isnan().all(), name
+    assert stats.critical[1:3].tolist() == [-2, -2]
+
+    assert ops.categorical_sample(bad, check=False, **key)[1:3].tolist() == [-1, -1]
+    assert ops.categorical_sample(bad, check=False, do_sample=False)[1:3].tolist() == [-1, -1]
+
+    items = clean.abs()
+    items[1, 0] = -1.0
+    sack = ops.greedy_knapsack(items, clean.abs(), 1.0, check=False)
+    assert not sack.selected[1].any()
+    assert int(sack.critical[1]) == -2
+    for name in ("used", "value", "upper_bound"):
+        assert getattr(sack, name)[1].isnan(), name
+
+
+def test_a_rejected_row_with_a_bad_proxy_is_marked(backend: str) -> None:
+    base, proxy = good(), hopeless()
+    got = ops.deferral_sample(
+        base, proxy, rule="nudging", param=1.5, seed=0, position=0, check=False
+    )
+    assert int(got.token[1]) == -1
+    assert not bool(got.deferred[1])
+    assert got.deferred[[0, 2]].all()
+
+
+def test_unchecked_budgets_mark_their_rows(backend: str) -> None:
+    got = ops.deferral_mask(
+        good(), rule="knapsack", param=doubles(0.5, -1.0, torch.nan), check=False
+    )
+    assert got.critical.tolist() == [4, -2, -2]
+
+
+def test_empty_batches(backend: str) -> None:
+    none, cube = torch.zeros(0, V), torch.zeros(0, 3, V)
+    kwargs: dict[str, Any] = {"rule": "knapsack", "param": 0.3}
+    key: dict[str, Any] = {"seed": 1, "position": 0}
+    assert ops.deferral_mask(none, **kwargs).mask.shape == (0, V)
+    assert ops.deferral_probs(none, none, **kwargs).shape == (0, V)
+    assert ops.deferral_stats(none, **kwargs).used.shape == (0,)
+    assert ops.deferral_propose(none, **kwargs, **key).token.shape == (0,)
+    assert ops.deferral_sample(none, none, **kwargs, **key).token.shape == (0,)
+    assert ops.deferral_sample(none, none, do_sample=False, **kwargs).token.shape == (0,)
+    draft = torch.zeros(0, 2, dtype=torch.int64)
+    lengths = torch.zeros(0, dtype=torch.int64)
+    verified = ops.deferral_verify(cube, cube, draft, lengths, **kwargs, **key)
+    assert verified.mass.shape == (0, 3)
+    assert ops.implicit_reward_probs(none, none[None], None, 1.0).shape == (0, V)
+    assert ops.implicit_reward_sample(none, none[None], None, 1.0, **key).shape == (0,)
+    assert ops.categorical_sample(none, **key).shape == (0,)
+    assert ops.greedy_knapsack(none, none, 1.0).selected.shape == (0, V)
+    assert perturb(hidden=none).shape == (0, V)
+
+
+def test_streams_are_documented() -> None:
+    assert all(f"{name}" in (rng.__doc__ or "") for name in rng.STREAMS)

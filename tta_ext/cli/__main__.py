@@ -1,0 +1,3 @@
+from tta_ext.cli import main
+
+main()

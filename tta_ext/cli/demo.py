@@ -1,0 +1,148 @@
+"""``tta demo``: the shipped pair on held-out problems, in under a minute."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any
+
+import torch
+import typer
+from rich.panel import Panel
+from rich.table import Table
+
+from tta_ext.cli import common
+from tta_ext.cli.common import console
+from tta_ext.cli.evaluate import row_table
+
+if TYPE_CHECKING:
+    from tta_ext.decoding import DecodeStats, KnapsackDeferral
+
+__all__ = ["demo"]
+
+
+def demo(
+    n: Annotated[int, typer.Option(help="Held-out problems in the table.")] = 100,
+    answers: Annotated[int, typer.Option(help="Answers to show.")] = 3,
+    seed: Annotated[int, typer.Option(help="Seed.")] = 0,
+    threads: common.Threads = None,
+) -> None:
+    """Accuracy of rules on the shipped pair, answers coloured by source, and where time went."""
+    from tta_ext.decoding import KnapsackDeferral
+    from tta_ext.demo import evaluate as trial
+    from tta_ext.demo.task import evaluation_problems
+
+    start = time.perf_counter()
+    common.set_threads(threads)
+    common.quiet_transformers()
+    pair = trial.load_pair()
+    console.print(
+        f"base {_size(pair.base)}, knows arithmetic but not the answer format; proxy "
+        f"{_size(pair.proxy)}, knows the format but computes worse; {n} held-out problems"
+    )
+    with common.bar() as bar:
+        task = bar.add_task("problems", total=n * len(trial.SHORT) * len(trial.MODES))
+        rows = trial.evaluate(
+            trial.SHORT, n, seed=seed, pair=pair, progress=lambda done: bar.advance(task, done)
+        )
+    console.print(row_table(rows))
+    console.print()
+
+    kad = KnapsackDeferral(pair.base, pair.proxy, pair.tokenizer)
+    problems = evaluation_problems(max(16, answers))
+    prompts = [problem.prompt for problem in problems[:16]]
+    if answers:
+        console.print("sampled with threshold 0.4, tokens by", common.legend())
+        shown = kad.generate(
+            [p.prompt for p in problems[:answers]], seed=seed, max_new_tokens=trial.MAX_NEW_TOKENS
+        )
+        for row, problem in enumerate(problems[:answers]):
+            text = common.coloured(shown.source_spans(row, pair.tokenizer))
+            console.print(Panel(text, title=problem.question, title_align="left", expand=False))
+    _where_time_went(kad, prompts, seed)
+    console.print(f"whole demo: {time.perf_counter() - start:.1f} s")
+
+
+def _size(model: Any) -> str:
+    return f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M"
+
+
+def _where_time_went(kad: KnapsackDeferral, prompts: list[str], seed: int) -> None:
+    """Time split of the loop, and the ops one by one on the loop's own logits."""
+    options: dict[str, Any] = {"seed": seed, "max_new_tokens": 48, "eos_token_id": []}
+    kad.generate(prompts, **options)
+    table = Table(box=None, pad_edge=False)
+    table.add_column("time of the loop", no_wrap=True)
+    for name in ("base", "proxy", "all else", "share", "tokens/s", "proxy calls"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name, chosen in ((f"batch of {len(prompts)}", prompts), ("batch of 1", prompts[:1])):
+        table.add_row(name, *_split(kad.generate(chosen, **options).stats))
+    console.print(table)
+    console.print()
+    _time_ops(kad, prompts, seed)
+
+
+def _time_ops(kad: KnapsackDeferral, prompts: list[str], seed: int) -> None:
+    from tta_ext import ops, rng
+    from tta_ext.decoding.runner import Runner
+    from tta_ext.doctor import diagnose
+
+    found = diagnose()
+    served = {op.name: op.backend for op in found.ops}
+    ids = [kad.tokenizer(prompt)["input_ids"] for prompt in prompts]
+    logits = []
+    with torch.inference_mode():
+        for model in (kad.base, kad.proxies[0]):
+            runner = Runner(model, ids, room=1, vocabulary=kad.vocabulary.size)
+            runner.prefill()
+            logits.append(runner.step())
+    base, proxy = logits
+    rows = len(prompts)
+    rule: dict[str, Any] = {"rule": "threshold", "param": 0.4}
+    knapsack: dict[str, Any] = {"rule": "knapsack", "param": 0.9}
+    key: dict[str, Any] = {
+        "seed": torch.tensor([seed]), "position": torch.full((rows,), 40),
+        "sequence": torch.arange(rows),
+    }  # fmt: skip
+    beta = torch.ones(1)
+    calls: dict[str, Callable[[], Any]] = {
+        "deferral_propose": lambda: ops.deferral_propose(base, **rule, **key),
+        "categorical_sample": lambda: ops.categorical_sample(proxy, stream=rng.PROXY, **key),
+        "deferral_sample": lambda: ops.deferral_sample(base, proxy, **knapsack, **key),
+        "deferral_probs": lambda: ops.deferral_probs(base, proxy, **knapsack),
+        "deferral_stats": lambda: ops.deferral_stats(base, **knapsack),
+        "implicit_reward_sample": lambda: ops.implicit_reward_sample(
+            base, proxy[None], None, beta, **key
+        ),
+    }
+    table = Table(box=None, pad_edge=False)
+    for name in ("op", "backend", "µs a call"):
+        table.add_column(name, justify="right" if name.startswith("µs") else "left", no_wrap=True)
+    for name, call in calls.items():
+        table.add_row(name, served[name], f"{_median_seconds(call) * 1e6:.1f}")
+    where = f"instruction set {found.cpu_isa}" if found.cpu_isa else found.native.reason
+    console.print(f"{where}; {rows} rows of {base.shape[1]} logits, op alone", soft_wrap=True)
+    console.print(table)
+
+
+def _median_seconds(call: Callable[[], Any], seconds: float = 0.1) -> float:
+    times: list[float] = []
+    call()
+    end = time.perf_counter() + seconds
+    while len(times) < 3 or time.perf_counter() < end:
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def _split(stats: DecodeStats) -> list[str]:
+    return [
+        f"{stats.base_seconds:.3f} s",
+        f"{stats.proxy_seconds:.3f} s",
+        f"{stats.other_seconds:.3f} s",
+        f"{stats.other_share:.1%}",
+        f"{stats.tokens_per_second:.0f}",
+        f"{stats.proxy_calls} in {stats.steps} steps",
+    ]

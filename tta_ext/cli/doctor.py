@@ -1,0 +1,44 @@
+"""``tta doctor``: what was found, which backend serves each op, and why not another."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from tta_ext.cli.common import console
+
+__all__ = ["doctor"]
+
+
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Print what was found on this machine, which backend serves each op, and why not another."""
+    from tta_ext.doctor import diagnose
+
+    found = diagnose()
+    if as_json:
+        console.print_json(json.dumps(asdict(found), default=str))
+        return
+    facts = Table(show_header=False, box=None, pad_edge=False)
+    for name, value in found.env.items():
+        facts.add_row(name, str(value))
+    native = found.native
+    state = (
+        f"loaded from {native.path} in {native.seconds:.2f} s" if native.loaded else "not loaded"
+    )
+    facts.add_row("native CPU library", f"{state}: {native.reason}")
+    facts.add_row("instruction set", found.cpu_isa or "none, the reference serves")
+    facts.add_row("build cache", found.cache)
+    console.print(facts)
+    console.print()
+    table = Table("op", "backend", "why not another", box=None, pad_edge=False)
+    for op in found.ops:
+        table.add_row(op.name, op.backend, "; ".join(f"{k}: {v}" for k, v in op.why_not.items()))
+    console.print(table)
+    for line in found.advice:
+        console.print(f"to mend: {line}", style="yellow", markup=False)

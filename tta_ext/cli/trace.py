@@ -1,0 +1,78 @@
+"""``tta trace``: what happened at each token of one answer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from tta_ext.cli import common
+from tta_ext.cli.common import console
+from tta_ext.cli.generate import as_conversation
+
+__all__ = ["trace"]
+
+
+def trace(
+    prompt: Annotated[str, typer.Argument(help="The prompt.")],
+    base: common.Base = None,
+    proxy: common.Proxy = None,
+    rule: common.Rule = "threshold",
+    param: common.Param = None,
+    critical: common.Critical = "exclude",
+    temperature: common.Temperature = 1.0,
+    rule_temperature: common.RuleTemperature = None,
+    greedy: common.Greedy = False,
+    seed: common.Seed = 0,
+    max_new_tokens: common.MaxNewTokens = 64,
+    chat: Annotated[bool, typer.Option("--chat", help="Use the models' chat templates.")] = False,
+    output: Annotated[Path | None, typer.Option(help="JSONL file, a line for each token.")] = None,
+    dtype: common.Dtype = "auto",
+    device: common.Device = None,
+    threads: common.Threads = None,
+) -> None:
+    """Answer one prompt and show, for each token, who wrote it and with which probabilities."""
+    common.set_threads(threads)
+    kad = common.load_pair(
+        base,
+        proxy,
+        rule=rule,
+        param=param,
+        dtype=dtype,
+        device=device,
+        critical=critical,
+        temperature=temperature,
+        rule_temperature=rule_temperature,
+    )
+    result = kad.generate(
+        [as_conversation(prompt, None) if chat else prompt],
+        do_sample=not greedy,
+        seed=seed,
+        max_new_tokens=max_new_tokens,
+        trace=True,
+    )
+    assert result.trace is not None
+    decode = kad.tokenizer.decode
+    if output is not None:
+        lines = [{"text": decode([t.token]), **t.as_dict()} for t in result.trace[0]]
+        output.write_text("".join(json.dumps(line, allow_nan=True) + "\n" for line in lines))
+    console.print(common.coloured(result.source_spans(0, kad.tokenizer)), soft_wrap=True)
+    table = Table("token", "source", "p", "q", "deferred mass", "critical", box=None)
+    for t in result.trace[0]:
+        table.add_row(
+            repr(decode([t.token])),
+            t.source,
+            f"{t.p:.4f}",
+            "" if t.q is None else f"{t.q:.4f}",
+            f"{t.deferred_mass:.4f}",
+            "" if t.critical is None else repr(decode([t.critical])),
+            style=common.PROXY_STYLE if t.source == "proxy" else None,
+        )
+    console.print(table)
+    stats = result.stats
+    console.print(
+        f"{stats.tokens} tokens, {stats.deferred_tokens} from the proxy; seed {result.seed}"
+    )
