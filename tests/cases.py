@@ -59,12 +59,8 @@ def grid() -> Iterator[Case]:
         BATCHES, (1, 127), DTYPES, LAYOUTS, CONTENTS
     ):
         yield Case(batch, vocabulary, dtype, layout, content)
-    turn = 0
-    for vocabulary, dtype in itertools.product(VOCABULARIES[2:], DTYPES):
-        yield Case(
-            (1, 3)[turn % 2], vocabulary, dtype, LAYOUTS[turn // 2 % 2], CONTENTS[turn % 4]
-        )
-        turn += 1
+    for turn, (vocabulary, dtype) in enumerate(itertools.product(VOCABULARIES[2:], DTYPES)):
+        yield Case((1, 3)[turn % 2], vocabulary, dtype, LAYOUTS[turn // 2 % 2], CONTENTS[turn % 4])
 
 
 def full_grid() -> Iterator[Case]:

@@ -1,4 +1,4 @@
-"""Fixtures: backends, instruction sets, threads; skips that ``TTA_EXT_REQUIRE`` turns to failures."""
+"""Fixtures: backends, instruction sets, threads; skips that ``TTA_EXT_REQUIRE`` makes failures."""
 
 from __future__ import annotations
 

@@ -119,7 +119,12 @@ def assert_probabilities(
 
 
 def uniform(
-    seed: int, position: int, sequence: int, stream: int, draw: int = 0, iteration: int = 0,
+    seed: int,
+    position: int,
+    sequence: int,
+    stream: int,
+    draw: int = 0,
+    iteration: int = 0,
     rollout: int = 0,
 ) -> float:
     """The uniform of a draw."""

@@ -120,7 +120,13 @@ def verify_outputs(base: Tensor, proxy: Tensor, ids: Tensor) -> Outputs:
                 drawn = [ops.categorical_sample(proxy, do_sample=False)] * 3
             lengths = ids % 4
             result = ops.deferral_verify(
-                cube, other, torch.stack(drawn, 1), lengths, do_sample=sample, **kwargs, **key_of(ids)
+                cube,
+                other,
+                torch.stack(drawn, 1),
+                lengths,
+                do_sample=sample,
+                **kwargs,
+                **key_of(ids),
             )
             for name, t in zip(result._fields, result, strict=True):
                 found[f"{rule}.{sample}.{name}"] = t

@@ -46,6 +46,13 @@ def affordable(case: Case, backend: str) -> bool:
     return backend != "reference" or case.batch * case.vocabulary <= 3 * 32000
 
 
+def picked(case: Case, backend: str) -> list[dict[str, Any]]:
+    """All rules on small inputs; in turn on large ones and for the slow reference."""
+    if backend == "cpu" and case.vocabulary <= 127:
+        return rules_of_the_grid
+    return rules_of_the_grid[hash((case.batch, case.vocabulary)) % 4 :: 4]
+
+
 def check_masks(base: Tensor, proxy: Tensor, kwargs: dict[str, Any]) -> None:
     got = ops.deferral_mask(base, proxy, **kwargs)
     want = screen64(base, proxy, kwargs)
@@ -71,8 +78,7 @@ def test_masks_follow_the_oracle(case: Case, backend: str) -> None:
     if not affordable(case, backend):
         pytest.skip("large for the reference")
     base, proxy = two_models(case)
-    picked = rules_of_the_grid if case.vocabulary <= 127 else rules_of_the_grid[1::3]
-    for kwargs in picked:
+    for kwargs in picked(case, backend):
         check_masks(base, proxy, kwargs)
 
 
@@ -91,7 +97,9 @@ def check_laws(base: Tensor, proxy: Tensor, kwargs: dict[str, Any]) -> None:
 
     stats = ops.deferral_stats(base, proxy, **kwargs)
     p = softmax64(base, temperature)
-    torch.testing.assert_close(stats.deferred_mass[same], (mu * p).sum(-1)[same], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        stats.deferred_mass[same], (mu * p).sum(-1)[same], rtol=1e-5, atol=1e-6
+    )
     torch.testing.assert_close(stats.used[same], (mu * want.p).sum(-1)[same], rtol=1e-5, atol=1e-6)
     assert torch.equal(stats.critical, mask.critical)
     if kwargs["rule"] == "knapsack":
@@ -107,8 +115,7 @@ def test_laws_follow_the_oracle(case: Case, backend: str) -> None:
     if not affordable(case, backend):
         pytest.skip("large for the reference")
     base, proxy = two_models(case)
-    picked = rules_of_the_grid if case.vocabulary <= 127 else rules_of_the_grid[::3]
-    for kwargs in picked:
+    for kwargs in picked(case, backend):
         check_laws(base, proxy, kwargs)
 
 
@@ -140,9 +147,7 @@ def check_tokens(base: Tensor, proxy: Tensor, kwargs: dict[str, Any]) -> None:
                 assert mu < 1.0 and (mu == 0 or split >= mu - 1e-4)
 
 
-@pytest.mark.parametrize(
-    "case", [c for c in grid() if c.batch in (1, 3)][::5], ids=str
-)
+@pytest.mark.parametrize("case", [c for c in grid() if c.batch in (1, 3)][::5], ids=str)
 def test_tokens_follow_the_oracle(case: Case, backend: str) -> None:
     if not affordable(case, backend):
         pytest.skip("large for the reference")
@@ -186,9 +191,7 @@ def test_propose_then_proxy_equals_sample(rule: str, critical: str, backend: str
         )
         whole = ops.deferral_sample(base, proxy, **kwargs, **key)
         assert torch.equal(proposal.deferred, whole.deferred)
-        assert torch.equal(
-            torch.where(proposal.deferred, replacement, proposal.token), whole.token
-        )
+        assert torch.equal(torch.where(proposal.deferred, replacement, proposal.token), whole.token)
 
         greedy = ops.deferral_propose(base, **kwargs, do_sample=False)
         best = ops.deferral_sample(base, proxy, **kwargs, do_sample=False)
@@ -310,7 +313,9 @@ def test_policies_for_the_critical_item(critical: str, backend: str) -> None:
         expected = torch.full_like(stats.deferred_mass, 0.4)
         torch.testing.assert_close(stats.deferred_mass, expected, rtol=1e-6, atol=0)
         law = ops.deferral_probs(base, proxy, rule="knapsack", param=0.4, critical="split")
-        torch.testing.assert_close(law.double().sum(-1), torch.ones(len(law)).double(), rtol=1e-5, atol=0)
+        torch.testing.assert_close(
+            law.double().sum(-1), torch.ones(len(law)).double(), rtol=1e-5, atol=0
+        )
 
 
 @pytest.mark.parametrize("rule", sorted(PARAMS))
@@ -336,9 +341,7 @@ def test_ties_go_to_the_lowest_id(backend: str) -> None:
     assert int(got.critical) == 4
     base[0, 7] = -0.0
     assert torch.equal(ops.deferral_mask(base, rule="knapsack", param=0.45).mask, got.mask)
-    best = ops.deferral_sample(
-        base, base.clone(), rule="threshold", param=0.0, do_sample=False
-    )
+    best = ops.deferral_sample(base, base.clone(), rule="threshold", param=0.0, do_sample=False)
     assert int(best.token) == 0
 
 

@@ -280,6 +280,18 @@ def test_table_and_summary(pair):
     result = evaluate.summary(rows)
     assert result["greedy"]["best_kad"] == "threshold 0.5"
     json.dumps([result, *(row.as_dict() for row in rows)], allow_nan=False)
+    run = {
+        "command": "x",
+        "n": 5,
+        "seed": 0,
+        "pair": "",
+        "torch": "",
+        "threads": 1,
+        "batch_size": 5,
+    }
+    page = evaluate.report(run | {"summary": result}, rows)
+    assert "format-free" in page
+    assert evaluate.table(rows) in page
     mean, error = evaluate.difference(rows[4], rows[4])
     assert mean == error == 0.0
 

@@ -339,7 +339,8 @@ STATIC: dict[str, Case] = {
     "out dtype": (
         lambda: sample(out=(ids(0, 0, 0), ids(0, 0, 0))),
         ValueError,
-        "out.deferred is a tensor of shape [3], torch.int64, on cpu, expected shape [3], torch.bool",
+        "out.deferred is a tensor of shape [3], torch.int64, on cpu, expected shape [3], "
+        "torch.bool",
     ),
     "out shape": (
         lambda: draw(out=ids(0)),

@@ -15,9 +15,7 @@ import tta_ext
 from tta_ext import ops
 
 
-def items(
-    seed: int, batch: int, vocabulary: int, kind: str = "random"
-) -> tuple[Tensor, Tensor]:
+def items(seed: int, batch: int, vocabulary: int, kind: str = "random") -> tuple[Tensor, Tensor]:
     g = generator(seed)
     profit = torch.rand(batch, vocabulary, generator=g)
     weight = torch.rand(batch, vocabulary, generator=g)
@@ -91,9 +89,7 @@ def test_bound_and_half_of_the_optimum(seed: int, backend: str) -> None:
     capacity = torch.randint(0, 200, (40,), generator=g).double()
     got = ops.greedy_knapsack(profit, weight, capacity)
     for b in range(40):
-        best = best_knapsack(
-            profit[b].double().numpy(), weight[b].numpy(), int(capacity[b])
-        )
+        best = best_knapsack(profit[b].double().numpy(), weight[b].numpy(), int(capacity[b]))
         assert got.value[b] <= best + 1e-9
         assert best <= got.upper_bound[b] + 1e-9
         critical = int(got.critical[b])
@@ -165,7 +161,9 @@ def test_native_equals_reference(native: None) -> None:
         assert torch.equal(one.selected, other.selected), kind
         assert torch.equal(one.critical, other.critical), kind
         for field in ("used", "value", "upper_bound"):
-            torch.testing.assert_close(getattr(one, field), getattr(other, field), rtol=1e-12, atol=0)
+            torch.testing.assert_close(
+                getattr(one, field), getattr(other, field), rtol=1e-12, atol=0
+            )
 
 
 def test_deferral_is_this_knapsack(backend: str) -> None:

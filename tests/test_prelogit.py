@@ -80,9 +80,7 @@ def test_steps_beyond_the_horizon_pass_unchanged(backend: str) -> None:
     dot = torch.full((P * N,), 7.0)
     got = perturb(hidden, control(), step, dot=dot)
     passed = step >= TAU
-    assert torch.equal(
-        got[passed].view(torch.int32), hidden[passed].view(torch.int32)
-    )
+    assert torch.equal(got[passed].view(torch.int32), hidden[passed].view(torch.int32))
     assert (dot[passed] == 7.0).all()
     assert (got[~passed] != hidden[~passed]).any(-1).all()
     assert (dot[~passed] != 7.0).all()
@@ -133,9 +131,7 @@ def test_weights(lam: float, alpha: float, backend: str) -> None:
         score = score - slack * dot.double() - slack**2 / 2 * norm2.double()
         want = torch.softmax(score, -1)
         torch.testing.assert_close(got.w.double(), want, rtol=1e-4, atol=1e-30)
-        torch.testing.assert_close(
-            got.ess.double(), 1 / want.square().sum(-1), rtol=1e-4, atol=0
-        )
+        torch.testing.assert_close(got.ess.double(), 1 / want.square().sum(-1), rtol=1e-4, atol=0)
         assert (got.ess >= 1 - 1e-5).all()
         assert (got.ess <= n * (1 + 1e-5)).all()
 
@@ -216,9 +212,7 @@ def test_shards_merge_to_the_same_bits(n: int, backend: str) -> None:
     padded = 1 << (n - 1).bit_length()
     size = padded
     while size >= 1:
-        parts = [
-            update(mean, weights, rollouts=(s, s + size)) for s in range(0, padded, size)
-        ]
+        parts = [update(mean, weights, rollouts=(s, s + size)) for s in range(0, padded, size)]
         merged = ops.control_merge(mean, torch.stack(parts), SIGMA)
         assert torch.equal(merged, whole)
         size //= 2
@@ -259,9 +253,7 @@ def test_prompts_do_not_depend_on_the_batch(backend: str) -> None:
     weights = torch.softmax(torch.randn(P, N, generator=generator(4)), -1)
     whole = update(mean, weights)
     for p in range(P):
-        alone = update(
-            mean[p : p + 1].contiguous(), weights[p : p + 1], sequence=int(SEQUENCE[p])
-        )
+        alone = update(mean[p : p + 1].contiguous(), weights[p : p + 1], sequence=int(SEQUENCE[p]))
         assert torch.equal(alone[0], whole[p])
 
 

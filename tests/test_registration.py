@@ -29,9 +29,7 @@ FROZEN = {
         f"(Tensor base_logits, Tensor? proxy_logits, {RULE}, bool check) -> "
         "(Tensor mask, Tensor critical_index, Tensor fraction)"
     ),
-    "deferral_probs": (
-        f"(Tensor base_logits, Tensor proxy_logits, {RULE}, bool check) -> Tensor"
-    ),
+    "deferral_probs": (f"(Tensor base_logits, Tensor proxy_logits, {RULE}, bool check) -> Tensor"),
     "deferral_stats": (
         f"(Tensor base_logits, Tensor? proxy_logits, {RULE}, bool check) -> "
         "(Tensor deferred_mass, Tensor critical_index, Tensor cut_logit, Tensor used)"
@@ -172,7 +170,7 @@ def _everything(base: torch.Tensor, proxy: torch.Tensor, step: int) -> tuple[tor
     """One call of every public operator."""
     key: dict[str, Any] = {"seed": 5, "position": step}
     rule: dict[str, Any] = {"rule": "knapsack", "param": 0.3, "critical": "split"}
-    b, v = base.shape
+    b = base.shape[0]
     draft = proxy.argmax(-1, keepdim=True).expand(b, 2)
     lengths = draft.new_full((b,), 2)
     cube = torch.stack((base, base, base), 1)
@@ -229,9 +227,7 @@ def test_out_form_compiles() -> None:
     torch._dynamo.reset()
 
     def run(base: torch.Tensor, proxy: torch.Tensor, out: ops.Proposal) -> torch.Tensor:
-        ops.deferral_sample(
-            base, proxy, rule="threshold", param=0.3, seed=1, position=2, out=out
-        )
+        ops.deferral_sample(base, proxy, rule="threshold", param=0.3, seed=1, position=2, out=out)
         return out.token + 0
 
     base, proxy = torch.randn(3, 40), torch.randn(3, 40)
@@ -287,7 +283,6 @@ def test_import_is_lean() -> None:
         "assert not torch.cuda.is_initialized()\n"
     )
     best = min(
-        float(subprocess.check_output([sys.executable, "-c", program], text=True))
-        for _ in range(3)
+        float(subprocess.check_output([sys.executable, "-c", program], text=True)) for _ in range(3)
     )
     assert best < 30.0

@@ -84,9 +84,7 @@ def test_normals_of_different_names_are_independent(backend: str) -> None:
 
 def test_normals_within_ulps_of_float64(backend: str) -> None:
     got = ops.normal(65536, seed=99, step=3, sequence=7, iteration=2, rollout=5).double()
-    want = reference.normal(
-        65536, torch.tensor(99), 3, 7, 2, 5, compute_dtype=torch.float64
-    )
+    want = reference.normal(65536, torch.tensor(99), 3, 7, 2, 5, compute_dtype=torch.float64)
     # sqrt and log are good to an ulp or two; the angle's rounding is absolute near a zero of cos.
     radius = want.reshape(-1, 2).norm(dim=1).repeat_interleave(2)
     assert ((got - want).abs() <= 2.0**-21 * radius).all()

@@ -120,9 +120,7 @@ def test_out_is_written(backend: str) -> None:
     assert same is token
     assert int(token) == int(ops.categorical_sample(base, seed=1, position=2))
     out = ops.Proposal(torch.full((1,), 99), torch.zeros(1, dtype=torch.bool))
-    got = ops.deferral_sample(
-        base, proxy, rule="threshold", param=0.3, seed=1, position=2, out=out
-    )
+    got = ops.deferral_sample(base, proxy, rule="threshold", param=0.3, seed=1, position=2, out=out)
     assert got.token is out.token
     assert int(out.token) != 99
 

@@ -173,9 +173,7 @@ def test_impossible_drafts_are_rejected(backend: str) -> None:
         got = verify(base, proxy, draft, rule="knapsack", **kwargs)
         assert (got.accepted == 0).all()
         assert (got.token >= 0).all()
-        assert torch.isfinite(
-            (base if kwargs["param"] < 1 else proxy)[0, 0][got.token]
-        ).all()
+        assert torch.isfinite((base if kwargs["param"] < 1 else proxy)[0, 0][got.token]).all()
 
 
 def test_everything_deferred_accepts_everything(backend: str) -> None:
@@ -219,7 +217,7 @@ def test_greedy(kwargs: dict[str, Any], backend: str) -> None:
 
 
 def test_missing_bonus_row_is_left_to_the_caller(backend: str) -> None:
-    """With K proxy rows a rejected bonus is -1; drawing it from q (PROXY) gives the whole answer."""
+    """With K proxy rows a rejected bonus is -1, and drawing it from q (PROXY) completes it."""
     base, proxy = models(4)
     draft = drafted(proxy, 400)
     for sample in (True, False):
@@ -258,9 +256,7 @@ def test_ragged_lengths_equal_single_rows(backend: str) -> None:
     length = torch.arange(b) % (k + 1)
     params = torch.rand(b, k + 1, dtype=torch.float64, generator=g)
     key: dict[str, Any] = {"seed": 1, "rule": "knapsack", "critical": "split"}
-    whole = ops.deferral_verify(
-        base, proxy, draft, length, position=50, param=params, **key
-    )
+    whole = ops.deferral_verify(base, proxy, draft, length, position=50, param=params, **key)
     for i in range(b):
         n = int(length[i])
         # Entries past the row's length are not read.

@@ -1,7 +1,7 @@
-"""Deferral as a decoding method of transformers: ``model.generate(custom_generate=tta_ext.hf.kad)``.
+"""Deferral as a decoding method of transformers: ``generate(custom_generate=tta_ext.hf.kad)``.
 
 The base model's own ``generate`` prepares inputs, logits processors and stopping criteria as ever;
-:func:`kad` replaces its token loop. For batches of text, chat templates, traces and conversations use
+:func:`kad` replaces its token loop. For text, chat templates, traces and conversations use
 :class:`tta_ext.KnapsackDeferral`.
 """
 
@@ -57,16 +57,16 @@ def kad(
         proxy_model: the aligned model that takes over rejected tokens.
         anti_model, rule, param, critical, rule_temperature: as in
             :class:`tta_ext.KnapsackDeferral`; the temperature is ``generate``'s.
-        seed, sequence, lazy: as in :meth:`tta_ext.KnapsackDeferral.generate`; one value of ``param``
-            and one sequence id for each row.
+        seed, sequence, lazy: as in :meth:`tta_ext.KnapsackDeferral.generate`; one value of
+            ``param`` and one sequence id for each row.
         proxy_input_ids, proxy_attention_mask: what the proxy reads instead of ``input_ids``.
-        base_tokenizer, proxy_tokenizer: needed only if the models have different numbers of logits.
-        token_streamer: gets each step's tokens (transformers does not pass ``streamer`` on to custom
-            loops). For stop strings pass ``StopStringCriteria`` in ``stopping_criteria``.
+        base_tokenizer, proxy_tokenizer: needed if the models have different numbers of logits.
+        token_streamer: gets each step's tokens (transformers does not pass ``streamer`` on to
+            custom loops). For stop strings pass ``StopStringCriteria`` in ``stopping_criteria``.
 
     Returns:
-        int64 ``[rows, columns]`` as ``generate`` returns it, or a ``GenerateDecoderOnlyOutput`` with
-        ``sequences``.
+        int64 ``[rows, columns]`` as ``generate`` returns it, or a ``GenerateDecoderOnlyOutput``
+        with ``sequences``.
 
     Raises:
         TypeError, ValueError: one sentence with the offending value and what is accepted.
@@ -81,7 +81,8 @@ def kad(
     cache = model_kwargs.get("past_key_values")
     if cache is not None and cache.get_seq_length():
         raise ValueError(
-            "past_key_values already holds tokens; use tta_ext.KnapsackDeferral.chat to reuse caches"
+            "past_key_values already holds tokens; "
+            "tta_ext.KnapsackDeferral.chat keeps caches between turns"
         )
     config = generation_config
     temperature, processors = _split_temperature(logits_processor)
@@ -126,7 +127,7 @@ def kad(
         end = input_ids.shape[1] + len(tokens)
         sequences[row, input_ids.shape[1] : end] = torch.tensor(tokens)
     if config.return_dict_in_generate:
-        return GenerateDecoderOnlyOutput(sequences=sequences)
+        return GenerateDecoderOnlyOutput(sequences=sequences)  # type: ignore[arg-type]
     return sequences
 
 

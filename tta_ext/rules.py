@@ -66,8 +66,8 @@ RULE_NAMES: Final = (
     "proxy_above",
 )
 
-# Names used by the papers and their code. An alias renames the rule and nothing else: `param` keeps the
-# sign of the table above, so `max_q_plus` with +m in the source is margin=-m here.
+# Names used by the papers and their code. An alias renames the rule and nothing else: `param` keeps
+# the sign of the table above, so `max_q_plus` with +m in the source is margin=-m here.
 RULE_ALIASES: Final = {
     "primal": "knapsack",
     "primal_kad": "knapsack",

@@ -140,12 +140,11 @@ void deferral_verify(Tensor base, Tensor proxy, Tensor draft, Tensor draft_lengt
   check_dtype(draft_length, ScalarType::Long, "draft_length");
   STD_TORCH_CHECK(draft.dim() == 2 && draft.size(0) == a.batch && draft.size(1) == a.draft_capacity,
                   "draft must be [", a.batch, ", ", a.draft_capacity, "]");
-  STD_TORCH_CHECK(a.draft_capacity == 0 || draft.stride(1) == 1 || a.draft_capacity == 1,
-                  "draft must be contiguous in its last dimension");
   STD_TORCH_CHECK(draft_length.numel() == a.batch && draft_length.is_contiguous(),
                   "draft_length must hold ", a.batch, " contiguous elements");
   a.draft = static_cast<const int64_t*>(draft.const_data_ptr());
-  a.draft_stride = draft.stride(0);
+  a.draft_row_stride = draft.stride(0);
+  a.draft_position_stride = draft.stride(1);
   a.draft_length = static_cast<const int64_t*>(draft_length.const_data_ptr());
   const int64_t params = param.numel();
   const bool each = params != 1 && params != a.batch;
@@ -167,7 +166,7 @@ void deferral_verify(Tensor base, Tensor proxy, Tensor draft, Tensor draft_lengt
       STD_TORCH_CHECK(length >= 0 && length <= a.draft_capacity, "invalid row: draft_length[", b,
                       "] is ", length, ", expected 0 <= draft_length < ", positions);
       for (int64_t k = 0; k < length; ++k) {
-        const int64_t x = a.draft[b * a.draft_stride + k];
+        const int64_t x = a.draft_at(b, k);
         STD_TORCH_CHECK(x >= 0 && x < a.base.vocab, "invalid row: draft[", b * a.draft_capacity + k,
                         "] is ", x, ", expected 0 <= draft < ", a.base.vocab);
       }
@@ -212,7 +211,7 @@ Logits expert_logits(const Tensor& x, const MixtureArgs& a, const char* name) {
 }
 
 void fill(MixtureArgs* a, const Tensor& base, const Tensor& expert,
-          const std::optional<Tensor>& anti, const Tensor& beta, double temperature,
+          const std::optional<Tensor>& anti, const Tensor& beta, double temperature, bool check,
           InvalidRow* invalid) {
   a->base = logits(base, "base_logits");
   a->base.row_stride = a->base.batch_stride;
@@ -224,6 +223,11 @@ void fill(MixtureArgs* a, const Tensor& base, const Tensor& expert,
   STD_TORCH_CHECK(1 + 2 * a->experts < InvalidRow::kTensors, "beta has ", a->experts,
                   " elements, expected fewer than ", InvalidRow::kTensors / 2);
   a->beta = static_cast<const float*>(beta.const_data_ptr());
+  if (check) {
+    for (int64_t e = 0; e < a->experts; ++e)
+      STD_TORCH_CHECK(std::isfinite(a->beta[e]), "invalid row: beta[", e, "] is ", a->beta[e],
+                      ", expected a finite number");
+  }
   a->expert = expert_logits(expert, *a, "expert_logits");
   if (anti) a->anti = expert_logits(*anti, *a, "anti_logits");
   a->inv_temperature = inverse_temperature(temperature, "temperature");
@@ -248,7 +252,7 @@ void implicit_reward_probs(Tensor base, Tensor expert, std::optional<Tensor> ant
                            double temperature, bool check, Tensor out) {
   InvalidRow invalid;
   MixtureArgs a;
-  fill(&a, base, expert, anti, beta, temperature, &invalid);
+  fill(&a, base, expert, anti, beta, temperature, check, &invalid);
   a.probs = output<float>(out, ScalarType::Float, a.batch * a.base.vocab, "out");
   a.probs_stride = a.base.vocab;
   tta::implicit_reward(a);
@@ -261,7 +265,7 @@ void implicit_reward_sample(Tensor base, Tensor expert, std::optional<Tensor> an
                             Tensor out) {
   InvalidRow invalid;
   MixtureArgs a;
-  fill(&a, base, expert, anti, beta, temperature, &invalid);
+  fill(&a, base, expert, anti, beta, temperature, check, &invalid);
   a.key = key_spec(seed, position, sequence, iteration, rollout, do_sample, a.batch, check);
   a.token = output<int64_t>(out, ScalarType::Long, a.batch, "out");
   tta::implicit_reward(a);

@@ -147,7 +147,8 @@ static double collect(const Row& row, const Stats& s, Bracket* bracket, Candidat
 static KnapsackCut knapsack_cut(const Row& row, const Stats& s, double bound) {
   KnapsackCut cut;
   if (s.z <= bound) return cut;
-  const double slack = s.z * 0x1p-17;
+  // Twice the worst error of the longest float32 chain in probe_masses and collect.
+  const double slack = s.z * (kTile / kWidth) * 0x1p-23;
 
   // 1. Probe where the mass of a peaked row lies; distances in units of the temperature.
   static const float kDepth[kProbes] = {-20.f, -15.f, -12.f, -10.f, -8.f, -6.f, -4.f, -2.f};

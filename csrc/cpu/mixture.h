@@ -16,8 +16,10 @@ TTA_INLINE const char* mixture_row(const Logits& x, int64_t expert, int64_t row)
 }
 
 // One term into `out`. An expert and its anti-expert that both rule a token out say nothing about
-// it; NaN and +inf anywhere make the score NaN, which the canonical sum reports.
-static void add_term(float* out, const float* expert, const float* anti, float beta, int count) {
+// it, and a token the base rules out stays out; NaN and +inf anywhere make the score NaN, which the
+// canonical sum reports.
+static void add_term(float* out, const float* base, const float* expert, const float* anti,
+                     float beta, int count) {
   const F b = set1(beta), low = set1(-kInfinity), high = set1(kInfinity);
   const F nan = set1(std::numeric_limits<float>::quiet_NaN());
   for (int j = 0; j < count; j += kWidth) {
@@ -29,7 +31,9 @@ static void add_term(float* out, const float* expert, const float* anti, float b
       finite = mask_and(finite, less(a, high));
       difference = select(mask_and(equal(e, low), equal(a, low)), set1(0.0f), sub(e, a));
     }
-    const F score = fma(b, difference, load(out + j));
+    const F before = load(out + j);
+    const M ruled_out = mask_and(equal(load(base + j), low), equal(before, low));
+    const F score = select(ruled_out, low, fma(b, difference, before));
     store(out + j, select(finite, score, nan));
   }
 }
@@ -49,12 +53,9 @@ static void load_mixture(const Mixture& mixture, int64_t row, int64_t begin, int
     if (a.beta[e] == 0.0f) continue;
     load_raw(mixture_row(a.expert, e, row), a.expert.dtype, begin, count, expert);
     if (a.anti.data) load_raw(mixture_row(a.anti, e, row), a.anti.dtype, begin, count, anti);
-    add_term(score, expert, a.anti.data ? anti : nullptr, a.beta[e], padded);
+    add_term(score, base, expert, a.anti.data ? anti : nullptr, a.beta[e], padded);
   }
-  // A token the base rules out stays out, whatever infinities the terms gave; a NaN among its terms
-  // is still reported, and is all that a self-comparison can fail on.
-  for (int j = 0; j < count; ++j)
-    out[j] = base[j] == -kInfinity && !(score[j] != score[j]) ? -kInfinity : score[j];
+  std::memcpy(out, score, static_cast<size_t>(count) * sizeof(float));
 }
 
 // A row found invalid: which tensor is to blame.

@@ -116,7 +116,10 @@ struct VerifyArgs : DeferralArgs {
   bool has_bonus_row = false;  // proxy has K + 1 rows
   bool return_mass = false;
   const int64_t* draft = nullptr;  // [batch, K]
-  int64_t draft_stride = 0;
+  int64_t draft_row_stride = 0, draft_position_stride = 0;
+  int64_t draft_at(int64_t b, int64_t k) const {
+    return draft[b * draft_row_stride + k * draft_position_stride];
+  }
   const int64_t* draft_length = nullptr;
   int64_t* accepted = nullptr;
   int64_t* token = nullptr;

@@ -339,12 +339,12 @@ static bool prefix_reaches(const Row& row, const Stats& s, const Cut& cut, Reach
       const double admitted_sum =
           static_cast<double>(s.tile_sum[t]) * kTileSlack - (s.tile_max[t] > cut.x ? 1.0 : 0.0);
       gap[t] = (admitted_sum > 0.0 ? admitted_sum : 0.0) * s.scale[t];
-      high += gap[t];
       open_tile[open++] = static_cast<int16_t>(t);
     }
   }
-  high += low;
   while (open) {
+    high = low;  // summed afresh: differences would keep the rounding of gaps long closed
+    for (int i = 0; i < open; ++i) high += gap[open_tile[i]];
     if (reached(low * (1.0 - kSumSlack))) return true;
     if (!reached(high * (1.0 + kSumSlack))) return false;
     int widest = 0;
@@ -354,7 +354,6 @@ static bool prefix_reaches(const Row& row, const Stats& s, const Cut& cut, Reach
     open_tile[widest] = open_tile[--open];
     mass[t] = tile_mass_before(row, s, t, cut, scratch);
     low += mass[t];
-    high += mass[t] - gap[t];
   }
   double total = 0.0;
   for (int t = 0; t < s.tiles; ++t) total += mass[t];
@@ -406,7 +405,7 @@ static int find_in_tile(const float* weights, int count, double scale, double be
 
 // Inverse CDF at u in [0, 1).
 static int64_t draw(const Row& row, const Stats& s, double u) {
-  const double target = u * s.z;
+  double target = u * s.z;
   double before = 0.0;
   int t = 0, last = 0;
   for (; t < s.tiles; ++t) {
@@ -417,7 +416,7 @@ static int64_t draw(const Row& row, const Stats& s, double u) {
   }
   if (t == s.tiles) {
     t = last;
-    before = target;  // beyond the end by rounding: the tile's last token
+    target = static_cast<double>(kInfinity);  // beyond the end by rounding: the last token
   }
   alignas(64) float scratch[kTile];
   alignas(64) float weights[kTile];

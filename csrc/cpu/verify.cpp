@@ -39,7 +39,7 @@ class Residual {
   double total() const { return total_; }
 
   int64_t draw(double u) {
-    const double target = u * total_;
+    double target = u * total_;
     double before = 0.0;
     int t = 0, last = 0;
     const int tiles = rows_.base.tiles();
@@ -51,7 +51,7 @@ class Residual {
     }
     if (t == tiles) {
       t = last;
-      before = target;
+      target = static_cast<double>(kInfinity);
     }
     alignas(64) float w[kTile];
     const int count = weights(t, w);
@@ -264,7 +264,7 @@ static void verify_row(const VerifyArgs& a, int64_t b) {
     } else if (bonus) {
       out = judge_bonus(a, &at, has_proxy);
     } else {
-      const int64_t x = a.draft[b * a.draft_stride + k];
+      const int64_t x = a.draft_at(b, k);
       out = x >= 0 && x < a.base.vocab ? judge_draft(a, &at, x) : Outcome{false, false, -1, false};
     }
     if (!out.valid) {

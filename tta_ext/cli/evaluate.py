@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,7 +18,7 @@ from tta_ext.cli import common
 from tta_ext.cli.common import console, errors
 
 if TYPE_CHECKING:
-    from tta_ext.decoding import KnapsackDeferral
+    from tta_ext.decoding import DecodeStats, KnapsackDeferral
     from tta_ext.demo.evaluate import Row, Setting
 
 __all__ = ["evaluate", "row_table", "sweep"]
@@ -66,16 +68,21 @@ def evaluate(
     Without --data, on the held-out problems of the demo's pair; with it, the share of answers that
     match: the --pattern's last match in the text, or the text itself, equals "answer".
     """
-    from tta_ext.demo.evaluate import SHORT, Setting
+    from tta_ext.demo.evaluate import MODES, SHORT, Setting
 
     common.set_threads(threads)
     settings = [Setting.parse(rule) for rule in rules] if rules else list(SHORT)
     if anti is None and data is not None and not rules:
         settings = [s for s in settings if s.rule != "implicit_reward"]
-    _run(
-        settings, base, proxy, anti, data, pattern, n, mode, seed, max_new_tokens, batch_size, journal,
-        output, dtype, device,
-    )  # fmt: skip
+    job = Job(n, tuple(mode or MODES), seed, max_new_tokens, batch_size, journal, pattern)
+    if data is None and base is None:
+        rows = _run_demo(settings, job)
+    elif data is None or base is None:
+        raise ValueError("--data and --base/--proxy belong together; without both, the demo is run")
+    else:
+        kad = common.load_pair(base, proxy, anti, dtype=dtype, device=device, **_first(settings))
+        rows = _run_data(kad, settings, data, job)
+    _show(rows, output)
 
 
 def sweep(
@@ -103,15 +110,20 @@ def sweep(
     threads: common.Threads = None,
 ) -> None:
     """Accuracy of one rule over a range of its parameter; otherwise as eval."""
-    from tta_ext.demo.evaluate import Setting
+    from tta_ext.demo.evaluate import MODES, Setting
 
     common.set_threads(threads)
     name = common.canonical_rule(rule)
     settings = [Setting.parse(f"{name}:{value:g}:{critical}") for value in parse_range(params)]
-    _run(
-        settings, base, proxy, anti, data, pattern, n, mode, seed, max_new_tokens, batch_size, journal,
-        output, dtype, device,
-    )  # fmt: skip
+    job = Job(n, tuple(mode or MODES), seed, max_new_tokens, batch_size, journal, pattern)
+    if data is None and base is None:
+        rows = _run_demo(settings, job)
+    elif data is None or base is None:
+        raise ValueError("--data and --base/--proxy belong together; without both, the demo is run")
+    else:
+        kad = common.load_pair(base, proxy, anti, dtype=dtype, device=device, **_first(settings))
+        rows = _run_data(kad, settings, data, job)
+    _show(rows, output)
 
 
 def parse_range(text: str) -> list[float]:
@@ -120,7 +132,7 @@ def parse_range(text: str) -> list[float]:
         if ":" not in text:
             return [float(part) for part in text.split(",")]
         start, stop, step = (float(part) for part in text.split(":"))
-        count = int(math.floor((stop - start) / step + 1e-9)) + 1
+        count = math.floor((stop - start) / step + 1e-9) + 1
         if count < 1:
             raise ValueError
     except (ValueError, ZeroDivisionError):
@@ -128,58 +140,53 @@ def parse_range(text: str) -> list[float]:
     return [round(start + i * step, 10) for i in range(count)]
 
 
-def _run(
-    settings: Sequence[Setting],
-    base: str | None,
-    proxy: str | None,
-    anti: str | None,
-    data: Path | None,
-    pattern: str | None,
-    n: int,
-    mode: Sequence[str] | None,
-    seed: int,
-    max_new_tokens: int,
-    batch_size: int,
-    journal: Path | None,
-    output: Path | None,
-    dtype: str,
-    device: str | None,
-) -> None:
-    from tta_ext.demo.evaluate import MODES, evaluate_iter
+@dataclass(frozen=True)
+class Job:
+    """How to evaluate, whatever on."""
 
-    modes = tuple(mode or MODES)
-    if (data is None) != (base is None):
-        raise ValueError(
-            "--data and --base/--proxy belong together; without them the demo is evaluated"
-        )
+    n: int
+    modes: tuple[str, ...]
+    seed: int
+    max_new_tokens: int
+    batch_size: int
+    journal: Path | None
+    pattern: str | None
+
+
+def _run_demo(settings: Sequence[Setting], job: Job) -> list[Row]:
+    from tta_ext.demo.evaluate import evaluate_iter
+
+    common.quiet_transformers()
     with common.bar() as bar:
-        task = bar.add_task("problems", total=n * len(settings) * len(modes))
-        rows: Iterator[Row]
-        if data is None:
-            common.quiet_transformers()
-            rows = evaluate_iter(
+        task = bar.add_task("problems", total=job.n * len(settings) * len(job.modes))
+        return list(
+            evaluate_iter(
                 settings,
-                n,
-                modes=modes,
-                seed=seed,
-                batch_size=batch_size,
-                journal=journal,
+                job.n,
+                modes=job.modes,
+                seed=job.seed,
+                batch_size=job.batch_size,
+                journal=job.journal,
                 progress=lambda done: bar.advance(task, done),
             )
-        else:
-            kad = common.load_pair(
-                base, proxy, anti, dtype=dtype, device=device, **_first(settings)
-            )
-            problems = load_problems(data, n)
-            bar.update(task, total=len(problems) * len(settings) * len(modes))
-            rows = evaluate_data(
-                kad, settings, problems, modes, pattern, seed, max_new_tokens, batch_size, journal,
-                lambda done: bar.advance(task, done),
-            )  # fmt: skip
-        finished = list(rows)
-    console.print(row_table(finished))
+        )
+
+
+def _run_data(
+    kad: KnapsackDeferral, settings: Sequence[Setting], data: Path, job: Job
+) -> list[Row]:
+    problems = load_problems(data, job.n)
+    with common.bar() as bar:
+        task = bar.add_task("problems", total=len(problems) * len(settings) * len(job.modes))
+        return list(
+            evaluate_data(kad, settings, problems, job, lambda done: bar.advance(task, done))
+        )
+
+
+def _show(rows: Sequence[Row], output: Path | None) -> None:
+    console.print(row_table(rows))
     if output is not None:
-        output.write_text(json.dumps([row.as_dict() for row in finished], indent=1) + "\n")
+        output.write_text(json.dumps([row.as_dict() for row in rows], indent=1) + "\n")
         errors.print(f"rows: {output}")
 
 
@@ -209,7 +216,7 @@ def load_problems(path: Path, n: int) -> list[dict[str, Any]]:
 
 
 def found_answer(text: str, pattern: str | None) -> str | None:
-    """The answer in a text: the pattern's last match (group 1 if it has one), or the text itself."""
+    """The pattern's last match in a text (its group 1 if it has one); without one, the text."""
     if pattern is None:
         return text.strip()
     matches = list(re.finditer(pattern, text))
@@ -223,82 +230,71 @@ def evaluate_data(
     kad: KnapsackDeferral,
     settings: Sequence[Setting],
     problems: Sequence[dict[str, Any]],
-    modes: Sequence[str],
-    pattern: str | None,
-    seed: int,
-    max_new_tokens: int,
-    batch_size: int,
-    journal: Path | None,
-    progress: Any,
+    job: Job,
+    progress: Callable[[int], None],
 ) -> Iterator[Row]:
     """A row for each setting and mode over someone's own problems; resumes from a journal."""
     from tta_ext.decoding import DecodeStats
-    from tta_ext.demo.evaluate import MODES, SAMPLED, Journal, Row
+    from tta_ext.demo.evaluate import MODES, SAMPLED, Journal
 
-    if batch_size < 1:
-        raise ValueError(f"--batch-size is {batch_size}, expected at least 1")
-    for mode in modes:
+    if job.batch_size < 1:
+        raise ValueError(f"--batch-size is {job.batch_size}, expected at least 1")
+    for mode in job.modes:
         if mode not in MODES:
             raise ValueError(f"--mode is {mode!r}, expected one of {', '.join(MODES)}")
-    book = None if journal is None else Journal(journal)
-    names = [getattr(m.config, "_name_or_path", "") for m in (kad.base, *kad.proxies, *kad.anti)]
-    for setting in settings:
-        for mode in modes:
-            outcomes: list[bool] = []
-            matched = 0
-            stats = DecodeStats()
-            for start in range(0, len(problems), batch_size):
-                chosen = problems[start : start + batch_size]
-                key = {
-                    "setting": setting.label, "mode": mode, "seed": seed, "models": names,
-                    "max_new_tokens": max_new_tokens,
-                    "problems": [common.record_prompt(p) for p in chosen],
-                }  # fmt: skip
-                batch = None if book is None else book.get(key)
-                if batch is None:
-                    result = kad.generate(
-                        [common.record_prompt(p) for p in chosen],
-                        seed=seed,
-                        sequence=range(start, start + len(chosen)),
-                        do_sample=mode == SAMPLED,
-                        max_new_tokens=max_new_tokens,
-                        **_options(setting),
-                    )
-                    counted = {k: v for k, v in vars(result.stats).items()}
-                    batch = {"texts": result.texts, "stats": counted}
-                    if book is not None:
-                        book.put(key, batch)
-                stats += DecodeStats(**batch["stats"])
-                for problem, text in zip(chosen, batch["texts"], strict=True):
-                    answer = found_answer(text, pattern)
-                    matched += answer is not None
-                    outcomes.append(answer == str(problem["answer"]).strip())
-                progress(len(chosen))
-            yield _row(Row, setting, mode, outcomes, matched / len(problems), stats)
+    book = None if job.journal is None else Journal(job.journal)
+    models = [getattr(m.config, "_name_or_path", "") for m in (kad.base, *kad.proxies, *kad.anti)]
+    for setting, mode in product(settings, job.modes):
+        texts: list[str] = []
+        stats = DecodeStats()
+        for start in range(0, len(problems), job.batch_size):
+            prompts = [common.record_prompt(p) for p in problems[start : start + job.batch_size]]
+            options = {
+                "seed": job.seed,
+                "sequence": list(range(start, start + len(prompts))),
+                "do_sample": mode == SAMPLED,
+                "max_new_tokens": job.max_new_tokens,
+                **_options(setting),
+            }
+            key = options | {"prompts": prompts, "models": models}
+            batch = None if book is None else book.get(key)
+            if batch is None:
+                result = kad.generate(prompts, **options)
+                batch = {"texts": result.texts, "stats": vars(result.stats)}
+                if book is not None:
+                    book.put(key, batch)
+            stats += DecodeStats(**batch["stats"])
+            texts += batch["texts"]
+            progress(len(prompts))
+        answers = [found_answer(text, job.pattern) for text in texts]
+        wanted = [str(problem["answer"]).strip() for problem in problems]
+        yield _row(setting, mode, answers, wanted, stats)
 
 
 def _options(setting: Setting) -> dict[str, Any]:
-    """A setting as arguments of ``generate``; a model alone is a rule that rejects nothing or all."""
-    if setting.rule in ("base", "proxy"):
-        return {"rule": "knapsack", "param": 1.0} if setting.rule == "proxy" else {
-            "rule": "threshold", "param": 0.0,
-        }  # fmt: skip
+    """A setting as arguments of ``generate``; a model alone: a rule that rejects all or nothing."""
+    if setting.rule == "proxy":
+        return {"rule": "knapsack", "param": 1.0}
+    if setting.rule == "base":
+        return {"rule": "threshold", "param": 0.0}
     return {"rule": setting.rule, "param": setting.param, "critical": setting.critical}
 
 
 def _row(
-    kind: type[Row],
     setting: Setting,
     mode: str,
-    outcomes: Sequence[bool],
-    matched: float,
-    stats: Any,
+    answers: Sequence[str | None],
+    wanted: Sequence[str],
+    stats: DecodeStats,
 ) -> Row:
+    from tta_ext.demo.evaluate import Row
+
+    outcomes = tuple(a == w for a, w in zip(answers, wanted, strict=True))
     count = len(outcomes)
     exact = sum(outcomes) / count
     error = math.sqrt(exact * (1 - exact) / count)
     tokens = max(1, stats.tokens)
-    return kind(
+    return Row(
         rule=setting.rule,
         param=setting.param,
         critical=setting.critical,
@@ -308,12 +304,12 @@ def _row(
         exact_stderr=error,
         lenient=exact,
         lenient_stderr=error,
-        formatted=matched,
+        formatted=sum(answer is not None for answer in answers) / count,
         deferred_rate=None if setting.rule == "implicit_reward" else stats.deferred_tokens / tokens,
         proxy_call_rate=stats.proxy_rows / tokens,
         tokens=stats.tokens / count,
         tokens_per_second=stats.tokens_per_second,
-        outcomes=tuple(outcomes),
+        outcomes=outcomes,
     )
 
 

@@ -66,13 +66,14 @@ def check_model(model: Any, role: str) -> None:
     for kind in dict.fromkeys(getattr(text, "layer_types", None) or ()):
         if kind not in _LAYER_TYPES:
             raise ValueError(
-                f"{role} ({name}) has layers of type {kind!r}; supported are {', '.join(_LAYER_TYPES)}"
+                f"{role} ({name}) has layers of type {kind!r}; "
+                f"supported are {', '.join(_LAYER_TYPES)}"
             )
     implementation = getattr(text, "_attn_implementation", None) or "eager"
     if implementation not in _IMPLEMENTATIONS:
         raise ValueError(
-            f"{role} ({name}) uses attn_implementation={implementation!r}, which takes no mask per row; "
-            'load it with attn_implementation="sdpa"'
+            f"{role} ({name}) uses attn_implementation={implementation!r}, which takes no mask "
+            'per row; load it with attn_implementation="sdpa"'
         )
     parameters = inspect.signature(model.forward).parameters
     for needed in ("past_key_values", "position_ids", "attention_mask"):
@@ -106,7 +107,7 @@ class MaskBuilder:
                 else "full_attention"
             ]
         self.types = tuple(dict.fromkeys(types))
-        self.window, self.chunk = window, chunk
+        self.window, self.chunk = int(window or 0), int(chunk or 0)
         self.zero = torch.zeros((), dtype=dtype, device=device)
         self.minimum = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=device)
         self.positions = torch.arange(256, device=device)
@@ -170,6 +171,6 @@ def probe_model(model: Any, role: str) -> None:
     limit = 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.1
     if not _probed[model] <= limit:
         raise ValueError(
-            f"{role} ({type(model).__name__}) gives other logits when rows of different length share "
-            f"a batch (by {_probed[model]:.1%} of the largest), so its attention cannot be used here"
+            f"{role} ({type(model).__name__}) gives other logits when rows of different length "
+            f"share a batch (by {_probed[model]:.1%} of the largest), so it cannot be used here"
         )

@@ -1,13 +1,13 @@
 """A key/value cache whose rows may have different lengths.
 
-transformers' caches keep one length for the whole batch. Deferral needs more: the lazy proxy runs for
-the rows whose token was rejected, so its rows lag behind each other, finished rows leave the batch,
-and speculative decoding rolls rows back by different amounts. So every layer here owns one buffer
-``[rows * capacity + 1, heads * head_dim]``: row ``r`` keeps position ``t`` at index
+transformers' caches keep one length for the whole batch. Deferral needs more: the lazy proxy runs
+for the rows whose token was rejected, so its rows lag behind each other, finished rows leave the
+batch, and speculative decoding rolls rows back by different amounts. So every layer here owns one
+buffer ``[rows * capacity + 1, heads * head_dim]``: row ``r`` keeps position ``t`` at index
 ``r * capacity + t``, and the extra last entry swallows what padding columns write. A forward is
 described by a :class:`Plan`: where its new keys go and which rows it reads. Rolling a row back is
-nothing but writing over it, since lengths live outside (in :class:`~tta_ext.decoding.runner.Runner`)
-and masks are built from them.
+nothing but writing over it, since lengths live outside (in
+:class:`~tta_ext.decoding.runner.Runner`) and masks are built from them.
 
 Keys lie at their own positions from 0 on, so a row's arithmetic does not depend on padding.
 """
@@ -48,6 +48,8 @@ class RaggedLayer(CacheLayerMixin):
 
     is_sliding = False
     is_compileable = False
+    keys: Tensor
+    values: Tensor
 
     def __init__(self, cache: RaggedCache) -> None:
         super().__init__()
@@ -103,7 +105,7 @@ class RaggedLayer(CacheLayerMixin):
             view[:, :width].index_copy_(0, target, view[:, :width].index_select(0, source))
 
     def grow(self, width: int) -> None:
-        """Move to buffers of the cache's present size, taking the first ``width`` positions along."""
+        """Move to buffers of the cache's present size with the first ``width`` positions."""
         old = self.key_view, self.value_view
         self.keys, self.values = self._buffer(self.key_shape), self._buffer(self.value_shape)
         self._make_views()
@@ -130,7 +132,8 @@ class RaggedCache(Cache):
     """
 
     def __init__(self, rows: int, capacity: int) -> None:
-        super().__init__(layers=[])
+        self.ragged: list[RaggedLayer] = []
+        super().__init__(layers=self.ragged)  # type: ignore[arg-type]
         self.rows = rows
         self.capacity = capacity
         self.plan = Plan(torch.empty(0, dtype=torch.int64), 0, 0, fresh=True)
@@ -138,7 +141,7 @@ class RaggedCache(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        layers = self.layers
+        layers = self.ragged
         while len(layers) <= layer_idx:
             layers.append(RaggedLayer(self))
         return layers[layer_idx].update(key_states, value_states)
@@ -179,7 +182,7 @@ class RaggedCache(Cache):
             layer.grow(width)
 
     def _ready(self) -> list[RaggedLayer]:
-        return [layer for layer in self.layers if layer.is_initialized]
+        return [layer for layer in self.ragged if layer.is_initialized]
 
     @property
     def nbytes(self) -> int:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,19 +36,19 @@ class KnapsackDeferral:
 
     Args:
         base: a ``transformers`` causal language model, the one that knows.
-        proxy: a smaller causal language model over the same vocabulary, the one that is aligned. For
-            ``rule="implicit_reward"``, one or more experts.
+        proxy: a smaller causal language model over the same vocabulary, the one that is aligned.
+            For ``rule="implicit_reward"``, one or more experts.
         tokenizer: the base's tokenizer, and the proxy's unless ``proxy_tokenizer`` is given. Not
             needed if prompts are token ids.
         proxy_tokenizer: the proxy's tokenizer: same vocabulary, perhaps another chat template.
         rule: a deferral rule (:mod:`tta_ext.rules`) or ``"implicit_reward"``.
-        param: the rule's parameter: a float, or a float64 tensor with a value for each prompt or for
-            each answer. For ``"implicit_reward"`` it is beta: a float or one for each expert.
+        param: the rule's parameter: a float, or a float64 tensor with a value for each prompt or
+            for each answer. For ``"implicit_reward"`` it is beta: a float or one for each expert.
         critical: ``"exclude"``, ``"include"`` or ``"split"``, for the knapsack.
         temperature: temperature of both models.
         rule_temperature: temperature at which the rule looks at the models; None: ``temperature``.
-        anti: for ``"implicit_reward"``, the experts before alignment, as many as experts; None tilts
-            by the experts alone (an ensemble, or contrast with negative beta).
+        anti: for ``"implicit_reward"``, the experts before alignment, as many as experts; None
+            tilts by the experts alone (an ensemble, or contrast with negative beta).
         chat_template, proxy_chat_template: templates that override the tokenizers' own. A model
             whose tokenizer has none uses the other's.
         probe: run each model once on two short rows and refuse it if rows of different length
@@ -55,7 +56,8 @@ class KnapsackDeferral:
 
     Raises:
         TypeError: a model is not a causal language model.
-        ValueError: a model of a kind that cannot be used, an unknown rule, vocabularies that differ.
+        ValueError: a model of a kind that cannot be used, an unknown rule, vocabularies that
+            differ.
 
     Both models are put into evaluation mode.
 
@@ -192,12 +194,8 @@ class KnapsackDeferral:
         request = _Request(self, prompts, **options)
         parts: list[Generation] = []
         for batch in request.batches(batch_size):
-            finished = sum(map(len, parts))
-            loop = request.start(
-                batch,
-                events=streamer is not None,
-                progress=None if progress is None else lambda n, f=finished: progress(f + n),
-            )
+            counter = None if progress is None else partial(_report, progress, sum(map(len, parts)))
+            loop = request.start(batch, events=streamer is not None, progress=counter)
             if streamer is None:
                 loop.run()
             else:
@@ -245,7 +243,8 @@ class KnapsackDeferral:
             rules.critical_code(merged["critical"])
         elif self.anti and len(self.anti) != len(self.proxies):
             raise ValueError(
-                f"anti has {len(self.anti)} models, expected one for each of {len(self.proxies)} experts"
+                f"anti has {len(self.anti)} models, "
+                f"expected one for each of {len(self.proxies)} experts"
             )
         return merged
 
@@ -312,7 +311,7 @@ class _Request:
     ) -> None:
         unknown = set(rule) - set(_RULE_KEYS)
         if unknown:
-            raise TypeError(f"generate() got an unexpected argument {sorted(unknown)[0]!r}")
+            raise TypeError(f"generate() got an unexpected argument {min(unknown)!r}")
         self.owner = owner
         self.rule = owner._merge_rule(rule)
         self.implicit = self.rule["rule"] == IMPLICIT_REWARD
@@ -325,7 +324,7 @@ class _Request:
             raise ValueError(
                 "rule 'implicit_reward' has no trace: no token comes from one model alone"
             )
-        self.trace = {False: None, True: "full"}.get(trace, trace)  # type: ignore[call-overload]
+        self.trace = None if not trace else "lazy" if trace == "lazy" else "full"
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
         if num_return_sequences < 1:
@@ -382,7 +381,8 @@ class _Request:
                 if prompt and not 0 <= min(prompt) <= max(prompt) < size:
                     wrong = next(i for i in prompt if not 0 <= i < size)
                     raise ValueError(
-                        f"prompt {row} has the id {wrong}, expected ids from 0 to {size - 1} for {name}"
+                        f"prompt {row} has the id {wrong}, "
+                        f"expected ids from 0 to {size - 1} for {name}"
                     )
                 if limit and len(prompt) + self.max_new_tokens - 1 > limit:
                     raise ValueError(
@@ -549,6 +549,10 @@ def _feed(streamer: Any, loop: Loop, pad: int, first: bool, prompts: list[list[i
         for one in loop.events:
             tokens[one.row] = one.token
         streamer.put(torch.tensor(tokens))
+
+
+def _report(progress: Callable[[int], None], before: int, finished: int) -> None:
+    progress(before + finished)
 
 
 def _logits_of(model: Any) -> int:

@@ -53,7 +53,7 @@ def load_model(
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **extra)
     except OSError as error:
         raise ValueError(f"cannot load a model from {path}: {_first_line(error)}") from error
-    return (model if device is None else model.to(device)).eval()
+    return (model if device is None else model.to(device)).eval()  # type: ignore[arg-type]
 
 
 def load_tokenizer(path: str) -> Any:

@@ -1,7 +1,7 @@
 """The decoding loop: rows advance together, leave when done, and each step draws one token a row.
 
 :class:`Loop` owns what every method of decoding shares: rows and their answers, stopping, logits
-processors, traces, events, time. A subclass says how a step's tokens come about (:meth:`Loop.draw`):
+processors, traces, events, time. How a step's tokens come about is a subclass's :meth:`Loop.draw`:
 
 * :class:`LazyDeferral`: rules that look at the base alone; the proxy runs for rejected rows only.
 * :class:`DenseDeferral`: rules that compare both models; the proxy runs at every step.
@@ -52,8 +52,8 @@ class LoopOptions:
         sequence: sequence id of each row.
         max_new_tokens: tokens after which an answer ends.
         ends: ids that end an answer.
-        trace: keep a :class:`TokenTrace` a token: ``"full"`` runs the proxy at every step for ``q``,
-            ``"lazy"`` only where it is needed anyway; None keeps none.
+        trace: keep a :class:`TokenTrace` a token: ``"full"`` runs the proxy at every step for
+            ``q``, ``"lazy"`` only where it is needed anyway; None keeps none.
         events: keep each step's emissions in :attr:`Loop.events`.
     """
 

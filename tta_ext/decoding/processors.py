@@ -2,9 +2,9 @@
 
 Processors get the tokens of a sequence and its scores. They see the base's sequence (prompt and
 answer) for both models, so both distributions are changed by the same function. Rows of one prompt
-length form a group and are processed together without padding, so what a row gets does not depend on
-its neighbours. (Rows that come padded to one length, as from ``generate`` of transformers, are one
-group, padding and all.)
+length form a group and are processed together without padding, so what a row gets does not depend
+on its neighbours. (Rows that come padded to one length, as from ``generate`` of transformers, are
+one group, padding and all.)
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """From prompts to token ids, for two models that may want different templates.
 
 A prompt is a string (taken as it is), a list of token ids, or a conversation: a list of
-``{"role": ..., "content": ...}`` messages, rendered with each model's own chat template. Both models
-continue the same answer, so only what stands before it may differ.
+``{"role": ..., "content": ...}`` messages, rendered with each model's own chat template. Both
+models continue the same answer, so only what stands before it may differ.
 """
 
 from __future__ import annotations

@@ -23,7 +23,8 @@ class DecodeStats:
         deferred_tokens: how many of them came from the proxy.
         steps: steps of the loop.
         base_calls, base_tokens: forwards of the base, and tokens fed to it (padding not counted).
-        proxy_calls, proxy_rows, proxy_tokens: the same for the proxy, and rows over all its forwards.
+        proxy_calls, proxy_rows, proxy_tokens: the same for the proxy, with the rows of all its
+            forwards.
         proxy_calls_saved: steps at which no row needed the proxy.
         proxy_rows_saved: tokens for which the proxy was not asked.
         base_seconds, proxy_seconds: time inside the models' forwards, cache updates included. On
@@ -84,7 +85,8 @@ class Generation:
     Attributes:
         tokens: ids of each answer, with the end-of-sequence id if one was drawn.
         deferred: for each token, whether it came from the proxy.
-        finish: why each answer ended: ``"eos"``, ``"stop"`` (stop string or criterion), ``"length"``.
+        finish: why each answer ended: ``"eos"``, ``"stop"`` (stop string or criterion) or
+            ``"length"``.
         prompt_tokens: ids of each answer's prompt as the base read it.
         texts: answers as text without special tokens, cut before a stop string; None without a
             tokenizer.

@@ -6,10 +6,10 @@ plain case every row has one pending token (:meth:`Runner.step`). The lazy proxy
 pending tokens until their logits are wanted (:meth:`Runner.catch_up`). A prompt, except its last
 token, goes through :meth:`Runner.prefill`.
 
-Tokens and lengths live on the host, in plain lists, so no forward waits for the device; what a plain
-step needs on the device (lengths, positions, buffer indices) is one small tensor that moves on by one
-addition. Between two forwards of a model everything is cold, and each call costs several times what
-a benchmark of it alone would say: few calls matter more than cheap ones.
+Tokens and lengths live on the host, in plain lists, so no forward waits for the device; what a
+plain step needs on the device (lengths, positions, buffer indices) is one small tensor that moves
+on by one addition. Between two forwards of a model everything is cold, and each call costs several
+times what a benchmark of it alone would say: few calls matter more than cheap ones.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ class StopStrings:
         if tokenizer is None:
             raise ValueError("stop_strings need a tokenizer; pass tokenizer=")
         self._tokenizer = tokenizer
-        # A character may take four byte-level tokens, and the newest token may hold many characters.
+        # A character may take four byte-level tokens.
         self._window = 4 * max(len(s) for s in self.strings) + 4
 
     def __call__(self, tokens: Sequence[int]) -> bool:

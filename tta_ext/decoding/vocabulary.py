@@ -1,8 +1,8 @@
 """Do two models speak of the same tokens? The check that comes before mixing their probabilities.
 
-Deferral mixes ``p`` and ``q`` token by token, so an id must mean the same token in both models. Models
-pad their output layers to round sizes, and tokenizers may leave gaps: ids that are no token in
-either vocabulary are cut off or masked. Any other difference is an error that names the first
+Deferral mixes ``p`` and ``q`` token by token, so an id must mean the same token in both models.
+Models pad their output layers to round sizes, and tokenizers may leave gaps: ids that are no token
+in either vocabulary are cut off or masked. Any other difference is an error that names the first
 differing token.
 """
 
@@ -62,8 +62,8 @@ def align_vocabularies(
     if base_tokenizer is None and proxy_tokenizer is None:
         if base_size != proxy_size:
             raise ValueError(
-                f"base has {base_size} logits and {proxy_name} {proxy_size}, and without a tokenizer "
-                "padding cannot be told from tokens; pass tokenizer="
+                f"base has {base_size} logits and {proxy_name} {proxy_size}, and without a "
+                "tokenizer padding cannot be told from tokens; pass tokenizer="
             )
         return Vocabulary(base_size)
     base = _by_id(base_tokenizer if base_tokenizer is not None else proxy_tokenizer)

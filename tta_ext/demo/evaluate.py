@@ -37,50 +37,6 @@ from tta_ext.demo.task import (
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets" / "demo"
 MAX_NEW_TOKENS = 64
-GREEDY, SAMPLED = "greedy", "sampled"
-MODES = (GREEDY, SAMPLED)
-# Not rules: the models alone.
-BASE_ALONE, PROXY_ALONE = "base", "proxy"
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A rule, its parameter and its critical-item policy; or a model alone (param None)."""
-
-    rule: str
-    param: float | None = None
-    critical: str = "exclude"
-
-    @property
-    def label(self) -> str:
-        """``threshold 0.4``, ``knapsack 0.9 split``, ``base``."""
-        parts = [self.rule] if self.param is None else [self.rule, f"{self.param:g}"]
-        if self.critical != "exclude":
-            parts.append(self.critical)
-        return " ".join(parts)
-
-    @classmethod
-    def parse(cls, text: str) -> Setting:
-        """From ``rule``, ``rule:param`` or ``rule:param:critical``.
-
-        Raises:
-            ValueError: an unknown rule or policy, or a parameter that is missing or not a number.
-        """
-        rule, _, rest = text.partition(":")
-        param, _, critical = rest.partition(":")
-        known = (BASE_ALONE, PROXY_ALONE, IMPLICIT_REWARD)
-        rule = rule if rule in known else rule_table.rule_name(rule)
-        rule_table.critical_code(critical or "exclude")
-        if rule in (BASE_ALONE, PROXY_ALONE, "argmax"):
-            if rest:
-                raise ValueError(f"{rule} takes no parameter, got {text!r}")
-            return cls(rule)
-        try:
-            return cls(rule, float(param), critical or "exclude")
-        except ValueError:
-            raise ValueError(f"{text!r} has no parameter; expected e.g. '{rule}:0.4'") from None
-
-
 ALONE = (Setting(BASE_ALONE), Setting(PROXY_ALONE))
 SHORT = (
     *ALONE,
@@ -99,64 +55,18 @@ def _settings(rule: str, *params: float, critical: str = "exclude") -> tuple[Set
 
 SWEEP = (
     *ALONE,
-    *_settings("knapsack", 0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95),
-    *_settings("knapsack", 0.3, 0.5, 0.7, 0.9, critical="include"),
-    *_settings("knapsack", 0.3, 0.5, 0.7, 0.9, critical="split"),
-    *_settings("threshold", 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95),
-    *_settings("confidence_bet", -0.2, 0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8),
-    *_settings("nudging", 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95),
-    *_settings("relative", 0.05, 0.1, 0.2, 0.3, 0.5, 0.7),
+    *_settings("knapsack", 0.1, 0.3, 0.5, 0.7, 0.9, 0.95),
+    *_settings("knapsack", 0.5, 0.9, critical="include"),
+    *_settings("knapsack", 0.5, 0.9, critical="split"),
+    *_settings("threshold", 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 0.95),
+    *_settings("confidence_bet", 0.0, 0.2, 0.4, 0.6, 0.8),
+    *_settings("nudging", 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 0.95),
+    *_settings("relative", 0.05, 0.2, 0.5),
     Setting("argmax"),
-    *_settings("proxy_below", -0.9, -0.7, -0.5, -0.3, -0.1, 0.0),
-    *_settings("proxy_above", -0.2, 0.0, 0.2, 0.4, 0.6),
-    *_settings(IMPLICIT_REWARD, 0.5, 1.0, 1.5, 2.0),
+    *_settings("proxy_below", -0.5, -0.2, 0.0),
+    *_settings("proxy_above", -0.2, 0.0, 0.3),
+    *_settings(IMPLICIT_REWARD, 0.5, 1.0, 1.5),
 )
-
-
-@dataclass
-class Row:
-    """One line of the table.
-
-    Attributes:
-        rule, param, critical: the setting.
-        mode: ``"greedy"`` or ``"sampled"``.
-        n: problems answered.
-        exact, exact_stderr: share of exact matches (the right number in the answer format) and its
-            standard error ``sqrt(x (1 - x) / n)``.
-        lenient, lenient_stderr: the same without regard to format.
-        formatted: share of answers in the format, right or wrong.
-        deferred_rate: share of tokens that came from the proxy; None for implicit reward, where no
-            token comes from one model alone.
-        proxy_call_rate: share of tokens for which the proxy was asked.
-        tokens: mean length of an answer, ``<eos>`` included.
-        tokens_per_second: generated tokens per second of the decoding loop, the whole batch.
-        outcomes: exact match of each problem, for paired differences; not in JSON.
-    """
-
-    rule: str
-    param: float | None
-    critical: str
-    mode: str
-    n: int
-    exact: float
-    exact_stderr: float
-    lenient: float
-    lenient_stderr: float
-    formatted: float
-    deferred_rate: float | None
-    proxy_call_rate: float
-    tokens: float
-    tokens_per_second: float
-    outcomes: tuple[bool, ...] = field(default=(), repr=False)
-
-    @property
-    def setting(self) -> Setting:
-        """The row's rule, parameter and policy."""
-        return Setting(self.rule, self.param, self.critical)
-
-    def as_dict(self) -> dict[str, Any]:
-        """All fields but the outcomes, for JSON."""
-        return {key: value for key, value in asdict(self).items() if key != "outcomes"}
 
 
 @dataclass
@@ -210,41 +120,6 @@ def load_pair(directory: str | Path | None = None) -> Pair:
         for name in ("base", "proxy", "proxy_init")
     )
     return Pair(base, proxy, init, load_tokenizer(str(root / "base")), digest.hexdigest()[:16])
-
-
-class Journal:
-    """A JSONL file of finished batches that survives a kill.
-
-    Args:
-        path: the file; created if missing. A line cut off by a kill is removed.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self._done: dict[str, Any] = {}
-        if not self.path.exists():
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            return
-        content = self.path.read_bytes()
-        end = content.rfind(b"\n") + 1
-        if end < len(content):
-            with self.path.open("r+b") as file:
-                file.truncate(end)
-        for line in content[:end].splitlines():
-            entry = json.loads(line)
-            self._done[json.dumps(entry["key"], sort_keys=True)] = entry["value"]
-
-    def get(self, key: dict[str, Any]) -> Any:
-        """The value stored under a key, or None."""
-        return self._done.get(json.dumps(key, sort_keys=True))
-
-    def put(self, key: dict[str, Any], value: Any) -> None:
-        """Append an entry; on the disk when this returns."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"key": key, "value": value}) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        self._done[json.dumps(key, sort_keys=True)] = value
 
 
 def _run_batch(
@@ -378,94 +253,6 @@ def evaluate(rules: Iterable[Setting | str] = SHORT, n: int = 100, **options: An
     return list(evaluate_iter(rules, n, **options))
 
 
-def difference(one: Row, other: Row) -> tuple[float, float]:
-    """Paired difference of exact match, ``one - other``, and its standard error.
-
-    Raises:
-        ValueError: the rows answered different numbers of problems.
-    """
-    if len(one.outcomes) != len(other.outcomes) or not one.outcomes:
-        raise ValueError("rows are not paired: they answered different problems")
-    deltas = [int(a) - int(b) for a, b in zip(one.outcomes, other.outcomes, strict=True)]
-    mean = sum(deltas) / len(deltas)
-    variance = sum((d - mean) ** 2 for d in deltas) / max(1, len(deltas) - 1)
-    return mean, math.sqrt(variance / len(deltas))
-
-
-def best_by_rule(rows: Iterable[Row], mode: str) -> dict[str, Row]:
-    """The row of highest exact match for each rule; ties to the earlier."""
-    best: dict[str, Row] = {}
-    for row in rows:
-        if row.mode == mode and (row.rule not in best or row.exact > best[row.rule].exact):
-            best[row.rule] = row
-    return best
-
-
-def summary(rows: Sequence[Row]) -> dict[str, Any]:
-    """The table's main comparisons for each mode, with paired standard errors.
-
-    Parameters are chosen on the same problems, which flatters every swept rule alike.
-    """
-    result: dict[str, Any] = {}
-    for mode in dict.fromkeys(row.mode for row in rows):
-        best = best_by_rule(rows, mode)
-        kad = [best[rule] for rule in ("knapsack", "threshold") if rule in best]
-        if not kad or BASE_ALONE not in best or PROXY_ALONE not in best:
-            continue
-        top = max(kad, key=lambda row: row.exact)
-        base, proxy = best[BASE_ALONE], best[PROXY_ALONE]
-        steered = [row for rule, row in best.items() if rule not in (BASE_ALONE, PROXY_ALONE)]
-        ranked = sorted(steered, key=lambda row: -row.exact)
-        pairs = []
-        for i, one in enumerate(ranked):
-            for other in ranked[i + 1 :]:
-                mean, error = difference(one, other)
-                apart = mean / error if error else (math.inf if mean else 0.0)
-                pairs.append(
-                    {
-                        "better": one.setting.label,
-                        "worse": other.setting.label,
-                        "difference": round(mean, 4),
-                        "stderr": round(error, 4),
-                        "stderrs_apart": None if math.isinf(apart) else round(apart, 1),
-                    }
-                )
-        result[mode] = {
-            "best_kad": top.setting.label,
-            "exact": top.exact,
-            "over_base": difference(top, base),
-            "over_proxy": difference(top, proxy),
-            "base_lenient": base.lenient,
-            "beats_base_lenient": top.exact > base.lenient,
-            "best_by_rule": {row.rule: [row.setting.label, row.exact] for row in ranked},
-            "differences": pairs,
-        }
-    return result
-
-
-def table(rows: Sequence[Row]) -> str:
-    """The rows as a Markdown table."""
-    columns = (
-        "exact",
-        "±",
-        "lenient",
-        "formatted",
-        "proxy calls",
-        "deferred",
-        "tokens",
-        "tokens/s",
-    )
-    lines = [f"| rule | mode | {' | '.join(columns)} |", "|---|---|" + "---:|" * len(columns)]
-    for row in rows:
-        deferred = "-" if row.deferred_rate is None else f"{row.deferred_rate:.3f}"
-        lines.append(
-            f"| {row.setting.label} | {row.mode} | {row.exact:.3f} | {row.exact_stderr:.3f} "
-            f"| {row.lenient:.3f} | {row.formatted:.3f} | {row.proxy_call_rate:.3f} "
-            f"| {deferred} | {row.tokens:.1f} | {row.tokens_per_second:.0f} |"
-        )
-    return "\n".join(lines)
-
-
 def main() -> None:
     """Command line of the evaluation."""
     parser = argparse.ArgumentParser(description="Evaluate deferral rules on the demo pair.")
@@ -499,7 +286,8 @@ def main() -> None:
         rows.append(row)
         print(table([row]).splitlines()[-1], flush=True)
     result = {
-        "command": "python -m tta_ext.demo.evaluate",
+        "command": f"python -m tta_ext.demo.evaluate --n {arguments.n}"
+        + (" --sweep" if arguments.sweep else ""),
         "n": arguments.n,
         "seed": arguments.seed,
         "batch_size": arguments.batch_size,
@@ -509,11 +297,10 @@ def main() -> None:
         "summary": summary(rows),
         "rows": [row.as_dict() for row in rows],
     }
-    print(json.dumps(result["summary"], indent=1))
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
-        arguments.json.with_suffix(".md").write_text(table(rows) + "\n")
+        arguments.json.with_suffix(".md").write_text(report(result, rows))
 
 
 if __name__ == "__main__":

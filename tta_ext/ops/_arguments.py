@@ -192,13 +192,10 @@ def seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
         if seed.device != device and not seed.is_cpu:
             raise ValueError(f"seed is on {seed.device}, expected {device}")
         return seed
-    if isinstance(seed, torch.SymInt):
-        return integer(seed)  # type: ignore[arg-type]
     if isinstance(seed, torch.Generator):
         raise TypeError("seed is a torch.Generator, expected tta_ext.rng.seed_from_generator of it")
-    if not is_int(seed):
+    if seed is None or not is_int(seed):
         raise TypeError(f"seed is {seed!r}, expected an int or an int64 tensor")
-    assert seed is not None
     return integer(rng.as_seed(seed))
 
 
@@ -247,7 +244,11 @@ def check_temperature(name: str, value: float) -> float:
 
 
 def _rule_numbers(
-    rule: str, param: float | None, critical: str, temperature: float, rule_temperature: float | None
+    rule: str,
+    param: float | None,
+    critical: str,
+    temperature: float,
+    rule_temperature: float | None,
 ) -> tuple[float, int, int, float, float]:
     code = rules.rule_code(rule)
     critical_code = rules.critical_code(critical)

@@ -95,7 +95,7 @@ def serves(name: str, device: str = "cpu") -> tuple[str, str]:
 def reference(name: str) -> Callable[..., Any]:
     """The reference function of an operator."""
     module = importlib.import_module("tta_ext.backends.reference")
-    return getattr(module, name)  # type: ignore[no-any-return]
+    return getattr(module, name)
 
 
 def _into(spec: OpSpec, results: Any, outputs: Sequence[Tensor]) -> None:
@@ -164,7 +164,7 @@ def invoke(op: Op, args: Sequence[Any], out: Sequence[Tensor] | None) -> Sequenc
     if torch.compiler.is_compiling():
         if out is None:
             result = op.functional(*args)
-            return (result,) if len(op.outputs) == 1 else result  # type: ignore[no-any-return]
+            return (result,) if len(op.outputs) == 1 else result
         op.out(*args, **dict(zip(op.outputs, out)))  # noqa: B905
         return out
     if _forced is not None:
@@ -197,7 +197,7 @@ def _unavailable(backend: str) -> str:
     return ""
 
 
-class use_backend:  # noqa: N801
+class use_backend:
     """Make all public operators of this process use one backend, inside a ``with`` block.
 
     Args:

@@ -12,17 +12,17 @@ row stride, unit stride over V; they are widened to float32 in registers. Base a
 same shape and device; if their dtypes differ, both are converted to float32 first. -inf marks an
 impossible token.
 
-**Rule arguments** (``R`` below): ``rule`` is a name or alias; ``param`` a float, or a float64 tensor
-with one element or one a row (None for ``argmax``); ``critical`` says what becomes of the first
-item that does not fit the knapsack: ``"exclude"`` keeps it, ``"include"`` defers it too, ``"split"``
-defers the fraction that fills the budget; ``temperature`` T > 0 gives p, q and pi;
-``rule_temperature`` (default T) the p and q that the rule looks at.
+**Rule arguments**: ``rule`` is a name or alias; ``param`` a float, or a float64 tensor with one
+element or one a row (None for ``argmax``); ``critical`` says what becomes of the first item that
+does not fit the knapsack: ``"exclude"`` keeps it, ``"include"`` defers it too, ``"split"`` defers
+the fraction that fills the budget; ``temperature`` T > 0 gives p, q and pi; ``rule_temperature``
+(default T) the p and q that the rule looks at.
 
-**Key arguments** (``S`` below): ``seed`` (int or int64 tensor, bits as unsigned), ``position`` (int,
-or int64 tensor with one element or one a row) and ``sequence`` (the same; default: the row number)
-with ``iteration`` and ``rollout`` name the random numbers (:mod:`tta_ext.rng`); equal names give
-equal tokens whatever the batch. ``do_sample=False`` takes argmax pi, ties to the lowest id, and
-needs no names.
+**Key arguments**: ``seed`` (int or int64 tensor, bits as unsigned), ``position`` (int, or int64
+tensor with one element or one a row) and ``sequence`` (the same; default: the row number) with
+``iteration`` and ``rollout`` name the random numbers (:mod:`tta_ext.rng`); equal names give equal
+tokens whatever the batch. ``do_sample=False`` takes argmax pi, ties to the lowest id, and needs no
+names.
 
 **check**: a row with NaN, +inf or nothing but -inf raises ``ValueError`` naming the row with
 ``check=True`` (default on the CPU); with ``check=False`` (default elsewhere and in compiled graphs:
@@ -199,9 +199,7 @@ def deferral_mask(
     """
     if not args.plain_matrix(base_logits):
         args.check_logits("base_logits", base_logits, 2, _MATRIX)
-    numbers = args.rule_arguments(
-        base_logits, rule, param, critical, temperature, rule_temperature
-    )
+    numbers = args.rule_arguments(base_logits, rule, param, critical, temperature, rule_temperature)
     base = base_logits
     if proxy_logits is not None:
         base, proxy_logits = _pair(base_logits, proxy_logits)
@@ -288,9 +286,7 @@ def deferral_stats(
     """
     if not args.plain_matrix(base_logits):
         args.check_logits("base_logits", base_logits, 2, _MATRIX)
-    numbers = args.rule_arguments(
-        base_logits, rule, param, critical, temperature, rule_temperature
-    )
+    numbers = args.rule_arguments(base_logits, rule, param, critical, temperature, rule_temperature)
     base = base_logits
     if proxy_logits is not None:
         base, proxy_logits = _pair(base_logits, proxy_logits)
@@ -354,13 +350,9 @@ def deferral_propose(
     """
     if not args.plain_matrix(base_logits):
         args.check_logits("base_logits", base_logits, 2, _MATRIX)
-    numbers = args.rule_arguments(
-        base_logits, rule, param, critical, temperature, rule_temperature
-    )
+    numbers = args.rule_arguments(base_logits, rule, param, critical, temperature, rule_temperature)
     args.refuse_proxy_rule("deferral_propose", rule, numbers[1])
-    key = args.key_arguments(
-        base_logits, seed, position, sequence, iteration, rollout, do_sample
-    )
+    key = args.key_arguments(base_logits, seed, position, sequence, iteration, rollout, do_sample)
     if out is not None:
         _check_proposal(out, base_logits)
     flag = args.check_flag(check, base_logits)

@@ -350,9 +350,7 @@ def control_merge(
             f"partials has shape {list(partials.shape)}, expected [S, P, tau, d] with S a power "
             "of two"
         )
-    args.check_tensor(
-        "partials", partials, torch.float32, (shards, *mean.shape), mean.device
-    )
+    args.check_tensor("partials", partials, torch.float32, (shards, *mean.shape), mean.device)
     outs = None
     if out is not None:
         outs = args.check_output(out, torch.float32, mean.shape, mean.device)

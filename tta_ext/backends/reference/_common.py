@@ -107,7 +107,7 @@ def ascending_key(logits: Tensor) -> Tensor:
 
 
 def _largest(low: Tensor, high: Tensor, allowed: Callable[[Tensor], Tensor]) -> Tensor:
-    """Per row the largest integer in [low, high] that is allowed; low is, and allowed is monotone."""
+    """Per row the largest allowed integer in [low, high]; low is allowed, and it is monotone."""
     steps = int((high - low).max()).bit_length() if low.numel() else 0
     for _ in range(steps):
         middle = low + (high - low + 1) // 2

@@ -174,9 +174,7 @@ def deferral_mask(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mask ``[B, V]``, critical item ``[B]`` and its deferred fraction ``[B]``."""
     rows = _prepare(base_logits, proxy_logits, param, rule, check, rule in rules.NEEDS_PROXY)
-    s = screen(
-        rows.base, rows.proxy, rows.param, rule, critical, rule_temperature, compute_dtype
-    )
+    s = screen(rows.base, rows.proxy, rows.param, rule, critical, rule_temperature, compute_dtype)
     return (
         s.mask & ~rows.invalid.unsqueeze(-1),
         torch.where(rows.invalid, -2, s.critical),
@@ -209,9 +207,7 @@ def deferral_probs(
     """The law pi of the next token, ``[B, V]`` in the compute dtype."""
     rows = _prepare(base_logits, proxy_logits, param, rule, check, True)
     assert rows.proxy is not None
-    s = screen(
-        rows.base, rows.proxy, rows.param, rule, critical, rule_temperature, compute_dtype
-    )
+    s = screen(rows.base, rows.proxy, rows.param, rule, critical, rule_temperature, compute_dtype)
     p = softmax(rows.base, temperature, compute_dtype)
     q = softmax(rows.proxy, temperature, compute_dtype)
     pi = mixture(s.mu, p, q, compute_dtype)
@@ -231,9 +227,7 @@ def deferral_stats(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Deferred mass, critical item, logit at the cut, mass at the rule's temperature."""
     rows = _prepare(base_logits, proxy_logits, param, rule, check, rule in rules.NEEDS_PROXY)
-    s = screen(
-        rows.base, rows.proxy, rows.param, rule, critical, rule_temperature, compute_dtype
-    )
+    s = screen(rows.base, rows.proxy, rows.param, rule, critical, rule_temperature, compute_dtype)
     logits = rows.base.to(torch.float32)
     if rule == rules.KNAPSACK:
         at_critical = common.pick(logits, s.critical.clamp(min=0))
@@ -335,9 +329,7 @@ def deferral_sample(
     common.check_key(position, sequence, check)
     reads_all = rule in rules.NEEDS_PROXY
     rows = _prepare(base_logits, proxy_logits, param, rule, check, reads_all)
-    s = screen(
-        rows.base, rows.proxy, rows.param, rule, critical, rule_temperature, compute_dtype
-    )
+    s = screen(rows.base, rows.proxy, rows.param, rule, critical, rule_temperature, compute_dtype)
     p = softmax(rows.base, temperature, compute_dtype)
     key = Key(seed, position, sequence, iteration, rollout)
     if do_sample:
@@ -348,9 +340,7 @@ def deferral_sample(
     # The proxy's row is looked at only where the base model's choice is not final.
     read = deferred & ~rows.invalid
     bad_proxy = common.check_logits("proxy_logits", proxy_logits, read, check)
-    q = softmax(
-        common.usable(proxy_logits, ~read | bad_proxy), temperature, compute_dtype
-    )
+    q = softmax(common.usable(proxy_logits, ~read | bad_proxy), temperature, compute_dtype)
     if do_sample:
         replacement = common.draw(q.weight, key.uniform(q.weight, rng.PROXY))
         token = torch.where(deferred, replacement, token)

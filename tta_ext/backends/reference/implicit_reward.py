@@ -78,9 +78,7 @@ def implicit_reward_probs(
     compute_dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """The combined law ``[B, V]`` in the compute dtype."""
-    scores, invalid = _scores(
-        base_logits, expert_logits, anti_logits, beta, check, compute_dtype
-    )
+    scores, invalid = _scores(base_logits, expert_logits, anti_logits, beta, check, compute_dtype)
     prob = common.softmax(scores, temperature, compute_dtype).prob
     return torch.where(invalid.unsqueeze(-1), torch.nan, prob).to(compute_dtype)
 
@@ -102,9 +100,7 @@ def implicit_reward_sample(
 ) -> Tensor:
     """A token of the combined law ``[B]``; its argmax without ``do_sample``."""
     common.check_key(position, sequence, check)
-    scores, invalid = _scores(
-        base_logits, expert_logits, anti_logits, beta, check, compute_dtype
-    )
+    scores, invalid = _scores(base_logits, expert_logits, anti_logits, beta, check, compute_dtype)
     if do_sample:
         u = uniform(
             scores.shape[0],

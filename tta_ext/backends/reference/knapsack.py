@@ -25,7 +25,7 @@ def greedy_knapsack(
     Items are taken by falling density profit / weight (ties: lowest index) until the first that no
     longer fits. Weightless items are always taken; items heavier than the capacity never.
     """
-    batch, items = profit.shape
+    batch = profit.shape[0]
     invalid = _check_items("profit", profit, check) | _check_items("weight", weight, check)
     room = capacity.to(device=profit.device, dtype=torch.float64).reshape(-1).expand(batch)
     bad_room = torch.isnan(room) | (room < 0)

@@ -33,9 +33,7 @@ class _Position(NamedTuple):
     key: Key
 
 
-def _check_position(
-    name: str, k: int, logits: Tensor, read: Tensor, check: bool
-) -> Tensor:
+def _check_position(name: str, k: int, logits: Tensor, read: Tensor, check: bool) -> Tensor:
     invalid = common.invalid_rows(logits) & read
     if check:
         common.raise_first(

@@ -1,0 +1,101 @@
+"""Best-of-n: draw n answers, keep the one that the reward prefers; and its soft form.
+
+The yardstick of every search by reward, on the same rollouts and the same accounting.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from tta_ext import ops, rng
+from tta_ext.decoding.kad import _seed
+from tta_ext.decoding.outcome import Candidate
+from tta_ext.decoding.search import Search, SearchMethod, SearchSettings, check_counts
+
+__all__ = ["BestOfN", "BestOfNSettings"]
+
+
+@dataclass(frozen=True)
+class BestOfNSettings(SearchSettings):
+    """Settings of best-of-n.
+
+    Attributes:
+        n: answers drawn in total.
+        group: answers drawn together; sample j is rollout ``j mod group`` of iteration
+            ``j div group``. None: all at once.
+        soft: 0 keeps the best; above 0, the answer is drawn with probability proportional to
+            ``exp(reward / soft)`` (soft best-of-n).
+    """
+
+    n: int = 32
+    group: int | None = None
+    soft: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.n < 1:
+            raise ValueError(f"n is {self.n}, expected at least 1")
+        if self.group is not None and self.group < 1:
+            raise ValueError(f"group is {self.group}, expected at least 1")
+        if not 0.0 <= self.soft < math.inf:
+            raise ValueError(f"soft is {self.soft!r}, expected a finite number >= 0")
+        schedule = self.schedule()
+        check_counts(max(schedule), len(schedule))
+
+    def schedule(self) -> list[int]:
+        group = self.n if self.group is None else min(self.group, self.n)
+        whole, rest = divmod(self.n, group)
+        return [group] * whole + ([rest] if rest else [])
+
+
+class BestOfN(SearchMethod[BestOfNSettings]):
+    """Draw n answers and keep the best, or a soft choice among them.
+
+    Args:
+        settings: fields of :class:`BestOfNSettings` and
+            :class:`~tta_ext.decoding.search.SearchSettings`; the rest as in
+            :class:`~tta_ext.decoding.search.SearchMethod`.
+
+    Example:
+        >>> BestOfN(model, reward, tokenizer, n=32).generate("Tell me a story.", seed=0).text
+
+    Source: soft best-of-n: Verdun et al., arXiv:2505.03156.
+    """
+
+    name: ClassVar[str] = "best_of_n"
+    settings_type = BestOfNSettings
+
+    def start(
+        self,
+        prompts: Any,
+        *,
+        seed: int | torch.Generator | None = None,
+        sequence: Sequence[int] | None = None,
+        **settings: Any,
+    ) -> _Run:
+        return _Run(self, prompts, self._merge(self.settings, settings), _seed(seed), sequence)
+
+
+class _Run(Search[BestOfNSettings]):
+    def choose(self, prompt: int) -> Candidate:
+        soft = self.settings.soft
+        if soft == 0.0:
+            return super().choose(prompt)
+        candidates = self.candidates[prompt]
+        highest = max(one.reward for one in candidates)
+        if highest == -math.inf:
+            return candidates[0]
+        logits = [(one.reward - highest) / soft for one in candidates]
+        chosen = ops.categorical_sample(
+            torch.tensor([logits], dtype=torch.float32),
+            seed=self.seed,
+            position=len(candidates),
+            sequence=self.sequence[prompt],
+            stream=rng.REWARD,
+        )
+        return candidates[int(chosen)]

@@ -1,0 +1,220 @@
+"""What a search by reward returns: the best answers, all rewards, a curve for each prompt, time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+__all__ = ["Candidate", "IterationRecord", "SearchResult", "Timing"]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One scored answer.
+
+    Attributes:
+        text: the answer without special tokens, cut before a stop string; None without a tokenizer.
+        tokens: its ids, with the end-of-sequence id if one was drawn.
+        reward: its reward.
+        iteration, rollout: which rollout it was.
+        finish: ``"eos"``, ``"stop"`` or ``"length"``.
+    """
+
+    text: str | None
+    tokens: list[int]
+    reward: float
+    iteration: int
+    rollout: int
+    finish: str
+
+
+@dataclass(frozen=True)
+class IterationRecord:
+    """One iteration of one prompt. Fields that a method does not have are None.
+
+    Attributes:
+        iteration: its number.
+        samples: answers scored so far.
+        mean, max, std: of this iteration's rewards (std: population; -inf rewards enter as such).
+        best: highest reward so far.
+        ess: effective sample size of the importance weights, 1 to the number of rollouts.
+        norm: Euclidean norm of u, the mean of the noise, under which these rollouts were drawn.
+        kl: measured divergence from the base model in nats an answer: of the next-token laws along
+            the first rollouts, summed over steps; it contains the noise's own part.
+        kl_bound: ``|u|^2 / (2 sigma^2)``, the divergence of the noise from noise without a mean.
+            It bounds what the change of u has done to the law of answers.
+        sigma, lam: as used, in absolute units.
+        length: mean number of tokens.
+        distinct: number of different answers among the rollouts.
+        tokens: tokens generated so far.
+        seconds: wall-clock since the start of the search, of the whole batch of prompts.
+    """
+
+    iteration: int
+    samples: int
+    mean: float
+    max: float
+    std: float
+    best: float
+    length: float
+    distinct: int
+    tokens: int
+    seconds: float
+    ess: float | None = None
+    norm: float | None = None
+    kl: float | None = None
+    kl_bound: float | None = None
+    sigma: float | None = None
+    lam: float | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields, for JSON."""
+        return asdict(self)
+
+
+@dataclass
+class Timing:
+    """Wall-clock of a search; ``+`` adds two.
+
+    Attributes:
+        total: from encoded prompts to the result.
+        model: inside the model's forwards, cache updates included, without the noise. On CUDA a time
+            of submission unless the model waits for the device.
+        reward: spent waiting for the reward.
+        reward_calls: calls of the reward.
+        reward_items: answers it was asked about.
+        tokens: tokens generated.
+    """
+
+    total: float = 0.0
+    model: float = 0.0
+    reward: float = 0.0
+    reward_calls: int = 0
+    reward_items: int = 0
+    tokens: int = 0
+
+    @property
+    def other(self) -> float:
+        """Everything else: noise, draws, updates, bookkeeping."""
+        return self.total - self.model - self.reward
+
+    def __add__(self, other: Timing) -> Timing:
+        return Timing(
+            **{key: value + getattr(other, key) for key, value in asdict(self).items()}
+        )
+
+    def as_dict(self) -> dict[str, float]:
+        """The fields and the rest, for JSON."""
+        return asdict(self) | {"other": self.other}
+
+
+@dataclass
+class SearchResult:
+    """Answers of one call, in the order of the prompts.
+
+    Attributes:
+        method: name of the method.
+        prompts: the prompts as they were given.
+        best: the best answer to each: highest reward, ties to the earliest.
+        candidates: all scored answers of each prompt, in the order of iteration and rollout.
+        curves: one :class:`IterationRecord` an iteration, for each prompt.
+        stopped: why each prompt's search ended: ``"iterations"``, ``"reward"`` (target reached),
+            ``"ess"``, ``"seconds"``.
+        seed, sequence: with the settings they reproduce the run.
+        timing: wall-clock of the whole batch.
+        mean: final u, float32 ``[P, tau, d]``, of methods that have one.
+    """
+
+    method: str
+    prompts: list[Any]
+    best: list[Candidate]
+    candidates: list[list[Candidate]]
+    curves: list[list[IterationRecord]]
+    stopped: list[str]
+    seed: int
+    sequence: list[int]
+    timing: Timing = field(default_factory=Timing)
+    mean: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.best)
+
+    @property
+    def texts(self) -> list[str]:
+        """The best answers' texts; ``ValueError`` without a tokenizer."""
+        texts = [one.text for one in self.best]
+        if any(text is None for text in texts):
+            raise ValueError("the result has no text, as there is no tokenizer; use .best[i].tokens")
+        return [text for text in texts if text is not None]
+
+    @property
+    def text(self) -> str:
+        """The only prompt's best answer."""
+        if len(self.best) != 1:
+            raise ValueError(f"the result has {len(self.best)} answers; use .texts")
+        return self.texts[0]
+
+    @property
+    def rewards(self) -> list[list[float]]:
+        """All rewards of each prompt, in order."""
+        return [[one.reward for one in candidates] for candidates in self.candidates]
+
+    @property
+    def samples(self) -> list[int]:
+        """Number of answers scored for each prompt."""
+        return [len(candidates) for candidates in self.candidates]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything but u and the candidates other than the best, for JSON."""
+        return {
+            "method": self.method,
+            "prompts": self.prompts,
+            "best": [asdict(one) for one in self.best],
+            "rewards": self.rewards,
+            "curves": [[one.as_dict() for one in curve] for curve in self.curves],
+            "stopped": self.stopped,
+            "seed": self.seed,
+            "sequence": self.sequence,
+            "timing": self.timing.as_dict(),
+        }
+
+    @staticmethod
+    def concatenate(parts: Sequence[SearchResult]) -> SearchResult:
+        """One result of several with the same seed and settings; u is dropped if there are several."""
+        if not parts:
+            raise ValueError("there is nothing to concatenate")
+        first = parts[0]
+        if len(parts) == 1:
+            return first
+        return SearchResult(
+            method=first.method,
+            prompts=[x for part in parts for x in part.prompts],
+            best=[x for part in parts for x in part.best],
+            candidates=[x for part in parts for x in part.candidates],
+            curves=[x for part in parts for x in part.curves],
+            stopped=[x for part in parts for x in part.stopped],
+            seed=first.seed,
+            sequence=[x for part in parts for x in part.sequence],
+            timing=sum((part.timing for part in parts), Timing()),
+        )
+
+
+def best_of(candidates: Sequence[Candidate]) -> Candidate:
+    """The candidate of the highest reward, ties to the first."""
+    best = candidates[0]
+    for one in candidates[1:]:
+        if one.reward > best.reward:
+            best = one
+    return best
+
+
+def spread(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean, maximum and population standard deviation; with -inf among them as IEEE has it."""
+    mean = sum(values) / len(values)
+    if math.isinf(mean):
+        return mean, max(values), math.nan
+    return mean, max(values), math.sqrt(sum((v - mean) ** 2 for v in values) / len(values))

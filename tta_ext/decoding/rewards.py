@@ -1,0 +1,405 @@
+"""Rewards: functions from prompts and answers to numbers.
+
+A reward is any callable ``reward(prompts, responses) -> floats``: two lists of equal length, the
+prompts as they were given to the method (strings, conversations or token ids) and the answers as
+text (token ids if the method has no tokenizer), and one number for each answer, higher is better.
+-inf is legal and rules an answer out; NaN and +inf are errors. A search calls it with many answers
+at once, in one call an iteration or, with ``reward_batch_size``, as soon as so many have finished.
+
+Writing one takes three lines::
+
+    def brevity(prompts, responses):
+        return [-float(len(response.split())) for response in responses]
+
+This module has adapters for reward models, a lexicon for sentiment, and verifiable rewards for
+demonstrations.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from time import perf_counter
+from typing import Any, Protocol
+
+import torch
+
+__all__ = [
+    "ClassifierReward",
+    "JsonReward",
+    "LengthReward",
+    "LetterReward",
+    "Reward",
+    "RewardStream",
+    "SentimentReward",
+    "WeightedReward",
+    "call_reward",
+    "parse_reward",
+]
+
+_WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
+
+
+class Reward(Protocol):
+    """What rewards look like."""
+
+    def __call__(self, prompts: Sequence[Any], responses: Sequence[Any]) -> Sequence[float]: ...
+
+
+def call_reward(reward: Reward, prompts: Sequence[Any], responses: Sequence[Any]) -> list[float]:
+    """Call a reward and check its answer.
+
+    Raises:
+        TypeError: it returned something that is no sequence of numbers.
+        ValueError: it returned another number of values, NaN or +inf.
+    """
+    values = reward(list(prompts), list(responses))
+    if isinstance(values, torch.Tensor):
+        values = values.flatten().tolist()
+    try:
+        found = [float(value) for value in values]
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"the reward returned {type(values).__name__}, expected a number for each response"
+        ) from None
+    if len(found) != len(responses):
+        raise ValueError(f"the reward returned {len(found)} values for {len(responses)} responses")
+    for value, response in zip(found, responses, strict=True):
+        if math.isnan(value) or value == math.inf:
+            raise ValueError(
+                f"the reward of {str(response)[:60]!r} is {value}, expected a finite number or -inf"
+            )
+    return found
+
+
+class RewardStream:
+    """Collects finished answers and asks the reward about them in batches.
+
+    Args:
+        reward: the reward.
+        batch_size: ask as soon as so many answers wait; None: only at the end.
+
+    Attributes:
+        seconds, calls, items: time inside the reward, number of calls and of answers so far.
+    """
+
+    def __init__(self, reward: Reward, batch_size: int | None = None) -> None:
+        if not callable(reward):
+            raise TypeError(
+                f"reward is {type(reward).__name__}, expected a callable (prompts, responses) -> floats"
+            )
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"reward_batch_size is {batch_size}, expected at least 1")
+        self.reward, self.batch_size = reward, batch_size
+        self.seconds, self.calls, self.items = 0.0, 0, 0
+        self._waiting: list[tuple[Any, Any, Any]] = []
+        self._known: dict[Any, float] = {}
+
+    def put(self, key: Any, prompt: Any, response: Any) -> None:
+        """Add a finished answer under a key."""
+        self._waiting.append((key, prompt, response))
+        if self.batch_size is not None and len(self._waiting) >= self.batch_size:
+            self._ask()
+
+    def collect(self) -> dict[Any, float]:
+        """Rewards of all answers put in since the last collection."""
+        self._ask()
+        known, self._known = self._known, {}
+        return known
+
+    def _ask(self) -> None:
+        size = self.batch_size or max(len(self._waiting), 1)
+        while self._waiting:
+            part, self._waiting = self._waiting[:size], self._waiting[size:]
+            keys, prompts, responses = zip(*part, strict=True)
+            start = perf_counter()
+            values = call_reward(self.reward, prompts, responses)
+            self.seconds += perf_counter() - start
+            self.calls += 1
+            self.items += len(values)
+            self._known.update(zip(keys, values, strict=True))
+
+
+def prompt_text(prompt: Any) -> str:
+    """A prompt as plain text: a conversation's messages on lines of their own."""
+    if isinstance(prompt, str):
+        return prompt
+    if prompt and isinstance(prompt[0], Mapping):
+        return "\n".join(str(message["content"]) for message in prompt)
+    raise ValueError("the prompt is token ids, and this reward reads text")
+
+
+class ClassifierReward:
+    """A transformers sequence-classification model as reward.
+
+    Prompt and answer are put into the reward model's own chat template as a conversation. Without a
+    template they are encoded as a pair of texts.
+
+    Args:
+        model: ``AutoModelForSequenceClassification``.
+        tokenizer: its tokenizer.
+        label: which output is the reward, by number or by its name in the model's configuration; may
+            be left out if there is one only.
+        probability: take the label's log-probability in place of its logit.
+        template: a chat template in place of the tokenizer's.
+        batch_size: answers in a forward at most.
+        max_length: longer inputs lose their beginning; None takes the model's number of positions.
+
+    Raises:
+        ValueError: no such label, or several outputs and no label.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        label: int | str | None = None,
+        probability: bool = False,
+        template: str | None = None,
+        batch_size: int = 16,
+        max_length: int | None = None,
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}, expected at least 1")
+        self.model, self.tokenizer = model.eval(), tokenizer
+        self.probability, self.template = probability, template
+        config = model.config
+        self.label = self._find(label, config)
+        pad = getattr(config, "pad_token_id", None)
+        if pad is None:
+            pad = getattr(tokenizer, "pad_token_id", None)
+        self.pad = pad
+        # Decoder-like classifiers find the last token by the padding id.
+        if pad is not None:
+            config.pad_token_id = pad
+        self.batch_size = batch_size if pad is not None else 1
+        limit = getattr(config, "max_position_embeddings", None)
+        self.max_length = limit if max_length is None else max_length
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str, *, dtype: torch.dtype | str = "auto", device: Any = None, **options: Any
+    ) -> ClassifierReward:
+        """Load a reward model and its tokenizer from safetensors; ``options`` as the constructor's."""
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+        try:
+            model = AutoModelForSequenceClassification.from_pretrained(
+                path, dtype=dtype, use_safetensors=True
+            )
+            tokenizer = AutoTokenizer.from_pretrained(path)
+        except OSError as error:
+            line = str(error).strip().split("\n", 1)[0]
+            raise ValueError(f"cannot load a reward model from {path}: {line}") from error
+        return cls(model if device is None else model.to(device), tokenizer, **options)
+
+    @staticmethod
+    def _find(label: int | str | None, config: Any) -> int:
+        count = int(config.num_labels)
+        names = {str(name): int(i) for i, name in (config.id2label or {}).items()}
+        if label is None:
+            if count == 1:
+                return 0
+            raise ValueError(f"the reward model has {count} outputs; choose one: {', '.join(names)}")
+        index = names.get(label, -1) if isinstance(label, str) else label
+        if not 0 <= index < count:
+            raise ValueError(
+                f"label is {label!r}, expected one of {', '.join(names)} or 0 to {count - 1}"
+            )
+        return index
+
+    def encode(self, prompt: Any, response: str) -> list[int]:
+        """Token ids of one prompt and answer."""
+        template = self.template or getattr(self.tokenizer, "chat_template", None)
+        if template:
+            messages = (
+                [{"role": "user", "content": prompt}]
+                if isinstance(prompt, str)
+                else [dict(m) for m in prompt]
+            )
+            messages.append({"role": "assistant", "content": response})
+            ids = self.tokenizer.apply_chat_template(
+                messages,
+                chat_template=template,
+                tokenize=True,
+                return_dict=False,
+                add_generation_prompt=False,
+            )
+        else:
+            ids = self.tokenizer(prompt_text(prompt), response)["input_ids"]
+        return list(ids)[-self.max_length :] if self.max_length else list(ids)
+
+    @torch.inference_mode()
+    def __call__(self, prompts: Sequence[Any], responses: Sequence[str]) -> list[float]:
+        encoded = [self.encode(p, r) for p, r in zip(prompts, responses, strict=True)]
+        device = self.model.get_input_embeddings().weight.device
+        rewards = [0.0] * len(encoded)
+        # Neighbours in length share a batch, so little is padding.
+        order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
+        for start in range(0, len(order), self.batch_size):
+            part = order[start : start + self.batch_size]
+            width = max(len(encoded[i]) for i in part)
+            ids = torch.full((len(part), width), self.pad or 0, dtype=torch.int64)
+            mask = torch.zeros_like(ids)
+            for row, i in enumerate(part):
+                ids[row, : len(encoded[i])] = torch.tensor(encoded[i])
+                mask[row, : len(encoded[i])] = 1
+            logits = self.model(
+                input_ids=ids.to(device), attention_mask=mask.to(device)
+            ).logits.float()
+            if self.probability:
+                logits = (
+                    torch.nn.functional.logsigmoid(logits)
+                    if logits.shape[-1] == 1
+                    else torch.log_softmax(logits, dim=-1)
+                )
+            for i, value in zip(part, logits[:, self.label].tolist(), strict=True):
+                rewards[i] = value
+        return rewards
+
+
+class SentimentReward:
+    """Sentiment by the VADER lexicon: -1 (negative) to 1 (positive). Needs ``vaderSentiment``.
+
+    Args:
+        sign: -1 to reward negative answers.
+
+    Source: Hutto and Gilbert, "VADER", ICWSM 2014.
+    """
+
+    def __init__(self, sign: float = 1.0) -> None:
+        try:
+            from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+        except ModuleNotFoundError:
+            raise ImportError(
+                "the sentiment reward needs vaderSentiment: pip install 'tta-ext[demo]'"
+            ) from None
+        self.sign = sign
+        self._analyzer = SentimentIntensityAnalyzer()
+
+    def __call__(self, prompts: Sequence[Any], responses: Sequence[str]) -> list[float]:
+        return [self.sign * self._analyzer.polarity_scores(text)["compound"] for text in responses]
+
+
+class LetterReward:
+    """Share of an answer's words that start with a letter, 0 to 1; 0 for an answer without words.
+
+    Args:
+        letter: the letter, either case.
+    """
+
+    def __init__(self, letter: str = "s") -> None:
+        if len(letter) != 1 or not letter.isalpha():
+            raise ValueError(f"letter is {letter!r}, expected a single letter")
+        self.letter = letter.casefold()
+
+    def __call__(self, prompts: Sequence[Any], responses: Sequence[str]) -> list[float]:
+        rewards = []
+        for text in responses:
+            words = _WORD.findall(text)
+            hits = sum(word[0].casefold() == self.letter for word in words)
+            rewards.append(hits / len(words) if words else 0.0)
+        return rewards
+
+
+class JsonReward:
+    """Is the answer JSON? 1 if all of it is an object or array, 0.5 if a part is, 0 otherwise."""
+
+    def __call__(self, prompts: Sequence[Any], responses: Sequence[str]) -> list[float]:
+        return [self._score(text) for text in responses]
+
+    @staticmethod
+    def _score(text: str) -> float:
+        try:
+            return 1.0 if isinstance(json.loads(text), (dict, list)) else 0.0
+        except (ValueError, RecursionError):
+            pass
+        decoder = json.JSONDecoder()
+        for match in re.finditer(r"[{\[]", text):
+            try:
+                decoder.raw_decode(text, match.start())
+            except (ValueError, RecursionError):
+                continue
+            return 0.5
+        return 0.0
+
+
+class LengthReward:
+    """Closeness to a number of words: ``-|words - target| / target``.
+
+    Args:
+        target: the number of words, at least 1.
+    """
+
+    def __init__(self, target: int = 20) -> None:
+        if target < 1:
+            raise ValueError(f"target is {target}, expected at least 1")
+        self.target = target
+
+    def __call__(self, prompts: Sequence[Any], responses: Sequence[str]) -> list[float]:
+        return [-abs(len(_WORD.findall(text)) - self.target) / self.target for text in responses]
+
+
+class WeightedReward:
+    """A weighted sum of rewards.
+
+    Args:
+        parts: (weight, reward) pairs.
+    """
+
+    def __init__(self, parts: Sequence[tuple[float, Reward]]) -> None:
+        if not parts:
+            raise ValueError("parts is empty, expected (weight, reward) pairs")
+        self.parts = list(parts)
+
+    def __call__(self, prompts: Sequence[Any], responses: Sequence[str]) -> list[float]:
+        total = [0.0] * len(responses)
+        for weight, reward in self.parts:
+            values = call_reward(reward, prompts, responses)
+            total = [a + weight * b for a, b in zip(total, values, strict=True)]
+        return total
+
+
+def _named(text: str) -> Reward:
+    module, _, name = text.partition(":")
+    if not module or not name:
+        raise ValueError(f"python:{text} names no function, expected python:MODULE:NAME")
+    found = getattr(importlib.import_module(module), name, None)
+    if not callable(found):
+        raise ValueError(f"{module} has no function {name}")
+    return found  # type: ignore[no-any-return]
+
+
+def _classifier(text: str) -> Reward:
+    path, _, label = text.partition("#")
+    return ClassifierReward.from_pretrained(path, label=label or None)
+
+
+_KINDS: dict[str, Callable[[str], Reward]] = {
+    "letter": lambda text: LetterReward(text or "s"),
+    "sentiment": lambda text: SentimentReward(-1.0 if text == "negative" else 1.0),
+    "json": lambda text: JsonReward(),
+    "words": lambda text: LengthReward(int(text or 20)),
+    "classifier": _classifier,
+    "python": _named,
+}
+
+
+def parse_reward(text: str) -> Reward:
+    """A reward from its name on the command line.
+
+    ``letter:s``, ``sentiment``, ``sentiment:negative``, ``json``, ``words:20``,
+    ``classifier:PATH`` or ``classifier:PATH#LABEL`` (a sequence-classification model),
+    ``python:MODULE:NAME`` (any callable).
+
+    Raises:
+        ValueError: there is no such reward.
+    """
+    kind, _, rest = text.partition(":")
+    if kind not in _KINDS:
+        raise ValueError(f"reward is {text!r}, expected one of {', '.join(_KINDS)}")
+    return _KINDS[kind](rest)
