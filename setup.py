@@ -112,6 +112,8 @@ setup(
     ],
     # Trees that stand at the top of the checkout and inside the installed package.
     package_dir={"tta_ext._csrc": "csrc", "tta_ext._benchmarks": "benchmarks"},
+    # MANIFEST.in is for the source distribution; the wheel has no tests and no results.
+    include_package_data=False,
     package_data={
         "tta_ext": ["py.typed", "assets/**/*"],
         **{f"tta_ext._csrc{folder}": ["*.h", "*.hpp", "*.inl", "*.cpp"] for folder in _FOLDERS},

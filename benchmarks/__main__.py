@@ -16,7 +16,9 @@ from . import (
     bench_deferral,
     bench_implicit_reward,
     bench_knapsack,
+    bench_prelogit,
     bench_sampling,
+    bench_verify,
     harness,
 )
 from .grid import BATCHES, DTYPES, PROVIDERS, RULES, VOCABULARIES, Grid
@@ -26,6 +28,8 @@ STEMS = {
     "implicit_reward": bench_implicit_reward,
     "sampling": bench_sampling,
     "knapsack": bench_knapsack,
+    "prelogit": bench_prelogit,
+    "verify": bench_verify,
 }
 RESULTS = Path("benchmarks") / "results"
 

@@ -62,6 +62,26 @@ def deferral_stats(base: Tensor, proxy: Tensor, rule: str, param: float) -> Tens
     return torch.where(rule_mask(p, q, rule, param), p, 0.0).sum(-1)
 
 
+def deferral_verify(
+    base: Tensor, proxy: Tensor, draft: Tensor, rule: str, param: float
+) -> tuple[Tensor, Tensor]:
+    """Speculative acceptance with dense pi at every position: accepted count and next token.
+
+    The bonus position has no proxy row here and draws from p, which the baseline gets for free.
+    """
+    count = draft.shape[1]
+    p, q = probabilities(base), probabilities(proxy)
+    head = p[:, :count]
+    deferred = torch.where(rule_mask(head, q, rule, param), head, 0.0)
+    pi = head - deferred + q * deferred.sum(-1, keepdim=True)
+    at = draft.unsqueeze(-1)
+    ratio = (pi.gather(-1, at) / q.gather(-1, at)).squeeze(-1)
+    accepted = (torch.rand_like(ratio) < ratio).long().cumprod(-1).sum(-1)
+    residual = torch.cat([(pi - q).clamp(min=0), p[:, count:]], 1)
+    row = residual[torch.arange(len(base)), accepted]
+    return accepted, torch.multinomial(row, 1).squeeze(-1)
+
+
 def implicit_reward_probs(base: Tensor, experts: Tensor, antis: Tensor, beta: Tensor) -> Tensor:
     steer = (beta[:, None, None] * (experts.float() - antis.float())).sum(0)
     return torch.softmax(base.float() + steer, -1)
@@ -94,3 +114,23 @@ def greedy_knapsack_float32(profit: Tensor, weight: Tensor, capacity: Tensor) ->
     used = torch.where(item, weight, 0.0).gather(-1, index).cumsum(-1)
     taken = torch.zeros_like(item).scatter(-1, index, used <= capacity)
     return (taken & item) | (weight == 0)
+
+
+def prelogit_perturb(hidden: Tensor, u: Tensor, sigma: float, eps: Tensor) -> tuple[Tensor, Tensor]:
+    """One step of n rollouts; the noise goes to ``eps`` and is kept for the update."""
+    torch.randn(eps.shape, out=eps)
+    return (hidden + (u + sigma * eps)).to(hidden.dtype), eps @ u
+
+
+def importance_weights(
+    reward: Tensor, dot: Tensor, norm2: Tensor, lam: float, alpha: float, sigma: float
+) -> tuple[Tensor, Tensor]:
+    slack = (1 - alpha) / sigma
+    gain = (reward - reward.amax(-1, keepdim=True)) / lam
+    weights = torch.softmax(gain - slack * dot - slack**2 / 2 * norm2, -1)
+    return weights, 1 / weights.square().sum(-1)
+
+
+def control_update(mean: Tensor, weights: Tensor, eps: Tensor, sigma: float) -> Tensor:
+    """u + sigma sum_i w_i eps^i from the kept noise ``[tau, n, d]``."""
+    return mean + sigma * torch.einsum("n,tnd->td", weights, eps)

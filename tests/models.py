@@ -21,7 +21,7 @@ _COMMON: dict[str, Any] = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
+    "max_position_embeddings": 512,
 }
 _GEMMA: dict[str, Any] = _COMMON | {"head_dim": 8, "sliding_window": 5}
 
@@ -38,7 +38,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
         "Gemma3TextConfig",
         _GEMMA | {"layer_types": ["sliding_attention", "full_attention"]},
     ),
-    "gpt2": ("GPT2Config", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}),
+    "gpt2": ("GPT2Config", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512}),
     "mla": (
         "DeepseekV3Config",
         _COMMON
@@ -58,7 +58,9 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def make_model(kind: str = "llama", seed: int = 0, vocabulary: int = VOCABULARY, **extra: Any) -> Any:
+def make_model(
+    kind: str = "llama", seed: int = 0, vocabulary: int = VOCABULARY, **extra: Any
+) -> Any:
     """A model with random weights, wide enough to make argmax and sampling interesting."""
     name, options = ARCHITECTURES[kind]
     options = options | extra

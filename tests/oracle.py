@@ -42,8 +42,11 @@ class Screen64:
     critical: Tensor
 
 
-def _near(values: Tensor, edge: Tensor | float) -> Tensor:
-    scale = torch.maximum(values.abs(), torch.as_tensor(edge, dtype=torch.float64).abs())
+def _near(values: Tensor, edge: Tensor | float, level: Tensor | float = 0.0) -> Tensor:
+    """Close, by the rounding of the values or of the level that the edge was computed from."""
+    scale = values.abs()
+    for other in (edge, level):
+        scale = torch.maximum(scale, torch.as_tensor(other, dtype=torch.float64).abs())
     return (values - edge).abs() <= 16 * EDGE * scale
 
 
@@ -60,16 +63,16 @@ def screen64(base: Tensor, proxy: Tensor | None, kwargs: dict[str, Any]) -> Scre
             q = softmax64(proxy, temperature)
             top_q = q.amax(-1, keepdim=True) if base.numel() else q[..., :1]
         table = {
-            "threshold": lambda: (p, param, p < param),
-            "confidence_bet": lambda: (p, top_q - param, p < top_q - param),
-            "nudging": lambda: (top.expand_as(p), param, (top < param).expand_as(p)),
-            "relative": lambda: (p, top - param, p < top - param),
-            "argmax": lambda: (p, top, p < top),
-            "proxy_below": lambda: (q, top + param, q < top + param),
-            "proxy_above": lambda: (q, top + param, q > top + param),
+            "threshold": lambda: (p, param, p < param, 0.0),
+            "confidence_bet": lambda: (p, top_q - param, p < top_q - param, top_q),
+            "nudging": lambda: (top.expand_as(p), param, (top < param).expand_as(p), 0.0),
+            "relative": lambda: (p, top - param, p < top - param, top),
+            "argmax": lambda: (p, top, p < top, 0.0),
+            "proxy_below": lambda: (q, top + param, q < top + param, top),
+            "proxy_above": lambda: (q, top + param, q > top + param, top),
         }
-        values, edge, mask = table[rule]()
-        certain = ~_near(values, edge)
+        values, edge, mask, level = table[rule]()
+        certain = ~_near(values, edge, level)
         if rule == "argmax":
             certain |= base == base.amax(-1, keepdim=True) if base.numel() else certain
         return Screen64(p, mask, certain, mask.to(torch.float64), critical)
@@ -96,9 +99,8 @@ def screen64(base: Tensor, proxy: Tensor | None, kwargs: dict[str, Any]) -> Scre
             if policy == "include":
                 mask[b, critical[b]] = True
                 # Which item is critical hangs on the item before it, too.
-                certain[b, critical[b]] &= bool(count == 0 or certain[b, order[count - 1]])
-            if count + 1 < len(order):
-                certain[b, order[count + 1]] &= bool(certain[b, critical[b]])
+                decided = certain[b, order]
+                certain[b, order[1:]] &= decided[:-1]
     return Screen64(p, mask, certain, mu, critical)
 
 

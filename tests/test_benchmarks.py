@@ -22,7 +22,9 @@ def test_rows_are_like_a_language_models() -> None:
     assert max(sizes) <= 400
 
 
-@pytest.mark.parametrize("stem", ["deferral", "implicit_reward", "sampling", "knapsack"])
+@pytest.mark.parametrize(
+    "stem", ["deferral", "implicit_reward", "sampling", "knapsack", "prelogit", "verify"]
+)
 def test_every_operator_passes_its_check(stem: str, tmp_path: Path) -> None:
     """Eager, reference and ours agree with float64, and the file says what was run."""
     path = tmp_path / "rows.json"

@@ -62,7 +62,7 @@ def answer(kad: KnapsackDeferral, prompts: Any = None, **options: Any) -> Genera
     return kad.generate(ragged_prompts() if prompts is None else prompts, **(defaults | options))
 
 
-# ---- the ragged cache under one model -------------------------------------------------------------
+# ---- the ragged cache under one model ----------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
@@ -158,9 +158,7 @@ def test_other_models_are_refused() -> None:
     config = base_model().config
     with pytest.raises(ValueError, match="no language-model head"):
         check_model(transformers.AutoModel.from_config(config), "proxy")
-    t5 = transformers.T5Config(
-        vocab_size=32, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2
-    )
+    t5 = transformers.T5Config(vocab_size=32, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
     with pytest.raises(ValueError, match="encoder-decoder"):
         check_model(transformers.T5ForConditionalGeneration(t5), "base")
     with pytest.raises(TypeError, match="base is a str"):
@@ -185,7 +183,7 @@ def test_the_probe_finds_attention_that_ignores_its_mask() -> None:
         KnapsackDeferral(base_model(), model)
 
 
-# ---- the loop -------------------------------------------------------------------------------------
+# ---- the loop ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("do_sample", [True, False])
@@ -232,9 +230,7 @@ def test_tokens_follow_the_definition(
 
 
 @pytest.mark.parametrize("do_sample", [True, False])
-@pytest.mark.parametrize(
-    ("rule", "param", "critical"), [RULES[1], RULES[2], RULES[3], RULES[6]]
-)
+@pytest.mark.parametrize(("rule", "param", "critical"), [RULES[1], RULES[2], RULES[3], RULES[6]])
 def test_neither_batch_nor_laziness_nor_trace_changes_tokens(
     kad: KnapsackDeferral, rule: str, param: float, critical: str, do_sample: bool
 ) -> None:
@@ -264,7 +260,7 @@ def test_rows_leave_when_done_and_the_others_do_not_notice(kad: KnapsackDeferral
         cut.append(tokens if at is None else tokens[: at + 1])
     assert result.tokens == cut
     assert result.finish == ["length" if len(t) == 14 and t[-1] not in ends else "eos" for t in cut]
-    assert set(result.finish) == {"eos", "length"} or len(set(map(len, cut))) > 1
+    assert len(set(map(len, cut))) > 1
     assert result.stats.tokens == sum(map(len, cut))
 
 
@@ -293,9 +289,7 @@ def test_several_answers_to_a_prompt(kad: KnapsackDeferral) -> None:
     assert result.tokens == repeated.tokens
     assert len({tuple(t) for t in result.tokens[:3]}) == 3
     assert result.stats.base_tokens == sum(len(p) - 1 for p in prompts) + 6 * NEW
-    by_prompt = answer(
-        kad, prompts, num_return_sequences=3, rule="knapsack", param=[0.0, 0.5]
-    )
+    by_prompt = answer(kad, prompts, num_return_sequences=3, rule="knapsack", param=[0.0, 0.5])
     assert by_prompt.tokens[3:] == result.tokens[3:]
 
 
@@ -324,7 +318,12 @@ def test_lazy_proxy_saves_calls_and_counts_them(kad: KnapsackDeferral) -> None:
     assert stats.proxy_calls_saved == 16 - sum(steps)
     assert stats.proxy_calls == sum(steps) + 1  # one for the prompts
     assert stats.proxy_rows_saved == stats.tokens - deferred
-    assert stats.proxy_tokens < dense.stats.proxy_tokens
+    # Every token is fed once, and none after the last one whose successor was asked for.
+    fed = 0
+    for prompt, flags in zip(ragged_prompts(), lazy.deferred[:2], strict=False):
+        asked = [step for step, flag in enumerate(flags) if flag]
+        fed += len(prompt) + asked[-1] if asked else len(prompt) - 1
+    assert stats.proxy_tokens == fed < dense.stats.proxy_tokens
     assert dense.stats.proxy_calls == 16 + 1
     assert stats.base_calls == dense.stats.base_calls == 17
     assert 0 <= stats.other_seconds < stats.seconds
@@ -394,7 +393,7 @@ def test_implicit_reward() -> None:
         KnapsackDeferral(base, [expert, anti], rule="threshold")
 
 
-# ---- processors, criteria, stopping ---------------------------------------------------------------
+# ---- processors, criteria, stopping ------------------------------------------------------------
 
 
 def test_logits_processors_apply_to_both_models_without_padding(kad: KnapsackDeferral) -> None:
@@ -474,14 +473,16 @@ def test_both_models_may_end_an_answer() -> None:
     base.generation_config.eos_token_id = [EOS, 50]
     proxy.generation_config.eos_token_id = 60
     kad = KnapsackDeferral(base, proxy)
-    result = kad.generate(ragged_prompts() * 4, max_new_tokens=60, seed=0, rule="knapsack", param=0.9)
+    result = kad.generate(
+        ragged_prompts() * 4, max_new_tokens=60, seed=0, rule="knapsack", param=0.9
+    )
     finals = {t[-1] for t, why in zip(result.tokens, result.finish, strict=True) if why == "eos"}
     assert finals <= {EOS, 50, 60}
     assert finals & {50, 60}
     assert not any({EOS, 50, 60} & set(t[:-1]) for t in result.tokens)
 
 
-# ---- streams, conversations, prompts --------------------------------------------------------------
+# ---- streams, conversations, prompts -----------------------------------------------------------
 
 
 def test_stream_is_generate_piece_by_piece() -> None:
@@ -507,7 +508,9 @@ def test_streamers_of_transformers() -> None:
     result = answer(kad, "hello", streamer=streamer)
     assert "".join(streamer) == result.text
     puts: list[Any] = []
-    sink = SimpleNamespace(put=lambda value: puts.append(value.tolist()), end=lambda: puts.append(None))
+    sink = SimpleNamespace(
+        put=lambda value: puts.append(value.tolist()), end=lambda: puts.append(None)
+    )
     batch = answer(kad, ["ab", "cd"], streamer=sink)
     assert puts[0] == batch.prompt_tokens
     assert puts[-1] is None
@@ -550,9 +553,7 @@ def test_each_model_reads_its_own_template() -> None:
     )  # fmt: skip
     result = answer(kad, talk, rule="knapsack", param=0.4)
     base_text, proxy_text = "user: hi\nassistant: ", "USER: hi\nassistant: "
-    plain = answer(
-        kad, [base_text], proxy_prompts=[proxy_text], rule="knapsack", param=0.4
-    )
+    plain = answer(kad, [base_text], proxy_prompts=[proxy_text], rule="knapsack", param=0.4)
     assert result.tokens == plain.tokens
     assert result.prompt_tokens == [base_tokenizer(base_text)["input_ids"]]
     # A base without a template reads the proxy's.
@@ -624,7 +625,7 @@ def test_source_spans() -> None:
     assert [flag for _, flag in spans] == result.deferred[0]
 
 
-# ---- vocabularies and loading ---------------------------------------------------------------------
+# ---- vocabularies and loading ------------------------------------------------------------------
 
 
 def test_padding_ids_are_never_drawn() -> None:
@@ -650,9 +651,7 @@ def test_vocabularies_that_differ_are_refused() -> None:
     swapped["a"], swapped["b"] = swapped["b"], swapped["a"]
     first = min(swapped["a"], swapped["b"])
     with pytest.raises(ValueError, match=f"first at id {first}: base has 'a', proxy has 'b'"):
-        KnapsackDeferral(
-            base_model(), proxy_model(), ours, proxy_tokenizer=make_tokenizer(swapped)
-        )
+        KnapsackDeferral(base_model(), proxy_model(), ours, proxy_tokenizer=make_tokenizer(swapped))
     more = ours.get_vocab() | {"<tool>": len(ours)}
     with pytest.raises(ValueError, match="base has no token, proxy has '<tool>'"):
         align_vocabularies(200, 200, ours, make_tokenizer(more))
@@ -684,7 +683,7 @@ def test_only_safetensors_are_loaded(tmp_path: Any) -> None:
         load_model(str(tmp_path / "x.gguf"))
 
 
-# ---- errors, profiling ----------------------------------------------------------------------------
+# ---- errors, profiling -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -698,7 +697,7 @@ def test_only_safetensors_are_loaded(tmp_path: Any) -> None:
         ({"sequence": [1, 2]}, "sequence has 2 ids, expected 5"),
         ({"seed": 2**64}, "seed is 18446744073709551616"),
         ({"trace": "some"}, "trace is 'some'"),
-        ({"max_new_tokens": 500}, "has only 128 positions"),
+        ({"max_new_tokens": 600}, "has only 512 positions"),
         ({"stop_strings": "x"}, "need a tokenizer"),
         ({"temperature": 0.0}, "temperature"),
         ({"rule": "knapsack", "param": -0.5}, "param"),
@@ -726,7 +725,7 @@ def test_bad_prompts(kad: KnapsackDeferral) -> None:
     with pytest.raises(ValueError, match="attention_mask has shape"):
         kad.generate(input_ids=torch.ones(1, 2).long(), attention_mask=torch.ones(1, 3))
     with pytest.raises(ValueError, match="is empty and the tokenizer has no bos"):
-        encode_prompts([""], SimpleNamespace(__call__=None, bos_token_id=None) and _Empty())
+        encode_prompts([""], _Empty())
 
 
 class _Empty:

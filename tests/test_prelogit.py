@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +15,7 @@ from torch import Tensor
 import tta_ext
 from tta_ext import ops
 from tta_ext.backends import reference
+from tta_ext.backends.reference.philox import noise
 
 P, N, TAU, D = 2, 6, 5, 23
 SEED, SIGMA, ITERATION = 12, 0.37, 3
@@ -267,3 +271,209 @@ def test_native_equals_reference_within_ulps(native: None) -> None:
             results.append((hidden, dot, update(control(), weights)))
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=2e-6, atol=2e-6)
+
+
+def bits(x: Tensor) -> Tensor:
+    return x.contiguous().view({4: torch.int32, 2: torch.int16}[x.element_size()])
+
+
+@pytest.mark.parametrize("d", [1, 6, 130, 4100])
+def test_perturbation_adds_the_numbers_of_normal(d: int, isa: str) -> None:
+    zero = torch.zeros(1, 3, d)
+    name: dict[str, Any] = {"sequence": 2**32 - 1, "iteration": 4095, "rollout": 65535}
+    got = ops.prelogit_perturb(torch.zeros(1, d), zero, step=2, row=0, sigma=1.0, seed=-4, **name)
+    assert torch.equal(got[0], ops.normal(d, seed=-4, step=2, **name))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_results_round_to_nearest_even(dtype: torch.dtype, isa: str) -> None:
+    """u alone, in every exponent and with all kinds of low bits, cast to hidden's dtype."""
+    d = 1 << 16
+    raw = torch.randint(-(2**31), 2**31, (4, d), generator=generator(8)).to(torch.int32)
+    raw[2] &= -0x1000  # ties of float16 and bfloat16, more often than chance would make them
+    raw[3] &= -0x8000
+    mean = raw.view(torch.float32)[None].contiguous()
+    hidden = torch.zeros(4, d, dtype=dtype)
+    got = perturb(hidden, mean, torch.arange(4), row=0, sequence=1, rollout=0, sigma=0.0)
+    want = (mean[0] + 0.0).to(dtype)
+    assert torch.equal(got.isnan(), want.isnan())
+    assert torch.equal(bits(got)[~got.isnan()], bits(want)[~want.isnan()])
+
+
+@pytest.mark.parametrize("d", [5, 128, 4096, 9001])
+def test_dot_is_accurate_and_accumulates(d: int, isa: str) -> None:
+    mean = torch.randn(1, 1, d, generator=generator(d))
+    rollout = torch.arange(3)
+    arguments: dict[str, Any] = {"row": 0, "sequence": 4, "rollout": rollout}
+    first = torch.zeros(3)
+    perturb(torch.zeros(3, d), mean, 0, dot=first, **arguments)
+    for i in range(3):
+        eps = reference.normal(
+            d, torch.tensor(SEED), 0, 4, ITERATION, i, compute_dtype=torch.float64
+        )
+        terms = mean[0, 0].double() * eps
+        # 32 additions a lane and the fold, and the ulps of eps.
+        assert abs(first[i] - terms.sum()) <= 2.0**-20 * terms.abs().sum()
+    dot = torch.tensor([1.5, -2.0, 1e6])
+    want = dot + first
+    perturb(torch.zeros(3, d), mean, 0, dot=dot, **arguments)
+    assert torch.equal(dot, want)
+
+
+@pytest.mark.parametrize(("n", "d", "tau"), [(37, 70, 3), (1024, 9, 2), (40000, 4, 1)])
+def test_many_rollouts(n: int, d: int, tau: int, native: None) -> None:
+    """Against float64: not a power of two, a full tree, nearly as many as there can be."""
+    mean = torch.randn(1, tau, d, generator=generator(n))
+    weights = torch.softmax(torch.randn(1, n, generator=generator(n + 1)), -1)
+    weights[:, 5::3] = 0.0
+    length = torch.arange(n).reshape(1, n) % (tau + 1)
+    common: dict[str, Any] = {"sigma": SIGMA, "iteration": ITERATION, "length": length}
+    got = ops.control_update(mean, weights, seed=SEED, sequence=3, **common)
+    shape = (n, tau)
+    eps = noise(
+        d,
+        torch.tensor(SEED),
+        torch.arange(tau).expand(shape),
+        torch.full(shape, 3),
+        ITERATION,
+        torch.arange(n)[:, None].expand(shape),
+        torch.float64,
+    )
+    eps = eps * (torch.arange(tau) < length[0, :, None])[..., None]
+    want = mean[0].double() + SIGMA * torch.einsum("n,ntd->td", weights[0].double(), eps)
+    torch.testing.assert_close(got[0].double(), want, rtol=1e-6, atol=1e-6)
+
+
+def sparse_case(n: int = 37, d: int = 301) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Zero, tiny and subnormal weights, rollouts of all lengths, a step that none reaches."""
+    mean = torch.randn(P, TAU, d, generator=generator(1))
+    mean[:, -1] = -0.0
+    weights = torch.rand(P, n, generator=generator(2))
+    weights[torch.rand(P, n, generator=generator(3)) < 0.5] = 0.0
+    weights[0, 7:9], weights[1, 4] = 1e-42, 1e-30
+    length = torch.randint(0, TAU, (P, n), generator=generator(4))
+    return mean, weights, {"length": length}
+
+
+def test_update_has_one_value(isa: str) -> None:
+    """Instruction sets, threads, shards, batches, flush-to-zero: the same bits."""
+    mean, weights, lengths = sparse_case()
+    want = update(mean, weights, **lengths)
+    level = torch.ops.tta_ext.cpu_isa(-1)
+    torch.ops.tta_ext.cpu_isa(0)
+    scalar = update(mean, weights, **lengths)
+    torch.ops.tta_ext.cpu_isa(level)
+    assert torch.equal(bits(scalar), bits(want))
+    torch.set_num_threads(2)
+    assert torch.equal(bits(update(mean, weights, **lengths)), bits(want))
+    torch.set_num_threads(1)
+    for size in (64, 32, 16, 8, 4, 2, 1):
+        parts = [
+            update(mean, weights, rollouts=(s, s + size), **lengths) for s in range(0, 64, size)
+        ]
+        assert torch.equal(bits(ops.control_merge(mean, torch.stack(parts), SIGMA)), bits(want))
+    for p in range(P):
+        alone = update(
+            mean[p : p + 1].contiguous(),
+            weights[p : p + 1],
+            sequence=int(SEQUENCE[p]),
+            length=lengths["length"][p : p + 1],
+        )
+        assert torch.equal(bits(alone[0]), bits(want[p]))
+    if torch.set_flush_denormal(True):
+        try:
+            flushed = update(mean, weights, **lengths)
+        finally:
+            torch.set_flush_denormal(False)
+        assert torch.equal(bits(flushed), bits(want))
+
+
+def test_weight_zero_is_no_rollout(backend: str) -> None:
+    """Zeros at the end, in between or everywhere change nothing."""
+    mean = control()
+    weights = torch.zeros(P, 9)
+    assert torch.equal(update(mean, weights), mean)
+    weights[:, 2] = 0.25
+    assert torch.equal(update(mean, weights), update(mean, weights[:, :3].contiguous()))
+    ended = torch.full((P, 9), TAU)
+    ended[:, 3:] = 0
+    dense = torch.where(torch.arange(9) == 2, 0.25, torch.where(torch.arange(9) < 3, 0.0, 0.9))
+    assert torch.equal(update(mean, dense.repeat(P, 1), length=ended), update(mean, weights))
+
+
+def test_weights_have_one_value(isa: str) -> None:
+    g = generator(6)
+    for n in (1, 3, 16, 33, 1000):
+        reward, dot = torch.randn(2, n, generator=g), torch.randn(2, n, generator=g)
+        norm2 = torch.rand(2, n, generator=g)
+        reward[1, n // 2] = -torch.inf if n > 1 else 0.0
+        arguments: dict[str, Any] = {"lam": 0.01, "alpha": 0.7, "sigma": SIGMA}
+        got = ops.importance_weights(reward, dot, norm2, **arguments)
+        level = torch.ops.tta_ext.cpu_isa(-1)
+        torch.ops.tta_ext.cpu_isa(0)
+        scalar = ops.importance_weights(reward, dot, norm2, **arguments)
+        torch.ops.tta_ext.cpu_isa(level)
+        assert torch.equal(bits(got.w), bits(scalar.w))
+        assert torch.equal(bits(got.ess), bits(scalar.ess))
+        single = ops.importance_weights(reward[1:], dot[1:], norm2[1:], **arguments)
+        assert torch.equal(bits(single.w[0]), bits(got.w[1]))
+        # Scores in float64, one exp in float32: relative error of ulps, times the exponent's.
+        slack = (1 - 0.7) / SIGMA
+        score = (reward.double() - reward.double().amax(-1, keepdim=True)) / 0.01
+        score = score - slack * dot.double() - slack**2 / 2 * norm2.double()
+        score = score - score.amax(-1, keepdim=True)
+        want = torch.softmax(score, -1)
+        bound = (4 + score.abs()) * 2.0**-24 * want
+        bound = torch.where(score < -86, 2e-38, bound)
+        assert ((got.w.double() - want).abs() <= bound).all()
+
+
+def test_lambda_near_zero(backend: str) -> None:
+    """However small, lambda divides the weight among equal rewards; only 0 takes the first."""
+    reward = torch.tensor([[2.0, 5.0, 5.0, 1.0]])
+    zero = torch.zeros(1, 4)
+    tiny = ops.importance_weights(reward, zero, zero, lam=1e-30, alpha=1.0, sigma=SIGMA)
+    assert tiny.w.tolist() == [[0.0, 0.5, 0.5, 0.0]]
+    assert tiny.ess.tolist() == [2.0]
+
+
+SHARD = """
+import sys, torch
+from tta_ext import ops
+torch.set_num_threads(1)
+case = torch.load(sys.argv[1])
+rank = int(sys.argv[2])
+shards = {
+    size: ops.control_update(**case, rollouts=(rank * size, rank * size + size))
+    for size in (32, 16) if rank * size < 64
+}
+torch.save(shards, sys.argv[3])
+"""
+
+
+def test_shards_of_other_processes_merge_to_the_same_bits(native: None, tmp_path: Path) -> None:
+    """37 rollouts over 2 and over 4 processes."""
+    mean, weights, lengths = sparse_case()
+    case = {
+        "mean": mean,
+        "weights": weights,
+        "sigma": SIGMA,
+        "seed": SEED,
+        "iteration": ITERATION,
+        "sequence": SEQUENCE,
+        **lengths,
+    }
+    torch.save(case, tmp_path / "case.pt")
+    paths = [tmp_path / f"{rank}.pt" for rank in range(4)]
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", SHARD, str(tmp_path / "case.pt"), str(rank), str(path)]
+        )
+        for rank, path in enumerate(paths)
+    ]
+    assert [worker.wait() for worker in workers] == [0] * 4
+    found = [torch.load(path) for path in paths]
+    whole = update(mean, weights, **lengths)
+    for size, count in ((32, 2), (16, 4)):
+        parts = torch.stack([found[rank][size] for rank in range(count)])
+        assert torch.equal(bits(ops.control_merge(mean, parts, SIGMA)), bits(whole))

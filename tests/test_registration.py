@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib
+import os
 import subprocess
 import sys
 from typing import Any
@@ -13,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tta_ext
 from tta_ext import ops, schemas
+from tta_ext.ops import _dispatch
 from tta_ext.schemas import OPS
 
 RULE = "Tensor param, int rule, int critical, float temperature, float rule_temperature"
@@ -137,10 +141,38 @@ def test_fake_matches_real(name: str) -> None:
         assert (one.shape, one.dtype, one.stride()) == (other.shape, other.dtype, other.stride())
 
 
-def _sample(base: torch.Tensor, proxy: torch.Tensor, seed: int, position: int) -> Any:
+Call = tuple[Any, ...]
+
+
+def _sample(seed: int, position: int, iteration: int, rollout: int) -> Call:
+    base, proxy = torch.linspace(0, 3, 50)[None], torch.linspace(2, 0, 50)[None]
     return ops.deferral_sample(
-        base, proxy, rule="knapsack", param=0.3, seed=seed, position=position
+        base,
+        proxy,
+        rule="knapsack",
+        param=0.3,
+        seed=seed,
+        position=position,
+        iteration=iteration,
+        rollout=rollout,
     )
+
+
+def _perturb(step: int, row: int, iteration: int, rollout: int) -> Call:
+    hidden, mean = torch.zeros(2, 8), torch.ones(12, 20, 8)
+    noise = ops.normal(8, seed=3, step=step, rollout=rollout)
+    perturbed = ops.prelogit_perturb(
+        hidden,
+        mean,
+        step=step,
+        row=row,
+        sequence=0,
+        rollout=rollout,
+        iteration=iteration,
+        sigma=0.5,
+        seed=1,
+    )
+    return noise, perturbed
 
 
 def _count_graphs() -> tuple[list[torch.fx.GraphModule], Any]:
@@ -153,17 +185,30 @@ def _count_graphs() -> tuple[list[torch.fx.GraphModule], Any]:
     return graphs, backend
 
 
-def test_twelve_seeds_and_positions_make_at_most_two_graphs() -> None:
+@pytest.mark.parametrize("function", [_sample, _perturb])
+@pytest.mark.parametrize("values", [range(12), range(1000, 4000, 250)], ids=["from zero", "large"])
+def test_twelve_values_make_at_most_two_graphs(function: Any, values: range) -> None:
     torch._dynamo.reset()
     graphs, backend = _count_graphs()
-    compiled = torch.compile(_sample, fullgraph=True, backend=backend)
-    base, proxy = torch.randn(2, 50), torch.randn(2, 50)
-    for i in range(12):
-        got = compiled(base, proxy, 1000 + 17 * i, 3 + 5 * i)
-        want = _sample(base, proxy, 1000 + 17 * i, 3 + 5 * i)
-        assert torch.equal(got.token, want.token)
-        assert torch.equal(got.deferred, want.deferred)
+    compiled = torch.compile(function, fullgraph=True, backend=backend)
+    for i, value in enumerate(values):
+        arguments = (value, i, value, value + 7)
+        _assert_same(compiled(*arguments), function(*arguments))
     assert len(graphs) <= 2
+
+
+def test_seed_tensors_make_one_graph() -> None:
+    torch._dynamo.reset()
+    graphs, backend = _count_graphs()
+
+    def run(seed: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        return ops.categorical_sample(torch.zeros(2, 999), seed=seed, position=position)
+
+    compiled = torch.compile(run, fullgraph=True, backend=backend)
+    for i in range(12):
+        arguments = (torch.tensor(i), torch.tensor([i, i + 1]))
+        assert torch.equal(compiled(*arguments), run(*arguments))
+    assert len(graphs) == 1
 
 
 def _everything(base: torch.Tensor, proxy: torch.Tensor, step: int) -> tuple[torch.Tensor, ...]:
@@ -263,12 +308,52 @@ def test_export(strict: bool) -> None:
         _assert_same(program.module()(*inputs), Step()(*inputs))
 
 
+@pytest.mark.parametrize(
+    "module",
+    ["deferral", "implicit_reward", "knapsack", "philox", "prelogit", "sampling", "verify"],
+)
+def test_examples_in_docstrings(module: str) -> None:
+    found = doctest.testmod(
+        importlib.import_module(f"tta_ext.ops.{module}"),
+        extraglobs={"torch": torch, "tta_ext": tta_ext},
+    )
+    assert found.attempted > 0
+    assert found.failed == 0
+
+
 def test_use_backend_refuses_what_is_not_there() -> None:
     with pytest.raises(ValueError, match="expected one of reference, cpu, cuda, triton"):
         tta_ext.use_backend("gpu")
     if not torch.cuda.is_available():
         with pytest.raises(RuntimeError, match="'cuda' is not available: torch finds no CUDA"):
             tta_ext.use_backend("cuda").__enter__()
+
+
+def test_forcing_the_native_backend_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_dispatch, "_native", "no compiler; apt install g++ mends it")
+    with pytest.raises(RuntimeError, match="'cpu' is not available: no compiler; apt install"):
+        tta_ext.use_backend("cpu").__enter__()
+
+
+def test_without_a_native_library_the_reference_serves() -> None:
+    """In another process, as kernels cannot be taken back; it warns once and works."""
+    program = (
+        "import warnings, torch, tta_ext\n"
+        "with warnings.catch_warnings(record=True) as caught:\n"
+        "    warnings.simplefilter('always')\n"
+        "    for _ in range(2):\n"
+        "        got = tta_ext.ops.deferral_sample(\n"
+        "            torch.zeros(1, 9), torch.zeros(1, 9), rule='knapsack', param=0.5,\n"
+        "            seed=1, position=2)\n"
+        "named = [w for w in caught if 'reference' in str(w.message)]\n"
+        "assert len(named) <= 1, named\n"
+        "print(int(got.token), bool(got.deferred))\n"
+    )
+    environment = {**os.environ, "TTA_EXT_NATIVE": "0"}
+    found = subprocess.check_output([sys.executable, "-c", program], text=True, env=environment)
+    logits = torch.zeros(1, 9)
+    want = ops.deferral_sample(logits, logits, rule="knapsack", param=0.5, seed=1, position=2)
+    assert found.split() == [str(int(want.token)), str(bool(want.deferred))]
 
 
 def test_import_is_lean() -> None:

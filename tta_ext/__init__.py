@@ -7,17 +7,21 @@ triton. Everything below is imported when it is first used.
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 from tta_ext._version import __version__
 
 try:
-    from tta_ext import schemas as schemas
-except (ImportError, OSError) as error:
-    # `python -m tta_ext.env` is to describe an installation whose torch is missing or broken.
-    _torch_error: Exception | None = error
+    import torch as _torch  # noqa: F401
+except ModuleNotFoundError as error:
+    # `python -m tta_ext.env` describes installations whose torch is missing, so it must start.
+    if error.name != "torch" or "tta_ext.env" not in sys.orig_argv:
+        raise ImportError(
+            "tta_ext needs torch 2.10 or newer; mend it with: pip install torch"
+        ) from error
 else:
-    _torch_error = None
+    from tta_ext import schemas as schemas
 
 if TYPE_CHECKING:
     from tta_ext import hf, ops, rng, rules
@@ -46,11 +50,6 @@ _ATTRIBUTES = {
 
 
 def __getattr__(name: str) -> Any:
-    if _torch_error is not None and (name in _MODULES or name in _ATTRIBUTES):
-        if name != "env_report":
-            raise ImportError(
-                f"tta_ext needs a working torch ({_torch_error}); pip install torch"
-            ) from _torch_error
     if name in _MODULES:
         return importlib.import_module(f"tta_ext.{name}")
     if name in _ATTRIBUTES:

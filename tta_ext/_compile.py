@@ -22,7 +22,7 @@ from pathlib import Path
 #: Folders of ``csrc`` that reach the CPU library; ``csrc/testing`` and ``csrc/cuda`` do not.
 HEADER_FOLDERS = ("core", "cpu", "bind")
 HEADER_SUFFIXES = (".h", ".hpp", ".inl")
-SOURCE_GLOBS = ("cpu/*.cpp", "bind/cpu.cpp")
+SOURCE_GLOBS = ("cpu/*.cpp", "bind/cpu*.cpp")
 
 #: ISA variants live behind target pragmas inside the files, so every file has the same flags.
 #: Contraction stays off because the numerics contract wants the same bits from every instruction

@@ -61,10 +61,7 @@ def diagnose() -> Diagnosis:
     except RuntimeError as error:  # TTA_EXT_NATIVE=1
         native = jit.LoadResult(False, str(error), None, 0.0, False)
         unusable = native.reason
-    others = {
-        name: getattr(_dispatch, "unavailable", _dispatch._unavailable)(name)
-        for name in ("cuda", "triton")
-    }
+    others = {name: _dispatch.unavailable(name) for name in ("cuda", "triton")}
     ops = []
     for name in schemas.OPS:
         on_cpu = not unusable and _dispatch.has_kernel(name, "cpu")

@@ -3,18 +3,18 @@
 A rule decides with which probability ``mu(v)`` a token ``v`` proposed by the base model is rejected
 and replaced by a token of the proxy model. ``p`` and ``q`` are the probabilities of base and proxy:
 
-================= ========================================= ============== ================
-rule              ``mu(v) = 1`` when                        param          needs the proxy
-================= ========================================= ============== ================
-``knapsack``      v is in the greedy knapsack               budget >= 0    no
-``threshold``     ``p(v) < t``                              t              no
-``confidence_bet`` ``p(v) < max q - margin``                margin         yes
-``nudging``       ``max p < t`` (then all v)                t              no
-``relative``      ``p(v) < max p - margin``                 margin         no
-``argmax``        ``p(v) < max p``                          None           no
-``proxy_below``   ``q(v) < max p + margin``                 margin         yes
-``proxy_above``   ``q(v) > max p + margin``                 margin         yes
-================= ========================================= ============== ================
+================== =========================== =========== ===============
+rule               ``mu(v) = 1`` when          param       needs the proxy
+================== =========================== =========== ===============
+``knapsack``       v is in the greedy knapsack budget >= 0 no
+``threshold``      ``p(v) < t``                t           no
+``confidence_bet`` ``p(v) < max q - margin``   margin      yes
+``nudging``        ``max p < t`` (then all v)  t           no
+``relative``       ``p(v) < max p - margin``   margin      no
+``argmax``         ``p(v) < max p``            None        no
+``proxy_below``    ``q(v) < max p + margin``   margin      yes
+``proxy_above``    ``q(v) > max p + margin``   margin      yes
+================== =========================== =========== ===============
 
 ``knapsack`` and ``threshold`` are the primal and the dual approximation of arXiv:2510.27017,
 ``confidence_bet`` is from arXiv:2604.16146.

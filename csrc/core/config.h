@@ -28,9 +28,11 @@
 #endif
 
 #if defined(__GNUC__) || defined(__clang__)
+#define TTA_NOINLINE __attribute__((noinline))
 #define TTA_LIKELY(x) __builtin_expect(!!(x), 1)
 #define TTA_UNLIKELY(x) __builtin_expect(!!(x), 0)
 #else
+#define TTA_NOINLINE
 #define TTA_LIKELY(x) (x)
 #define TTA_UNLIKELY(x) (x)
 #endif

@@ -35,6 +35,20 @@ TTA_INLINE F load_bfloat16(const uint16_t* p) {
   const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16))};
 }
+// Rounded to nearest even; a NaN is quietened.
+TTA_INLINE void store_half(uint16_t* p, F a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+TTA_INLINE void store_bfloat16(uint16_t* p, F a) {
+  const __m512i u = _mm512_castps_si512(a.v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd);
+  const __m512i quiet = _mm512_or_si512(u, _mm512_set1_epi32(0x00400000));
+  const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
+  const __m512i kept = _mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, quiet), 16);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(kept));
+}
 TTA_INLINE F set1(float a) { return {_mm512_set1_ps(a)}; }
 TTA_INLINE I set1i(int32_t a) { return {_mm512_set1_epi32(a)}; }
 TTA_INLINE I iota() {
@@ -73,6 +87,9 @@ TTA_INLINE M less_equal(F a, F b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LE
 TTA_INLINE M equal(F a, F b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ)}; }
 TTA_INLINE M equal(I a, I b) { return {_mm512_cmpeq_epi32_mask(a.v, b.v)}; }
 TTA_INLINE M less(I a, I b) { return {_mm512_cmplt_epi32_mask(a.v, b.v)}; }
+TTA_INLINE M has_bit(I a, I bit) {
+  return {_mm512_test_epi32_mask(a.v, bit.v)};
+}  // bit: a power of two
 TTA_INLINE M mask_and(M a, M b) { return {static_cast<__mmask16>(a.v & b.v)}; }
 TTA_INLINE M mask_or(M a, M b) { return {static_cast<__mmask16>(a.v | b.v)}; }
 TTA_INLINE M mask_not(M a) { return {static_cast<__mmask16>(~a.v)}; }
@@ -160,6 +177,20 @@ TTA_INLINE F load_bfloat16(const uint16_t* p) {
   const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16))};
 }
+TTA_INLINE void store_half(uint16_t* p, F a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+TTA_INLINE void store_bfloat16(uint16_t* p, F a) {
+  const __m256i u = _mm256_castps_si256(a.v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), odd);
+  const __m256i quiet = _mm256_or_si256(u, _mm256_set1_epi32(0x00400000));
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q));
+  const __m256i kept = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(kept, kept), 0xD8);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+}
 TTA_INLINE F set1(float a) { return {_mm256_set1_ps(a)}; }
 TTA_INLINE I set1i(int32_t a) { return {_mm256_set1_epi32(a)}; }
 TTA_INLINE I iota() { return {_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)}; }
@@ -196,6 +227,9 @@ TTA_INLINE M less_equal(F a, F b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_LE_OQ)}
 TTA_INLINE M equal(F a, F b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ)}; }
 TTA_INLINE M equal(I a, I b) { return {_mm256_castsi256_ps(_mm256_cmpeq_epi32(a.v, b.v))}; }
 TTA_INLINE M less(I a, I b) { return {_mm256_castsi256_ps(_mm256_cmpgt_epi32(b.v, a.v))}; }
+TTA_INLINE M has_bit(I a, I bit) {
+  return {_mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_and_si256(a.v, bit.v), bit.v))};
+}
 TTA_INLINE M mask_and(M a, M b) { return {_mm256_and_ps(a.v, b.v)}; }
 TTA_INLINE M mask_or(M a, M b) { return {_mm256_or_ps(a.v, b.v)}; }
 TTA_INLINE M mask_not(M a) {
@@ -305,6 +339,8 @@ TTA_INLINE F load_half(const uint16_t* p) { return {half_to_float(*p)}; }
 TTA_INLINE F load_bfloat16(const uint16_t* p) {
   return {scalar_from_bits(static_cast<uint32_t>(*p) << 16)};
 }
+TTA_INLINE void store_half(uint16_t* p, F a) { *p = float_to_half(a.v); }
+TTA_INLINE void store_bfloat16(uint16_t* p, F a) { *p = float_to_bfloat16(a.v); }
 TTA_INLINE F set1(float a) { return {a}; }
 TTA_INLINE I set1i(int32_t a) { return {static_cast<uint32_t>(a)}; }
 TTA_INLINE I iota() { return {0}; }
@@ -341,6 +377,7 @@ TTA_INLINE M less_equal(F a, F b) { return {a.v <= b.v}; }
 TTA_INLINE M equal(F a, F b) { return {a.v == b.v}; }
 TTA_INLINE M equal(I a, I b) { return {a.v == b.v}; }
 TTA_INLINE M less(I a, I b) { return {static_cast<int32_t>(a.v) < static_cast<int32_t>(b.v)}; }
+TTA_INLINE M has_bit(I a, I bit) { return {(a.v & bit.v) != 0}; }
 TTA_INLINE M mask_and(M a, M b) { return {a.v && b.v}; }
 TTA_INLINE M mask_or(M a, M b) { return {a.v || b.v}; }
 TTA_INLINE M mask_not(M a) { return {!a.v}; }

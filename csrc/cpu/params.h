@@ -187,7 +187,7 @@ struct PerturbArgs {
   int64_t rows = 0, dim = 0;
   const float* mean = nullptr;  // [prompts, steps, dim]
   int64_t mean_prompt_stride = 0, mean_step_stride = 0;
-  int64_t steps = 0;
+  int64_t prompts = 0, steps = 0;
   PerRow<int64_t> step, prompt, sequence, rollout;
   uint32_t iteration = 0;
   float sigma = 0;
@@ -196,6 +196,9 @@ struct PerturbArgs {
   Parallel parallel;
   int64_t grain = 1;  // fewest rows worth a task
 };
+
+// control_update is cut into tasks of one step and at most this many dimensions.
+constexpr int64_t kControlTask = 1 << 11;
 
 struct ControlArgs {
   const float* mean = nullptr;  // [prompts, steps, dim], contiguous
@@ -223,13 +226,17 @@ struct MergeArgs {
   int64_t grain = 1;  // fewest rows worth a task
 };
 
+// What an InvalidRow of importance_weights can name.
+enum WeightsInput : int { kUsable = -1, kRewardInput, kDotInput, kNorm2Input, kScores };
+
 struct WeightsArgs {
-  const float* reward = nullptr;
+  const float* reward = nullptr;  // [prompts, rollouts], like dot and norm2
   const float* dot = nullptr;
-  const float* norm2 = nullptr;  // [prompts, rollouts], contiguous
+  const float* norm2 = nullptr;
+  int64_t reward_stride = 0, dot_stride = 0, norm2_stride = 0;
   int64_t prompts = 0, rollouts = 0;
-  float lambda = 0, alpha = 1, sigma = 0;
-  float* weights = nullptr;
+  double lambda = 0, alpha = 1, sigma = 0;
+  float* weights = nullptr;  // [prompts, rollouts], contiguous
   float* ess = nullptr;
   InvalidRow* invalid = nullptr;
 };

@@ -10,16 +10,12 @@
 // Passes over memory: `row_stats` reads the row once (each 16 KiB tile twice, the second time from
 // L1). `prefix_sum` reads only the tiles whose maximum lies beyond the cut.
 
+#include "cpu/canonical.h"
+
 namespace tta {
 namespace TTA_ISA {
 
-constexpr int kTile = 4096;
-constexpr int kLanes = 128;
-constexpr int kAcc = kLanes / kWidth;        // vectors that hold the 128 lanes
-constexpr int kHalves = kAcc == 16 ? 2 : 1;  // AVX2 has 16 registers: 8 accumulators a sweep
-constexpr int kSweep = kAcc / kHalves;
 constexpr int kMaxTiles = 256;  // V <= 2^20
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr int64_t kNoLimit = std::numeric_limits<int64_t>::max();
 
 // ---- rows ------------------------------------------------------------------------------------
@@ -36,8 +32,6 @@ struct Row {
   int tiles() const { return static_cast<int>((vocab + kTile - 1) / kTile); }
 };
 
-TTA_INLINE int dtype_bytes(int dtype) { return dtype == kFloat32 ? 4 : 2; }
-
 static inline Row row_of(const Logits& x, int64_t b, int64_t k = 0) {
   Row row;
   row.data = static_cast<const char*>(x.data) +
@@ -45,32 +39,6 @@ static inline Row row_of(const Logits& x, int64_t b, int64_t k = 0) {
   row.dtype = x.dtype;
   row.vocab = x.vocab;
   return row;
-}
-
-template <int kType>
-TTA_INLINE F load_as(const char* data, int64_t j) {
-  if constexpr (kType == kFloat32) return load(reinterpret_cast<const float*>(data) + j);
-  if constexpr (kType == kFloat16) return load_half(reinterpret_cast<const uint16_t*>(data) + j);
-  return load_bfloat16(reinterpret_cast<const uint16_t*>(data) + j);
-}
-
-TTA_INLINE float element(const char* data, int dtype, int64_t j) {
-  if (dtype == kFloat32) return reinterpret_cast<const float*>(data)[j];
-  const uint16_t raw = reinterpret_cast<const uint16_t*>(data)[j];
-  return dtype == kFloat16 ? half_to_float(raw) : bfloat16_to_float(raw);
-}
-
-template <int kType>
-static void convert(const char* data, int64_t begin, int count, float* out) {
-  int j = 0;
-  for (; j + kWidth <= count; j += kWidth) store(out + j, load_as<kType>(data, begin + j));
-  for (; j < count; ++j) out[j] = element(data, kType, begin + j);
-}
-
-static void load_raw(const char* data, int dtype, int64_t begin, int count, float* out) {
-  if (dtype == kFloat32) return convert<kFloat32>(data, begin, count, out);
-  if (dtype == kFloat16) return convert<kFloat16>(data, begin, count, out);
-  convert<kBFloat16>(data, begin, count, out);
 }
 
 // A tile as float32, padded with -inf to a multiple of 128. Whole float32 tiles are read in place.
@@ -102,12 +70,6 @@ static float logit_at(const Row& row, int64_t v) {
 
 // ---- the canonical sum -------------------------------------------------------------------------
 
-TTA_INLINE float exp_scalar(float x) {
-  float lane[kWidth];
-  store(lane, exp(set1(x)));
-  return lane[0];
-}
-
 TTA_INLINE F weight(F x, F tile_max, F inv_temperature) {
   return exp(mul(sub(x, tile_max), inv_temperature));
 }
@@ -131,17 +93,6 @@ static float tile_max(Tile tile) {
     m3 = max(load(tile.x + j + 3 * kWidth), m3);
   }
   return reduce_max(max(max(m0, m1), max(m2, m3)));
-}
-
-// The 128 lanes to one float, l + 64 first, l + 1 last.
-TTA_INLINE float fold(F* acc) {
-  for (int n = kAcc / 2; n >= 1; n /= 2)
-    for (int k = 0; k < n; ++k) acc[k] = add(acc[k], acc[k + n]);
-  float lane[kWidth];
-  store(lane, acc[0]);
-  for (int n = kWidth / 2; n >= 1; n /= 2)
-    for (int k = 0; k < n; ++k) lane[k] += lane[k + n];
-  return lane[0];
 }
 
 // Which elements a masked sum admits: those ordered strictly before (x, id), by ascending logit and

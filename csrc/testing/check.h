@@ -16,13 +16,13 @@ inline int64_t& failures() {
 
 constexpr int64_t kShownFailures = 40;
 
-#define CHECK(condition, ...)                                                 \
-  do {                                                                        \
-    if (!(condition) && ++::tta::testing::failures() <= kShownFailures) {     \
-      std::fprintf(stderr, "%s:%d: %s: ", __FILE__, __LINE__, #condition);    \
-      std::fprintf(stderr, __VA_ARGS__);                                      \
-      std::fprintf(stderr, "\n");                                             \
-    }                                                                         \
+#define CHECK(condition, ...)                                              \
+  do {                                                                     \
+    if (!(condition) && ++::tta::testing::failures() <= kShownFailures) {  \
+      std::fprintf(stderr, "%s:%d: %s: ", __FILE__, __LINE__, #condition); \
+      std::fprintf(stderr, __VA_ARGS__);                                   \
+      std::fprintf(stderr, "\n");                                          \
+    }                                                                      \
   } while (0)
 
 inline int finish(const char* name) {

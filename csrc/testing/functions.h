@@ -1,5 +1,5 @@
-// csrc/core and the row kernels of every instruction set as plain functions over arrays, for the C++
-// tests and for pytest. Include once in a program; `functions(level)` is the table of one set.
+// csrc/core and the row kernels of every instruction set as plain functions over arrays, for the
+// C++ tests and for pytest. Include once in a program; `functions(level)` is the table of one set.
 // Statistics of a row are recomputed in every call: these are for tests, not for speed.
 #ifndef TTA_TESTING_FUNCTIONS_ONCE
 #define TTA_TESTING_FUNCTIONS_ONCE
@@ -130,14 +130,13 @@ static void testing_normal_pair(const uint32_t* a, const uint32_t* b, int64_t n,
 
 static void testing_noise(uint64_t seed, uint32_t step, uint32_t sequence, uint32_t word3,
                           int64_t begin, int64_t end, float* out) {
-  noise_range({static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32), step, sequence,
-               word3},
-              begin, end, out);
+  const NoiseKey key(seed);
+  const NoiseStream stream(key, step, sequence);
+  noise_range(key, stream, stream.rollout(word3), begin, end, out);
 }
 
 static void testing_load_half(const uint16_t* x, int64_t n, float* out) {
-  testing_map(x, n, out, uint16_t{0},
-              [](const uint16_t* a, float* b) { store(b, load_half(a)); });
+  testing_map(x, n, out, uint16_t{0}, [](const uint16_t* a, float* b) { store(b, load_half(a)); });
 }
 
 static void testing_load_bfloat16(const uint16_t* x, int64_t n, float* out) {
@@ -243,14 +242,25 @@ static CutView testing_below_probability(const RowView& view, double t, bool or_
 
 #define TTA_STRINGIZE(x) #x
 #define TTA_NAME(x) TTA_STRINGIZE(x)
-static const testing::Functions kFunctions = {
-    TTA_NAME(TTA_ISA),     TTA_ISA_LEVEL,          kWidth,
-    testing_exp,           testing_log,            testing_normal_pair,
-    testing_noise,         testing_load_half,      testing_load_bfloat16,
-    testing_stats,         testing_prefix_sum,     testing_prefix_at_most,
-    testing_knapsack_cut,  testing_draw,           testing_find_in_tile,
-    testing_divide,        testing_probabilities,  testing_probability,
-    testing_below_probability};
+static const testing::Functions kFunctions = {TTA_NAME(TTA_ISA),
+                                              TTA_ISA_LEVEL,
+                                              kWidth,
+                                              testing_exp,
+                                              testing_log,
+                                              testing_normal_pair,
+                                              testing_noise,
+                                              testing_load_half,
+                                              testing_load_bfloat16,
+                                              testing_stats,
+                                              testing_prefix_sum,
+                                              testing_prefix_at_most,
+                                              testing_knapsack_cut,
+                                              testing_draw,
+                                              testing_find_in_tile,
+                                              testing_divide,
+                                              testing_probabilities,
+                                              testing_probability,
+                                              testing_below_probability};
 #undef TTA_NAME
 #undef TTA_STRINGIZE
 

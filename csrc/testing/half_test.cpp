@@ -60,10 +60,9 @@ void float_to_half_boundaries() {
     const float value = h == 0x7c00 ? 65536.0f : static_cast<float>(half_value(h));
     const float next = h >= 0x7bff ? 65536.0f : static_cast<float>(half_value(h + 1));
     const float middle = value + (next - value) * 0.5f;
-    for (const float x :
-         {value, std::nextafterf(value, 1e9f), std::nextafterf(value, -1e9f), middle,
-          std::nextafterf(middle, 1e9f), std::nextafterf(middle, -1e9f),
-          value + (next - value) * static_cast<float>(random.uniform())}) {
+    for (const float x : {value, std::nextafterf(value, 1e9f), std::nextafterf(value, -1e9f),
+                          middle, std::nextafterf(middle, 1e9f), std::nextafterf(middle, -1e9f),
+                          value + (next - value) * static_cast<float>(random.uniform())}) {
       CHECK(float_to_half(x) == nearest_half(x), "%a: %04x, want %04x", x, float_to_half(x),
             nearest_half(x));
       CHECK(float_to_half(-x) == nearest_half(-x), "%a: %04x, want %04x", -x, float_to_half(-x),
@@ -110,15 +109,15 @@ void loads_agree(const Functions& f) {
             f.name, i + offset, bits_of(got[i]));
     f.load_bfloat16(pattern.data() + offset, n, got.data());
     for (int i = 0; i < n; ++i)
-      CHECK(bits_of(got[i]) == static_cast<uint32_t>(i + offset) << 16,
-            "%s: bfloat16 %04x: %08x", f.name, i + offset, bits_of(got[i]));
+      CHECK(bits_of(got[i]) == static_cast<uint32_t>(i + offset) << 16, "%s: bfloat16 %04x: %08x",
+            f.name, i + offset, bits_of(got[i]));
   }
 }
 
 #if TTA_X86_64
 __attribute__((target("f16c"))) uint16_t hardware_half(float x) {
-  return static_cast<uint16_t>(_mm_extract_epi16(
-      _mm_cvtps_ph(_mm_set_ss(x), _MM_FROUND_TO_NEAREST_INT), 0));
+  return static_cast<uint16_t>(
+      _mm_extract_epi16(_mm_cvtps_ph(_mm_set_ss(x), _MM_FROUND_TO_NEAREST_INT), 0));
 }
 
 void hardware_agrees() {

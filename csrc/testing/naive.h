@@ -160,8 +160,8 @@ class Naive {
       const double mass =
           static_cast<double>(tile_sum(t, [](int64_t) { return true; })) * scale_[t];
       if (before + mass > target)
-        return begin(t) + find(weight_.data() + begin(t), end(t) - begin(t), scale_[t], before,
-                               target);
+        return begin(t) +
+               find(weight_.data() + begin(t), end(t) - begin(t), scale_[t], before, target);
       before += mass;
     }
     return -1;
@@ -194,16 +194,16 @@ class Naive {
 
 // Rows that have made someone's kernel fail, or could.
 enum RowKind : int {
-  kLanguageModel,   // a few likely tokens over a normal background
-  kUniform,         // evenly spread logits
-  kTied,            // all equal
-  kTiedBelowOne,    // all equal but for one larger: rounding errors all in one direction
-  kFewValues,       // bfloat16-like: long runs of ties
-  kPadded,          // impossible tokens at the end, a whole tile of them where there is room
-  kPeaked,          // one token far above the rest
-  kSteps,           // every tile far below the last
-  kWide,            // most weights underflow
-  kZeros,           // -0 and +0 are the same logit
+  kLanguageModel,  // a few likely tokens over a normal background
+  kUniform,        // evenly spread logits
+  kTied,           // all equal
+  kTiedBelowOne,   // all equal but for one larger: rounding errors all in one direction
+  kFewValues,      // bfloat16-like: long runs of ties
+  kPadded,         // impossible tokens at the end, a whole tile of them where there is room
+  kPeaked,         // one token far above the rest
+  kSteps,          // every tile far below the last
+  kWide,           // most weights underflow
+  kZeros,          // -0 and +0 are the same logit
   kRowKinds
 };
 

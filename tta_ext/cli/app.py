@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-import click
 import typer
 
 from tta_ext._version import __version__
-from tta_ext.cli import bench, demo, doctor, evaluate, generate, trace
+from tta_ext.cli import bench, compare, demo, doctor, evaluate, generate, trace
 from tta_ext.cli.common import errors
 
 __all__ = ["app", "run"]
@@ -26,6 +25,7 @@ app.command("demo")(demo.demo)
 app.command("generate")(generate.generate)
 app.command("eval")(evaluate.evaluate)
 app.command("sweep")(evaluate.sweep)
+app.command("compare")(compare.compare)
 app.command("trace")(trace.trace)
 app.command("doctor")(doctor.doctor)
 app.command("bench", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
@@ -51,20 +51,12 @@ def _options(
 def run(argv: Sequence[str] | None = None) -> int:
     """Run a command line; the exit status. Bad input is one sentence, not a traceback."""
     try:
-        status = app(args=None if argv is None else list(argv), standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
-        return error.exit_code
-    except (click.Abort, KeyboardInterrupt):
-        errors.print("stopped")
-        return 130
-    except BrokenPipeError:
-        # The reader of our output has left, as `head` does.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 0
-    except (ValueError, TypeError, OSError) as error:
+        app(args=None if argv is None else list(argv))
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except (ValueError, TypeError, OSError, ImportError) as error:
         if os.environ.get("TTA_EXT_TRACEBACK"):
             raise
         errors.print(f"tta: {error}", style="red", markup=False, highlight=False)
         return 1
-    return int(status or 0)
+    return 0

@@ -112,9 +112,9 @@ def load_pair(
     rule = canonical_rule(rule)
     chosen: Any = dtype
     if dtype != "auto":
-        chosen = getattr(torch, dtype, None)
-        if not isinstance(chosen, torch.dtype):
+        if dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"--dtype is {dtype!r}, expected auto, float32, bfloat16 or float16")
+        chosen = getattr(torch, dtype)
     if base is None or proxy is None:
         from tta_ext.demo.evaluate import ASSETS
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tta_ext.cli import common
+from tta_ext.cli import aisp, common
 from tta_ext.cli.common import console, errors
 
 if TYPE_CHECKING:
@@ -24,6 +24,14 @@ class Method(str, Enum):
 
     kad = "kad"
     implicit_reward = "implicit-reward"
+    aisp = "aisp"
+    best_of_n = "best-of-n"
+    args = "args"
+    chunk_beam = "chunk-beam"
+
+
+# These have two models; the others one model and a reward.
+_PAIRS = (Method.kad, Method.implicit_reward)
 
 
 def generate(
@@ -60,16 +68,26 @@ def generate(
     colour: Annotated[
         bool, typer.Option("--colour", "--color", help="Colour the text by its source.")
     ] = False,
+    model: aisp.Model = aisp.SMOLLM2,
+    reward: aisp.RewardName = None,
+    iterations: Annotated[int | None, typer.Option(help="Iterations of aisp.")] = None,
+    n: Annotated[
+        int | None, typer.Option("--n", help="Rollouts an iteration (aisp) or in all (best-of-n).")
+    ] = None,
+    sigma: Annotated[float | None, typer.Option(help="Noise of aisp.")] = None,
+    lam: Annotated[float | None, typer.Option(help="Temperature of aisp's reward.")] = None,
+    settings: aisp.Settings = None,
     stream: Annotated[bool, typer.Option("--stream", help="Print text as it comes.")] = False,
     batch_size: common.BatchSize = 16,
     dtype: common.Dtype = "auto",
     device: common.Device = None,
     threads: common.Threads = None,
 ) -> None:
-    """Answer prompts with two models.
+    """Answer prompts: with two models, or with one model and a reward.
 
     Prompts are arguments, lines of --input or stdin, or JSONL records with "prompt" or "messages".
-    Without --base and --proxy the small pair that ships with the package answers.
+    Methods kad and implicit-reward: without --base and --proxy the small pair that ships with the
+    package answers. The other methods take --model and --reward.
     """
     common.set_threads(threads)
     if method is Method.implicit_reward:
@@ -77,6 +95,37 @@ def generate(
     asked = common.read_prompts(prompts, source)
     if chat or system is not None:
         asked = [as_conversation(prompt, system) for prompt in asked]
+    if seed is None:
+        import torch
+
+        seed = int(torch.randint(2**31, ()))
+    if method not in _PAIRS:
+        if stream or samples != 1:
+            raise ValueError(f"--method {method.value} takes neither --stream nor --samples")
+        aisp.search(
+            asked,
+            method=method.value,
+            model=model,
+            reward=reward,
+            settings=settings or [],
+            options={
+                "n": n,
+                "iterations": iterations,
+                "sigma": sigma,
+                "lam": lam,
+                "temperature": temperature,
+                "max_new_tokens": max_new_tokens,
+                "stop_strings": stop or None,
+                "decoding": "greedy" if greedy else None,
+            },
+            seed=seed,
+            output=output,
+            jsonl=jsonl,
+            rows=batch_size,
+            dtype=dtype,
+            device=device,
+        )
+        return
     kad = common.load_pair(
         base,
         proxy,
@@ -89,10 +138,6 @@ def generate(
         temperature=temperature,
         rule_temperature=rule_temperature,
     )
-    if seed is None:
-        import torch
-
-        seed = int(torch.randint(2**31, ()))
     options: dict[str, Any] = {
         "do_sample": not greedy,
         "seed": seed,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -15,7 +15,13 @@ import torch
 from tta_ext import ops, rng
 from tta_ext.decoding.kad import _seed
 from tta_ext.decoding.outcome import Candidate
-from tta_ext.decoding.search import Search, SearchMethod, SearchSettings, check_counts
+from tta_ext.decoding.search import (
+    Search,
+    SearchMethod,
+    SearchSettings,
+    check_counts,
+    check_samples,
+)
 
 __all__ = ["BestOfN", "BestOfNSettings"]
 
@@ -51,6 +57,13 @@ class BestOfNSettings(SearchSettings):
         group = self.n if self.group is None else min(self.group, self.n)
         whole, rest = divmod(self.n, group)
         return [group] * whole + ([rest] if rest else [])
+
+    def for_samples(self, samples: int) -> BestOfNSettings:
+        return replace(self, n=check_samples(samples, 1))
+
+    def for_seconds(self, seconds: float) -> BestOfNSettings:
+        group = self.n if self.group is None else self.group
+        return replace(self, n=group * rng.ITERATIONS, group=group, max_seconds=seconds)
 
 
 class BestOfN(SearchMethod[BestOfNSettings]):
@@ -94,7 +107,7 @@ class _Run(Search[BestOfNSettings]):
         chosen = ops.categorical_sample(
             torch.tensor([logits], dtype=torch.float32),
             seed=self.seed,
-            position=len(candidates),
+            position=0,
             sequence=self.sequence[prompt],
             stream=rng.REWARD,
         )

@@ -177,7 +177,8 @@ class KnapsackDeferral:
             eos_token_id: an id or several that end an answer; default: those of both models.
             stop_strings: a string or several that end an answer; its text is cut before them.
             logits_processor: transformers' ``LogitsProcessorList`` (or one processor), applied to
-                both models' logits with the base's sequence as ``input_ids``, without padding.
+                both models' logits with the base's sequence as ``input_ids``, without padding. For
+                ``"implicit_reward"``, to the base's alone.
             stopping_criteria: transformers' ``StoppingCriteriaList``, called after each step.
             lazy: False runs the proxy for all rows at every step even if the rule needs it only for
                 rejected tokens; the random numbers and the rule are the same.

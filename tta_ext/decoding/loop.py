@@ -12,6 +12,7 @@ The step is kept thin: outputs are preallocated, and the host waits for the devi
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -82,7 +83,7 @@ class Answers:
     trace: list[list[TokenTrace]] = field(default_factory=list)
 
 
-class Loop:
+class Loop(ABC):
     """Base class of the decoding loops.
 
     Args:
@@ -127,9 +128,9 @@ class Loop:
         self.stats.steps += 1
         self.stats.seconds += perf_counter() - start
 
+    @abstractmethod
     def draw(self) -> list[bool]:
         """Put one token a row into ``self.token``; return which came from a follower."""
-        raise TypeError(f"{type(self).__name__} does not say how to draw tokens")
 
     def run(self) -> None:
         """Step until every row has finished."""
@@ -155,15 +156,17 @@ class Loop:
 
     # ---- logits ------------------------------------------------------------------------------
 
-    def logits(self, runner: Runner) -> Tensor:
-        """Processed logits of all rows after their last token."""
+    def logits(self, runner: Runner, process: bool = True) -> Tensor:
+        """Logits of all rows after their last token; with the logits processors applied or not."""
         if self._fed:
             logits = runner.step()
         else:
             # The first time: prompts, or what a conversation has added since the last turn.
             runner.prefill()
             logits = runner.catch_up()
-        return self.process(logits, None)
+        if process:
+            return self.process(logits, None)
+        return logits if logits.device == self.base.device else logits.to(self.base.device)
 
     @property
     def _every(self) -> list[int]:
@@ -387,7 +390,8 @@ class DenseDeferral(Loop):
 class ImplicitReward(Loop):
     """Proxy tuning: ``log pi = log p + sum_e beta_e (log q_e - log q0_e) - log Z``.
 
-    The first followers are the experts, then come as many anti-experts, or none.
+    The first followers are the experts, then come as many anti-experts, or none. Logits processors
+    change the base alone: in a ratio of experts they would cancel, or divide zero by zero.
 
     Args:
         experts: number of experts.
@@ -403,7 +407,7 @@ class ImplicitReward(Loop):
     def draw(self) -> list[bool]:
         options = self.options
         logits = self._base_logits = self.logits(self.base)
-        others = [self.logits(runner) for runner in self.followers]
+        others = [self.logits(runner, process=False) for runner in self.followers]
         anti = others[self.experts :]
         with span("sample"):
             ops.implicit_reward_sample(

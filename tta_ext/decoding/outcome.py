@@ -38,7 +38,7 @@ class IterationRecord:
 
     Attributes:
         iteration: its number.
-        samples: answers scored so far.
+        samples: answers scored so far, unfinished ones included.
         mean, max, std: of this iteration's rewards (std: population; -inf rewards enter as such).
         best: highest reward so far.
         ess: effective sample size of the importance weights, 1 to the number of rollouts.
@@ -82,8 +82,8 @@ class Timing:
 
     Attributes:
         total: from encoded prompts to the result.
-        model: inside the model's forwards, cache updates included, without the noise. On CUDA a time
-            of submission unless the model waits for the device.
+        model: inside the model's forwards, cache updates included, without the noise. On CUDA a
+            time of submission unless the model waits for the device.
         reward: spent waiting for the reward.
         reward_calls: calls of the reward.
         reward_items: answers it was asked about.
@@ -103,9 +103,7 @@ class Timing:
         return self.total - self.model - self.reward
 
     def __add__(self, other: Timing) -> Timing:
-        return Timing(
-            **{key: value + getattr(other, key) for key, value in asdict(self).items()}
-        )
+        return Timing(**{key: value + getattr(other, key) for key, value in asdict(self).items()})
 
     def as_dict(self) -> dict[str, float]:
         """The fields and the rest, for JSON."""
@@ -148,7 +146,9 @@ class SearchResult:
         """The best answers' texts; ``ValueError`` without a tokenizer."""
         texts = [one.text for one in self.best]
         if any(text is None for text in texts):
-            raise ValueError("the result has no text, as there is no tokenizer; use .best[i].tokens")
+            raise ValueError(
+                "the result has no text, as there is no tokenizer; use .best[i].tokens"
+            )
         return [text for text in texts if text is not None]
 
     @property
@@ -184,7 +184,7 @@ class SearchResult:
 
     @staticmethod
     def concatenate(parts: Sequence[SearchResult]) -> SearchResult:
-        """One result of several with the same seed and settings; u is dropped if there are several."""
+        """One result of several with the same seed and settings; of several, without u."""
         if not parts:
             raise ValueError("there is nothing to concatenate")
         first = parts[0]

@@ -22,6 +22,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from time import perf_counter
 from typing import Any, Protocol
 
@@ -56,7 +57,7 @@ def call_reward(reward: Reward, prompts: Sequence[Any], responses: Sequence[Any]
         TypeError: it returned something that is no sequence of numbers.
         ValueError: it returned another number of values, NaN or +inf.
     """
-    values = reward(list(prompts), list(responses))
+    values: Any = reward(list(prompts), list(responses))
     if isinstance(values, torch.Tensor):
         values = values.flatten().tolist()
     try:
@@ -89,7 +90,8 @@ class RewardStream:
     def __init__(self, reward: Reward, batch_size: int | None = None) -> None:
         if not callable(reward):
             raise TypeError(
-                f"reward is {type(reward).__name__}, expected a callable (prompts, responses) -> floats"
+                f"reward is {type(reward).__name__}, expected a callable "
+                "(prompts, responses) -> floats"
             )
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"reward_batch_size is {batch_size}, expected at least 1")
@@ -141,8 +143,8 @@ class ClassifierReward:
     Args:
         model: ``AutoModelForSequenceClassification``.
         tokenizer: its tokenizer.
-        label: which output is the reward, by number or by its name in the model's configuration; may
-            be left out if there is one only.
+        label: which output is the reward, by number or by its name in the model's configuration;
+            may be left out if there is one only.
         probability: take the label's log-probability in place of its logit.
         template: a chat template in place of the tokenizer's.
         batch_size: answers in a forward at most.
@@ -184,7 +186,7 @@ class ClassifierReward:
     def from_pretrained(
         cls, path: str, *, dtype: torch.dtype | str = "auto", device: Any = None, **options: Any
     ) -> ClassifierReward:
-        """Load a reward model and its tokenizer from safetensors; ``options`` as the constructor's."""
+        """Load a reward model (safetensors) and its tokenizer; ``options`` as the constructor's."""
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
         try:
@@ -204,7 +206,9 @@ class ClassifierReward:
         if label is None:
             if count == 1:
                 return 0
-            raise ValueError(f"the reward model has {count} outputs; choose one: {', '.join(names)}")
+            raise ValueError(
+                f"the reward model has {count} outputs; choose one: {', '.join(names)}"
+            )
         index = names.get(label, -1) if isinstance(label, str) else label
         if not 0 <= index < count:
             raise ValueError(
@@ -307,7 +311,10 @@ class LetterReward:
 
 
 class JsonReward:
-    """Is the answer JSON? 1 if all of it is an object or array, 0.5 if a part is, 0 otherwise."""
+    """Is the answer JSON? 1 if all of it is an object or array, 0.5 if a part is, 0 otherwise.
+
+    Parts are sought at the first 32 brackets only, so that no answer takes long to judge.
+    """
 
     def __call__(self, prompts: Sequence[Any], responses: Sequence[str]) -> list[float]:
         return [self._score(text) for text in responses]
@@ -319,7 +326,7 @@ class JsonReward:
         except (ValueError, RecursionError):
             pass
         decoder = json.JSONDecoder()
-        for match in re.finditer(r"[{\[]", text):
+        for match in islice(re.finditer(r"[{\[]", text), 32):
             try:
                 decoder.raw_decode(text, match.start())
             except (ValueError, RecursionError):
@@ -371,7 +378,7 @@ def _named(text: str) -> Reward:
     found = getattr(importlib.import_module(module), name, None)
     if not callable(found):
         raise ValueError(f"{module} has no function {name}")
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def _classifier(text: str) -> Reward:

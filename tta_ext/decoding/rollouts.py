@@ -165,8 +165,8 @@ class _Rows(Runner):
         width = max(self._total, default=0)
         self._make_room(width)
         index = torch.tensor(rows, dtype=torch.int64, device=self.device)
-        layers = self.cache.layers
-        for place, theirs in enumerate(source.cache.layers):
+        layers = self.cache.ragged
+        for place, theirs in enumerate(source.cache.ragged):
             while len(layers) <= place:
                 layers.append(RaggedLayer(self.cache))
             mine = layers[place]
@@ -179,7 +179,7 @@ class _Rows(Runner):
         self._cached = self._total.copy()
 
     def reorder(self, rows: Sequence[int]) -> None:
-        """Make row i a copy of what row ``rows[i]`` is now; at most as many rows as at the start."""
+        """Make row i a copy of what row ``rows[i]`` is now; not more rows than at the start."""
         if rows:
             source = torch.tensor(rows, dtype=torch.int64, device=self.device)
             target = torch.arange(len(rows), device=self.device)
@@ -360,6 +360,13 @@ class Rollouts:
         values = token.tolist()
         finished = []
         for row, (cell, value) in enumerate(zip(self.active, values, strict=True)):
+            if value < 0:
+                # On CUDA the ops do not raise, they mark the row.
+                prompt, rollout = self.cells[cell]
+                raise ValueError(
+                    f"the logits of prompt {prompt}, rollout {rollout} have NaN or +inf, or no "
+                    "finite value"
+                )
             self.tokens[cell].append(value)
             self.finish[cell] = self._why(cell, value)
             if self.finish[cell]:

@@ -1,9 +1,9 @@
 """Search by reward over whole answers: what its methods share.
 
-:class:`SearchMethod` holds model, reward, tokenizer and settings; :meth:`SearchMethod.start` makes a
-:class:`Search`, the state of one run over a batch of prompts, which advances an iteration at a time:
-draw rollouts of every prompt, score them, remember the best. Best-of-n is this loop as it stands;
-:mod:`tta_ext.decoding.aisp` adds noise and moves its mean between iterations.
+:class:`SearchMethod` holds model, reward, tokenizer and settings; :meth:`SearchMethod.start` makes
+a :class:`Search`, the state of one run over a batch of prompts, which advances an iteration at a
+time: draw rollouts of every prompt, score them, remember the best. Best-of-n is this loop as it
+stands; :mod:`tta_ext.decoding.aisp` adds noise and moves its mean between iterations.
 """
 
 from __future__ import annotations
@@ -79,6 +79,21 @@ class SearchSettings:
         """Number of rollouts of each iteration."""
         raise TypeError(f"{type(self).__name__} has no iterations")
 
+    def for_samples(self, samples: int) -> SearchSettings:
+        """These settings, made to write about so many answers' worth of tokens a prompt."""
+        raise TypeError(f"{type(self).__name__} has no number of samples")
+
+    def for_seconds(self, seconds: float) -> SearchSettings:
+        """These settings, made to go on until a time has passed."""
+        raise TypeError(f"{type(self).__name__} has no iterations")
+
+
+def check_samples(samples: int, least: int) -> int:
+    """The number itself; ``ValueError`` if a method cannot do with so few."""
+    if samples < least:
+        raise ValueError(f"samples is {samples}, expected at least {least} with these settings")
+    return samples
+
 
 def check_counts(rollouts: int, iterations: int) -> None:
     """``ValueError`` unless the random streams have counters for so many."""
@@ -143,7 +158,7 @@ class SearchMethod(Generic[S]):
                 f"{', '.join(sorted(known))}"
             )
         if settings is None:
-            return self.settings_type(**changes)  # type: ignore[no-any-return]
+            return self.settings_type(**changes)
         return replace(settings, **changes)
 
     def start(
@@ -220,8 +235,9 @@ class Search(Generic[S]):
 
     Attributes:
         iteration: iterations done.
-        candidates, curves, stopped: see :class:`~tta_ext.decoding.outcome.SearchResult`; ``stopped``
-            is "" where the search goes on.
+        candidates, curves, stopped: see :class:`~tta_ext.decoding.outcome.SearchResult`;
+            ``stopped`` is "" where the search goes on.
+        tokens, asked: tokens generated and answers scored so far, for each prompt.
     """
 
     def __init__(
@@ -239,11 +255,11 @@ class Search(Generic[S]):
         count = len(self.prompts)
         self.sequence = list(range(count)) if sequence is None else [int(i) for i in sequence]
         if len(self.sequence) != count:
-            raise ValueError(f"sequence has {len(self.sequence)} ids, expected {count}, one a prompt")
-        if encoded is None:
-            encoded = encode_prompts(
-                self.prompts, method.tokenizer, template=method.chat_template
+            raise ValueError(
+                f"sequence has {len(self.sequence)} ids, expected {count}, one a prompt"
             )
+        if encoded is None:
+            encoded = encode_prompts(self.prompts, method.tokenizer, template=method.chat_template)
         self.encoded = [list(ids) for ids in encoded]
         _check_lengths(method.model, self.encoded, settings.max_new_tokens)
         self.schedule = settings.schedule()
@@ -259,6 +275,7 @@ class Search(Generic[S]):
             None if not stop else StopStrings(stop, method.tokenizer),
         )
         self.stream = RewardStream(method.reward, settings.reward_batch_size)
+        self.streams = [self.stream]
         self.cache = PromptCache(method.model, self.encoded, self.sequence, method.vocabulary)
         self.seed_tensor = torch.tensor([seed], dtype=torch.int64, device=self.cache.device)
         self.iteration = 0
@@ -266,9 +283,9 @@ class Search(Generic[S]):
         self.curves: list[list[IterationRecord]] = [[] for _ in self.prompts]
         self.stopped = ["" for _ in self.prompts]
         self.tokens = [0] * count
+        self.asked = [0] * count
         self._before = Timing()
         self._seconds = perf_counter() - begin
-        self._model_seconds = 0.0
 
     # ---- the loop ----------------------------------------------------------------------------
 
@@ -288,9 +305,9 @@ class Search(Generic[S]):
         return self._before + Timing(
             total=self._seconds,
             model=self.cache.seconds,
-            reward=self.stream.seconds,
-            reward_calls=self.stream.calls,
-            reward_items=self.stream.items,
+            reward=sum(stream.seconds for stream in self.streams),
+            reward_calls=sum(stream.calls for stream in self.streams),
+            reward_items=sum(stream.items for stream in self.streams),
             tokens=sum(self.tokens) - self._before.tokens,
         )
 
@@ -341,6 +358,18 @@ class Search(Generic[S]):
         """Learn from an iteration; for each active prompt, fields of its record."""
         return [{} for _ in active]
 
+    def rollouts(self, cells: Sequence[tuple[int, int]]) -> Rollouts:
+        """A batch of this iteration's rollouts."""
+        return Rollouts(
+            self.cache,
+            cells,
+            sampling=self.sampling,
+            seed=self.seed_tensor,
+            iteration=self.iteration,
+            noise=self.noise(),
+            metered=self.metered,
+        )
+
     def _roll(self, active: list[int], count: int) -> Scored:
         """Draw and score ``count`` rollouts of each active prompt."""
         settings = self.settings
@@ -350,17 +379,8 @@ class Search(Generic[S]):
         place = {prompt: i for i, prompt in enumerate(active)}
         texts: dict[tuple[int, int], Any] = {}
         finished: dict[tuple[int, int], tuple[list[int], str]] = {}
-        noise = self.noise()
         for first in range(0, len(cells), size):
-            rollouts = Rollouts(
-                self.cache,
-                cells[first : first + size],
-                sampling=self.sampling,
-                seed=self.seed_tensor,
-                iteration=self.iteration,
-                noise=noise,
-                metered=self.metered,
-            )
+            rollouts = self.rollouts(cells[first : first + size])
 
             def on_finish(number: int, rollouts: Rollouts = rollouts) -> None:
                 cell = rollouts.cells[number]
@@ -408,12 +428,13 @@ class Search(Generic[S]):
     ) -> None:
         self.candidates[prompt] += candidates
         self.tokens[prompt] += sum(len(one.tokens) for one in candidates)
+        self.asked[prompt] += len(candidates)
         best = best_of(self.candidates[prompt]).reward
         mean, highest, deviation = spread([one.reward for one in candidates])
         self.curves[prompt].append(
             IterationRecord(
                 iteration=self.iteration,
-                samples=len(self.candidates[prompt]),
+                samples=self.asked[prompt],
                 mean=mean,
                 max=highest,
                 std=deviation,

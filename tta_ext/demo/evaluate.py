@@ -15,18 +15,32 @@ import argparse
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from tta_ext import rules as rule_table
-from tta_ext.decoding.kad import IMPLICIT_REWARD, KnapsackDeferral
+from tta_ext.decoding.kad import KnapsackDeferral
 from tta_ext.decoding.loading import load_model, load_tokenizer
+from tta_ext.demo.journal import Journal
+from tta_ext.demo.table import (
+    BASE_ALONE,
+    GREEDY,
+    IMPLICIT_REWARD,
+    MODES,
+    PROXY_ALONE,
+    SAMPLED,
+    Row,
+    Setting,
+    best_by_rule,
+    difference,
+    report,
+    summary,
+    table,
+)
 from tta_ext.demo.task import (
     Problem,
     evaluation_problems,
@@ -34,6 +48,31 @@ from tta_ext.demo.task import (
     score_strict,
     strict_answer,
 )
+
+__all__ = [
+    "ASSETS",
+    "BASE_ALONE",
+    "GREEDY",
+    "IMPLICIT_REWARD",
+    "MAX_NEW_TOKENS",
+    "MODES",
+    "PROXY_ALONE",
+    "SAMPLED",
+    "SHORT",
+    "SWEEP",
+    "Journal",
+    "Pair",
+    "Row",
+    "Setting",
+    "best_by_rule",
+    "difference",
+    "evaluate",
+    "evaluate_iter",
+    "load_pair",
+    "report",
+    "summary",
+    "table",
+]
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets" / "demo"
 MAX_NEW_TOKENS = 64

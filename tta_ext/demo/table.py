@@ -206,8 +206,8 @@ def report(result: dict[str, Any], rows: Sequence[Row]) -> str:
         base, proxy = found["over_base"], found["over_proxy"]
         lines += [
             f"**{mode}**: {found['best_kad']} {found['exact']:.3f}; over the base alone "
-            f"{base[0]:+.3f} ± {base[1]:.3f}, over the proxy alone {proxy[0]:+.3f} ± {proxy[1]:.3f}; "
-            f"it {beats} the base's format-free score {found['base_lenient']:.3f}.",
+            f"{base[0]:+.3f} ± {base[1]:.3f}, over the proxy alone {proxy[0]:+.3f} ± "
+            f"{proxy[1]:.3f}; it {beats} the base's format-free score {found['base_lenient']:.3f}.",
             "",
             "| best of each rule | exact | behind the first |",
             "|---|---:|---:|",

@@ -66,8 +66,8 @@ BASE_STAGES = (
     Stage("base/knowledge", "knowledge", 2000, 1.5e-3),
     Stage("base/final", "final", 4200, 1.5e-3),
 )
-PROXY_STAGES = (Stage("proxy/final", "final", 1200, 3e-3),)
-FORMAT_STAGES = (Stage("proxy/format", "formatted", 200, 2e-3, documents=2000),)
+PROXY_STAGES = (Stage("proxy/final", "final", 1500, 3e-3),)
+FORMAT_STAGES = (Stage("proxy/format", "formatted", 250, 2e-3, documents=2000),)
 
 
 def train_tokenizer(documents: int = 20_000) -> PreTrainedTokenizerFast:
@@ -306,6 +306,8 @@ def train_pair(out: Path, *, autocast: bool = True, scale: float = 1.0, only: st
         model = make_model(PROXY, tokenizer, SEED + 1)
         records += run_stages(model, tokenizer, scaled(PROXY_STAGES), seed=SEED, autocast=autocast)
         save(model, tokenizer, out / "proxy_init")
+        # Go on from the file, so that proxy_init is what the proxy was before alignment to the bit.
+        model = LlamaForCausalLM.from_pretrained(out / "proxy_init", dtype=torch.float32)
         records += run_stages(model, tokenizer, scaled(FORMAT_STAGES), seed=SEED, autocast=autocast)
         save(model, tokenizer, out / "proxy")
     if only in ("", "base"):

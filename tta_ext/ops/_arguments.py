@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -175,6 +175,17 @@ def index_tensor(name: str, value: int | Tensor, count: int, device: torch.devic
     return integer(value)
 
 
+def _plain_index(value: object, count: int) -> TypeGuard[Tensor]:
+    """Whether a tensor surely passes :func:`index_tensor` beside CPU logits."""
+    return (
+        type(value) is Tensor
+        and value.is_cpu
+        and value.dtype is torch.int64
+        and value.numel() == count
+        and value.dim() == 1
+    )
+
+
 def sequence_tensor(value: int | Tensor | None, count: int, device: torch.device) -> Tensor:
     """Sequence ids; row numbers where the caller gives none."""
     if value is None:
@@ -209,7 +220,7 @@ def key_arguments(
     do_sample: bool,
 ) -> KeyArguments:
     """The arguments that name random numbers, as the operators take them."""
-    count, device = like.shape[0], like.device
+    count, device, on_cpu = like.shape[0], like.device, like.is_cpu
     if seed is None or position is None:
         if do_sample:
             missing = "seed" if seed is None else "position"
@@ -222,8 +233,12 @@ def key_arguments(
         rng.check_rollout(rollout)
     return (
         seed_tensor(seed, device),
-        index_tensor("position", position, count, device),
-        sequence_tensor(sequence, count, device),
+        position
+        if on_cpu and _plain_index(position, count)
+        else index_tensor("position", position, count, device),
+        sequence
+        if on_cpu and _plain_index(sequence, count)
+        else sequence_tensor(sequence, count, device),
         iteration,
         rollout,
         bool(do_sample),

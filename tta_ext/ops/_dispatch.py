@@ -171,14 +171,18 @@ def invoke(op: Op, args: Sequence[Any], out: Sequence[Tensor] | None) -> Sequenc
         return _run_forced(op, args, out)
     if out is None:
         out = op.allocate(*args)
+    names = op.outputs
     try:
-        op.out(*args, **dict(zip(op.outputs, out)))  # noqa: B905
+        if len(names) == 2:  # decoding steps: spares the zip
+            op.out(*args, **{names[0]: out[0], names[1]: out[1]})
+        else:
+            op.out(*args, **dict(zip(names, out)))  # noqa: B905
     except RuntimeError as error:
         raise translated(error) from None
     return out
 
 
-def _unavailable(backend: str) -> str:
+def unavailable(backend: str) -> str:
     """Why a backend cannot be forced; empty if it can."""
     if backend == "reference":
         return ""
@@ -224,7 +228,7 @@ class use_backend:
 
     def __enter__(self) -> use_backend:
         global _forced
-        reason = _unavailable(self._backend)
+        reason = unavailable(self._backend)
         if reason:
             raise RuntimeError(f"backend {self._backend!r} is not available: {reason}")
         self._outer, _forced = _forced, self._backend

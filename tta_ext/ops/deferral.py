@@ -356,7 +356,8 @@ def deferral_propose(
     if out is not None:
         _check_proposal(out, base_logits)
     flag = args.check_flag(check, base_logits)
-    return Proposal(*invoke(_PROPOSE, (base_logits, *numbers, *key, flag), out))
+    result = invoke(_PROPOSE, (base_logits, *numbers, *key, flag), out)
+    return result if type(result) is Proposal else Proposal(*result)
 
 
 def deferral_sample(
@@ -406,4 +407,5 @@ def deferral_sample(
     if out is not None:
         _check_proposal(out, base)
     flag = args.check_flag(check, base)
-    return Proposal(*invoke(_SAMPLE, (base, proxy, *numbers, *key, flag), out))
+    result = invoke(_SAMPLE, (base, proxy, *numbers, *key, flag), out)
+    return result if type(result) is Proposal else Proposal(*result)

@@ -1,0 +1,301 @@
+"""What AISP buys on a real model: several rewards, paired with best-of-n at equal samples.
+
+``python -m benchmarks.aisp_rewards`` runs SmolLM2-135M-Instruct on prompts that were not used to
+choose any setting, and prints, for each reward: the mean reward of the first and the last iteration
+with the paired rise, and the best reward against best-of-n on the same number of samples, with
+standard errors and win rates. ``--tune`` uses the other prompts: settings are chosen there.
+
+Best-of-n's answers do not depend on the reward, so they are drawn once and scored by every reward.
+Each finished batch is on the disk before the next begins (``--journal``), and a run that was cut
+short goes on from there.
+
+``python -m benchmarks.aisp_rewards --timing`` measures wall-clock instead: both methods in turn on
+the same batch shapes and answer lengths, several times, and the ratio of the medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tta_ext import comparison
+from tta_ext.cli.common import JsonLines
+from tta_ext.decoding import AdaptiveImportanceSampling, BestOfN
+from tta_ext.decoding.outcome import SearchResult, spread
+from tta_ext.decoding.rewards import call_reward, parse_reward
+from tta_ext.demo import smollm2
+from tta_ext.env import env_report
+
+REWARDS = ("letter:s", "letter:b", "sentiment", "sentiment:negative", "words:12")
+
+TUNING = (
+    "Describe a quiet village.",
+    "What is a good hobby?",
+    "Write about the moon.",
+    "Give me some advice.",
+    "Tell me about trains.",
+    "What did you do today?",
+    "Describe a strange machine.",
+    "What makes a good teacher?",
+    "Write about an old house.",
+    "Tell me something about rivers.",
+    "What should I cook tonight?",
+    "Describe the colour blue.",
+)
+
+EVALUATION = (
+    "Tell me a short story.",
+    "Describe your favourite place.",
+    "What happens in a forest at night?",
+    "Write a line about the sea.",
+    "How was the weather yesterday?",
+    "Tell me about a friend of yours.",
+    "What is in the garden?",
+    "Describe a busy market.",
+    "Write about a long journey.",
+    "What do cats do all day?",
+    "Tell me about your school.",
+    "What is music good for?",
+    "Describe a winter morning.",
+    "Give me a reason to read books.",
+    "Write about a lost key.",
+    "What can be seen from a mountain?",
+    "Tell me about a famous painter.",
+    "What is the best way to travel?",
+    "Describe a meal you remember.",
+    "Write about a small bird.",
+    "What do people talk about at dinner?",
+    "Tell me about the city at dawn.",
+    "What would you do with a free day?",
+    "Describe a game for children.",
+)
+
+# The trial's settings are one contestant of several: see --aisp.
+DEFAULT_AISP = ("aisp:n=16", "aisp lam .01=aisp:n=16,sigma=0.5,lam=0.01")
+BASELINE = "best_of_n"
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="python -m benchmarks.aisp_rewards", description=__doc__)
+    p.add_argument("--reward", nargs="+", default=list(REWARDS), help="rewards (%(default)s)")
+    p.add_argument("--aisp", nargs="+", default=list(DEFAULT_AISP), metavar="LABEL=aisp:K=V,...")
+    p.add_argument("--samples", type=int, default=256, help="answers a prompt and method (256)")
+    p.add_argument("--group", type=int, default=16, help="answers drawn together (16)")
+    p.add_argument("--max-new-tokens", type=int, default=24)
+    p.add_argument("--prompts", type=int, help="only the first so many")
+    p.add_argument("--at-once", type=int, default=4, help="prompts in a batch (4)")
+    p.add_argument("--tune", action="store_true", help="the prompts for choosing settings")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--threads", type=int, default=1)
+    p.add_argument("--journal", type=Path, default=Path("aisp_rewards.jsonl"))
+    p.add_argument("--json", type=Path, help="where to write the tables")
+    p.add_argument("--plot", type=Path, help="folder for one plot a reward")
+    p.add_argument("--timing", action="store_true", help="measure wall-clock instead")
+    p.add_argument("--repeats", type=int, default=5, help="of --timing (5)")
+    return p
+
+
+def conversations(prompts: Sequence[str]) -> list[Any]:
+    return [[{"role": "user", "content": prompt}] for prompt in prompts]
+
+
+def rescored(result: SearchResult, at: int, reward: Any) -> dict[str, Any]:
+    """The record of one prompt of a run, as if it had been made with another reward."""
+    candidates = result.candidates[at]
+    prompts = [result.prompts[at]] * len(candidates)
+    values = call_reward(reward, prompts, [one.text for one in candidates])
+    record = comparison.record_of(result, at)
+    best = -float("inf")
+    for point in record["curve"]:
+        own = [
+            value
+            for value, one in zip(values, candidates, strict=True)
+            if one.iteration == point["iteration"]
+        ]
+        mean, highest, deviation = spread(own)
+        best = max(best, highest)
+        point.update(mean=mean, max=highest, std=deviation, best=best)
+    winner = values.index(max(values))
+    return record | {"reward": values[winner], "text": candidates[winner].text}
+
+
+def key_of(*parts: Any) -> str:
+    return json.dumps(parts, default=str)
+
+
+def baseline_records(
+    model: Any, tokenizer: Any, prompts: Sequence[Any], args: argparse.Namespace, file: JsonLines
+) -> list[dict[str, Any]]:
+    """Best-of-n's answers, drawn once, with a record for every reward."""
+    method = BestOfN(
+        model,
+        lambda prompts, responses: [0.0] * len(responses),
+        tokenizer,
+        n=args.samples,
+        group=args.group,
+        max_new_tokens=args.max_new_tokens,
+    )
+    scorers = {name: parse_reward(name) for name in args.reward}
+    known = {record["key"]: record for record in file.records}
+    settings = asdict(method.settings)
+    keys = {
+        (place, name): key_of(BASELINE, name, place, prompts[place], settings, args.seed)
+        for place in range(len(prompts))
+        for name in scorers
+    }
+    for first in range(0, len(prompts), args.at_once):
+        part = [
+            place
+            for place in range(first, min(first + args.at_once, len(prompts)))
+            if any(keys[place, name] not in known for name in scorers)
+        ]
+        if not part:
+            continue
+        result = method.generate([prompts[i] for i in part], seed=args.seed, sequence=part)
+        new = [
+            {"key": keys[place, name], "scorer": name, "index": place, "label": BASELINE}
+            | rescored(result, at, scorer)
+            for at, place in enumerate(part)
+            for name, scorer in scorers.items()
+            if keys[place, name] not in known
+        ]
+        file.write(new)
+        known.update({record["key"]: record for record in new})
+        print(f"{BASELINE}: {part[-1] + 1} of {len(prompts)} prompts", flush=True)
+    return [known[key] for key in keys.values()]
+
+
+def steered_records(
+    model: Any, tokenizer: Any, prompts: Sequence[Any], args: argparse.Namespace, file: JsonLines
+) -> list[dict[str, Any]]:
+    """Every AISP contestant with every reward."""
+    contestants = [comparison.Contestant.parse(text) for text in args.aisp]
+    found: list[dict[str, Any]] = []
+    for name in args.reward:
+
+        def write(records: list[dict[str, Any]], name: str = name) -> None:
+            file.write([record | {"scorer": name} for record in records])
+            done = records[-1]["index"] + 1
+            print(f"{name}: {records[0]['label']}: {done} of {len(prompts)} prompts", flush=True)
+
+        records = comparison.compare(
+            model,
+            tokenizer,
+            parse_reward(name),
+            prompts,
+            contestants,
+            samples=args.samples,
+            seed=args.seed,
+            common={"max_new_tokens": args.max_new_tokens},
+            prompts_at_once=args.at_once,
+            tag=[smollm2.NAME, name],
+            records=file.records,
+            write=write,
+        )
+        found += [record | {"scorer": name} for record in records]
+    return found
+
+
+def tables(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Per reward, the rise of the mean and the paired difference of the best; printed too."""
+    report: dict[str, Any] = {}
+    head = f"{'reward':20} {'method':28} {'first':>7} {'last':>7} {'rise':>16} "
+    print(head + f"{'best':>16} {'- best_of_n':>17} {'SE':>5} {'win':>5} {'KL':>6} {'s':>6}")
+    for name in dict.fromkeys(record["scorer"] for record in records):
+        own = [r for r in records if r["scorer"] == name]
+        pairs = {pair.label: pair for pair in comparison.paired(own, BASELINE)}
+        rows = comparison.summary(own)
+        for row in rows:
+            line = (
+                f"{name:20} {row['label'][:28]:28} {row['first']:7.3f} {row['last']:7.3f} "
+                f"{row['rise']:+8.3f} ± {row['rise_error']:.3f} "
+                f"{row['reward']:8.3f} ± {row['error']:.3f} "
+            )
+            pair = pairs.get(row["label"])
+            if pair is not None:
+                errors = pair.difference / pair.error if pair.error else 0.0
+                line += f"{pair.difference:+9.3f} ± {pair.error:.3f} {errors:+5.1f} "
+                line += f"{pair.win_rate:5.2f} "
+            else:
+                line += " " * 30
+            line += f"{row['kl']:6.1f} " if row["kl"] is not None else " " * 7
+            print(line + f"{row['seconds']:6.1f}")
+        report[name] = {
+            "methods": rows,
+            "paired": [vars(pair) | {"win_rate": pair.win_rate} for pair in pairs.values()],
+        }
+    return report
+
+
+def timing(model: Any, tokenizer: Any, prompts: Sequence[Any], args: argparse.Namespace) -> Any:
+    """Wall-clock of AISP over best-of-n, the same rows and lengths, in turn."""
+    common = {"max_new_tokens": args.max_new_tokens, "eos_token_id": [], "probe": False}
+    scorer = parse_reward("letter:s")
+    iterations = args.samples // args.group
+    methods: dict[str, BestOfN | AdaptiveImportanceSampling] = {
+        "best_of_n": BestOfN(
+            model, scorer, tokenizer, n=iterations * args.group, group=args.group, **common
+        ),
+        "aisp": AdaptiveImportanceSampling(
+            model, scorer, tokenizer, n=args.group, iterations=iterations, **common
+        ),
+    }
+    part = prompts[: args.at_once]
+    for method in methods.values():
+        warm: dict[str, Any] = (
+            {"n": args.group} if method.name == "best_of_n" else {"iterations": 1}
+        )
+        method.run(part, seed=0, **warm)
+    seconds: dict[str, list[float]] = {name: [] for name in methods}
+    ours: dict[str, list[float]] = {name: [] for name in methods}
+    for repeat in range(args.repeats):
+        # Turn about, so that a drift of the machine's speed meets both.
+        for name in sorted(methods, reverse=bool(repeat % 2)):
+            result = methods[name].generate(part, seed=repeat)
+            seconds[name].append(result.timing.total)
+            ours[name].append(result.timing.other)
+    ratios = [a / b for a, b in zip(seconds["aisp"], seconds["best_of_n"], strict=True)]
+    report = {
+        "seconds": {name: statistics.median(values) for name, values in seconds.items()},
+        "other": {name: statistics.median(values) for name, values in ours.items()},
+        "ratio": statistics.median(ratios),
+        "ratios": ratios,
+        "rows": len(part) * args.group,
+        "tokens": args.max_new_tokens,
+    }
+    print(json.dumps(report, indent=1))
+    return report
+
+
+def main() -> None:
+    args = parser().parse_args()
+    torch.set_num_threads(args.threads)
+    model, tokenizer = smollm2.load()
+    prompts = conversations((TUNING if args.tune else EVALUATION)[: args.prompts])
+    if args.timing:
+        report: Any = timing(model, tokenizer, prompts, args)
+    else:
+        file = JsonLines(args.journal)
+        records = baseline_records(model, tokenizer, prompts, args, file)
+        records += steered_records(model, tokenizer, prompts, args, file)
+        report = tables(records)
+        if args.plot is not None:
+            args.plot.mkdir(parents=True, exist_ok=True)
+            for name in args.reward:
+                own = [r for r in records if r["scorer"] == name]
+                comparison.plot(own, args.plot / f"{name.replace(':', '_')}.png", name)
+    if args.json is not None:
+        settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+        whole = {"environment": env_report(), "settings": settings, "results": report}
+        args.json.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,232 @@
+"""The ``tta`` command, run in this process."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import base_model, make_tokenizer, proxy_model
+from rich.console import Console
+
+from tta_ext.cli import app as app_module
+from tta_ext.cli import common
+from tta_ext.cli.app import run
+from tta_ext.cli.evaluate import found_answer, parse_range
+from tta_ext.demo.evaluate import ASSETS
+
+TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant: "
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Options that name a tiny pair on disk."""
+    root = tmp_path_factory.mktemp("pair")
+    for name, model in (("base", base_model()), ("proxy", proxy_model())):
+        model.save_pretrained(root / name)
+        make_tokenizer(template=TEMPLATE).save_pretrained(root / name)
+    return ["--base", str(root / "base"), "--proxy", str(root / "proxy")]
+
+
+@pytest.fixture(autouse=True)
+def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+
+
+def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    status = run(list(arguments))
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+GENERATE = ["generate", "--seed", "3", "--max-new-tokens", "6", "--rule", "knapsack",
+            "--param", "0.4"]  # fmt: skip
+
+
+def test_generate_prints_text(capsys: Any, pair: list[str]) -> None:
+    status, out, _ = call(capsys, *GENERATE, *pair, "hello", "you")
+    assert status == 0
+    again = call(capsys, *GENERATE, *pair, "hello", "you")[1]
+    assert out == again
+    status, one, _ = call(capsys, *GENERATE, *pair, "hello")
+    assert out.startswith(one.rstrip("\n"))
+
+
+def test_generate_jsonl_from_a_file_resumes(capsys: Any, pair: list[str], tmp_path: Path) -> None:
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    prompts: list[Any] = [
+        {"prompt": "one"},
+        {"messages": [{"role": "user", "content": "two"}]},
+        {"prompt": "three"},
+    ]
+    source.write_text("".join(json.dumps(p) + "\n" for p in prompts))
+    options = [*GENERATE, *pair, "--input", str(source), "--samples", "2", "--batch-size", "2"]
+    assert call(capsys, *options, "--output", str(output))[0] == 0
+    whole = output.read_text().splitlines()
+    records = [json.loads(line) for line in whole]
+    assert [r["index"] for r in records] == [0, 1, 2]
+    assert all(len(r["texts"]) == len(r["tokens"]) == 2 for r in records)
+    # Cut off in the middle of the second line: the run goes on as if nothing had happened.
+    output.write_text(whole[0] + "\n" + whole[1][:30])
+    status, _, errors = call(capsys, *options, "--output", str(output))
+    assert status == 0
+    assert "2 answered, 1 were there" in errors
+    assert output.read_text().splitlines() == whole
+    status, out, _ = call(capsys, *options, "--jsonl")
+    assert [json.loads(line)["texts"] for line in out.splitlines()] == [r["texts"] for r in records]
+
+
+def test_generate_from_stdin(capsys: Any, pair: list[str], monkeypatch: Any) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n\nyou\n"))
+    piped = call(capsys, *GENERATE, *pair)[1]
+    assert piped == call(capsys, *GENERATE, *pair, "hello", "you")[1]
+
+
+def test_generate_stream_colour_chat(capsys: Any, pair: list[str]) -> None:
+    plain = call(capsys, *GENERATE, *pair, "hello")[1]
+    assert call(capsys, *GENERATE, *pair, "hello", "--stream")[1] == plain
+    assert call(capsys, *GENERATE, *pair, "hello", "--colour")[0] == 0
+    chat = call(capsys, *GENERATE, *pair, "hello", "--chat", "--system", "short")[1]
+    rendered = call(capsys, *GENERATE, *pair, "system: short\nuser: hello\nassistant: ")[1]
+    assert chat == rendered
+    options = ["--method", "implicit-reward", "--max-new-tokens", "3", "hi"]
+    assert call(capsys, "generate", *pair, *options)[0] == 0
+
+
+def test_trace(capsys: Any, pair: list[str], tmp_path: Path) -> None:
+    output = tmp_path / "trace.jsonl"
+    status, out, _ = call(
+        capsys, "trace", *pair, "--rule", "knapsack", "--param", "0.4", "--max-new-tokens", "5",
+        "--output", str(output), "hello",
+    )  # fmt: skip
+    assert status == 0
+    assert "deferred mass" in out
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    assert {line["source"] for line in lines} <= {"base", "proxy"}
+    assert all(0 <= line["q"] <= 1 and 0 <= line["p"] <= 1 for line in lines)
+    assert all(line["deferred_mass"] <= 0.4 for line in lines)
+
+
+def test_eval_and_sweep_on_data(capsys: Any, pair: list[str], tmp_path: Path) -> None:
+    data, journal, output = tmp_path / "d.jsonl", tmp_path / "j.jsonl", tmp_path / "rows.json"
+    options = ["--mode", "greedy", "--n", "3", "--batch-size", "2", "--max-new-tokens", "4"]
+    prompts = ["ab", "cd", "ef", "gh"]
+    answers = [base_answer(p) for p in prompts]
+    answers[1] = "something else"
+    data.write_text(
+        "".join(
+            json.dumps({"prompt": p, "answer": a}) + "\n"
+            for p, a in zip(prompts, answers, strict=True)
+        )
+    )
+    arguments = ["eval", "base", "proxy", "knapsack:0.5", *pair, "--data", str(data), *options,
+                 "--journal", str(journal), "--output", str(output)]  # fmt: skip
+    status, out, _ = call(capsys, *arguments)
+    assert status == 0
+    rows = json.loads(output.read_text())
+    assert [row["rule"] for row in rows] == ["base", "proxy", "knapsack"]
+    assert rows[0]["exact"] == pytest.approx(2 / 3)
+    assert rows[0]["proxy_call_rate"] == 0.0
+    assert rows[1]["deferred_rate"] == 1.0
+    assert "0.667" in out
+    lines = journal.read_text().splitlines()
+    assert len(lines) == 6
+    journal.write_text("\n".join(lines[:3]) + "\n" + lines[3][:10])
+    assert call(capsys, *arguments)[0] == 0
+    assert json.loads(output.read_text()) != []
+    assert len(journal.read_text().splitlines()) == 6
+    status, out, _ = call(
+        capsys, "sweep", *pair, "--data", str(data), *options, "--rule", "dual", "--params",
+        "0:1:0.5",
+    )  # fmt: skip
+    assert status == 0
+    assert [line.split()[1] for line in out.splitlines() if "threshold" in line] == [
+        "0",
+        "0.5",
+        "1",
+    ]
+
+
+def base_answer(prompt: str) -> str:
+    tokenizer = make_tokenizer()
+    from models import greedy
+
+    tokens = greedy(base_model(), tokenizer(prompt)["input_ids"], 4)
+    return tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def test_helpers() -> None:
+    assert parse_range("0.1:0.5:0.2") == [0.1, 0.3, 0.5]
+    assert parse_range("1,2.5") == [1.0, 2.5]
+    for wrong in ("a", "1:2", "1:0:1", "1:2:0"):
+        with pytest.raises(ValueError, match="--params"):
+            parse_range(wrong)
+    assert found_answer(" x ", None) == "x"
+    assert found_answer("#### 4 or #### 56", r"#### (\d+)") == "56"
+    assert found_answer("4 5", r"\d") == "5"
+    assert found_answer("none", r"\d") is None
+
+
+def test_doctor_and_version(capsys: Any) -> None:
+    status, out, _ = call(capsys, "doctor")
+    assert status == 0
+    assert "deferral_sample" in out
+    status, out, _ = call(capsys, "doctor", "--json")
+    assert {op["name"] for op in json.loads(out)["ops"]} >= {"deferral_propose", "greedy_knapsack"}
+    status, out, _ = call(capsys, "--version")
+    assert (status, out.split()[0]) == (0, "tta_ext")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["generate", "--base", "x", "hi"], 1, "--base and --proxy belong together"),
+        (["generate", "--rule", "best", "hi"], 1, "rule is 'best'"),
+        (["generate", "--dtype", "int3", "hi", "--base", "x", "--proxy", "y"], 1, "--dtype is"),
+        (["generate", "--base", "/nowhere", "--proxy", "/nowhere", "hi"], 1, "cannot load"),
+        (["generate", "--nonsense", "hi"], 2, "No such option"),
+        (["generate", "--threads", "0", "hi"], 1, "--threads is 0"),
+        (["eval", "threshold"], 1, "has no parameter"),
+        (["eval", "--data", "x.jsonl"], 1, "belong together"),
+        (["nonsense"], 2, "No such command"),
+    ],
+)
+def test_errors_are_one_sentence(
+    capsys: Any, monkeypatch: Any, arguments: list[str], status: int, message: str
+) -> None:
+    monkeypatch.setattr(common, "errors", Console(stderr=True, width=300))
+    monkeypatch.setattr(app_module, "errors", Console(stderr=True, width=300))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    found, _, errors = call(capsys, *arguments)
+    assert found == status
+    assert message in errors
+    assert "Traceback" not in errors
+
+
+def test_input_errors(capsys: Any, tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"prompt": "a"}\n{"prompt": \n')
+    with pytest.raises(ValueError, match="line 2 is not JSON"):
+        common.read_prompts(None, source)
+    source.write_text('{"text": "a"}\n')
+    with pytest.raises(ValueError, match="neither 'prompt' nor 'messages'"):
+        common.read_prompts(None, source)
+    source.write_text("\n")
+    with pytest.raises(ValueError, match="no prompts"):
+        common.read_prompts(None, source)
+    with pytest.raises(ValueError, match="both as arguments and by --input"):
+        common.read_prompts(["a"], source)
+
+
+def test_demo(capsys: Any) -> None:
+    if not (ASSETS / "base" / "model.safetensors").is_file():
+        pytest.skip("the pair is not there")
+    status, out, _ = call(capsys, "demo", "--n", "2", "--answers", "1", "--threads", "1")
+    assert status == 0
+    assert "threshold 0.4" in out
+    assert "time of the loop" in out
+    assert "deferral_propose" in out
+    assert torch.get_num_threads() == 1

@@ -1,0 +1,399 @@
+"""Methods of search by reward side by side: same prompts, same reward, equal samples or seconds.
+
+Each method answers each prompt; differences are taken prompt by prompt, so what makes a prompt
+easy drops out. With a journal, every finished answer is a line of a JSONL file, on the disk before
+the next begins, and a run that was cut short goes on from there. Random numbers are keyed by the
+prompt's place in the list, so nothing depends on the order or on a resume.
+
+A *sample* is one answer's worth of generated tokens. How often the reward was asked, which is more
+for methods that judge unfinished answers, is reported beside it.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tta_ext.decoding.aisp import AdaptiveImportanceSampling
+from tta_ext.decoding.args import RewardGuidedSearch
+from tta_ext.decoding.best_of_n import BestOfN
+from tta_ext.decoding.chunk_beam import ChunkBeamSearch
+from tta_ext.decoding.outcome import SearchResult
+from tta_ext.decoding.rewards import Reward
+from tta_ext.decoding.search import SearchMethod, SearchSettings
+
+__all__ = [
+    "METHODS",
+    "Contestant",
+    "Paired",
+    "compare",
+    "curve_means",
+    "paired",
+    "parse_settings",
+    "plot",
+    "record_of",
+    "summary",
+]
+
+METHODS: dict[str, type[SearchMethod[Any]]] = {
+    "aisp": AdaptiveImportanceSampling,
+    "best_of_n": BestOfN,
+    "args": RewardGuidedSearch,
+    "chunk_beam": ChunkBeamSearch,
+}
+
+
+def method_class(name: str) -> type[SearchMethod[Any]]:
+    """The class of a method; ``ValueError`` if there is none of that name."""
+    try:
+        return METHODS[name.replace("-", "_")]
+    except KeyError:
+        raise ValueError(f"method is {name!r}, expected one of {', '.join(METHODS)}") from None
+
+
+def parse_settings(items: Iterable[str]) -> dict[str, Any]:
+    """Settings from ``name=value`` texts; values are Python literals, or else strings.
+
+    Example:
+        >>> parse_settings(["n=16", "sigma_unit=logit", "lam=None"])
+        {'n': 16, 'sigma_unit': 'logit', 'lam': None}
+    """
+    found: dict[str, Any] = {}
+    for item in items:
+        name, equals, value = item.partition("=")
+        if not equals or not name.strip():
+            raise ValueError(f"setting is {item!r}, expected name=value")
+        try:
+            found[name.strip()] = ast.literal_eval(value.strip())
+        except (ValueError, SyntaxError):
+            found[name.strip()] = value.strip()
+    return found
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A method with settings, under a name of its own.
+
+    Attributes:
+        label: what tables call it.
+        method: one of :data:`METHODS`.
+        settings: settings that differ from the method's defaults.
+    """
+
+    label: str
+    method: str
+    settings: dict[str, Any]
+
+    @classmethod
+    def parse(cls, text: str) -> Contestant:
+        """From ``method``, ``method:name=value,...`` or ``label=method:name=value,...``."""
+        head, _, rest = text.partition(":")
+        label, equals, method = head.partition("=")
+        if not equals:
+            method = head
+        label = label if equals else text
+        settings = parse_settings(filter(None, rest.split(",")))
+        return cls(label, method_class(method).name, settings)
+
+    def resolved(
+        self, common: dict[str, Any], samples: int | None, seconds: float | None
+    ) -> SearchSettings:
+        """All settings, with the budget worked in."""
+        settings: SearchSettings = METHODS[self.method].settings_type(**(common | self.settings))
+        if samples is not None:
+            settings = settings.for_samples(samples)
+        if seconds is not None:
+            settings = settings.for_seconds(seconds)
+        return settings
+
+
+def compare(
+    model: Any,
+    tokenizer: Any,
+    reward: Reward,
+    prompts: Sequence[Any],
+    contestants: Sequence[Contestant],
+    *,
+    samples: int | None = None,
+    seconds: float | None = None,
+    seed: int = 0,
+    common: dict[str, Any] | None = None,
+    prompts_at_once: int = 1,
+    tag: Any = None,
+    records: Iterable[dict[str, Any]] = (),
+    write: Callable[[list[dict[str, Any]]], None] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Let every contestant answer every prompt.
+
+    Args:
+        model, tokenizer, reward: as for the methods.
+        prompts: see :meth:`~tta_ext.decoding.search.SearchMethod.generate`.
+        contestants: what to compare; their labels must differ.
+        samples: answers' worth of tokens for each; None leaves the settings alone.
+        seconds: wall-clock for each prompt; the iteration in which it passes is finished.
+        seed: of all runs.
+        common: settings for all of them.
+        prompts_at_once: prompts in a batch; times are then shares of the batch's, and a limit in
+            seconds is the batch's.
+        tag: names model and reward in the journal; records with another are not taken over.
+        records: what a journal holds already.
+        write: stores a list of records durably.
+        progress: called with the number of answers after each batch.
+
+    Returns:
+        One record for each prompt and contestant, in that order.
+
+    Raises:
+        ValueError: labels that are not different, both budgets at once, or a setting out of range.
+    """
+    labels = [one.label for one in contestants]
+    if len(set(labels)) != len(labels):
+        raise ValueError(f"labels are {labels}, expected different ones; write label=method:...")
+    if samples is not None and seconds is not None:
+        raise ValueError("samples and seconds are given; expected one budget")
+    done = {record["key"]: record for record in records if "key" in record}
+    if prompts_at_once < 1:
+        raise ValueError(f"prompts_at_once is {prompts_at_once}, expected at least 1")
+    machines: list[tuple[Contestant, SearchSettings, SearchMethod[Any]]] = []
+    for one in contestants:
+        settings = one.resolved(common or {}, samples, seconds)
+        method = METHODS[one.method](
+            model, reward, tokenizer, probe=not machines, **_as_dict(settings)
+        )
+        machines.append((one, settings, method))
+    places = range(len(prompts))
+    keys = {
+        (place, one.label): _key([prompts[place], place, one.method, _as_dict(settings), seed, tag])
+        for one, settings, _ in machines
+        for place in places
+    }
+    for first in range(0, len(prompts), prompts_at_once):
+        for one, _, method in machines:
+            part = places[first : first + prompts_at_once]
+            missing = [place for place in part if keys[place, one.label] not in done]
+            if missing:
+                asked = [prompts[place] for place in missing]
+                result = method.generate(asked, seed=seed, sequence=missing)
+                new = [
+                    {"key": keys[place, one.label], "index": place, "label": one.label}
+                    | record_of(result, at)
+                    for at, place in enumerate(missing)
+                ]
+                done.update({record["key"]: record for record in new})
+                if write is not None:
+                    write(new)
+            if progress is not None:
+                progress(len(part))
+    # A label is only a name: it may have changed since the journal was written.
+    return [
+        done[keys[place, one.label]] | {"label": one.label}
+        for place in places
+        for one, _, _ in machines
+    ]
+
+
+def record_of(result: SearchResult, at: int) -> dict[str, Any]:
+    """What a journal keeps of one prompt of a result; times are shares of the batch's."""
+    count = len(result)
+    timing = {name: value / count for name, value in result.timing.as_dict().items()}
+    timing["tokens"] = result.curves[at][-1].tokens
+    curve = [record.as_dict() for record in result.curves[at]]
+    for point in curve:
+        point["seconds"] /= count
+    return {
+        "prompt": result.prompts[at],
+        "method": result.method,
+        "reward": result.best[at].reward,
+        "text": result.best[at].text,
+        "curve": curve,
+        "timing": timing,
+    }
+
+
+def _as_dict(settings: SearchSettings) -> dict[str, Any]:
+    return asdict(settings)
+
+
+def _key(parts: Any) -> str:
+    text = json.dumps(parts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+
+@dataclass(frozen=True)
+class Paired:
+    """A contestant against the baseline, over the prompts that both have answered.
+
+    Attributes:
+        label: the contestant.
+        prompts: number of prompts.
+        difference: mean of reward minus the baseline's reward.
+        error: standard error of that mean; nan for fewer than two prompts.
+        wins, ties, losses: prompts with a higher, equal or lower reward.
+    """
+
+    label: str
+    prompts: int
+    difference: float
+    error: float
+    wins: int
+    ties: int
+    losses: int
+
+    @property
+    def win_rate(self) -> float:
+        """Share of wins, ties counted half."""
+        return (self.wins + 0.5 * self.ties) / self.prompts if self.prompts else math.nan
+
+
+def _by_label(records: Iterable[dict[str, Any]]) -> dict[str, dict[int, dict[str, Any]]]:
+    table: dict[str, dict[int, dict[str, Any]]] = {}
+    for record in records:
+        table.setdefault(record["label"], {})[record["index"]] = record
+    return table
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and its standard error (nan where it cannot be had)."""
+    if not values:
+        return math.nan, math.nan
+    mean = sum(values) / len(values)
+    if len(values) < 2 or not math.isfinite(mean):
+        return mean, math.nan
+    variance = sum((v - mean) ** 2 for v in values) / (len(values) - 1)
+    return mean, math.sqrt(variance / len(values))
+
+
+def paired(records: Iterable[dict[str, Any]], baseline: str) -> list[Paired]:
+    """Every other contestant against the baseline.
+
+    Raises:
+        ValueError: the baseline is not among the records.
+    """
+    table = _by_label(records)
+    if baseline not in table:
+        raise ValueError(f"baseline is {baseline!r}, expected one of {', '.join(table)}")
+    found = []
+    for label, rows in table.items():
+        if label == baseline:
+            continue
+        shared = sorted(rows.keys() & table[baseline].keys())
+        pairs = [(rows[i]["reward"], table[baseline][i]["reward"]) for i in shared]
+        mean, error = mean_and_error([a - b if a != b else 0.0 for a, b in pairs])
+        found.append(
+            Paired(
+                label,
+                len(pairs),
+                mean,
+                error,
+                sum(a > b for a, b in pairs),
+                sum(a == b for a, b in pairs),
+                sum(a < b for a, b in pairs),
+            )
+        )
+    return found
+
+
+def summary(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For each contestant: reward, cost, and how its mean reward moved.
+
+    ``first`` and ``last`` are the mean rewards of the first and the last iteration, ``rise`` their
+    paired difference with ``rise_error``; equal where there is one iteration only.
+    """
+    rows = []
+    for label, answers in _by_label(records).items():
+        items = [answers[i] for i in sorted(answers)]
+        reward, error = mean_and_error([item["reward"] for item in items])
+        curves = [item["curve"] for item in items]
+        rise, rise_error = mean_and_error([c[-1]["mean"] - c[0]["mean"] for c in curves])
+        count = len(items)
+        rows.append(
+            {
+                "label": label,
+                "prompts": count,
+                "reward": reward,
+                "error": error,
+                "first": sum(c[0]["mean"] for c in curves) / count,
+                "last": sum(c[-1]["mean"] for c in curves) / count,
+                "rise": rise,
+                "rise_error": rise_error,
+                "asked": sum(c[-1]["samples"] for c in curves) / count,
+                "tokens": sum(item["timing"]["tokens"] for item in items) / count,
+                "seconds": sum(item["timing"]["total"] for item in items) / count,
+                "model": sum(item["timing"]["model"] for item in items) / count,
+                "reward_seconds": sum(item["timing"]["reward"] for item in items) / count,
+                "other": sum(item["timing"]["other"] for item in items) / count,
+                "kl": _last_mean(curves, "kl"),
+                "norm": _last_mean(curves, "norm"),
+                "ess": _last_mean(curves, "ess"),
+            }
+        )
+    return rows
+
+
+def _last_mean(curves: Sequence[list[dict[str, Any]]], name: str) -> float | None:
+    values = [curve[-1][name] for curve in curves if curve[-1][name] is not None]
+    return sum(values) / len(values) if values else None
+
+
+def curve_means(
+    records: Iterable[dict[str, Any]], axis: str, points: int = 100
+) -> dict[str, tuple[list[float], list[float]]]:
+    """Best reward so far, averaged over prompts, against samples asked for, tokens or seconds.
+
+    Args:
+        records: of :func:`compare`.
+        axis: ``"samples"``, ``"tokens"`` or ``"seconds"``.
+        points: of the seconds axis; the others take the values that occur.
+
+    Returns:
+        For each contestant (x, y), beginning where every prompt has an answer.
+    """
+    if axis not in ("samples", "tokens", "seconds"):
+        raise ValueError(f"axis is {axis!r}, expected samples, tokens or seconds")
+    found = {}
+    for label, answers in _by_label(records).items():
+        curves = [[(c[axis], c["best"]) for c in item["curve"]] for item in answers.values()]
+        start = max(curve[0][0] for curve in curves)
+        end = max(curve[-1][0] for curve in curves)
+        if axis == "seconds":
+            xs = [start + (end - start) * i / max(points - 1, 1) for i in range(points)]
+        else:
+            xs = sorted({x for curve in curves for x, _ in curve if x >= start})
+        ys = []
+        for x in xs:
+            # Steps: the best so far stays until a later iteration betters it.
+            reached = [[best for at, best in curve if at <= x][-1] for curve in curves]
+            ys.append(sum(reached) / len(reached))
+        found[label] = (xs, ys)
+    return found
+
+
+def plot(records: Sequence[dict[str, Any]], path: str | Path, title: str = "") -> None:
+    """Draw best reward so far against samples and against seconds. Needs matplotlib.
+
+    Raises:
+        ImportError: matplotlib is missing; the message has the command.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        raise ImportError("plots need matplotlib: pip install 'tta-ext[plot]'") from None
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    names = {"samples": "answers scored", "seconds": "seconds a prompt"}
+    for axes, (axis, name) in zip(figure.subplots(1, 2), names.items(), strict=True):
+        for label, (xs, ys) in curve_means(records, axis).items():
+            axes.plot(xs, ys, label=label, drawstyle="steps-post", marker=".", markersize=3)
+        axes.set_xlabel(name)
+        axes.set_ylabel("best reward, mean over prompts")
+        axes.grid(alpha=0.3)
+    figure.axes[0].legend(fontsize="small")
+    if title:
+        figure.suptitle(title)
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,170 @@
+"""ARGS: alignment as reward-guided search, token by token (arXiv:2402.01694).
+
+At each step the k most probable tokens v of each answer y are scored by
+
+    log p(v | x, y) + weight * reward(x, y + v)
+
+and the best is taken (``decoding="greedy"``) or one is drawn with probability proportional to
+exp(score / temperature) (``"sample"``). A candidate that ends the answer is judged as a finished
+one. The reward must make sense of unfinished answers, and is asked k times a token: all candidates
+of all answers of all prompts in one call.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from tta_ext import ops, rng
+from tta_ext.decoding.kad import _seed
+from tta_ext.decoding.rewards import RewardStream
+from tta_ext.decoding.rollouts import Rollouts, Sampling
+from tta_ext.decoding.search import (
+    Search,
+    SearchMethod,
+    SearchSettings,
+    check_counts,
+    check_samples,
+)
+
+__all__ = ["RewardGuidedSearch", "RewardGuidedSettings"]
+
+
+@dataclass(frozen=True)
+class RewardGuidedSettings(SearchSettings):
+    """Settings of ARGS.
+
+    Attributes:
+        n: answers to each prompt drawn together, of which the best counts; more than one only makes
+            sense with ``decoding="sample"``.
+        restarts: times that this is done.
+        decoding: ``"greedy"`` (default) or ``"sample"``.
+        candidates: k, tokens that the reward looks at.
+        weight: of the reward against the log-probability.
+    """
+
+    n: int = 1
+    restarts: int = 1
+    decoding: str = "greedy"
+    candidates: int = 10
+    weight: float = 1.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_counts(self.n, self.restarts)
+        if self.candidates < 1:
+            raise ValueError(f"candidates is {self.candidates}, expected at least 1")
+        if not math.isfinite(self.weight):
+            raise ValueError(f"weight is {self.weight!r}, expected a finite number")
+        if self.top_k is not None or self.top_p is not None:
+            raise ValueError("ARGS chooses among its candidates; top_k and top_p must be None")
+
+    def schedule(self) -> list[int]:
+        return [self.n] * self.restarts
+
+    def for_samples(self, samples: int) -> RewardGuidedSettings:
+        # Greedy answers would all be the same.
+        decoding = self.decoding if samples == 1 else "sample"
+        return replace(self, n=check_samples(samples, 1), restarts=1, decoding=decoding)
+
+    def for_seconds(self, seconds: float) -> RewardGuidedSettings:
+        return replace(self, restarts=rng.ITERATIONS, decoding="sample", max_seconds=seconds)
+
+
+class RewardGuidedSearch(SearchMethod[RewardGuidedSettings]):
+    """ARGS; the final answers' rewards are asked for once more, so results compare.
+
+    Args:
+        settings: fields of :class:`RewardGuidedSettings` and
+            :class:`~tta_ext.decoding.search.SearchSettings`; the rest as in
+            :class:`~tta_ext.decoding.search.SearchMethod`.
+    """
+
+    name: ClassVar[str] = "args"
+    settings_type = RewardGuidedSettings
+
+    def start(
+        self,
+        prompts: Any,
+        *,
+        seed: int | torch.Generator | None = None,
+        sequence: Sequence[int] | None = None,
+        **settings: Any,
+    ) -> _Run:
+        return _Run(self, prompts, self._merge(self.settings, settings), _seed(seed), sequence)
+
+
+class _Run(Search[RewardGuidedSettings]):
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.guide = RewardStream(self.method.reward, self.settings.reward_batch_size)
+        self.streams.append(self.guide)
+
+    def rollouts(self, cells: Sequence[tuple[int, int]]) -> Rollouts:
+        return _Guided(self, cells)
+
+
+class _Guided(Rollouts):
+    """Rollouts whose tokens are chosen with the reward's help."""
+
+    def __init__(self, run: _Run, cells: Sequence[tuple[int, int]]) -> None:
+        super().__init__(
+            run.cache,
+            cells,
+            sampling=run.sampling,
+            seed=run.seed_tensor,
+            iteration=run.iteration,
+        )
+        self.run_of = run
+
+    def draw(self, logits: Tensor) -> Tensor:
+        run, sampling = self.run_of, self.sampling
+        log_p = torch.log_softmax(logits.float(), dim=-1)
+        count = min(run.settings.candidates, log_p.shape[-1])
+        # Stable, so that ties go to the lowest id on every device.
+        values, tokens = log_p.sort(dim=-1, descending=True, stable=True)
+        values, tokens = values[:, :count], tokens[:, :count]
+        for row, ids in enumerate(tokens.tolist()):
+            cell = self.active[row]
+            prompt, written = self.cells[cell][0], self.tokens[cell]
+            run.asked[prompt] += count
+            for place, token in enumerate(ids):
+                text = run.text([*written, token])
+                response = [*written, token] if text is None else text
+                run.guide.put((row, place), run.prompts[prompt], response)
+        rewards = run.guide.collect()
+        table = torch.tensor(
+            [[rewards[row, place] for place in range(count)] for row in range(len(tokens))],
+            dtype=torch.float32,
+            device=values.device,
+        )
+        score = values + run.settings.weight * table
+        # Impossible tokens stay impossible; where the reward rules everything out it has no say.
+        score = torch.where(torch.isinf(values), -math.inf, score)
+        lost = torch.isinf(score).all(-1, keepdim=True)
+        score = torch.where(lost, values, score)
+        chosen = self._choose(score, sampling)
+        return tokens.gather(1, chosen[:, None])[:, 0]
+
+    def _choose(self, score: Tensor, sampling: Sampling) -> Tensor:
+        if sampling.decoding == "greedy":
+            return ops.categorical_sample(score, do_sample=False)
+        chosen = torch.empty(len(score), dtype=torch.int64, device=score.device)
+        for rollout, start, stop in self._groups:
+            ops.categorical_sample(
+                score[start:stop],
+                temperature=sampling.temperature,
+                seed=self.seed,
+                position=self._position[start:stop],
+                sequence=self._sequence[start:stop],
+                iteration=self.iteration,
+                rollout=rollout,
+                stream=rng.REWARD,
+                out=chosen[start:stop],
+            )
+        return chosen
