@@ -7,6 +7,7 @@ the rewards are known; ours makes the noise twice and keeps nothing.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -255,20 +256,20 @@ def _close(provider: str, got: Tensor, want: Tensor) -> str:
 
 
 def iteration_runs(it: Iteration) -> dict[str, Callable[[], Any]]:
-    """All steps and the update, eager and ours, to be timed side by side."""
+    """One step of the perturbation, another in each call, and the update of all steps."""
     rollouts, dimensions = it.hidden.shape
-    eps = torch.empty(STEPS, rollouts, dimensions)
+    eps = torch.zeros(STEPS, rollouts, dimensions)
+    dot = torch.zeros(rollouts)
+    turn, eager_turn = itertools.cycle(it.steps), itertools.cycle(range(STEPS))
 
-    def eager_perturb() -> Tensor:
-        dot = torch.zeros(rollouts)
-        for step in range(STEPS):
-            dot += eager.prelogit_perturb(it.hidden, it.mean[0, step], SIGMA, eps[step])[1]
-        return dot
+    def eager_perturb() -> None:
+        step = next(eager_turn)
+        dot.add_(eager.prelogit_perturb(it.hidden, it.mean[0, step], SIGMA, eps[step])[1])
 
     return {
         "eager perturb": eager_perturb,
         "eager update": lambda: eager.control_update(it.mean, it.weights[0], eps, SIGMA),
-        "perturb": it.perturb_all,
+        "perturb": lambda: it.perturb(next(turn)),
         "update": it.update,
     }
 

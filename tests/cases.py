@@ -127,7 +127,7 @@ def operator_arguments(name: str, *, requires_grad: bool = False) -> tuple[Any, 
 
     b, v, k, p, n, tau, d = 3, 37, 2, 2, 5, 4, 6
     rule = (torch.tensor([0.3], dtype=torch.float64), rules.KNAPSACK, rules.SPLIT, 1.0, 0.8)
-    key = (index(5), index(7, 8, 9), index(0, 1, 2), 1, 2, True)
+    key = (index(5), index(7, 8, 9), index(0, 1, 2), 1, index(2, 0, 5), True)
     reward_models = (real(b, v), real(2, b, v), real(2, b, v), real(2), 0.9)
     per_rollout = (index(0, 1, 3), index(0, 1, 0), index(4, 5, 4), index(0, 1, 2))
     table: dict[str, tuple[Any, ...]] = {

@@ -58,6 +58,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
+@torch.inference_mode(False)
 def make_model(
     kind: str = "llama", seed: int = 0, vocabulary: int = VOCABULARY, **extra: Any
 ) -> Any:

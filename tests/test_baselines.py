@@ -43,10 +43,15 @@ def tokens_of(result: Any) -> list[list[list[int]]]:
 # ---- best of n -------------------------------------------------------------------------------
 
 
-def test_best_of_n_draws_from_the_model() -> None:
+@pytest.mark.parametrize("ends", [[], list(range(35))])
+def test_best_of_n_draws_from_the_model(ends: list[int]) -> None:
     """Each token is the op's draw at the model's logits, keyed by position, iteration, rollout."""
     tokenizer = make_tokenizer()
-    result = make(BestOfN, n=3, group=2, temperature=0.8).generate(PROMPTS, seed=6)
+    method = make(BestOfN, n=5, group=4, temperature=0.8, eos_token_id=ends)
+    result = method.generate(PROMPTS, seed=6)
+    lengths = {len(one.tokens) for row in result.candidates for one in row}
+    # With ends, some rollouts leave the batch at its first step and others go on.
+    assert (1 in lengths and len(lengths) > 2) == bool(ends)
     for p, row in enumerate(result.candidates):
         prompt = tokenizer(PROMPTS[p])["input_ids"]
         for one in row:
@@ -61,7 +66,8 @@ def test_best_of_n_draws_from_the_model() -> None:
                     rollout=one.rollout,
                 )
                 assert int(drawn) == token
-    assert [(c.iteration, c.rollout) for c in result.candidates[0]] == [(0, 0), (0, 1), (1, 0)]
+    places = [(one.iteration, one.rollout) for one in result.candidates[0]]
+    assert places == [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0)]
     assert result.best[0].reward == max(result.rewards[0])
 
 

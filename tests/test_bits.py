@@ -48,7 +48,7 @@ def same_bits(one: Outputs, other: Outputs) -> None:
 
 
 def key_of(ids: Tensor) -> dict[str, Any]:
-    return {"seed": 77, "position": ids + 5, "sequence": ids, "iteration": 2, "rollout": 3}
+    return {"seed": 77, "position": ids + 5, "sequence": ids, "iteration": 2, "rollout": ids + 3}
 
 
 def deferral_outputs(base: Tensor, proxy: Tensor, ids: Tensor) -> Outputs:

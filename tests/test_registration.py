@@ -21,7 +21,7 @@ from tta_ext.schemas import OPS
 
 RULE = "Tensor param, int rule, int critical, float temperature, float rule_temperature"
 KEY = (
-    "Tensor seed, Tensor position, Tensor sequence, SymInt iteration, SymInt rollout, "
+    "Tensor seed, Tensor position, Tensor sequence, SymInt iteration, Tensor rollout, "
     "bool do_sample"
 )
 MODELS = "Tensor base_logits, Tensor expert_logits, Tensor? anti_logits, Tensor beta"

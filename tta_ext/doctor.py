@@ -89,7 +89,7 @@ def _advice(native: jit.LoadResult) -> list[str]:
     return advice
 
 
-def _common_reasons(ops: list[OpStatus]) -> dict[str, str]:
+def common_reasons(ops: list[OpStatus]) -> dict[str, str]:
     """Backends that serve no op, all for the same reason."""
     if not ops:
         return {}
@@ -112,7 +112,7 @@ def render(diagnosis: Diagnosis) -> str:
         f"{'build cache':<20} {diagnosis.cache}",
         "",
     ]
-    common = _common_reasons(diagnosis.ops)
+    common = common_reasons(diagnosis.ops)
     for op in diagnosis.ops:
         own = {name: why for name, why in op.why_not.items() if name not in common}
         reasons = "; ".join(f"not {name}: {why}" for name, why in own.items())

@@ -33,7 +33,7 @@ NATIVE_VERSION = 1
 
 RULE = "Tensor param, int rule, int critical, float temperature, float rule_temperature"
 KEY = (
-    "Tensor seed, Tensor position, Tensor sequence, SymInt iteration, SymInt rollout, "
+    "Tensor seed, Tensor position, Tensor sequence, SymInt iteration, Tensor rollout, "
     "bool do_sample"
 )
 

@@ -88,7 +88,7 @@ void deferral_stats(Tensor base, std::optional<Tensor> proxy, Tensor param, int6
 void sample(const Tensor& base, const std::optional<Tensor>& proxy, const Tensor& param,
             int64_t rule, int64_t critical, double temperature, double rule_temperature,
             const Tensor& seed, const Tensor& position, const Tensor& sequence, int64_t iteration,
-            int64_t rollout, bool do_sample, bool check, const Tensor& token,
+            const Tensor& rollout, bool do_sample, bool check, const Tensor& token,
             const Tensor& deferred) {
   InvalidRow invalid;
   SampleArgs a;
@@ -103,7 +103,7 @@ void sample(const Tensor& base, const std::optional<Tensor>& proxy, const Tensor
 
 void deferral_propose(Tensor base, Tensor param, int64_t rule, int64_t critical, double temperature,
                       double rule_temperature, Tensor seed, Tensor position, Tensor sequence,
-                      int64_t iteration, int64_t rollout, bool do_sample, bool check, Tensor token,
+                      int64_t iteration, Tensor rollout, bool do_sample, bool check, Tensor token,
                       Tensor deferred) {
   sample(base, std::nullopt, param, rule, critical, temperature, rule_temperature, seed, position,
          sequence, iteration, rollout, do_sample, check, token, deferred);
@@ -111,8 +111,8 @@ void deferral_propose(Tensor base, Tensor param, int64_t rule, int64_t critical,
 
 void deferral_sample(Tensor base, Tensor proxy, Tensor param, int64_t rule, int64_t critical,
                      double temperature, double rule_temperature, Tensor seed, Tensor position,
-                     Tensor sequence, int64_t iteration, int64_t rollout, bool do_sample,
-                     bool check, Tensor token, Tensor deferred) {
+                     Tensor sequence, int64_t iteration, Tensor rollout, bool do_sample, bool check,
+                     Tensor token, Tensor deferred) {
   sample(base, proxy, param, rule, critical, temperature, rule_temperature, seed, position,
          sequence, iteration, rollout, do_sample, check, token, deferred);
 }
@@ -120,7 +120,7 @@ void deferral_sample(Tensor base, Tensor proxy, Tensor param, int64_t rule, int6
 void deferral_verify(Tensor base, Tensor proxy, Tensor draft, Tensor draft_length, Tensor param,
                      int64_t rule, int64_t critical, double temperature, double rule_temperature,
                      Tensor seed, Tensor position, Tensor sequence, int64_t iteration,
-                     int64_t rollout, bool do_sample, bool return_mass, bool check, Tensor accepted,
+                     Tensor rollout, bool do_sample, bool return_mass, bool check, Tensor accepted,
                      Tensor token, Tensor deferred, Tensor mass) {
   InvalidRow invalid;
   VerifyArgs a;
@@ -180,7 +180,7 @@ void deferral_verify(Tensor base, Tensor proxy, Tensor draft, Tensor draft_lengt
 }
 
 void categorical_sample(Tensor x, double temperature, Tensor seed, Tensor position, Tensor sequence,
-                        int64_t iteration, int64_t rollout, bool do_sample, int64_t stream,
+                        int64_t iteration, Tensor rollout, bool do_sample, int64_t stream,
                         int64_t draw, bool check, Tensor out) {
   InvalidRow invalid;
   CategoricalArgs a;
@@ -261,7 +261,7 @@ void implicit_reward_probs(Tensor base, Tensor expert, std::optional<Tensor> ant
 
 void implicit_reward_sample(Tensor base, Tensor expert, std::optional<Tensor> anti, Tensor beta,
                             double temperature, Tensor seed, Tensor position, Tensor sequence,
-                            int64_t iteration, int64_t rollout, bool do_sample, bool check,
+                            int64_t iteration, Tensor rollout, bool do_sample, bool check,
                             Tensor out) {
   InvalidRow invalid;
   MixtureArgs a;

@@ -150,18 +150,19 @@ inline uint32_t counter_field(int64_t value, int64_t limit, const char* name) {
 }
 
 inline KeySpec key_spec(const Tensor& seed, const Tensor& position, const Tensor& sequence,
-                        int64_t iteration, int64_t rollout, bool do_sample, int64_t rows,
+                        int64_t iteration, const Tensor& rollout, bool do_sample, int64_t rows,
                         bool check) {
   KeySpec out;
   out.seed = seed_of(seed);
   out.position = per_row<int64_t>(position, ScalarType::Long, rows, "position");
   out.sequence = per_row<int64_t>(sequence, ScalarType::Long, rows, "sequence");
   out.iteration = counter_field(iteration, 1 << 12, "iteration");
-  out.rollout = counter_field(rollout, 1 << 16, "rollout");
+  out.rollout = per_row<int64_t>(rollout, ScalarType::Long, rows, "rollout");
   out.do_sample = do_sample;
   if (check && do_sample) {
     check_word(out.position, rows, kWord, "position", "2**32");
     check_word(out.sequence, rows, kWord, "sequence", "2**32");
+    check_word(out.rollout, rows, 1 << 16, "rollout", "65536");
   }
   return out;
 }

@@ -13,6 +13,10 @@
 // Arithmetic, all in float32: a leaf is fl(w eps), nodes fl(left + right), and the new mean is
 // fl(u + fl(sigma sum)): with one weight of 1 that is the v of this rollout, bit for bit.
 
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC optimize("schedule-insns", "sched-pressure")  // cpu/noise.h says why
+#endif
+
 #define TTA_TARGET_FILE "cpu/control.cpp"
 #include "cpu/foreach_isa.h"
 
@@ -135,7 +139,7 @@ constexpr int kMaxLevels = 17;  // 2^16 rollouts
 // A rollout that counts at this step, and how many finished subtrees it closes.
 struct Leaf {
   float weight;
-  uint32_t rollout;  // for noise_pack
+  uint32_t rollout;  // for philox_pack
   int32_t merges;
 };
 
@@ -187,22 +191,48 @@ struct Stack {
   }
 };
 
-// The sum over the leaves for kBlock dimensions from `d`, in order of dimension.
+TTA_INLINE void leaf_words(const NoiseKey& key, const NoiseStream& stream, const Leaf* leaves,
+                           const uint32_t* block, I* a, I* b) {
+  uint32_t rollout[kNoisePack];
+  for (int n = 0; n < kNoisePack; ++n) rollout[n] = leaves[n].rollout;
+  philox_pack<kNoisePack>(key, stream, rollout, block, a, b);
+}
+
+TTA_INLINE void push_leaves(const Leaf* leaves, const I* a, const I* b, Stack* stack) {
+  F eps[4 * kNoisePack];
+  normal_words<kNoisePack>(a, b, eps);
+  for (int n = 0; n < kNoisePack; ++n) stack->push(leaves[n], eps + 4 * n);
+}
+
+// The sum over the leaves for kBlock dimensions from `d`, in order of dimension. As in noise_steps,
+// the words of the next leaves are made beside the normals of these.
 static void block_sum(const NoiseKey& key, const NoiseStream& stream, const Leaf* leaves,
                       int64_t count, int64_t d, F* sum) {
-  uint32_t block[kNoisePack], rollout[kNoisePack];
+  uint32_t block[kNoisePack];
   for (int n = 0; n < kNoisePack; ++n) block[n] = static_cast<uint32_t>(d / 4);
   Stack stack;
-  F eps[4 * kNoisePack];
-  int64_t i = 0;
-  for (; i + kNoisePack <= count; i += kNoisePack) {
-    for (int n = 0; n < kNoisePack; ++n) rollout[n] = leaves[i + n].rollout;
-    noise_pack<kNoisePack>(key, stream, rollout, block, eps);
-    for (int n = 0; n < kNoisePack; ++n) stack.push(leaves[i + n], eps + 4 * n);
+  const Leaf* end = leaves + count;
+  if (count >= kNoisePack) {
+    I a[2 * kNoisePack], b[2 * kNoisePack];
+    leaf_words(key, stream, leaves, block, a, b);
+    for (; end - leaves >= 2 * kNoisePack; leaves += kNoisePack) {
+      I next_a[2 * kNoisePack], next_b[2 * kNoisePack];
+      leaf_words(key, stream, leaves + kNoisePack, block, next_a, next_b);
+      push_leaves(leaves, a, b, &stack);
+      for (int k = 0; k < 2 * kNoisePack; ++k) {
+        a[k] = next_a[k];
+        b[k] = next_b[k];
+      }
+    }
+    push_leaves(leaves, a, b, &stack);
+    leaves += kNoisePack;
   }
-  for (; i < count; ++i) {
-    noise_pack<1>(key, stream, &leaves[i].rollout, block, eps);
-    stack.push(leaves[i], eps);
+  for (; leaves != end; ++leaves) {
+    I a[2], b[2];
+    F eps[4];
+    philox_pack<1>(key, stream, &leaves->rollout, block, a, b);
+    normal_words<1>(a, b, eps);
+    stack.push(*leaves, eps);
   }
   for (int k = 0; k < 4; ++k) sum[k] = count ? add(stack.node[0][k], set1(0.0f)) : set1(0.0f);
   in_order(sum);

@@ -3,7 +3,9 @@
 //
 // The ten rounds of Philox are chains of dependent multiplications, and Box-Muller is a chain of
 // fused multiply-adds: kNoisePack vectors of counters go through them together, step by step, so
-// that the processor has that many independent chains to work on.
+// that the processor has that many independent chains to work on; and the rounds of the next ones
+// run beside the polynomials of these. For GCC to mix the two it must schedule before it allocates
+// registers, hence the pragma at the head of the files that include this one.
 
 namespace tta {
 namespace TTA_ISA {
@@ -19,11 +21,11 @@ namespace TTA_ISA {
 struct Words {
   __m512i even, odd;
 };
-TTA_INLINE Words spread(I a) { return {a.v, _mm512_srli_epi64(a.v, 32)}; }
+TTA_INLINE Words spread(I a) { return {a.v, _mm512_shuffle_epi32(a.v, _MM_PERM_DDBB)}; }
 TTA_INLINE Words multiply(Words a, I m) {
   return {_mm512_mul_epu32(a.even, m.v), _mm512_mul_epu32(a.odd, m.v)};
 }
-TTA_INLINE Words high(Words a) {
+TTA_INLINE Words high(Words a) {  // by shuffles: shifts are slower or wanted elsewhere
   return {_mm512_srli_epi64(a.even, 32), _mm512_srli_epi64(a.odd, 32)};
 }
 TTA_INLINE Words bit_xor(Words a, Words b) {
@@ -110,7 +112,7 @@ struct NoiseStream {
     y2 = static_cast<uint32_t>(q0 >> 32) ^ key.k1[1];
     z2 = static_cast<uint32_t>(q0) ^ key.k1[2];
   }
-  // To be given c3 = tag | iteration | rollout as noise_pack wants it.
+  // To be given c3 = tag | iteration | rollout as philox_pack wants it.
   uint32_t rollout(uint32_t c3) const { return x2 ^ c3; }
   uint32_t x2, y0, y2, z2;  // words 2, 0, 2, 2 after the first, second, second, third round
 };
@@ -131,11 +133,11 @@ constexpr int kBlock = 4 * kWidth;                 // dimensions of one vector o
 constexpr int kNoisePack = TTA_ISA_LEVEL ? 2 : 1;  // vectors of counters that go together
 constexpr int kNoiseStep = kNoisePack * kBlock;
 
-// N times four vectors of normals: out[4 n + w] is word w of the counters block[n] +
-// counter_lanes() of the rollout NoiseStream::rollout made rollout[n] of.
+// The words of N vectors of counters, block[n] + counter_lanes() of the rollout that
+// NoiseStream::rollout made rollout[n] of: words 0 and 2 in a[2 n] and a[2 n + 1], 1 and 3 in b.
 template <int N>
-TTA_INLINE void noise_pack(const NoiseKey& key, const NoiseStream& stream, const uint32_t* rollout,
-                           const uint32_t* block, F* out) {
+TTA_INLINE void philox_pack(const NoiseKey& key, const NoiseStream& stream, const uint32_t* rollout,
+                            const uint32_t* block, I* a, I* b) {
   const I m0 = set1u(kPhiloxM0), m1 = set1u(kPhiloxM1);
   Words c0[N], c1[N], c2[N], c3[N];
   for (int n = 0; n < N; ++n) {
@@ -165,7 +167,6 @@ TTA_INLINE void noise_pack(const NoiseKey& key, const NoiseStream& stream, const
     }
   }
   const I k0 = set1u(key.k0[kPhiloxRounds - 1]), k1 = set1u(key.k1[kPhiloxRounds - 1]);
-  I a[2 * N], b[2 * N];
   for (int n = 0; n < N; ++n) {
     const Words p0 = multiply(c0[n], m0), p1 = multiply(c2[n], m1);
     a[2 * n] = bit_xor(bit_xor(gather_high(p1), gather_low(c1[n])), k0);
@@ -173,6 +174,11 @@ TTA_INLINE void noise_pack(const NoiseKey& key, const NoiseStream& stream, const
     a[2 * n + 1] = bit_xor(bit_xor(gather_high(p0), gather_low(c3[n])), k1);
     b[2 * n + 1] = gather_low(p0);
   }
+}
+
+// Their normals: out[4 n + w] belongs to word w of vector n.
+template <int N>
+TTA_INLINE void normal_words(const I* a, const I* b, F* out) {
   F cosine[2 * N], sine[2 * N];
   normal_pack<2 * N>(a, b, cosine, sine);
   for (int n = 0; n < 2 * N; ++n) {
@@ -181,7 +187,7 @@ TTA_INLINE void noise_pack(const NoiseKey& key, const NoiseStream& stream, const
   }
 }
 
-// Four vectors as noise_pack leaves them -> kBlock consecutive dimensions.
+// Four vectors as normal_words leaves them -> kBlock consecutive dimensions.
 TTA_INLINE void in_order(F* x) {
 #if TTA_ISA_LEVEL == 2
   const __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(x[0].v, x[1].v));
@@ -206,36 +212,50 @@ TTA_INLINE void in_order(F* x) {
 #endif
 }
 
-// 128 dimensions from `begin`, a multiple of 4, in order. Not inlined: it is as long as all that
-// its callers do with the numbers, and costs them one store and one load a vector, in L1.
-constexpr int kNoiseGroup = 128;
-static_assert(kNoiseGroup % kNoiseStep == 0, "a group is made of whole steps");
+// One step of normals, in order of dimension.
+TTA_INLINE void store_normals(const I* a, const I* b, float* out) {
+  F eps[4 * kNoisePack];
+  normal_words<kNoisePack>(a, b, eps);
+  for (int n = 0; n < kNoisePack; ++n) in_order(eps + 4 * n);
+  for (int k = 0; k < 4 * kNoisePack; ++k) store(out + k * kWidth, eps[k]);
+}
 
-TTA_NOINLINE static void noise_group(const NoiseKey& key, const NoiseStream& stream,
-                                     uint32_t rollout, int64_t begin, float* out) {
-  for (int at = 0; at < kNoiseGroup; at += kNoiseStep) {
-    uint32_t rollouts[kNoisePack], block[kNoisePack];
-    for (int n = 0; n < kNoisePack; ++n) {
-      rollouts[n] = rollout;
-      block[n] = static_cast<uint32_t>((begin + at) / 4) + static_cast<uint32_t>(n * kWidth);
-    }
-    F eps[4 * kNoisePack];
-    noise_pack<kNoisePack>(key, stream, rollouts, block, eps);
-    for (int n = 0; n < kNoisePack; ++n) in_order(eps + 4 * n);
-    for (int k = 0; k < 4 * kNoisePack; ++k) store(out + at + k * kWidth, eps[k]);
+// Dimensions [begin, begin + count) in order; begin is a multiple of 4, count of kNoiseStep and not
+// 0. The words of a step are made between the normals of the step before it: two chains of work
+// that do not wait for each other. Not inlined: it is longer than what its callers do with the
+// numbers, and costs them one store and one load a vector, in L1.
+TTA_NOINLINE static void noise_steps(const NoiseKey& key, const NoiseStream& stream,
+                                     uint32_t rollout, int64_t begin, int64_t count, float* out) {
+  uint32_t rollouts[kNoisePack], block[kNoisePack];
+  for (int n = 0; n < kNoisePack; ++n) {
+    rollouts[n] = rollout;
+    block[n] = static_cast<uint32_t>(begin / 4) + static_cast<uint32_t>(n * kWidth);
   }
+  I a[2 * kNoisePack], b[2 * kNoisePack];
+  philox_pack<kNoisePack>(key, stream, rollouts, block, a, b);
+  const float* last = out + count - kNoiseStep;
+  for (; out != last; out += kNoiseStep) {
+    I next_a[2 * kNoisePack], next_b[2 * kNoisePack];
+    for (int n = 0; n < kNoisePack; ++n) block[n] += kNoisePack * kWidth;
+    philox_pack<kNoisePack>(key, stream, rollouts, block, next_a, next_b);
+    store_normals(a, b, out);
+    for (int k = 0; k < 2 * kNoisePack; ++k) {
+      a[k] = next_a[k];
+      b[k] = next_b[k];
+    }
+  }
+  store_normals(a, b, out);
 }
 
 // Dimensions [begin, end) into out[0 ..]; begin is a multiple of 4.
 static void noise_range(const NoiseKey& key, const NoiseStream& stream, uint32_t rollout,
                         int64_t begin, int64_t end, float* out) {
-  int64_t d = begin;
-  for (; d + kNoiseGroup <= end; d += kNoiseGroup)
-    noise_group(key, stream, rollout, d, out + (d - begin));
-  if (d < end) {
-    float tail[kNoiseGroup];
-    noise_group(key, stream, rollout, d, tail);
-    std::memcpy(out + (d - begin), tail, static_cast<size_t>(end - d) * sizeof(float));
+  const int64_t whole = (end - begin) / kNoiseStep * kNoiseStep;
+  if (whole) noise_steps(key, stream, rollout, begin, whole, out);
+  if (begin + whole < end) {
+    float tail[kNoiseStep];
+    noise_steps(key, stream, rollout, begin + whole, kNoiseStep, tail);
+    std::memcpy(out + whole, tail, static_cast<size_t>(end - begin - whole) * sizeof(float));
   }
 }
 

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <limits>
 
+#include "core/philox.h"
 #include "core/rules.h"
 
 namespace tta {
@@ -40,9 +41,12 @@ struct KeySpec {
   uint64_t seed = 0;
   PerRow<int64_t> position;
   PerRow<int64_t> sequence;
+  PerRow<int64_t> rollout;
   uint32_t iteration = 0;
-  uint32_t rollout = 0;
   bool do_sample = true;
+  uint32_t word3(uint32_t stream, int64_t b) const {
+    return counter_word3(stream, iteration, static_cast<uint32_t>(rollout[b]) & 0xffffu);
+  }
 };
 
 // The first row found invalid (NaN, +inf, or nothing but -inf); lower rows win whatever the

@@ -1,13 +1,17 @@
 // Adaptive importance sampling on pre-logits, while rollouts run: `prelogit_perturb` adds the
 // controlled noise v = u + sigma eps to a batch of hidden rows, `normal` writes eps out.
 //
-// One pass over hidden and u, one over out. eps is made in registers, 128 dimensions at a time.
+// One pass over hidden and u, one over out. eps is made 1024 dimensions at a time, in L1.
 // Bytes: a row moves d (2 s + 4), s bytes an element of hidden, and 4 d of u are shared by the rows
 // of a prompt at the same step. Bound by the arithmetic of the noise.
 //
 // Arithmetic: v = fl(u + fl(sigma eps)), out = hidden's dtype of fl(hidden + v), all in float32;
 // v = u where sigma is 0. dot is the canonical sum (cpu/canonical.h) of u eps, a lane adding by
 // fma in float32, tiles in float64, rounded to float32 and added to what dot holds.
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC optimize("schedule-insns", "sched-pressure")  // cpu/noise.h says why
+#endif
 
 #define TTA_TARGET_FILE "cpu/prelogit.cpp"
 #include "cpu/foreach_isa.h"
@@ -19,9 +23,11 @@
 namespace tta {
 namespace TTA_ISA {
 
-static_assert(kLanes == kNoiseGroup, "one group of noise is one pass over the lanes");
+constexpr int kEpsChunk = 1024;  // dimensions of noise made ahead, whole groups of 128
+static_assert(kTile % kEpsChunk == 0 && kEpsChunk % kLanes == 0 && kLanes % kNoiseStep == 0,
+              "tiles are whole chunks, chunks whole groups, groups whole steps");
 
-// Everything about one row that its 128-element groups share.
+// Everything about one row that its groups share.
 struct Perturbation {
   const NoiseKey& key;
   NoiseStream stream;
@@ -29,43 +35,52 @@ struct Perturbation {
   float sigma;
 };
 
-// Dimensions [d, d + 128): the pointers are to dimension d.
+// 128 dimensions.
 template <int kType>
-TTA_INLINE void perturb_group(const Perturbation& p, int64_t d, const float* u, const char* hidden,
+TTA_INLINE void perturb_group(float sigma, const float* eps, const float* u, const char* hidden,
                               char* out, F* acc) {
-  const F sigma = set1(p.sigma);
-  alignas(64) float eps[kNoiseGroup];
-  noise_group(p.key, p.stream, p.rollout, d, eps);
+  const F scale = set1(sigma);
   for (int k = 0; k < kAcc; ++k) {
     const int j = k * kWidth;
     const F mean = load(u + j), noise = load(eps + j);
     acc[k] = fma(mean, noise, acc[k]);
-    const F v = p.sigma == 0.0f ? mean : add(mean, mul(sigma, noise));
+    const F v = sigma == 0.0f ? mean : add(mean, mul(scale, noise));
     store_as<kType>(out, j, add(load_as<kType>(hidden, j), v));
   }
+}
+
+// Dimensions [begin, end), at most kEpsChunk, into the sums of their tile.
+template <int kType>
+static void perturb_chunk(const Perturbation& p, int64_t begin, int64_t end, const float* u,
+                          const char* hidden, char* out, F* acc) {
+  constexpr int kBytes = kType == kFloat32 ? 4 : 2;
+  alignas(64) float noise[kEpsChunk];
+  noise_steps(p.key, p.stream, p.rollout, begin, (end - begin + kLanes - 1) / kLanes * kLanes,
+              noise);
+  const float* eps = noise;
+  int64_t d = begin;
+  for (; d + kLanes <= end; d += kLanes, eps += kLanes)
+    perturb_group<kType>(p.sigma, eps, u + d, hidden + d * kBytes, out + d * kBytes, acc);
+  if (d == end) return;
+  const size_t count = static_cast<size_t>(end - d);
+  float u_tail[kLanes] = {};  // beyond the row u is 0 and adds nothing to the sum
+  char row_tail[kLanes * kBytes] = {};
+  std::memcpy(u_tail, u + d, count * sizeof(float));
+  std::memcpy(row_tail, hidden + d * kBytes, count * kBytes);
+  perturb_group<kType>(p.sigma, eps, u_tail, row_tail, row_tail, acc);
+  std::memcpy(out + d * kBytes, row_tail, count * kBytes);
 }
 
 template <int kType>
 static float perturb_row(const Perturbation& p, int64_t dim, const float* u, const char* hidden,
                          char* out) {
-  constexpr int kBytes = kType == kFloat32 ? 4 : 2;
   double total = 0.0;
   for (int64_t tile = 0; tile < dim; tile += kTile) {
     const int64_t end = tile + kTile < dim ? tile + kTile : dim;
     F acc[kAcc];
     for (int k = 0; k < kAcc; ++k) acc[k] = set1(0.0f);
-    int64_t d = tile;
-    for (; d + kLanes <= end; d += kLanes)
-      perturb_group<kType>(p, d, u + d, hidden + d * kBytes, out + d * kBytes, acc);
-    if (d < end) {
-      const size_t count = static_cast<size_t>(end - d);
-      float u_tail[kLanes] = {};  // beyond the row u is 0 and adds nothing to the sum
-      char row_tail[kLanes * kBytes] = {};
-      std::memcpy(u_tail, u + d, count * sizeof(float));
-      std::memcpy(row_tail, hidden + d * kBytes, count * kBytes);
-      perturb_group<kType>(p, d, u_tail, row_tail, row_tail, acc);
-      std::memcpy(out + d * kBytes, row_tail, count * kBytes);
-    }
+    for (int64_t d = tile; d < end; d += kEpsChunk)
+      perturb_chunk<kType>(p, d, d + kEpsChunk < end ? d + kEpsChunk : end, u, hidden, out, acc);
     total += static_cast<double>(fold(acc));
   }
   return static_cast<float>(total);

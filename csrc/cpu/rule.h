@@ -12,8 +12,7 @@ TTA_INLINE bool valid_param(const RuleSpec& rule, int64_t b) {
 // The uniform of one decision about row b, `ahead` tokens after its position.
 static double uniform(const KeySpec& key, int64_t b, int64_t ahead, Stream stream) {
   return philox_uniform(key.seed, 0, static_cast<uint32_t>(key.position[b] + ahead),
-                        static_cast<uint32_t>(key.sequence[b]),
-                        counter_word3(stream, key.iteration, key.rollout));
+                        static_cast<uint32_t>(key.sequence[b]), key.word3(stream, b));
 }
 
 // The rows of one position and their statistics: at the sampling temperature, and at the rule's

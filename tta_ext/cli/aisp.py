@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from tta_ext.decoding.outcome import SearchResult
     from tta_ext.decoding.search import SearchMethod
 
-__all__ = ["Model", "RewardName", "Settings", "load_model_and_tokenizer", "search"]
+__all__ = ["Model", "RewardName", "Settings", "load_model_and_tokenizer", "search", "show"]
 
 SMOLLM2 = "smollm2"
 
@@ -159,3 +159,37 @@ def _print(result: SearchResult) -> None:
         if last.kl is not None:
             line += f"; KL {last.kl:.3g} nats"
         errors.print(f"{line}; {last.samples} answers scored", highlight=False)
+
+
+def show(seed: int, prompt: str = "Tell me about the sea.") -> None:
+    """The demo's short AISP part, if SmolLM2 is installed: one prompt, against best-of-n."""
+    from tta_ext.decoding import AdaptiveImportanceSampling, BestOfN
+    from tta_ext.decoding.rewards import LetterReward
+    from tta_ext.demo import smollm2
+
+    if not smollm2.available():
+        return
+    model, tokenizer = load_model_and_tokenizer(SMOLLM2, "auto", None)
+    reward = LetterReward("s")
+    asked = [[{"role": "user", "content": prompt}]]
+    console.print(
+        f"\nAISP on {smollm2.NAME}: noise on the pre-logits learns to start words with s; "
+        f"{prompt!r}",
+        highlight=False,
+    )
+    steered = AdaptiveImportanceSampling(
+        model, reward, tokenizer, n=16, iterations=6, max_new_tokens=16
+    ).generate(asked, seed=seed)
+    plain = BestOfN(
+        model, reward, tokenizer, n=96, group=16, max_new_tokens=16, probe=False
+    ).generate(asked, seed=seed)
+    for result in (steered, plain):
+        means = " ".join(f"{record.mean:.2f}" for record in result.curves[0])
+        best = result.best[0]
+        console.print(
+            f"{result.method:9} mean reward by iteration {means}; best {best.reward:.2f} in "
+            f"{result.timing.total:.1f} s: {best.text!r}",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )

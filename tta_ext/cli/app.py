@@ -28,9 +28,14 @@ app.command("sweep")(evaluate.sweep)
 app.command("compare")(compare.compare)
 app.command("trace")(trace.trace)
 app.command("doctor")(doctor.doctor)
-app.command("bench", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
-    bench.bench
-)
+app.command(
+    "bench",
+    context_settings={
+        "allow_extra_args": True,
+        "ignore_unknown_options": True,
+        "help_option_names": [],
+    },
+)(bench.bench)
 
 
 def _version(value: bool) -> None:

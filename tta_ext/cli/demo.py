@@ -12,7 +12,7 @@ import typer
 from rich.panel import Panel
 from rich.table import Table
 
-from tta_ext.cli import common
+from tta_ext.cli import aisp, common
 from tta_ext.cli.common import console
 from tta_ext.cli.evaluate import row_table
 
@@ -61,6 +61,7 @@ def demo(
             text = common.coloured(shown.source_spans(row, pair.tokenizer))
             console.print(Panel(text, title=problem.question, title_align="left", expand=False))
     _where_time_went(kad, prompts, seed)
+    aisp.show(seed)
     console.print(f"whole demo: {time.perf_counter() - start:.1f} s")
 
 

@@ -154,17 +154,13 @@ class _Guided(Rollouts):
     def _choose(self, score: Tensor, sampling: Sampling) -> Tensor:
         if sampling.decoding == "greedy":
             return ops.categorical_sample(score, do_sample=False)
-        chosen = torch.empty(len(score), dtype=torch.int64, device=score.device)
-        for rollout, start, stop in self._groups:
-            ops.categorical_sample(
-                score[start:stop],
-                temperature=sampling.temperature,
-                seed=self.seed,
-                position=self._position[start:stop],
-                sequence=self._sequence[start:stop],
-                iteration=self.iteration,
-                rollout=rollout,
-                stream=rng.REWARD,
-                out=chosen[start:stop],
-            )
-        return chosen
+        return ops.categorical_sample(
+            score,
+            temperature=sampling.temperature,
+            seed=self.seed,
+            position=self._position,
+            sequence=self._sequence,
+            iteration=self.iteration,
+            rollout=self._rollout,
+            stream=rng.REWARD,
+        )

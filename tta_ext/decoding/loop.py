@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -102,7 +103,8 @@ class Loop(ABC):
         self.events: list[Emission] = []
         self.stats = DecodeStats()
         self._start_costs = [(r.seconds, r.calls, r.rows_run, r.tokens_run) for r in self._runners]
-        self.sequence = torch.tensor(list(options.sequence), dtype=torch.int64, device=base.device)
+        self.sequence_ids = list(options.sequence)
+        self.sequence = torch.tensor(self.sequence_ids, dtype=torch.int64, device=base.device)
         self.token = torch.empty(rows, dtype=torch.int64, device=base.device)
         self.deferred = torch.zeros(rows, dtype=torch.bool, device=base.device)
         self.rule = dict(options.rule)
@@ -249,10 +251,11 @@ class Loop(ABC):
         index = torch.tensor(rows, device=self.base.device)
         if self.options.context is not None:
             self.options.context.keep(rows, index)
-        self.keep(index)
+        self.keep(rows, index)
 
-    def keep(self, index: Tensor) -> None:
-        """Drop what this loop keeps for rows that are not in ``index``."""
+    def keep(self, rows: list[int], index: Tensor) -> None:
+        """Drop what this loop keeps for rows that are not in ``rows`` (``index``: as a tensor)."""
+        self.sequence_ids = [self.sequence_ids[i] for i in rows]
         self.sequence = self.sequence[index]
         self.token, self.deferred = self.token[: len(index)], self.deferred[: len(index)]
         if self._param_by_row:
@@ -311,27 +314,42 @@ class LazyDeferral(Loop):
                 self._record(None, None, flags, False)
             return flags
         asked = None if full or len(rows) == len(flags) else rows
+        names = None
+        if rows and len(rows) < len(flags):
+            # Everything that goes by row number, in one small transfer.
+            lengths, ids = self.base.lengths, self.sequence_ids
+            table = (rows, [lengths[i] for i in rows], [ids[i] for i in rows])
+            names = torch.from_numpy(np.array(table, dtype=np.int64)).to(self.base.device)
         if not self._warm:
             self.proxy.prefill()
             self._warm = True
-        proxy_logits = self.process(self.proxy.catch_up(asked), asked)
+        index = None
+        if names is not None and asked is not None and self.proxy.device == self.base.device:
+            index = names[0]
+        proxy_logits = self.process(self.proxy.catch_up(asked, index), asked)
         if rows:
             with span("replace"):
-                self._replace(rows, logits, proxy_logits[rows] if full else proxy_logits)
+                self._replace(names, logits, proxy_logits[rows] if full else proxy_logits)
             if not options.do_sample:
                 flags = self.deferred.tolist()
         if options.trace:
             self._record(proxy_logits, asked, flags, False)
         return flags
 
-    def _replace(self, rows: list[int], logits: Tensor, proxy_logits: Tensor) -> None:
-        """Draw the tokens of ``rows``, whose proxy logits these are, with the proxy's help."""
+    def _replace(self, names: Tensor | None, logits: Tensor, proxy_logits: Tensor) -> None:
+        """Draw the tokens of some rows, whose proxy logits these are, with the proxy's help.
+
+        Args:
+            names: int64 ``[3, rows]``: row numbers, positions, sequence ids; None for all rows.
+            logits: the base's, of all rows.
+            proxy_logits: those of the rows asked for.
+        """
         options, rule = self.options, self.rule
-        position, sequence = self.base.total, self.sequence
-        everyone = len(rows) == len(self.active)
-        if not everyone:
-            index = torch.tensor(rows, device=logits.device)
-            position, sequence = position.index_select(0, index), sequence.index_select(0, index)
+        everyone = names is None
+        if names is None:
+            position, sequence = self.base.total, self.sequence
+        else:
+            index, position, sequence = names
         if options.do_sample:
             token = ops.categorical_sample(
                 proxy_logits,

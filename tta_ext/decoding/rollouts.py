@@ -198,7 +198,7 @@ class Rollouts:
 
     Args:
         prompts: the prompts they continue.
-        cells: (prompt, rollout) of each, in ascending order of rollout.
+        cells: (prompt, rollout) of each.
         sampling: how tokens are drawn and when a rollout ends.
         seed: int64 ``[1]`` on the prompts' device.
         iteration: counter of the random streams.
@@ -256,15 +256,6 @@ class Rollouts:
         """What depends on which cells are active."""
         self._meter = [row for row, cell in enumerate(self.active) if cell in self.kl]
         self._meter_index = torch.tensor(self._meter, dtype=torch.int64, device=self.prompts.device)
-        # The draw's counter takes one rollout a call: rows of one rollout lie together.
-        groups: list[tuple[int, int, int]] = []
-        for row, cell in enumerate(self.active):
-            rollout = self.cells[cell][1]
-            if groups and groups[-1][0] == rollout:
-                groups[-1] = (rollout, groups[-1][1], row + 1)
-            else:
-                groups.append((rollout, row, row + 1))
-        self._groups = groups
 
     @property
     def done(self) -> bool:
@@ -341,18 +332,16 @@ class Rollouts:
             return ops.categorical_sample(logits, do_sample=False, out=self._token)
         if sampling.top_k is not None or sampling.top_p is not None:
             logits = restrict(logits, sampling.temperature, sampling.top_k, sampling.top_p)
-        for rollout, start, stop in self._groups:
-            ops.categorical_sample(
-                logits[start:stop],
-                temperature=sampling.temperature,
-                seed=self.seed,
-                position=self._position[start:stop],
-                sequence=self._sequence[start:stop],
-                iteration=self.iteration,
-                rollout=rollout,
-                out=self._token[start:stop],
-            )
-        return self._token
+        return ops.categorical_sample(
+            logits,
+            temperature=sampling.temperature,
+            seed=self.seed,
+            position=self._position,
+            sequence=self._sequence,
+            iteration=self.iteration,
+            rollout=self._rollout,
+            out=self._token,
+        )
 
     @torch.inference_mode()
     def commit(self, token: Tensor) -> list[int]:
@@ -427,8 +416,7 @@ class Rollouts:
         """Replace all rollouts by continuations of some of those that are active.
 
         Args:
-            cells: (prompt, rollout) of the new rollouts, in ascending order of rollout, at most as
-                many as there were at the start.
+            cells: (prompt, rollout) of the new rollouts, no more than there were at the start.
             parents: for each, the number of the active cell that it continues.
         """
         place = {cell: row for row, cell in enumerate(self.active)}
@@ -440,4 +428,6 @@ class Rollouts:
         self.active = list(range(len(rows)))
         self.dot = torch.zeros(len(rows), dtype=torch.float32, device=self._dot.device)
         self._select(rows)
-        self._rollout = torch.tensor([rollout for _, rollout in cells], device=self._dot.device)
+        self._rollout = torch.tensor(
+            [rollout for _, rollout in cells], dtype=torch.int64, device=self._dot.device
+        )

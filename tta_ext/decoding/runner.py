@@ -220,11 +220,17 @@ class Runner:
         self._cached = self._total.copy()
         return logits
 
-    def catch_up(self, rows: Sequence[int] | None = None) -> Tensor:
+    @property
+    def lengths(self) -> list[int]:
+        """:attr:`total` on the host; do not write to it."""
+        return self._total
+
+    def catch_up(self, rows: Sequence[int] | None = None, index: Tensor | None = None) -> Tensor:
         """Feed all pending tokens of some rows, which may be many, in one call.
 
         Args:
             rows: which rows, ascending, each with at least one pending token; None for all.
+            index: the same as int64 on the model's device, if the caller has it.
 
         Returns:
             Logits ``[len(rows), vocabulary]`` after each row's last token.
@@ -259,8 +265,11 @@ class Runner:
             starts[row] = end
         # NumPy reads lists faster than torch does.
         block = self._put(np.array((tokens, slots, places), dtype=np.int64))
-        read = None if everyone else torch.tensor(rows, device=self.device)
-        self.cache.plan = Plan(block[1], len(rows), width, read)
+        if everyone:
+            index = None
+        elif index is None:
+            index = torch.tensor(rows, device=self.device)
+        self.cache.plan = Plan(block[1], len(rows), width, index)
         position = block[2].view(-1, columns)
         mask = self._masks(position, width)
         return self._forward(block[0].view(-1, columns), position, mask, fed)

@@ -153,5 +153,5 @@ def formatted_documents(seed: int) -> Iterator[tuple[str, Problem]]:
     """An endless stream of questions answered in the answer format."""
     rng = random.Random(f"tta_ext.demo formatted {seed}")
     while True:
-        problem = make_split_problem(rng, _steps(rng), held_out=False)
+        problem = make_split_problem(rng, _steps(rng), held_out=False, limits=WIDE)
         yield problem.prompt + problem.formatted_answer(), problem

@@ -198,7 +198,7 @@ def _row(
     exact = sum(outcomes) / n
     lenient = sum(score_lenient(p, t) for p, t in zip(problems, texts, strict=True)) / n
     deferred: float | None = total["deferred_tokens"] / tokens
-    calls = 1.0 - total["proxy_tokens_saved"] / tokens
+    calls = (tokens - total["proxy_tokens_saved"]) / tokens
     if setting.rule == PROXY_ALONE:
         deferred = calls = 1.0
     elif setting.rule == IMPLICIT_REWARD:

@@ -52,8 +52,8 @@ class Limits:
     total: int
 
 
-WIDE = Limits(start=99, operand=89, total=199)  # the evaluation's
-NARROW = Limits(start=49, operand=39, total=99)  # a first lesson
+NARROW = Limits(start=49, operand=39, total=99)  # the evaluation's, and training's first lesson
+WIDE = Limits(start=99, operand=89, total=199)  # training's later text: twice the range
 
 _NUMBER = re.compile(r"\d+")
 _FINAL = re.compile(re.escape(ANSWER_MARK) + r" (\d+)\s*\Z")
@@ -133,7 +133,7 @@ def make_step(rng: random.Random, total: int, limits: Limits) -> Step:
             return Step(total, op, operand, after)
 
 
-def make_problem(rng: random.Random, steps: int, limits: Limits = WIDE) -> Problem:
+def make_problem(rng: random.Random, steps: int, limits: Limits = NARROW) -> Problem:
     """Draw one problem.
 
     Args:
@@ -163,7 +163,7 @@ def make_problem(rng: random.Random, steps: int, limits: Limits = WIDE) -> Probl
 
 
 def make_split_problem(
-    rng: random.Random, steps: int, *, held_out: bool, limits: Limits = WIDE
+    rng: random.Random, steps: int, *, held_out: bool, limits: Limits = NARROW
 ) -> Problem:
     """Draw problems until one falls on the wanted side of the split."""
     while True:

@@ -200,6 +200,7 @@ def run_stages(
         texts = _Counted(texts_of(stage, seed))
         rows = packed_rows(texts, tokenizer)
         started, tokens, losses = time.perf_counter(), 0, []
+        cpu_started = time.process_time()
         model.train()
         for step in range(1, stage.steps + 1):
             progress = (done - warmup) / max(1, total - warmup)
@@ -240,6 +241,7 @@ def run_stages(
                 "tokens": tokens,
                 "loss": _mean(losses[-log_every:]),
                 "seconds": round(time.perf_counter() - started, 1),
+                "cpu_seconds": round(time.process_time() - cpu_started, 1),
             }
         )
     model.eval()

@@ -23,7 +23,7 @@ _FLOAT32_MAX = 3.4028234663852886e38
 _FLOAT32_TINY = 1.1754943508222875e-38
 
 RuleArguments = tuple[Tensor, int, int, float, float]
-KeyArguments = tuple[Tensor, Tensor, Tensor, int, int, bool]
+KeyArguments = tuple[Tensor, Tensor, Tensor, int, Tensor, bool]
 
 _compiling = torch.compiler.is_compiling
 
@@ -193,6 +193,13 @@ def sequence_tensor(value: int | Tensor | None, count: int, device: torch.device
     return index_tensor("sequence", value, count, device)
 
 
+def rollout_tensor(value: int | Tensor, count: int, device: torch.device) -> Tensor:
+    """Rollout numbers of 16 bits."""
+    if is_int(value) and not 0 <= value < rng.ROLLOUTS:
+        rng.check_rollout(value)
+    return index_tensor("rollout", value, count, device)
+
+
 def seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
     """The seed as one int64 element."""
     if isinstance(seed, Tensor):
@@ -216,7 +223,7 @@ def key_arguments(
     position: int | Tensor | None,
     sequence: int | Tensor | None,
     iteration: int,
-    rollout: int,
+    rollout: int | Tensor,
     do_sample: bool,
 ) -> KeyArguments:
     """The arguments that name random numbers, as the operators take them."""
@@ -229,8 +236,6 @@ def key_arguments(
         position = 0 if position is None else position
     if not 0 <= iteration < rng.ITERATIONS:
         rng.check_iteration(iteration)
-    if not 0 <= rollout < rng.ROLLOUTS:
-        rng.check_rollout(rollout)
     return (
         seed_tensor(seed, device),
         position
@@ -240,7 +245,9 @@ def key_arguments(
         if on_cpu and _plain_index(sequence, count)
         else sequence_tensor(sequence, count, device),
         iteration,
-        rollout,
+        rollout
+        if on_cpu and _plain_index(rollout, count)
+        else rollout_tensor(rollout, count, device),
         bool(do_sample),
     )
 

@@ -122,7 +122,7 @@ def implicit_reward_sample(
     position: int | Tensor | None = None,
     sequence: int | Tensor | None = None,
     iteration: int = 0,
-    rollout: int = 0,
+    rollout: int | Tensor = 0,
     do_sample: bool = True,
     check: bool | None = None,
     out: Tensor | None = None,

@@ -21,7 +21,7 @@ def categorical_sample(
     position: int | Tensor | None = None,
     sequence: int | Tensor | None = None,
     iteration: int = 0,
-    rollout: int = 0,
+    rollout: int | Tensor = 0,
     do_sample: bool = True,
     temperature: float = 1.0,
     stream: int = rng.BASE,

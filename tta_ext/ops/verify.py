@@ -51,7 +51,7 @@ def deferral_verify(
     position: int | Tensor | None = None,
     sequence: int | Tensor | None = None,
     iteration: int = 0,
-    rollout: int = 0,
+    rollout: int | Tensor = 0,
     do_sample: bool = True,
     return_mass: bool = True,
     check: bool | None = None,

@@ -49,10 +49,11 @@ def check_indices(name: str, values: Tensor, stop: int, check: bool) -> None:
     )
 
 
-def check_key(position: Tensor, sequence: Tensor, check: bool) -> None:
-    """Position and sequence must fit the counter's 32-bit words."""
+def check_key(position: Tensor, sequence: Tensor, rollout: Tensor, check: bool) -> None:
+    """Position and sequence must fit the counter's 32-bit words, the rollout its 16 bits."""
     check_indices("position", position, 1 << 32, check)
     check_indices("sequence", sequence, 1 << 32, check)
+    check_indices("rollout", rollout, 1 << 16, check)
 
 
 def inverse_temperature(temperature: float) -> float:

@@ -251,7 +251,7 @@ class Key(NamedTuple):
     position: Tensor
     sequence: Tensor
     iteration: int
-    rollout: int
+    rollout: Tensor
 
     def uniform(self, like: Tensor, stream: int) -> Tensor:
         return uniform(like.shape[0], like.device, *self, stream)
@@ -290,13 +290,13 @@ def deferral_propose(
     position: Tensor,
     sequence: Tensor,
     iteration: int,
-    rollout: int,
+    rollout: Tensor,
     do_sample: bool,
     check: bool,
     compute_dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
     """The base model's token, and whether the proxy is to be asked instead."""
-    common.check_key(position, sequence, check)
+    common.check_key(position, sequence, rollout, check)
     rows = _prepare(base_logits, None, param, rule, check, False)
     s = screen(rows.base, None, rows.param, rule, critical, rule_temperature, compute_dtype)
     p = softmax(rows.base, temperature, compute_dtype)
@@ -320,13 +320,13 @@ def deferral_sample(
     position: Tensor,
     sequence: Tensor,
     iteration: int,
-    rollout: int,
+    rollout: Tensor,
     do_sample: bool,
     check: bool,
     compute_dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
     """A token of law pi, and whether the base model's choice was deferred."""
-    common.check_key(position, sequence, check)
+    common.check_key(position, sequence, rollout, check)
     reads_all = rule in rules.NEEDS_PROXY
     rows = _prepare(base_logits, proxy_logits, param, rule, check, reads_all)
     s = screen(rows.base, rows.proxy, rows.param, rule, critical, rule_temperature, compute_dtype)

@@ -93,13 +93,13 @@ def implicit_reward_sample(
     position: Tensor,
     sequence: Tensor,
     iteration: int,
-    rollout: int,
+    rollout: Tensor,
     do_sample: bool,
     check: bool,
     compute_dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """A token of the combined law ``[B]``; its argmax without ``do_sample``."""
-    common.check_key(position, sequence, check)
+    common.check_key(position, sequence, rollout, check)
     scores, invalid = _scores(base_logits, expert_logits, anti_logits, beta, check, compute_dtype)
     if do_sample:
         u = uniform(

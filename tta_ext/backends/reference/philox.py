@@ -53,13 +53,13 @@ def uniform(
     position: Tensor,
     sequence: Tensor,
     iteration: int,
-    rollout: int,
+    rollout: Tensor,
     stream: int,
     draw: int = 0,
 ) -> Tensor:
     """One uniform a row, float64 ``[batch]``, a multiple of 2**-32 in [0, 1)."""
     c0 = torch.full((batch,), draw, dtype=torch.int64, device=device)
-    c3 = torch.full_like(c0, int(rng.stream_word(stream, iteration, rollout)))
+    c3 = torch.as_tensor(rng.stream_word(stream, iteration, rollout.reshape(-1)))
     block = blocks(seed, c0, position.reshape(-1), sequence.reshape(-1), c3)
     return block[:, 0].to(torch.float64) * 2.0**-32
 

@@ -16,7 +16,7 @@ def categorical_sample(
     position: Tensor,
     sequence: Tensor,
     iteration: int,
-    rollout: int,
+    rollout: Tensor,
     do_sample: bool,
     stream: int,
     draw: int,
@@ -24,7 +24,7 @@ def categorical_sample(
     compute_dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """One token a row ``[B]``; the argmax (lowest id among equals) without ``do_sample``."""
-    common.check_key(position, sequence, check)
+    common.check_key(position, sequence, rollout, check)
     invalid = common.check_logits("logits", logits, None, check)
     rows = common.usable(logits, invalid)
     if do_sample:

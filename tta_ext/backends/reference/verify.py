@@ -93,7 +93,7 @@ def deferral_verify(
     position: Tensor,
     sequence: Tensor,
     iteration: int,
-    rollout: int,
+    rollout: Tensor,
     do_sample: bool,
     return_mass: bool,
     check: bool,
@@ -102,7 +102,7 @@ def deferral_verify(
     """Accepted count, next token, deferred flag ``[B]`` and deferred mass ``[B, K+1]``."""
     batch, positions, vocabulary = base_logits.shape
     device = base_logits.device
-    common.check_key(position, sequence, check)
+    common.check_key(position, sequence, rollout, check)
     common.check_indices("draft_length", draft_length, positions, check)
     in_draft = torch.arange(positions - 1, device=device) < draft_length.unsqueeze(-1)
     common.check_indices("draft", torch.where(in_draft, draft, 0), vocabulary, check)
