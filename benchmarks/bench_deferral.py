@@ -50,7 +50,7 @@ class _Inputs:
 
     def raw_keys(self, rows: Tensor | None = None) -> Any:
         rows = torch.arange(self.batch) if rows is None else rows
-        return (self.seed, self.position[rows], self.sequence[rows], 0, 0, True)
+        return (self.seed, self.position[rows], self.sequence[rows], 0, torch.tensor(0), True)
 
     def oracle(self, name: str, *, proxy: bool = True, keys: bool = False) -> Any:
         """The float64 reference on the rows that are checked."""

@@ -33,12 +33,20 @@ def _pair(grid: Grid, dtype: torch.dtype, batch: int, vocab: int) -> Iterator[Ca
     seed = torch.tensor(grid.seed, dtype=torch.int64)
     index = torch.arange(batch, dtype=torch.int64)
     keys: dict[str, Any] = {"seed": seed, "position": index, "sequence": index}
-    raw_keys = (seed, index, index, 0, 0, True)
+    raw_keys = (seed, index, index, 0, torch.tensor(0), True)
     rows = checks.rows_to_check(batch, vocab)
     part = (base[rows], expert[:, rows], anti[:, rows], beta, 1.0)
     want = reference.implicit_reward_probs(*part, True, compute_dtype=torch.float64)
     token = reference.implicit_reward_sample(
-        *part, seed, index[rows], index[rows], 0, 0, True, True, compute_dtype=torch.float64
+        *part,
+        seed,
+        index[rows],
+        index[rows],
+        0,
+        torch.tensor(0),
+        True,
+        True,
+        compute_dtype=torch.float64,
     )
     probs_out = ops.implicit_reward_probs(base, expert, anti, beta)
     token_out = ops.implicit_reward_sample(base, expert, anti, beta, **keys)

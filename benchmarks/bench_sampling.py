@@ -35,7 +35,8 @@ def _categorical(grid: Grid, dtype: torch.dtype, batch: int, vocab: int) -> Case
 
     def by_reference(chosen: Tensor, compute_dtype: torch.dtype) -> Tensor:
         return reference.categorical_sample(
-            logits[chosen], 1.0, seed, index[chosen], index[chosen], 0, 0, True, rng.BASE, 0, True,
+            logits[chosen], 1.0, seed, index[chosen], index[chosen], 0, torch.tensor(0), True,
+            rng.BASE, 0, True,
             compute_dtype=compute_dtype,
         )  # fmt: skip
 

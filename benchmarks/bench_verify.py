@@ -45,7 +45,7 @@ class Inputs:
         k = self.keys
         param = torch.tensor(self.param, dtype=torch.float64)
         rule = (param, rules.rule_code(self.rule), rules.EXCLUDE, 1.0, 1.0)
-        key = (k["seed"], k["position"], k["sequence"], 0, 0, True)
+        key = (k["seed"], k["position"], k["sequence"], 0, torch.tensor(0), True)
         return (self.base, self.proxy, self.draft, self.length, *rule, *key, False, True)
 
     @property

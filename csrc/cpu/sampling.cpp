@@ -18,8 +18,7 @@ static int64_t pick(const Row& row, const Stats& s, const KeySpec& key, int64_t 
                     uint32_t number) {
   if (!key.do_sample) return first_of_value(row, s, s.max);
   const double u = philox_uniform(key.seed, number, static_cast<uint32_t>(key.position[b]),
-                                  static_cast<uint32_t>(key.sequence[b]),
-                                  key.word3(stream, b));
+                                  static_cast<uint32_t>(key.sequence[b]), key.word3(stream, b));
   return draw(row, s, u);
 }
 

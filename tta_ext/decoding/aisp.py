@@ -13,9 +13,7 @@ stored (:mod:`tta_ext.ops.prelogit`). The answer is the best-rewarded one of all
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,11 +23,13 @@ import torch
 from torch import Tensor
 
 from tta_ext import ops, rng
+from tta_ext.decoding import checkpoint
 from tta_ext.decoding.kad import _seed
 from tta_ext.decoding.outcome import Candidate, IterationRecord, SearchResult, Timing
 from tta_ext.decoding.prompts import normalise_prompts
 from tta_ext.decoding.rewards import Reward
 from tta_ext.decoding.rollouts import Noise
+from tta_ext.decoding.scales import deviation, head_row_norm, lam_for_ess, prelogit_scale
 from tta_ext.decoding.search import (
     Scored,
     Search,
@@ -43,9 +43,6 @@ __all__ = [
     "AISPSearch",
     "AISPSettings",
     "AdaptiveImportanceSampling",
-    "head_row_norm",
-    "lam_for_ess",
-    "prelogit_scale",
 ]
 
 SIGMA_UNITS = ("absolute", "prelogit", "logit")
@@ -54,7 +51,6 @@ LAM_UNITS = ("absolute", "std", "ess")
 LOGIT_NOISE = 1.5
 # Where no lambda is given: this many standard deviations of an iteration's rewards.
 RELATIVE_LAM = 0.3
-FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -261,7 +257,7 @@ class AdaptiveImportanceSampling(SearchMethod[AISPSettings]):
         Raises:
             ValueError: not such a file, or saved with a model of another size.
         """
-        return _load(self, Path(path), iterations)
+        return AISPSearch.load(self, Path(path), iterations)
 
 
 class AISPSearch(Search[AISPSettings]):
@@ -372,7 +368,7 @@ class AISPSearch(Search[AISPSettings]):
             return weights, [lam] * len(reward)
         rows = reward.tolist()
         if unit == "std":
-            lams = [lam * _deviation(row) for row in rows]
+            lams = [lam * deviation(row) for row in rows]
         else:
             lams = [lam_for_ess(row, lam) for row in rows]
         # One lambda a prompt: divide here and let the op work at 1. Where rewards are all equal any
@@ -406,11 +402,7 @@ class AISPSearch(Search[AISPSettings]):
 
     def save(self, path: str | Path) -> None:
         """Write u, seed, iteration, settings and all answers to a safetensors file, atomically."""
-        from safetensors.torch import save_file
-
-        path = Path(path)
         state = {
-            "format": FORMAT,
             "settings": asdict(self.settings),
             "sigma": self._sigma,
             "seed": self.seed,
@@ -423,115 +415,38 @@ class AISPSearch(Search[AISPSettings]):
             "curves": [[one.as_dict() for one in curve] for curve in self.curves],
             "timing": {k: v for k, v in self.timing.as_dict().items() if k != "other"},
         }
-        partial = path.with_name(f"{path.name}.{os.getpid()}.part")
-        metadata = {"tta_ext.aisp": json.dumps(state)}
-        save_file({"mean": self.mean.cpu().contiguous()}, partial, metadata=metadata)
-        os.replace(partial, path)
+        checkpoint.write(Path(path), self.mean, state)
 
-
-def _load(method: AdaptiveImportanceSampling, path: Path, iterations: int | None) -> AISPSearch:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            state = json.loads(metadata["tta_ext.aisp"])
-            mean = file.get_tensor("mean")
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise ValueError(f"{path} holds no AISP run ({error})") from error
-    if state["format"] != FORMAT:
-        raise ValueError(f"{path} has format {state['format']}, expected {FORMAT}")
-    settings = AISPSettings(**state["settings"])
-    if iterations is not None:
-        if iterations < state["iteration"]:
-            raise ValueError(
-                f"iterations is {iterations}, but {state['iteration']} are done already"
-            )
-        settings = replace(settings, iterations=iterations)
-    search = AISPSearch(
-        method, state["prompts"], settings, state["seed"], state["sequence"], state["encoded"]
-    )
-    if mean.shape != search.mean.shape:
-        raise ValueError(
-            f"{path} holds u of shape {list(mean.shape)}, this model's is {list(search.mean.shape)}"
+    @classmethod
+    def load(
+        cls, method: AdaptiveImportanceSampling, path: Path, iterations: int | None = None
+    ) -> AISPSearch:
+        """A run from a file; see :meth:`AdaptiveImportanceSampling.resume`."""
+        mean, state = checkpoint.read(path)
+        settings = AISPSettings(**state["settings"])
+        if iterations is not None:
+            if iterations < state["iteration"]:
+                raise ValueError(
+                    f"iterations is {iterations}, but {state['iteration']} are done already"
+                )
+            settings = replace(settings, iterations=iterations)
+        search = cls(
+            method, state["prompts"], settings, state["seed"], state["sequence"], state["encoded"]
         )
-    search.mean.copy_(mean)
-    search._sigma = state["sigma"]
-    search.iteration = state["iteration"]
-    search.stopped = state["stopped"]
-    if settings.iterations > search.iteration:
-        search.stopped = ["" if why == "iterations" else why for why in search.stopped]
-    search.candidates = [[Candidate(**one) for one in row] for row in state["candidates"]]
-    search.curves = [[IterationRecord(**one) for one in row] for row in state["curves"]]
-    search.tokens = [sum(len(one.tokens) for one in row) for row in search.candidates]
-    search.asked = [len(row) for row in search.candidates]
-    search._before = Timing(**state["timing"])
-    return search
-
-
-def _deviation(row: Sequence[float]) -> float:
-    """Population standard deviation of the finite values."""
-    values = [value for value in row if math.isfinite(value)]
-    mean = sum(values) / len(values)
-    return math.sqrt(sum((value - mean) ** 2 for value in values) / len(values))
-
-
-def lam_for_ess(rewards: Sequence[float], target: float) -> float:
-    """The lambda at which ``softmax(rewards / lambda)`` has a given effective sample size.
-
-    Args:
-        rewards: finite values or -inf, at least one finite.
-        target: effective sample size. If more rewards than that are tied at the top, or fewer than
-            that are finite, the nearest that can be had.
-
-    Returns:
-        lambda > 0; 0.0 if all finite rewards are equal.
-    """
-    values = [value for value in rewards if math.isfinite(value)]
-    highest = max(values)
-    gaps = [value - highest for value in values]
-    width = -min(gaps)
-    if width == 0.0:
-        return 0.0
-
-    def ess(lam: float) -> float:
-        weights = [math.exp(gap / lam) for gap in gaps]
-        return sum(weights) ** 2 / sum(weight * weight for weight in weights)
-
-    low, high = math.log(width) - 14.0, math.log(width) + 14.0
-    for _ in range(60):
-        middle = 0.5 * (low + high)
-        if ess(math.exp(middle)) < target:
-            low = middle
-        else:
-            high = middle
-    return math.exp(0.5 * (low + high))
-
-
-@torch.inference_mode()
-def prelogit_scale(model: Any) -> float:
-    """Root mean square of a model's pre-logits, over a fixed set of random tokens.
-
-    The final normalisation of language models makes it much the same for any text.
-    """
-    head = model.get_output_embeddings()
-    size = model.get_input_embeddings().weight.shape[0]
-    ids = torch.randint(size, (4, 32), generator=torch.Generator().manual_seed(0))
-    seen: list[Tensor] = []
-    handle = head.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
-    try:
-        model(input_ids=ids.to(model.get_input_embeddings().weight.device), use_cache=False)
-    finally:
-        handle.remove()
-    if not seen:
-        raise ValueError(f"{type(model).__name__} does not call its output embeddings as a module")
-    return float(seen[0].double().square().mean().sqrt())
-
-
-@torch.inference_mode()
-def head_row_norm(model: Any) -> float:
-    """Mean Euclidean norm of the rows of a model's head."""
-    weight = model.get_output_embeddings().weight
-    # In parts, so that no float32 copy of a large head is made.
-    total = sum(float(part.float().norm(dim=-1).double().sum()) for part in weight.split(8192))
-    return total / weight.shape[0]
+        if mean.shape != search.mean.shape:
+            raise ValueError(
+                f"{path} holds u of shape {list(mean.shape)}, this model's is "
+                f"{list(search.mean.shape)}"
+            )
+        search.mean.copy_(mean)
+        search._sigma = state["sigma"]
+        search.iteration = state["iteration"]
+        search.stopped = state["stopped"]
+        if settings.iterations > search.iteration:
+            search.stopped = ["" if why == "iterations" else why for why in search.stopped]
+        search.candidates = [[Candidate(**one) for one in row] for row in state["candidates"]]
+        search.curves = [[IterationRecord(**one) for one in row] for row in state["curves"]]
+        search.tokens = [sum(len(one.tokens) for one in row) for row in search.candidates]
+        search.asked = [len(row) for row in search.candidates]
+        search._before = Timing(**state["timing"])
+        return search

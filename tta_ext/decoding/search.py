@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tta_ext import rng
 from tta_ext.decoding.attention import check_model, probe_model
-from tta_ext.decoding.kad import _device_of, _logits_of, _seed
+from tta_ext.decoding.kad import _logits_of, _seed
 from tta_ext.decoding.outcome import (
     Candidate,
     IterationRecord,
@@ -521,8 +521,3 @@ def _check_lengths(model: Any, prompts: Sequence[Sequence[int]], room: int) -> N
                 f"prompt {row} has {len(prompt)} tokens and max_new_tokens is {room}, "
                 f"but the model has only {limit} positions"
             )
-
-
-def device_of(method: SearchMethod[Any]) -> torch.device:
-    """Where a method's model is."""
-    return _device_of(method.model)

@@ -195,7 +195,7 @@ def sequence_tensor(value: int | Tensor | None, count: int, device: torch.device
 
 def rollout_tensor(value: int | Tensor, count: int, device: torch.device) -> Tensor:
     """Rollout numbers of 16 bits."""
-    if is_int(value) and not 0 <= value < rng.ROLLOUTS:
+    if not isinstance(value, Tensor) and is_int(value) and not 0 <= value < rng.ROLLOUTS:
         rng.check_rollout(value)
     return index_tensor("rollout", value, count, device)
 
