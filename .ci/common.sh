@@ -24,13 +24,18 @@ ci_cpp_files() {
     -o -name '*.cu' -print0 -o -name '*.cuh' -print0
 }
 
-# ci_ctest FOLDER [CMake options]: configure, build, test.
-ci_ctest() {
+# ci_build FOLDER [CMake options]: configure and compile.
+ci_build() {
   local folder=$1
   shift
   cmake -S . -B "$folder" -G Ninja "$@" >/dev/null
   cmake --build "$folder"
-  ctest --test-dir "$folder" --output-on-failure
+}
+
+# ci_ctest FOLDER [CMake options]: and run the C++ tests.
+ci_ctest() {
+  ci_build "$@"
+  ctest --test-dir "$1" --output-on-failure
 }
 
 # The command in the README's N-th fenced shell block.

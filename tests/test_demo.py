@@ -150,7 +150,7 @@ def test_assets_are_small_and_complete():
         for name in ("base", "proxy", "proxy_init")
     }
     assert len(tokenizers) == 1
-    assert {file.suffix for file in files} <= {".json", ".safetensors"}
+    assert {file.suffix for file in files} == {".json", ".safetensors", ".md"}
 
 
 @pytest.mark.parametrize("name", ["base", "proxy", "proxy_init"])

@@ -355,3 +355,24 @@ def test_native_equals_reference(dtype: torch.dtype, vocabulary: int, native: No
             assert torch.equal(one.token, other.token)
             assert torch.equal(one.deferred, other.deferred)
             torch.testing.assert_close(one.mass, other.mass, rtol=1e-5, atol=1e-7)
+
+
+def test_models_of_different_dtype(backend: str) -> None:
+    """Each row is read in its own dtype: the same as widening both first."""
+    g = torch.Generator().manual_seed(5)
+    base = torch.randn(2, 3, 300, generator=g).bfloat16()
+    proxy = torch.randn(2, 3, 300, generator=g).half()
+    draft = torch.tensor([[3, 7], [250, 1]])
+    length = torch.tensor([2, 1])
+    keys = {"rule": "knapsack", "param": 0.4, "seed": 1, "position": 5}
+    mixed = ops.deferral_verify(base, proxy, draft, length, **keys)
+    wide = ops.deferral_verify(base.float(), proxy.float(), draft, length, **keys)
+    for one, other in zip(mixed, wide, strict=True):
+        assert torch.equal(one, other)
+    mixed_row = ops.deferral_sample(base[:, 0], proxy[:, 0], **keys)
+    wide_row = ops.deferral_sample(base[:, 0].float(), proxy[:, 0].float(), **keys)
+    assert torch.equal(mixed_row.token, wide_row.token)
+    assert torch.equal(
+        ops.deferral_probs(base[:, 0], proxy[:, 0], rule="threshold", param=0.1),
+        ops.deferral_probs(base[:, 0].float(), proxy[:, 0].float(), rule="threshold", param=0.1),
+    )

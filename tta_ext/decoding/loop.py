@@ -125,6 +125,7 @@ class Loop(ABC):
     def step(self) -> None:
         """Advance every active row by one token."""
         start = perf_counter()
+        self.stats.row_steps += len(self.active)
         flags = self.draw()
         self._commit(self.token.tolist(), flags)
         self.stats.steps += 1

@@ -40,6 +40,21 @@ class SequenceView:
         self._tokens.scatter_(1, end[:, None], token[:, None])
         self._lengths = [length + 1 for length in self._lengths]
 
+    def write(self, rows: Sequence[int], tokens: Sequence[int]) -> None:
+        """Add one token to some rows."""
+        for row, token in zip(rows, tokens, strict=True):
+            self._tokens[row, self._lengths[row]] = token
+            self._lengths[row] += 1
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each row, prompt included; setting it takes tokens back or gives them again."""
+        return self._lengths.copy()
+
+    @lengths.setter
+    def lengths(self, value: Sequence[int]) -> None:
+        self._lengths = list(value)
+
     def keep(self, rows: Sequence[int], index: Tensor) -> None:
         """Drop all rows but these."""
         self._tokens = self._tokens.index_select(0, index)
@@ -74,13 +89,22 @@ class SequenceView:
             scores[places] = processors(self._tokens[members, :length], scores[places])
         return scores
 
-    def stopped(self, criteria: Any, logits: Tensor) -> list[bool]:
-        """Which rows the criteria end; called as ``criteria(input_ids, scores)``."""
-        done = [False] * len(self._lengths)
-        for length, members, _ in self._groups(range(len(self._lengths))):
-            verdict = criteria(self._tokens[members, :length], logits[members])
+    def stopped(
+        self, criteria: Any, logits: Tensor, rows: Sequence[int] | None = None
+    ) -> list[bool]:
+        """Which rows the criteria end; called as ``criteria(input_ids, scores)``.
+
+        Args:
+            criteria: transformers' stopping criteria.
+            logits: ``[len(rows), V]``.
+            rows: which rows to ask about; None for all.
+        """
+        rows = range(len(self._lengths)) if rows is None else rows
+        done = [False] * len(rows)
+        for length, members, places in self._groups(rows):
+            verdict = criteria(self._tokens[members, :length], logits[places])
             if isinstance(verdict, bool):
                 verdict = [verdict] * len(members)
-            for row, value in zip(members, verdict, strict=True):
-                done[row] = bool(value)
+            for place, value in zip(places, verdict, strict=True):
+                done[place] = bool(value)
         return done

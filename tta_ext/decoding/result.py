@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -30,6 +31,13 @@ class DecodeStats:
         base_seconds, proxy_seconds: time inside the models' forwards, cache updates included. On
             CUDA these are times of submission unless the models wait for the device.
         seconds: time of the whole loop.
+        row_steps: steps of all rows; plain decoding adds a token in each.
+        draft_tokens: tokens that the proxy drafted (speculative decoding).
+        judged_tokens: how many of them verification looked at: those before a row's first rejection
+            and the rejected one.
+        accepted_tokens: how many of those stood.
+        accepted_lengths: how often a draft had 0, 1, 2, ... tokens accepted.
+        speculation: what speculative decoding has to say, such as why it switched itself off.
     """
 
     tokens: int = 0
@@ -45,6 +53,12 @@ class DecodeStats:
     base_seconds: float = 0.0
     proxy_seconds: float = 0.0
     seconds: float = 0.0
+    row_steps: int = 0
+    draft_tokens: int = 0
+    judged_tokens: int = 0
+    accepted_tokens: int = 0
+    accepted_lengths: list[int] = field(default_factory=list)
+    speculation: str = ""
 
     @property
     def other_seconds(self) -> float:
@@ -66,14 +80,39 @@ class DecodeStats:
         """Generated tokens per second of the loop."""
         return self.tokens / self.seconds if self.seconds else 0.0
 
-    def __add__(self, other: DecodeStats) -> DecodeStats:
-        return DecodeStats(
-            *(getattr(self, f.name) + getattr(other, f.name) for f in fields(DecodeStats))
-        )
+    @property
+    def acceptance_rate(self) -> float:
+        """Share of the judged draft tokens that stood."""
+        return self.accepted_tokens / self.judged_tokens if self.judged_tokens else 0.0
 
-    def as_dict(self) -> dict[str, float]:
+    @property
+    def tokens_per_base_forward(self) -> float:
+        """Tokens that a row gains by one forward of the base; 1 in plain decoding."""
+        return self.tokens / self.row_steps if self.row_steps else 0.0
+
+    def __add__(self, other: DecodeStats) -> DecodeStats:
+        total = DecodeStats()
+        for one in fields(DecodeStats):
+            mine, theirs = getattr(self, one.name), getattr(other, one.name)
+            if isinstance(mine, list):
+                value: Any = [x + y for x, y in zip_longest(mine, theirs, fillvalue=0)]
+            elif isinstance(mine, str):
+                value = mine or theirs
+            else:
+                value = mine + theirs
+            setattr(total, one.name, value)
+        return total
+
+    def as_dict(self) -> dict[str, Any]:
         """All counters and the derived figures, for JSON."""
-        derived = ("other_seconds", "other_share", "deferral_rate", "tokens_per_second")
+        derived = (
+            "other_seconds",
+            "other_share",
+            "deferral_rate",
+            "tokens_per_second",
+            "acceptance_rate",
+            "tokens_per_base_forward",
+        )
         names = [f.name for f in fields(DecodeStats)] + list(derived)
         return {name: getattr(self, name) for name in names}
 

@@ -15,7 +15,7 @@ times what a benchmark of it alone would say: few calls matter more than cheap o
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from time import perf_counter
 from typing import Any
 
@@ -50,7 +50,11 @@ class Runner:
         count: number of rows.
         device: the model's device.
         seconds, calls, rows_run, tokens_run: cost of the forwards so far; tokens without padding.
+        observe: called as ``observe(rows * columns, seconds)`` after each forward that is not a
+            prefill, with the device waited for; None leaves that out.
     """
+
+    observe: Callable[[int, float], None] | None = None
 
     def __init__(
         self,
@@ -135,6 +139,26 @@ class Runner:
         self._state.add_(1)
         self._newest = newest
 
+    def extend(self, rows: Sequence[int], tokens: Sequence[int]) -> None:
+        """Add one token to some rows."""
+        for row, token in zip(rows, tokens, strict=True):
+            self._tokens[row].append(token)
+            self._total[row] += 1
+        self._place()
+
+    def rollback(self, kept: Sequence[int], tails: Sequence[Sequence[int]]) -> None:
+        """Cut every row to its first ``kept`` tokens and add ``tails`` after them.
+
+        Keys of the tokens kept stay cached; the others' are written over by and by.
+        """
+        for row, (length, tail) in enumerate(zip(kept, tails, strict=True)):
+            tokens = self._tokens[row]
+            del tokens[length:]
+            tokens += tail
+            self._total[row] = len(tokens)
+            self._cached[row] = min(self._cached[row], length)
+        self._place()
+
     @property
     def total(self) -> Tensor:
         """int64 ``[rows]`` on the model's device, tokens that each row holds; changes in place."""
@@ -218,7 +242,7 @@ class Runner:
         mask = self._masks(position, width)
         logits = self._forward(tokens.view(-1, 1), position, mask, self.count)
         self._cached = self._total.copy()
-        return logits
+        return logits[:, -1]
 
     @property
     def lengths(self) -> list[int]:
@@ -237,16 +261,52 @@ class Runner:
         """
         if rows is None:
             rows = range(self.count)
-        everyone = len(rows) == self.count
         ends, starts = self._total, self._cached
-        columns = max([ends[row] - starts[row] for row in rows])
-        if columns == 1 and everyone:
+        if len(rows) == self.count and max([ends[row] - starts[row] for row in rows]) == 1:
             return self.step()
+        return self._feed(rows, ends, index)[:, -1]
+
+    def score(self, drafts: Sequence[Sequence[int]]) -> Tensor:
+        """Append a draft to every row and feed it with the pending token, all in one forward.
+
+        Args:
+            drafts: tokens for each row, perhaps none.
+
+        Returns:
+            Logits ``[rows, 1 + longest draft, vocabulary]``: of row r, columns 0 to
+            ``len(drafts[r])`` follow its pending token and each token of its draft; what stands in
+            later columns means nothing.
+        """
+        behind = [row for row in range(self.count) if self._total[row] - self._cached[row] > 1]
+        if behind:  # what a conversation has added since the last turn
+            self._feed(behind, [total - 1 for total in self._total])
+        for row, draft in enumerate(drafts):
+            self._tokens[row] += draft
+            self._total[row] += len(draft)
+        self._newest = None
+        return self._feed(range(self.count), self._total, every=True)
+
+    def _feed(
+        self,
+        rows: Sequence[int],
+        ends: Sequence[int],
+        index: Tensor | None = None,
+        every: bool = False,
+    ) -> Tensor:
+        """Feed the tokens of some rows (ascending) from their cached ones up to ``ends``.
+
+        Returns:
+            Logits ``[len(rows), 1, vocabulary]`` of the last tokens; with ``every`` those of all
+            columns, rows beginning in the first.
+        """
+        everyone = len(rows) == self.count
+        starts = self._cached
+        columns = max([ends[row] - starts[row] for row in rows])
         width = max([ends[row] for row in rows])
         self._make_room(width)
         capacity, trash = self.cache.capacity, self.cache.trash
-        # Rows end in the last column, so that its logits are everyone's. Columns before a row's
-        # first pending token write to the trash entry.
+        # Rows end in the last column, so that its logits are everyone's, or begin in the first.
+        # The other columns write to the trash entry.
         tokens: list[int] = []
         slots: list[int] = []
         places: list[int] = []
@@ -255,13 +315,17 @@ class Runner:
             start, end = starts[row], ends[row]
             padding = columns - end + start
             fed += end - start
-            if padding:
+            if padding and not every:
                 tokens += [0] * padding
                 slots += [trash] * padding
                 places += [0] * padding
             tokens += self._tokens[row][start:end]
             slots += range(row * capacity + start, row * capacity + end)
             places += range(start, end)
+            if padding and every:
+                tokens += [0] * padding
+                slots += [trash] * padding
+                places += [0] * padding
             starts[row] = end
         # NumPy reads lists faster than torch does.
         block = self._put(np.array((tokens, slots, places), dtype=np.int64))
@@ -272,7 +336,7 @@ class Runner:
         self.cache.plan = Plan(block[1], len(rows), width, index)
         position = block[2].view(-1, columns)
         mask = self._masks(position, width)
-        return self._forward(block[0].view(-1, columns), position, mask, fed)
+        return self._forward(block[0].view(-1, columns), position, mask, fed, every)
 
     def _put(self, values: np.ndarray) -> Tensor:
         """An array on the model's device."""
@@ -287,8 +351,13 @@ class Runner:
             self._place()
             self._newest = newest
 
-    def _forward(self, tokens: Tensor, position: Tensor, mask: Any, fed: int) -> Tensor:
+    def _forward(
+        self, tokens: Tensor, position: Tensor, mask: Any, fed: int, every: bool = False
+    ) -> Tensor:
+        """Logits ``[rows, columns or 1, vocabulary]`` of every column or the last."""
         extra = {"logits_to_keep": 1} if self._keep_last and tokens.shape[1] > 1 else {}
+        if every:
+            extra = {}
         start = perf_counter()
         with span(self.name):
             logits = self.model(
@@ -300,11 +369,15 @@ class Runner:
                 return_dict=True,
                 **extra,
             ).logits
+        if self.observe is not None and mask is not None:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            self.observe(tokens.numel(), perf_counter() - start)
         self.seconds += perf_counter() - start
         self.calls += 1
         self.rows_run += tokens.shape[0]
         self.tokens_run += fed
-        logits = logits[:, -1, : self.vocabulary]
+        logits = logits[:, :, : self.vocabulary] if every else logits[:, -1:, : self.vocabulary]
         if self.masked is not None:
-            logits = logits.index_fill(1, self.masked, float("-inf"))
+            logits = logits.index_fill(-1, self.masked, float("-inf"))
         return logits

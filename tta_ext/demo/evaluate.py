@@ -196,7 +196,8 @@ def _row(
     n, tokens = len(problems), max(1, total["tokens"])
     outcomes = tuple(score_strict(p, t) for p, t in zip(problems, texts, strict=True))
     exact = sum(outcomes) / n
-    lenient = sum(score_lenient(p, t) for p, t in zip(problems, texts, strict=True)) / n
+    lenient_outcomes = tuple(score_lenient(p, t) for p, t in zip(problems, texts, strict=True))
+    lenient = sum(lenient_outcomes) / n
     deferred: float | None = total["deferred_tokens"] / tokens
     calls = (tokens - total["proxy_tokens_saved"]) / tokens
     if setting.rule == PROXY_ALONE:
@@ -219,6 +220,7 @@ def _row(
         tokens=total["tokens"] / n,
         tokens_per_second=total["tokens"] / total["seconds"] if total["seconds"] else 0.0,
         outcomes=outcomes,
+        lenient_outcomes=lenient_outcomes,
     )
 
 
@@ -307,6 +309,7 @@ def main() -> None:
         "--json", type=Path, help="file for rows and summary; .md is written beside"
     )
     parser.add_argument("--threads", type=int, help="torch threads")
+    parser.add_argument("--note", default="", help="a remark to keep with the results")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
@@ -333,6 +336,7 @@ def main() -> None:
         "pair": pair.fingerprint,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
+        "note": arguments.note,
         "summary": summary(rows),
         "rows": [row.as_dict() for row in rows],
     }

@@ -71,7 +71,8 @@ class Row:
         proxy_call_rate: share of tokens for which the proxy was asked.
         tokens: mean length of an answer, ``<eos>`` included.
         tokens_per_second: generated tokens per second of the decoding loop, the whole batch.
-        outcomes: exact match of each problem, for paired differences; not in JSON.
+        outcomes, lenient_outcomes: the two scores of each problem, for paired differences; not in
+            JSON.
     """
 
     rule: str
@@ -89,6 +90,7 @@ class Row:
     tokens: float
     tokens_per_second: float
     outcomes: tuple[bool, ...] = field(default=(), repr=False)
+    lenient_outcomes: tuple[bool, ...] = field(default=(), repr=False)
 
     @property
     def setting(self) -> Setting:
@@ -97,18 +99,23 @@ class Row:
 
     def as_dict(self) -> dict[str, Any]:
         """All fields but the outcomes, for JSON."""
-        return {key: value for key, value in asdict(self).items() if key != "outcomes"}
+        return {key: value for key, value in asdict(self).items() if "outcomes" not in key}
 
 
-def difference(one: Row, other: Row) -> tuple[float, float]:
-    """Paired difference of exact match, ``one - other``, and its standard error.
+def difference(one: Row | Sequence[bool], other: Row | Sequence[bool]) -> tuple[float, float]:
+    """Paired difference, ``one - other``, and its standard error.
+
+    Args:
+        one, other: rows, for exact match; or outcomes, problem by problem.
 
     Raises:
         ValueError: the rows answered different numbers of problems.
     """
-    if len(one.outcomes) != len(other.outcomes) or not one.outcomes:
+    left = one.outcomes if isinstance(one, Row) else one
+    right = other.outcomes if isinstance(other, Row) else other
+    if len(left) != len(right) or not left:
         raise ValueError("rows are not paired: they answered different problems")
-    deltas = [int(a) - int(b) for a, b in zip(one.outcomes, other.outcomes, strict=True)]
+    deltas = [int(a) - int(b) for a, b in zip(left, right, strict=True)]
     mean = sum(deltas) / len(deltas)
     variance = sum((d - mean) ** 2 for d in deltas) / max(1, len(deltas) - 1)
     return mean, math.sqrt(variance / len(deltas))
@@ -158,7 +165,7 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
             "over_base": difference(top, base),
             "over_proxy": difference(top, proxy),
             "base_lenient": base.lenient,
-            "beats_base_lenient": top.exact > base.lenient,
+            "over_base_lenient": difference(top.outcomes, base.lenient_outcomes),
             "best_by_rule": {row.rule: [row.setting.label, row.exact] for row in ranked},
             "differences": pairs,
         }
@@ -199,15 +206,18 @@ def report(result: dict[str, Any], rows: Sequence[Row]) -> str:
         f"{result['torch']}, {result['threads']} thread(s), batches of {result['batch_size']}. "
         "Standard errors are binomial; differences are paired over problems. Parameters are chosen "
         "on the same problems, which flatters every swept rule alike.",
+        *(["", result["note"]] if result.get("note") else []),
         "",
     ]
     for mode, found in result["summary"].items():
-        beats = "beats" if found["beats_base_lenient"] else "does not beat"
         base, proxy = found["over_base"], found["over_proxy"]
+        gain, error = found["over_base_lenient"]
+        verdict = "beats" if gain > 2 * error else "loses to" if gain < -2 * error else "equals"
         lines += [
             f"**{mode}**: {found['best_kad']} {found['exact']:.3f}; over the base alone "
             f"{base[0]:+.3f} ± {base[1]:.3f}, over the proxy alone {proxy[0]:+.3f} ± "
-            f"{proxy[1]:.3f}; it {beats} the base's format-free score {found['base_lenient']:.3f}.",
+            f"{proxy[1]:.3f}; with its exact match it {verdict} (within two standard errors) the "
+            f"base's format-free score {found['base_lenient']:.3f}: {gain:+.3f} ± {error:.3f}.",
             "",
             "| best of each rule | exact | behind the first |",
             "|---|---:|---:|",

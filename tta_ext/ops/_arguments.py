@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any, TypeGuard
 
 import torch
@@ -107,6 +106,9 @@ def check_flag(check: bool | None, tensor: Tensor) -> bool:
 _integers: dict[int, Tensor] = {}
 _doubles: dict[float, Tensor] = {}
 _ranges: dict[tuple[int, torch.device], Tensor] = {}
+# Seeds and rollouts that have passed their checks, by the number as it was given.
+_seeds: dict[int, Tensor] = {}
+_rollouts: dict[int, Tensor] = {}
 _CACHE_LIMIT = 4096
 
 
@@ -197,7 +199,8 @@ def rollout_tensor(value: int | Tensor, count: int, device: torch.device) -> Ten
     """Rollout numbers of 16 bits."""
     if not isinstance(value, Tensor) and is_int(value) and not 0 <= value < rng.ROLLOUTS:
         rng.check_rollout(value)
-    return index_tensor("rollout", value, count, device)
+    made = index_tensor("rollout", value, count, device)
+    return made if isinstance(value, Tensor) or _compiling() else _keep(_rollouts, value, made)
 
 
 def seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
@@ -214,7 +217,8 @@ def seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
         raise TypeError("seed is a torch.Generator, expected tta_ext.rng.seed_from_generator of it")
     if seed is None or not is_int(seed):
         raise TypeError(f"seed is {seed!r}, expected an int or an int64 tensor")
-    return integer(rng.as_seed(seed))
+    made = integer(rng.as_seed(seed))
+    return made if _compiling() else _keep(_seeds, seed, made)
 
 
 def key_arguments(
@@ -236,8 +240,11 @@ def key_arguments(
         position = 0 if position is None else position
     if not 0 <= iteration < rng.ITERATIONS:
         rng.check_iteration(iteration)
+    plain = on_cpu and not _compiling()
+    known_seed = _seeds.get(seed) if plain and type(seed) is int else None
+    known_rollout = _rollouts.get(rollout) if plain and type(rollout) is int else None
     return (
-        seed_tensor(seed, device),
+        seed_tensor(seed, device) if known_seed is None else known_seed,
         position
         if on_cpu and _plain_index(position, count)
         else index_tensor("position", position, count, device),
@@ -245,9 +252,7 @@ def key_arguments(
         if on_cpu and _plain_index(sequence, count)
         else sequence_tensor(sequence, count, device),
         iteration,
-        rollout
-        if on_cpu and _plain_index(rollout, count)
-        else rollout_tensor(rollout, count, device),
+        rollout_tensor(rollout, count, device) if known_rollout is None else known_rollout,
         bool(do_sample),
     )
 
@@ -294,9 +299,6 @@ def _rule_numbers(
     return float(param), code, critical_code, temperature, rule_temperature
 
 
-_cached_rule_numbers = lru_cache(maxsize=1024)(_rule_numbers)
-
-
 def rule_arguments(
     like: Tensor,
     rule: str,
@@ -329,16 +331,49 @@ def rule_arguments(
         number, tensor = 1.0, param
     else:
         number, tensor = param, None  # type: ignore[assignment]
-    if _compiling():
-        numbers = _rule_numbers(rule, number, critical, temperature, rule_temperature)
-    else:
-        try:
-            numbers = _cached_rule_numbers(rule, number, critical, temperature, rule_temperature)
-        except TypeError:  # something unhashable: let the checks name it
-            numbers = _rule_numbers(rule, number, critical, temperature, rule_temperature)
+    numbers = _rule_numbers(rule, number, critical, temperature, rule_temperature)
     if tensor is None:
         tensor = double(numbers[0])
     return tensor, numbers[1], numbers[2], numbers[3], numbers[4]
+
+
+# What rule_arguments made of plain numbers; of no use to a compiler, which wants to see them made.
+_rules: dict[tuple[object, ...], RuleArguments] = {}
+
+
+def _cached_rule(
+    like: Tensor,
+    rule: str,
+    param: float | Tensor | None,
+    critical: str,
+    temperature: float,
+    rule_temperature: float | None,
+) -> RuleArguments:
+    made = rule_arguments(like, rule, param, critical, temperature, rule_temperature)
+    if type(param) is float and type(made[0]) is Tensor and not _compiling():
+        if len(_rules) >= _CACHE_LIMIT:
+            _rules.clear()
+        _rules[rule, param, critical, temperature, rule_temperature] = made
+    return made
+
+
+def quick_rule_arguments(
+    like: Tensor,
+    rule: str,
+    param: float | Tensor | None,
+    critical: str,
+    temperature: float,
+    rule_temperature: float | None,
+) -> RuleArguments:
+    """:func:`rule_arguments`, remembered for numbers: a decoding loop asks the same every step."""
+    if type(param) is float and not _compiling():
+        try:
+            made = _rules.get((rule, param, critical, temperature, rule_temperature))
+        except TypeError:  # something unhashable: let the checks name it
+            made = None
+        if made is not None:
+            return made
+    return _cached_rule(like, rule, param, critical, temperature, rule_temperature)
 
 
 def refuse_proxy_rule(name: str, rule: str, code: int) -> None:

@@ -9,8 +9,7 @@ probability mu(v) that the rule sets, the next token has the law
 
 **Logits** are float32, float16 or bfloat16 of shape ``[B, V]``, ``1 <= V <= 2**20``, any ``B``, any
 row stride, unit stride over V; they are widened to float32 in registers. Base and proxy have the
-same shape and device; if their dtypes differ, both are converted to float32 first. -inf marks an
-impossible token.
+same shape and device; their dtypes may differ. -inf marks an impossible token.
 
 **Rule arguments**: ``rule`` is a name or alias; ``param`` a float, or a float64 tensor with one
 element or one a row (None for ``argmax``); ``critical`` says what becomes of the first item that
@@ -117,7 +116,7 @@ def _pair(base_logits: Tensor, proxy_logits: Tensor) -> tuple[Tensor, Tensor]:
     if (
         args.plain_matrix(base_logits)
         and type(proxy_logits) is Tensor
-        and proxy_logits.dtype is base_logits.dtype
+        and proxy_logits.dtype in args.LOGIT_DTYPES
         and proxy_logits.shape == base_logits.shape
         and proxy_logits.is_cpu
         and base_logits.is_cpu
@@ -128,8 +127,6 @@ def _pair(base_logits: Tensor, proxy_logits: Tensor) -> tuple[Tensor, Tensor]:
         args.check_logits("base_logits", base_logits, 2, _MATRIX)
     args.check_logits("proxy_logits", proxy_logits, 2, _MATRIX)
     args.check_same("proxy_logits", proxy_logits, "base_logits", base_logits)
-    if base_logits.dtype is not proxy_logits.dtype:
-        return base_logits.float(), proxy_logits.float()
     return base_logits, proxy_logits
 
 
@@ -199,7 +196,9 @@ def deferral_mask(
     """
     if not args.plain_matrix(base_logits):
         args.check_logits("base_logits", base_logits, 2, _MATRIX)
-    numbers = args.rule_arguments(base_logits, rule, param, critical, temperature, rule_temperature)
+    numbers = args.quick_rule_arguments(
+        base_logits, rule, param, critical, temperature, rule_temperature
+    )
     base = base_logits
     if proxy_logits is not None:
         base, proxy_logits = _pair(base_logits, proxy_logits)
@@ -241,7 +240,7 @@ def deferral_probs(
         tensor([[0.7438, 0.2562]])
     """
     base, proxy = _pair(base_logits, proxy_logits)
-    numbers = args.rule_arguments(base, rule, param, critical, temperature, rule_temperature)
+    numbers = args.quick_rule_arguments(base, rule, param, critical, temperature, rule_temperature)
     outs = None
     if out is not None:
         outs = args.check_output(out, torch.float32, base.shape, base.device)
@@ -286,7 +285,9 @@ def deferral_stats(
     """
     if not args.plain_matrix(base_logits):
         args.check_logits("base_logits", base_logits, 2, _MATRIX)
-    numbers = args.rule_arguments(base_logits, rule, param, critical, temperature, rule_temperature)
+    numbers = args.quick_rule_arguments(
+        base_logits, rule, param, critical, temperature, rule_temperature
+    )
     base = base_logits
     if proxy_logits is not None:
         base, proxy_logits = _pair(base_logits, proxy_logits)
@@ -350,7 +351,9 @@ def deferral_propose(
     """
     if not args.plain_matrix(base_logits):
         args.check_logits("base_logits", base_logits, 2, _MATRIX)
-    numbers = args.rule_arguments(base_logits, rule, param, critical, temperature, rule_temperature)
+    numbers = args.quick_rule_arguments(
+        base_logits, rule, param, critical, temperature, rule_temperature
+    )
     args.refuse_proxy_rule("deferral_propose", rule, numbers[1])
     key = args.key_arguments(base_logits, seed, position, sequence, iteration, rollout, do_sample)
     if out is not None:
@@ -402,7 +405,7 @@ def deferral_sample(
         Proposal(token=tensor([1]), deferred=tensor([True]))
     """
     base, proxy = _pair(base_logits, proxy_logits)
-    numbers = args.rule_arguments(base, rule, param, critical, temperature, rule_temperature)
+    numbers = args.quick_rule_arguments(base, rule, param, critical, temperature, rule_temperature)
     key = args.key_arguments(base, seed, position, sequence, iteration, rollout, do_sample)
     if out is not None:
         _check_proposal(out, base)

@@ -127,8 +127,6 @@ def deferral_verify(
             f"{base_logits.device}"
         )
     base, proxy = base_logits, proxy_logits
-    if base.dtype is not proxy.dtype:
-        base, proxy = base.float(), proxy.float()
     args.check_tensor("draft", draft, torch.int64, (rows, positions - 1), base.device)
     args.check_tensor("draft_length", draft_length, torch.int64, (rows,), base.device)
     numbers = args.rule_arguments(
