@@ -26,7 +26,7 @@ def demo(
     n: Annotated[int, typer.Option(help="Held-out problems in the table.")] = 100,
     answers: Annotated[int, typer.Option(help="Answers to show.")] = 3,
     seed: Annotated[int, typer.Option(help="Seed.")] = 0,
-    threads: common.Threads = None,
+    threads: common.Threads = 1,  # the pair is too small to gain from more
 ) -> None:
     """Accuracy of rules on the shipped pair, answers coloured by source, and where time went."""
     from tta_ext.decoding import KnapsackDeferral
@@ -59,7 +59,8 @@ def demo(
         )
         for row, problem in enumerate(problems[:answers]):
             text = common.coloured(shown.source_spans(row, pair.tokenizer))
-            console.print(Panel(text, title=problem.question, title_align="left", expand=False))
+            console.print(problem.question, style="dim")
+            console.print(Panel(text, expand=False))
     _where_time_went(kad, prompts, seed)
     aisp.show(seed)
     console.print(f"whole demo: {time.perf_counter() - start:.1f} s")
