@@ -186,7 +186,7 @@ def test_doctor_and_version(capsys: Any) -> None:
         (["generate", "--base", "x", "hi"], 1, "--base and --proxy belong together"),
         (["generate", "--rule", "best", "hi"], 1, "rule is 'best'"),
         (["generate", "--dtype", "int3", "hi", "--base", "x", "--proxy", "y"], 1, "--dtype is"),
-        (["generate", "--base", "/nowhere", "--proxy", "/nowhere", "hi"], 1, "cannot load"),
+        (["generate", "--base", "/nowhere", "--proxy", "/nowhere", "hi"], 1, "no folder"),
         (["generate", "--nonsense", "hi"], 2, "No such option"),
         (["generate", "--threads", "0", "hi"], 1, "--threads is 0"),
         (["eval", "threshold"], 1, "has no parameter"),

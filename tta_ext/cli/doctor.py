@@ -18,7 +18,7 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Print what was found on this machine, which backend serves each op, and why not another."""
-    from tta_ext.doctor import diagnose
+    from tta_ext.doctor import common_reasons, diagnose
 
     found = diagnose()
     if as_json:
@@ -36,9 +36,13 @@ def doctor(
     facts.add_row("build cache", found.cache)
     console.print(facts)
     console.print()
+    common = common_reasons(found.ops)
+    for name, why in common.items():
+        console.print(f"no op uses {name}: {why}", markup=False, highlight=False)
     table = Table("op", "backend", "why not another", box=None, pad_edge=False)
     for op in found.ops:
-        table.add_row(op.name, op.backend, "; ".join(f"{k}: {v}" for k, v in op.why_not.items()))
+        own = {name: why for name, why in op.why_not.items() if name not in common}
+        table.add_row(op.name, op.backend, "; ".join(f"{k}: {v}" for k, v in own.items()))
     console.print(table)
     for line in found.advice:
         console.print(f"to mend: {line}", style="yellow", markup=False)

@@ -28,6 +28,8 @@ def _source(path: str) -> tuple[str, dict[str, str]]:
                 f"{path} holds no .safetensors; weights in other formats are not loaded, "
                 "as reading them can run code"
             )
+    elif file.is_absolute() or path.startswith((".", "~")) or path.count("/") > 1:
+        raise ValueError(f"there is no folder {path}")  # no hub name looks like that
     return path, {}
 
 
