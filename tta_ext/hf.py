@@ -46,6 +46,7 @@ def kad(
     proxy_tokenizer: Any = None,
     token_streamer: Any = None,
     lazy: bool = True,
+    speculative: int | str | None = None,
     **model_kwargs: Any,
 ) -> Tensor | GenerateDecoderOnlyOutput:
     """The token loop for ``model.generate(..., custom_generate=tta_ext.hf.kad, proxy_model=...)``.
@@ -57,8 +58,8 @@ def kad(
         proxy_model: the aligned model that takes over rejected tokens.
         anti_model, rule, param, critical, rule_temperature: as in
             :class:`tta_ext.KnapsackDeferral`; the temperature is ``generate``'s.
-        seed, sequence, lazy: as in :meth:`tta_ext.KnapsackDeferral.generate`; one value of
-            ``param`` and one sequence id for each row.
+        seed, sequence, lazy, speculative: as in :meth:`tta_ext.KnapsackDeferral.generate`; one
+            value of ``param`` and one sequence id for each row.
         proxy_input_ids, proxy_attention_mask: what the proxy reads instead of ``input_ids``.
         base_tokenizer, proxy_tokenizer: needed if the models have different numbers of logits.
         token_streamer: gets each step's tokens (transformers does not pass ``streamer`` on to
@@ -116,6 +117,7 @@ def kad(
         stopping_criteria=_own_criteria(stopping_criteria),
         streamer=token_streamer,
         lazy=lazy,
+        speculative=speculative,
     )
     pad = config._pad_token_tensor
     pad_id = 0 if pad is None else int(pad)

@@ -51,6 +51,10 @@ def generate(
     seed: common.Seed = None,
     max_new_tokens: common.MaxNewTokens = 128,
     samples: Annotated[int, typer.Option(help="Answers for each prompt.")] = 1,
+    speculative: Annotated[
+        str | None,
+        typer.Option(help="Tokens that the proxy drafts for the base to judge at once, or auto."),
+    ] = None,
     stop: Annotated[list[str] | None, typer.Option(help="String that ends an answer.")] = None,
     chat: Annotated[
         bool, typer.Option("--chat", help="Wrap text prompts in the models' chat templates.")
@@ -100,8 +104,10 @@ def generate(
 
         seed = int(torch.randint(2**31, ()))
     if method not in _PAIRS:
-        if stream or samples != 1:
-            raise ValueError(f"--method {method.value} takes neither --stream nor --samples")
+        if stream or samples != 1 or speculative:
+            raise ValueError(
+                f"--method {method.value} takes neither --stream nor --samples nor --speculative"
+            )
         aisp.search(
             asked,
             method=method.value,
@@ -137,6 +143,7 @@ def generate(
         critical=critical,
         temperature=temperature,
         rule_temperature=rule_temperature,
+        speculative=_draft_length(speculative),
     )
     options: dict[str, Any] = {
         "do_sample": not greedy,
@@ -149,6 +156,13 @@ def generate(
         _stream(kad, asked, options)
         return
     _batches(kad, asked, options, samples, output, jsonl, colour, batch_size)
+
+
+def _draft_length(value: str | None) -> int | str | None:
+    """The option --speculative as the library takes it, which also checks it."""
+    if value is not None and value.lstrip("-").isdigit():
+        return int(value)
+    return value
 
 
 def as_conversation(prompt: Any, system: str | None) -> Any:
@@ -216,6 +230,8 @@ def _key(kad: KnapsackDeferral, prompt: Any, place: int, options: dict[str, Any]
     """What must be equal for an answer in the output file to count as this prompt's."""
     names = [getattr(m.config, "_name_or_path", "") for m in (kad.base, *kad.proxies, *kad.anti)]
     settings = [prompt, place, options, kad.rule, names]
+    if kad.speculative is not None:
+        settings.append(kad.speculative)
     return hashlib.sha256(json.dumps(settings, default=str).encode()).hexdigest()[:16]
 
 

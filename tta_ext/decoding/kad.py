@@ -14,11 +14,18 @@ from torch import Tensor
 
 from tta_ext import rng, rules
 from tta_ext.decoding.attention import check_model, probe_model
+from tta_ext.decoding.draft_length import AdaptiveLength, FixedLength, draft_length
 from tta_ext.decoding.loop import DenseDeferral, ImplicitReward, LazyDeferral, Loop, LoopOptions
 from tta_ext.decoding.processors import SequenceView
 from tta_ext.decoding.prompts import encode_prompts, normalise_prompts, unpad
 from tta_ext.decoding.result import Generation
 from tta_ext.decoding.runner import Runner
+from tta_ext.decoding.speculative import (
+    Speculative,
+    SpeculativeDense,
+    SpeculativeImplicit,
+    SpeculativeLazy,
+)
 from tta_ext.decoding.stopping import StopStrings, end_ids
 from tta_ext.decoding.streaming import StreamEvent, TextDeltas
 from tta_ext.decoding.vocabulary import Vocabulary, align_vocabularies
@@ -51,6 +58,12 @@ class KnapsackDeferral:
             tilts by the experts alone (an ensemble, or contrast with negative beta).
         chat_template, proxy_chat_template: templates that override the tokenizers' own. A model
             whose tokenizer has none uses the other's.
+        speculative: K lets the proxy draft K tokens (1 to 64) that the base judges in one forward:
+            same law, other random numbers, faster where drafts are cheap and mostly stand.
+            ``"auto"`` chooses lengths by measured costs and acceptance
+            (:mod:`tta_ext.decoding.draft_length`) and leaves drafting where it does not pay; then
+            tokens depend on timing as well as on the seed. None decodes token by token. For
+            ``"implicit_reward"`` the first expert drafts.
         probe: run each model once on two short rows and refuse it if rows of different length
             cannot share its batch.
 
@@ -81,8 +94,10 @@ class KnapsackDeferral:
         anti: Any = None,
         chat_template: str | None = None,
         proxy_chat_template: str | None = None,
+        speculative: int | str | None = None,
         probe: bool = True,
     ) -> None:
+        self.speculative = draft_length(speculative)
         self.base, self.tokenizer = base, tokenizer
         self.proxies = list(proxy) if isinstance(proxy, Sequence) else [proxy]
         self.anti = [] if anti is None else list(anti) if isinstance(anti, Sequence) else [anti]
@@ -174,6 +189,7 @@ class KnapsackDeferral:
                 0, 1, ... The same seed and id give an answer the same random numbers in any batch.
             num_return_sequences: answers for each prompt; its prompt is run once.
             rule, param, critical, temperature, rule_temperature: in place of the constructor's.
+            speculative: in place of the constructor's; 0 turns it off.
             eos_token_id: an id or several that end an answer; default: those of both models.
             stop_strings: a string or several that end an answer; its text is cut before them.
             logits_processor: transformers' ``LogitsProcessorList`` (or one processor), applied to
@@ -308,6 +324,7 @@ class _Request:
         padded_context: bool = False,
         lazy: bool = True,
         trace: bool | str = False,
+        speculative: int | str | None = None,
         **rule: Any,
     ) -> None:
         unknown = set(rule) - set(_RULE_KEYS)
@@ -326,6 +343,7 @@ class _Request:
                 "rule 'implicit_reward' has no trace: no token comes from one model alone"
             )
         self.trace = None if not trace else "lazy" if trace == "lazy" else "full"
+        self.policy = self._policy(speculative)
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
         if num_return_sequences < 1:
@@ -368,6 +386,22 @@ class _Request:
         self.processors = _as_list(logits_processor)
         self.criteria = _as_criteria(stopping_criteria)
         self.pad_id = _pad_id(owner, self.ends)
+
+    def _policy(self, speculative: int | str | None) -> FixedLength | AdaptiveLength | None:
+        """How long drafts are; None for the plain loop."""
+        owner = self.owner
+        length = owner.speculative if speculative is None else speculative
+        if length is None or (length == 0 and speculative == 0):
+            return None
+        length = draft_length(length)
+        if isinstance(length, int):
+            return FixedLength(length)
+        drafter = owner.proxies[0]
+        return AdaptiveLength(
+            len(owner.proxies) + len(owner.anti) if self.implicit else 1,
+            dense=not self.lazy,
+            ratio=_size_of(drafter) / _size_of(owner.base),
+        )
 
     def _check_prompts(self) -> None:
         """Ids that a model has no embedding for, and contexts that it has no positions for."""
@@ -479,11 +513,26 @@ class _Request:
             progress=progress,
         )
         base, *followers = runners
+        if self.policy is not None:
+            return self._speculative_loop(base, followers, options)
         if self.implicit:
             return ImplicitReward(base, followers, options, experts=len(owner.proxies))
         if self.lazy:
             return LazyDeferral(base, followers, options)
         return DenseDeferral(base, followers, options)
+
+    def _speculative_loop(
+        self, base: Runner, followers: Sequence[Runner], options: LoopOptions
+    ) -> Speculative:
+        assert self.policy is not None
+        if self.implicit:
+            experts = len(self.owner.proxies)
+            return SpeculativeImplicit(
+                base, followers, options, policy=self.policy, experts=experts
+            )
+        if self.lazy:
+            return SpeculativeLazy(base, followers, options, policy=self.policy)
+        return SpeculativeDense(base, followers, options, policy=self.policy)
 
     def runners(self, batch: _Batch) -> list[Runner]:
         """New runners with empty caches, the base's first."""
@@ -540,16 +589,21 @@ def _events(loop: Loop, tokenizer: Any, offset: int = 0) -> Iterator[StreamEvent
 
 
 def _feed(streamer: Any, loop: Loop, pad: int, first: bool, prompts: list[list[int]]) -> None:
-    """Run a loop into a transformers streamer: prompts first, then one token a row and step."""
+    """Run a loop into a transformers streamer: prompts first, then at most one token a row."""
     rows = len(loop.active)
     if first and len({len(p) for p in prompts}) == 1:
         streamer.put(torch.tensor(prompts))
     while not loop.done:
         loop.step()
-        tokens = [pad] * rows
+        columns: list[list[int]] = []
+        seen = [0] * rows
         for one in loop.events:
-            tokens[one.row] = one.token
-        streamer.put(torch.tensor(tokens))
+            if seen[one.row] == len(columns):
+                columns.append([pad] * rows)
+            columns[seen[one.row]][one.row] = one.token
+            seen[one.row] += 1
+        for tokens in columns:
+            streamer.put(torch.tensor(tokens))
 
 
 def _report(progress: Callable[[int], None], before: int, finished: int) -> None:
@@ -558,6 +612,14 @@ def _report(progress: Callable[[int], None], before: int, finished: int) -> None
 
 def _logits_of(model: Any) -> int:
     return model.get_output_embeddings().weight.shape[0]
+
+
+def _size_of(model: Any) -> int:
+    """Number of weights that a forward reads: all but an embedding of its own."""
+    weights = sum(p.numel() for p in model.parameters())
+    embedding = model.get_input_embeddings().weight
+    tied = embedding is model.get_output_embeddings().weight
+    return max(1, weights - (0 if tied else embedding.numel()))
 
 
 def _device_of(model: Any) -> torch.device:

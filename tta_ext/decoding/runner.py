@@ -50,11 +50,11 @@ class Runner:
         count: number of rows.
         device: the model's device.
         seconds, calls, rows_run, tokens_run: cost of the forwards so far; tokens without padding.
-        observe: called as ``observe(rows * columns, seconds)`` after each forward that is not a
+        observe: called as ``observe(rows, columns, seconds)`` after each forward that is not a
             prefill, with the device waited for; None leaves that out.
     """
 
-    observe: Callable[[int, float], None] | None = None
+    observe: Callable[[int, int, float], None] | None = None
 
     def __init__(
         self,
@@ -372,7 +372,7 @@ class Runner:
         if self.observe is not None and mask is not None:
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
-            self.observe(tokens.numel(), perf_counter() - start)
+            self.observe(tokens.shape[0], tokens.shape[1], perf_counter() - start)
         self.seconds += perf_counter() - start
         self.calls += 1
         self.rows_run += tokens.shape[0]
