@@ -359,3 +359,29 @@ def test_an_environment_variable_forces_the_instruction_set() -> None:
     environment = {**os.environ, "TTA_EXT_CPU_ISA": "scalar"}
     found = subprocess.check_output([sys.executable, "-c", program], text=True, env=environment)
     assert found.strip() == "0"
+
+
+def test_largest_vocabulary(native: None) -> None:
+    """2^20 tokens: every instruction set agrees, and the knapsack keeps its budget."""
+    g = torch.Generator().manual_seed(9)
+    base = torch.randn(1, 1 << 20, generator=g) * 3
+    proxy = torch.randn(1, 1 << 20, generator=g) * 3
+    found = []
+    before = torch.ops.tta_ext.cpu_isa(-1)
+    try:
+        for level in range(before + 1):
+            torch.ops.tta_ext.cpu_isa(level)
+            rule = {"rule": "knapsack", "param": 0.3}
+            mask = ops.deferral_mask(base, **rule)
+            drawn = ops.deferral_sample(base, proxy, **rule, seed=2, position=0)
+            packed = ops.greedy_knapsack(proxy.abs(), base.abs(), 1e5)
+            found.append((*mask, *drawn, *packed))
+    finally:
+        torch.ops.tta_ext.cpu_isa(before)
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            assert torch.equal(a, b)
+    mask = ops.Mask(*found[0][:3])
+    p = torch.softmax(base.double(), -1)
+    used, critical = p[mask.mask].sum(), p[0, mask.critical[0]]
+    assert 0.3 - critical < used <= 0.3 * (1 + 2**-20)
