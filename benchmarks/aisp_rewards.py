@@ -31,7 +31,8 @@ from tta_ext.decoding import AdaptiveImportanceSampling, BestOfN
 from tta_ext.decoding.outcome import SearchResult, spread
 from tta_ext.decoding.rewards import call_reward, parse_reward
 from tta_ext.demo import smollm2
-from tta_ext.env import env_report
+
+from .harness import environment
 
 REWARDS = ("letter:s", "letter:b", "sentiment", "sentiment:negative", "words:12")
 
@@ -293,7 +294,7 @@ def main() -> None:
                 comparison.plot(own, args.plot / f"{name.replace(':', '_')}.png", name)
     if args.json is not None:
         settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-        whole = {"environment": env_report(), "settings": settings, "results": report}
+        whole = {"environment": environment(), "settings": settings, "results": report}
         args.json.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
 
 

@@ -174,7 +174,8 @@ def environment() -> dict[str, str]:
     """The machine and the software, and how busy the machine was, to stand beside every figure."""
     from tta_ext import doctor, env
 
-    facts = env.collect()
+    # Where things lie is of use to who asks the doctor, not beside a figure.
+    facts = {k: v.partition(" at ")[0] for k, v in env.collect().items() if k != "C++ sources"}
     facts["time"] = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     facts["threads"] = str(torch.get_num_threads())
     facts["instruction set in use"] = doctor.diagnose().cpu_isa or "none: reference"
