@@ -75,14 +75,7 @@ def evaluate(
     if anti is None and data is not None and not rules:
         settings = [s for s in settings if s.rule != "implicit_reward"]
     job = Job(n, tuple(mode or MODES), seed, max_new_tokens, batch_size, journal, pattern)
-    if data is None and base is None:
-        rows = _run_demo(settings, job)
-    elif data is None or base is None:
-        raise ValueError("--data and --base/--proxy belong together; without both, the demo is run")
-    else:
-        kad = common.load_pair(base, proxy, anti, dtype=dtype, device=device, **_first(settings))
-        rows = _run_data(kad, settings, data, job)
-    _show(rows, output)
+    _show(_run(settings, job, data, base, proxy, anti, dtype, device), output)
 
 
 def sweep(
@@ -116,14 +109,26 @@ def sweep(
     name = common.canonical_rule(rule)
     settings = [Setting.parse(f"{name}:{value:g}:{critical}") for value in parse_range(params)]
     job = Job(n, tuple(mode or MODES), seed, max_new_tokens, batch_size, journal, pattern)
+    _show(_run(settings, job, data, base, proxy, anti, dtype, device), output)
+
+
+def _run(
+    settings: Sequence[Setting],
+    job: Job,
+    data: Path | None,
+    base: str | None,
+    proxy: str | None,
+    anti: str | None,
+    dtype: str,
+    device: str | None,
+) -> list[Row]:
+    """The rows of all settings: of the demo's pair, or of other models on other data."""
     if data is None and base is None:
-        rows = _run_demo(settings, job)
-    elif data is None or base is None:
+        return _run_demo(settings, job)
+    if data is None or base is None:
         raise ValueError("--data and --base/--proxy belong together; without both, the demo is run")
-    else:
-        kad = common.load_pair(base, proxy, anti, dtype=dtype, device=device, **_first(settings))
-        rows = _run_data(kad, settings, data, job)
-    _show(rows, output)
+    kad = common.load_pair(base, proxy, anti, dtype=dtype, device=device, **_first(settings))
+    return _run_data(kad, settings, data, job)
 
 
 def parse_range(text: str) -> list[float]:

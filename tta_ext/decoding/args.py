@@ -20,10 +20,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from tta_ext import ops, rng
+from tta_ext import rng
 from tta_ext.decoding.kad import _seed
 from tta_ext.decoding.rewards import RewardStream
-from tta_ext.decoding.rollouts import Rollouts, Sampling
+from tta_ext.decoding.rollouts import Rollouts
 from tta_ext.decoding.search import (
     Search,
     SearchMethod,
@@ -148,19 +148,5 @@ class _Guided(Rollouts):
         score = torch.where(torch.isinf(values), -math.inf, score)
         lost = torch.isinf(score).all(-1, keepdim=True)
         score = torch.where(lost, values, score)
-        chosen = self._choose(score, sampling)
+        chosen = self.pick(score, sampling, rng.REWARD)
         return tokens.gather(1, chosen[:, None])[:, 0]
-
-    def _choose(self, score: Tensor, sampling: Sampling) -> Tensor:
-        if sampling.decoding == "greedy":
-            return ops.categorical_sample(score, do_sample=False)
-        return ops.categorical_sample(
-            score,
-            temperature=sampling.temperature,
-            seed=self.seed,
-            position=self._position,
-            sequence=self._sequence,
-            iteration=self.iteration,
-            rollout=self._rollout,
-            stream=rng.REWARD,
-        )

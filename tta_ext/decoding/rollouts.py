@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tta_ext import ops
+from tta_ext import ops, rng
 from tta_ext.decoding.cache import RaggedLayer
 from tta_ext.decoding.profiling import span
 from tta_ext.decoding.runner import Runner
@@ -328,19 +328,27 @@ class Rollouts:
     def draw(self, logits: Tensor) -> Tensor:
         """The next token of every active rollout, int64 ``[active]``; overwritten by the next."""
         sampling = self.sampling
-        if sampling.decoding == "greedy":
-            return ops.categorical_sample(logits, do_sample=False, out=self._token)
-        if sampling.top_k is not None or sampling.top_p is not None:
+        cut = sampling.top_k is not None or sampling.top_p is not None
+        if cut and sampling.decoding != "greedy":
             logits = restrict(logits, sampling.temperature, sampling.top_k, sampling.top_p)
+        return self.pick(logits, sampling, out=self._token)
+
+    def pick(
+        self, scores: Tensor, sampling: Sampling, stream: int = rng.BASE, out: Tensor | None = None
+    ) -> Tensor:
+        """An index of each active rollout's scores: the highest, or drawn under its own key."""
+        if sampling.decoding == "greedy":
+            return ops.categorical_sample(scores, do_sample=False, out=out)
         return ops.categorical_sample(
-            logits,
+            scores,
             temperature=sampling.temperature,
             seed=self.seed,
             position=self._position,
             sequence=self._sequence,
             iteration=self.iteration,
             rollout=self._rollout,
-            out=self._token,
+            stream=stream,
+            out=out,
         )
 
     @torch.inference_mode()
