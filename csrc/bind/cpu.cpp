@@ -42,8 +42,6 @@ void fill(DeferralArgs* a, const Tensor& base, const std::optional<Tensor>& prox
                     " needs proxy_logits");
   }
   a->invalid = invalid;
-  a->parallel = kParallel;
-  a->grain = row_grain(a->base.vocab);
 }
 
 void deferral_mask(Tensor base, std::optional<Tensor> proxy, Tensor param, int64_t rule,
@@ -56,7 +54,7 @@ void deferral_mask(Tensor base, std::optional<Tensor> proxy, Tensor param, int64
   a.mask_stride = a.base.vocab;
   a.critical_index = output<int64_t>(critical_index, ScalarType::Long, a.batch, "critical_index");
   a.fraction = output<float>(fraction, ScalarType::Float, a.batch, "fraction");
-  tta::deferral_mask(a);
+  tta::deferral_mask(a, pool(row_grain(a.base.vocab)));
   raise_invalid(invalid, check);
 }
 
@@ -67,7 +65,7 @@ void deferral_probs(Tensor base, Tensor proxy, Tensor param, int64_t rule, int64
   fill(&a, base, proxy, param, rule, critical, temperature, rule_temperature, check, &invalid);
   a.out = output<float>(out, ScalarType::Float, a.batch * a.base.vocab, "out");
   a.out_stride = a.base.vocab;
-  tta::deferral_probs(a);
+  tta::deferral_probs(a, pool(row_grain(a.base.vocab)));
   raise_invalid(invalid, check);
 }
 
@@ -81,7 +79,7 @@ void deferral_stats(Tensor base, std::optional<Tensor> proxy, Tensor param, int6
   a.critical_index = output<int64_t>(critical_index, ScalarType::Long, a.batch, "critical_index");
   a.cut_logit = output<float>(cut_logit, ScalarType::Float, a.batch, "cut_logit");
   a.used = output<double>(used, ScalarType::Double, a.batch, "used");
-  tta::deferral_stats(a);
+  tta::deferral_stats(a, pool(row_grain(a.base.vocab)));
   raise_invalid(invalid, check);
 }
 
@@ -97,7 +95,7 @@ void sample(const Tensor& base, const std::optional<Tensor>& proxy, const Tensor
   a.propose = !proxy;
   a.token = output<int64_t>(token, ScalarType::Long, a.batch, "token");
   a.deferred = output<bool>(deferred, ScalarType::Bool, a.batch, "deferred");
-  tta::deferral_sample(a);
+  tta::deferral_sample(a, pool(row_grain(a.base.vocab)));
   raise_invalid(invalid, check);
 }
 
@@ -159,7 +157,6 @@ void deferral_verify(Tensor base, Tensor proxy, Tensor draft, Tensor draft_lengt
   a.deferred = output<bool>(deferred, ScalarType::Bool, a.batch, "deferred");
   a.mass = output<double>(mass, ScalarType::Double, a.batch * positions, "mass");
   a.invalid = &invalid;
-  a.parallel = kParallel;
   if (check) {
     for (int64_t b = 0; b < a.batch; ++b) {
       const int64_t length = a.draft_length[b];
@@ -172,7 +169,7 @@ void deferral_verify(Tensor base, Tensor proxy, Tensor draft, Tensor draft_lengt
       }
     }
   }
-  tta::deferral_verify(a);
+  tta::deferral_verify(a, pool());
   if (check && invalid.any())
     STD_TORCH_CHECK(false, "invalid row: row ", invalid.row() / positions, ", position ",
                     invalid.row() % positions, " of ",
@@ -192,9 +189,7 @@ void categorical_sample(Tensor x, double temperature, Tensor seed, Tensor positi
   a.draw = counter_field(draw, kWord, "draw");
   a.token = output<int64_t>(out, ScalarType::Long, a.batch, "out");
   a.invalid = &invalid;
-  a.parallel = kParallel;
-  a.grain = row_grain(a.logits.vocab);
-  tta::categorical_sample(a);
+  tta::categorical_sample(a, pool(row_grain(a.logits.vocab)));
   if (check && invalid.any())
     STD_TORCH_CHECK(false, "invalid row: row ", invalid.row(), " of logits", kBadRow);
 }
@@ -232,8 +227,6 @@ void fill(MixtureArgs* a, const Tensor& base, const Tensor& expert,
   if (anti) a->anti = expert_logits(*anti, *a, "anti_logits");
   a->inv_temperature = inverse_temperature(temperature, "temperature");
   a->invalid = invalid;
-  a->parallel = kParallel;
-  a->grain = row_grain(a->base.vocab);
 }
 
 void raise_invalid(const MixtureArgs& a, bool check) {
@@ -255,7 +248,7 @@ void implicit_reward_probs(Tensor base, Tensor expert, std::optional<Tensor> ant
   fill(&a, base, expert, anti, beta, temperature, check, &invalid);
   a.probs = output<float>(out, ScalarType::Float, a.batch * a.base.vocab, "out");
   a.probs_stride = a.base.vocab;
-  tta::implicit_reward(a);
+  tta::implicit_reward(a, pool(row_grain(a.base.vocab)));
   raise_invalid(a, check);
 }
 
@@ -268,7 +261,7 @@ void implicit_reward_sample(Tensor base, Tensor expert, std::optional<Tensor> an
   fill(&a, base, expert, anti, beta, temperature, check, &invalid);
   a.key = key_spec(seed, position, sequence, iteration, rollout, do_sample, a.batch, check);
   a.token = output<int64_t>(out, ScalarType::Long, a.batch, "out");
-  tta::implicit_reward(a);
+  tta::implicit_reward(a, pool(row_grain(a.base.vocab)));
   raise_invalid(a, check);
 }
 
@@ -298,14 +291,12 @@ void greedy_knapsack(Tensor profit, Tensor weight, Tensor capacity, bool check, 
   a.critical_index = output<int64_t>(critical_index, ScalarType::Long, a.batch, "critical_index");
   a.upper_bound = output<double>(upper_bound, ScalarType::Double, a.batch, "upper_bound");
   a.invalid = &invalid;
-  a.parallel = kParallel;
-  a.grain = row_grain(a.items);
   if (check) {
     for (int64_t b = 0; b < (a.capacity.stride ? a.batch : 1); ++b)
       STD_TORCH_CHECK(a.capacity[b] >= 0, "invalid row: capacity[", b, "] is ", a.capacity[b],
                       ", expected a capacity >= 0");
   }
-  tta::greedy_knapsack(a);
+  tta::greedy_knapsack(a, pool(row_grain(a.items)));
   if (check && invalid.any())
     STD_TORCH_CHECK(false, "invalid row: row ", invalid.row(), " of ",
                     invalid.tensor() == 0 ? "profit" : "weight",
@@ -344,8 +335,7 @@ void normal(int64_t n, Tensor seed, int64_t step, int64_t sequence, int64_t iter
   a.sequence = counter_field(sequence, kWord, "sequence");
   a.word3 = counter_word3(kNoise, counter_field(iteration, 1 << 12, "iteration"),
                           counter_field(rollout, 1 << 16, "rollout"));
-  a.parallel = kParallel;
-  tta::normal(a);
+  tta::normal(a, pool());
 }
 
 int64_t cpu_isa(int64_t level) { return set_isa(static_cast<int>(level)); }

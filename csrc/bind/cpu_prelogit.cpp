@@ -68,9 +68,7 @@ void prelogit_perturb(Tensor hidden, Tensor mean, Tensor step, Tensor row, Tenso
   a.out = out.mutable_data_ptr();
   a.out_stride = a.dim;
   a.dot = output<float>(dot, ScalarType::Float, a.rows, "dot");
-  a.parallel = kParallel;
-  a.grain = grain_of(a.dim);
-  tta::prelogit_perturb(a);
+  tta::prelogit_perturb(a, pool(grain_of(a.dim)));
 }
 
 const float* rewards(const Tensor& x, const Tensor& like, int64_t* stride, const char* name) {
@@ -163,9 +161,8 @@ void control_update(Tensor mean, Tensor weights, std::optional<Tensor> length, T
     check_weights(a);
   }
   a.out = output<float>(out, ScalarType::Float, mean.numel(), "out");
-  a.parallel = kParallel;
-  a.grain = grain_of((a.dim < kControlTask ? a.dim : kControlTask) * a.rollouts);
-  tta::control_update(a);
+  tta::control_update(a,
+                      pool(grain_of((a.dim < kControlTask ? a.dim : kControlTask) * a.rollouts)));
 }
 
 void control_merge(Tensor mean, Tensor partials, double sigma, Tensor out) {
@@ -183,8 +180,7 @@ void control_merge(Tensor mean, Tensor partials, double sigma, Tensor out) {
   a.partials = static_cast<const float*>(partials.const_data_ptr());
   a.sigma = finite_float(sigma, "sigma");
   a.out = output<float>(out, ScalarType::Float, a.count, "out");
-  a.parallel = kParallel;
-  tta::control_merge(a);
+  tta::control_merge(a, pool());
 }
 
 }  // namespace

@@ -13,7 +13,7 @@
 #include <optional>
 #include <string>
 
-#include "cpu/params.h"
+#include "cpu/kernels.h"
 
 namespace tta {
 namespace bind {
@@ -99,10 +99,10 @@ PerRow<T> per_row(const Tensor& x, ScalarType type, int64_t rows, const char* na
   return {static_cast<const T*>(x.const_data_ptr()), n == 1 ? 0 : 1};
 }
 
-inline uint64_t seed_of(const Tensor& x) {
+inline int64_t seed_of(const Tensor& x) {
   check_dtype(x, ScalarType::Long, "seed");
   STD_TORCH_CHECK(x.numel() == 1, "seed has ", x.numel(), " elements, expected 1");
-  return static_cast<uint64_t>(*static_cast<const int64_t*>(x.const_data_ptr()));
+  return *static_cast<const int64_t*>(x.const_data_ptr());
 }
 
 inline float inverse_temperature(double t, const char* name) {
@@ -177,7 +177,8 @@ inline void run_parallel(int64_t n, int64_t grain, void (*body)(void*, int64_t, 
                               [&](int64_t begin, int64_t end) { body(context, begin, end); });
 }
 
-constexpr Parallel kParallel{run_parallel};
+// The calling process's thread pool.
+constexpr Parallel pool(int64_t grain = 1) { return {run_parallel, grain}; }
 
 constexpr const char* kBadRow = " has NaN or +inf, or no finite value";
 

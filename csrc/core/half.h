@@ -1,4 +1,5 @@
-// IEEE binary16 <-> binary32 in integer arithmetic, for machines without conversion instructions.
+// IEEE binary16 and bfloat16 <-> binary32, in integer arithmetic where the machine has no
+// instruction for it.
 #pragma once
 
 #include <cstring>
@@ -8,6 +9,11 @@
 namespace tta {
 
 TTA_INLINE float half_to_float(uint16_t h) {
+#if defined(__CUDA_ARCH__)
+  float wide;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(h));
+  return wide;
+#else
   const uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16;
   const uint32_t exponent = (h >> 10) & 0x1fu;
   const uint32_t mantissa = h & 0x3ffu;
@@ -30,9 +36,10 @@ TTA_INLINE float half_to_float(uint16_t h) {
   float f;
   std::memcpy(&f, &u, sizeof f);
   return f;
+#endif
 }
 
-// Round to nearest even.
+// Round to nearest even; a NaN is quietened.
 TTA_INLINE uint16_t float_to_half(float f) {
   uint32_t u;
   std::memcpy(&u, &f, sizeof u);

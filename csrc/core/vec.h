@@ -307,7 +307,7 @@ TTA_INLINE I load_i(const int32_t* p) {
 }
 TTA_INLINE void store(int32_t* p, I a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a.v); }
 
-#else  // scalar: any C++17 compiler and architecture
+#else  // scalar: any C++17 compiler and architecture, and one thread of a CUDA kernel
 
 constexpr int kWidth = 1;
 struct F {
@@ -344,12 +344,12 @@ TTA_INLINE void store_bfloat16(uint16_t* p, F a) { *p = float_to_bfloat16(a.v); 
 TTA_INLINE F set1(float a) { return {a}; }
 TTA_INLINE I set1i(int32_t a) { return {static_cast<uint32_t>(a)}; }
 TTA_INLINE I iota() { return {0}; }
-TTA_INLINE F add(F a, F b) { return {a.v + b.v}; }
-TTA_INLINE F sub(F a, F b) { return {a.v - b.v}; }
-TTA_INLINE F mul(F a, F b) { return {a.v * b.v}; }
-TTA_INLINE F div(F a, F b) { return {a.v / b.v}; }
-TTA_INLINE F fma(F a, F b, F c) { return {std::fma(a.v, b.v, c.v)}; }
-TTA_INLINE F sqrt(F a) { return {std::sqrt(a.v)}; }
+TTA_INLINE F add(F a, F b) { return {add_rn(a.v, b.v)}; }
+TTA_INLINE F sub(F a, F b) { return {sub_rn(a.v, b.v)}; }
+TTA_INLINE F mul(F a, F b) { return {mul_rn(a.v, b.v)}; }
+TTA_INLINE F div(F a, F b) { return {div_rn(a.v, b.v)}; }
+TTA_INLINE F fma(F a, F b, F c) { return {fma_rn(a.v, b.v, c.v)}; }
+TTA_INLINE F sqrt(F a) { return {sqrt_rn(a.v)}; }
 TTA_INLINE F max(F a, F b) { return {a.v > b.v ? a.v : b.v}; }
 TTA_INLINE F min(F a, F b) { return {a.v < b.v ? a.v : b.v}; }
 TTA_INLINE I bits(F a) { return {scalar_bits(a.v)}; }
@@ -390,11 +390,11 @@ TTA_INLINE float reduce_max(F a) { return a.v; }
 TTA_INLINE D widen(F a) { return {static_cast<double>(a.v)}; }
 TTA_INLINE F narrow(D a) { return {static_cast<float>(a.v)}; }
 TTA_INLINE D set1d(double a) { return {a}; }
-TTA_INLINE D add(D a, D b) { return {a.v + b.v}; }
-TTA_INLINE D sub(D a, D b) { return {a.v - b.v}; }
-TTA_INLINE D mul(D a, D b) { return {a.v * b.v}; }
-TTA_INLINE D div(D a, D b) { return {a.v / b.v}; }
-TTA_INLINE D fma(D a, D b, D c) { return {std::fma(a.v, b.v, c.v)}; }
+TTA_INLINE D add(D a, D b) { return {add_rn(a.v, b.v)}; }
+TTA_INLINE D sub(D a, D b) { return {sub_rn(a.v, b.v)}; }
+TTA_INLINE D mul(D a, D b) { return {mul_rn(a.v, b.v)}; }
+TTA_INLINE D div(D a, D b) { return {div_rn(a.v, b.v)}; }
+TTA_INLINE D fma(D a, D b, D c) { return {fma_rn(a.v, b.v, c.v)}; }
 TTA_INLINE D max(D a, D b) { return {a.v > b.v ? a.v : b.v}; }
 TTA_INLINE M less(D a, D b) { return {a.v < b.v}; }
 TTA_INLINE M equal(D a, D b) { return {a.v == b.v}; }

@@ -8,12 +8,9 @@
 namespace tta {
 namespace TTA_ISA {
 
-constexpr int kTile = 4096;
-constexpr int kLanes = 128;
 constexpr int kAcc = kLanes / kWidth;        // vectors that hold the 128 lanes
 constexpr int kHalves = kAcc == 16 ? 2 : 1;  // AVX2 has 16 registers: 8 accumulators a sweep
 constexpr int kSweep = kAcc / kHalves;
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // The 128 lanes to one float, l + 64 first, l + 1 last.
 TTA_INLINE float fold(F* acc) {

@@ -268,7 +268,7 @@ static bool all_finite(const float* x, int64_t n) {
 static void update_body(void* context, int64_t begin, int64_t end) {
   const KeepDenormals guard;
   const ControlArgs& a = *static_cast<const ControlArgs*>(context);
-  const NoiseKey key(a.seed);
+  const NoiseKey key(seed_bits(a.seed));
   const std::unique_ptr<Leaf[]> leaves(new Leaf[static_cast<size_t>(a.rollouts)]);
   const int64_t chunks = (a.dim + kControlTask - 1) / kControlTask;
   for (int64_t task = begin; task < end; ++task) {
@@ -292,9 +292,10 @@ static void update_body(void* context, int64_t begin, int64_t end) {
   }
 }
 
-void control_update(const ControlArgs& a) {
+void control_update(const ControlArgs& a, const Parallel& parallel) {
   const int64_t chunks = (a.dim + kControlTask - 1) / kControlTask;
-  a.parallel.run(a.prompts * a.steps * chunks, a.grain, update_body, const_cast<ControlArgs*>(&a));
+  parallel.run(a.prompts * a.steps * chunks, parallel.grain, update_body,
+               const_cast<ControlArgs*>(&a));
 }
 
 // ---- control_merge -----------------------------------------------------------------------------
@@ -333,21 +334,25 @@ static void merge_body(void* context, int64_t begin, int64_t end) {
   }
 }
 
-void control_merge(const MergeArgs& a) {
+void control_merge(const MergeArgs& a, const Parallel& parallel) {
   if (a.sigma == 0.0f) {
     std::memmove(a.out, a.mean, static_cast<size_t>(a.count) * sizeof(float));
     return;
   }
-  a.parallel.run((a.count + kMergeTask - 1) / kMergeTask, a.grain, merge_body,
-                 const_cast<MergeArgs*>(&a));
+  parallel.run((a.count + kMergeTask - 1) / kMergeTask, parallel.grain, merge_body,
+               const_cast<MergeArgs*>(&a));
 }
 
 }  // namespace TTA_ISA
 
 #if TTA_ISA_LEVEL == 0
 void importance_weights(const WeightsArgs& a) { TTA_DISPATCH(importance_weights, a) }
-void control_update(const ControlArgs& a) { TTA_DISPATCH(control_update, a) }
-void control_merge(const MergeArgs& a) { TTA_DISPATCH(control_merge, a) }
+void control_update(const ControlArgs& a, const Parallel& parallel) {
+  TTA_DISPATCH(control_update, a, parallel)
+}
+void control_merge(const MergeArgs& a, const Parallel& parallel) {
+  TTA_DISPATCH(control_merge, a, parallel)
+}
 #endif
 
 }  // namespace tta

@@ -161,22 +161,38 @@ static void rows_body(void* context, int64_t begin, int64_t end) {
 }
 
 template <class Args, void (*kRow)(const Args&, int64_t)>
-static void for_rows(const Args& a) {
-  a.parallel.run(a.batch, a.grain, rows_body<Args, kRow>, const_cast<Args*>(&a));
+static void for_rows(const Args& a, const Parallel& parallel) {
+  parallel.run(a.batch, parallel.grain, rows_body<Args, kRow>, const_cast<Args*>(&a));
 }
 
-void deferral_mask(const MaskArgs& a) { for_rows<MaskArgs, mask_row>(a); }
-void deferral_probs(const ProbsArgs& a) { for_rows<ProbsArgs, probs_row>(a); }
-void deferral_stats(const StatsArgs& a) { for_rows<StatsArgs, stats_row>(a); }
-void deferral_sample(const SampleArgs& a) { for_rows<SampleArgs, sample_row>(a); }
+void deferral_mask(const MaskArgs& a, const Parallel& parallel) {
+  for_rows<MaskArgs, mask_row>(a, parallel);
+}
+void deferral_probs(const ProbsArgs& a, const Parallel& parallel) {
+  for_rows<ProbsArgs, probs_row>(a, parallel);
+}
+void deferral_stats(const StatsArgs& a, const Parallel& parallel) {
+  for_rows<StatsArgs, stats_row>(a, parallel);
+}
+void deferral_sample(const SampleArgs& a, const Parallel& parallel) {
+  for_rows<SampleArgs, sample_row>(a, parallel);
+}
 
 }  // namespace TTA_ISA
 
 #if TTA_ISA_LEVEL == 0
-void deferral_mask(const MaskArgs& a) { TTA_DISPATCH(deferral_mask, a) }
-void deferral_probs(const ProbsArgs& a) { TTA_DISPATCH(deferral_probs, a) }
-void deferral_stats(const StatsArgs& a) { TTA_DISPATCH(deferral_stats, a) }
-void deferral_sample(const SampleArgs& a) { TTA_DISPATCH(deferral_sample, a) }
+void deferral_mask(const MaskArgs& a, const Parallel& parallel) {
+  TTA_DISPATCH(deferral_mask, a, parallel)
+}
+void deferral_probs(const ProbsArgs& a, const Parallel& parallel) {
+  TTA_DISPATCH(deferral_probs, a, parallel)
+}
+void deferral_stats(const StatsArgs& a, const Parallel& parallel) {
+  TTA_DISPATCH(deferral_stats, a, parallel)
+}
+void deferral_sample(const SampleArgs& a, const Parallel& parallel) {
+  TTA_DISPATCH(deferral_sample, a, parallel)
+}
 #endif
 
 }  // namespace tta

@@ -20,9 +20,11 @@
 
 #include "core/config.h"
 #include "core/half.h"
+#include "core/order.h"
 #include "core/philox.h"
+#include "core/rounding.h"
 #include "cpu/isa.h"
-#include "cpu/params.h"
+#include "cpu/kernels.h"
 #if TTA_X86_64
 #if defined(__GNUC__) && !defined(__clang__)
 // GCC 12 writes "undefined" vectors as `__m512 __Y = __Y` and warns of itself.

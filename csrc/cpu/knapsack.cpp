@@ -319,14 +319,16 @@ static void knapsack_rows(void* context, int64_t begin, int64_t end) {
   for (int64_t b = begin; b < end; ++b) knapsack_row(a, b, &items);
 }
 
-void greedy_knapsack(const KnapsackArgs& a) {
-  a.parallel.run(a.batch, a.grain, knapsack_rows, const_cast<KnapsackArgs*>(&a));
+void greedy_knapsack(const KnapsackArgs& a, const Parallel& parallel) {
+  parallel.run(a.batch, parallel.grain, knapsack_rows, const_cast<KnapsackArgs*>(&a));
 }
 
 }  // namespace TTA_ISA
 
 #if TTA_ISA_LEVEL == 0
-void greedy_knapsack(const KnapsackArgs& a) { TTA_DISPATCH(greedy_knapsack, a) }
+void greedy_knapsack(const KnapsackArgs& a, const Parallel& parallel) {
+  TTA_DISPATCH(greedy_knapsack, a, parallel)
+}
 #endif
 
 }  // namespace tta

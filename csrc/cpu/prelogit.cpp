@@ -89,7 +89,7 @@ static float perturb_row(const Perturbation& p, int64_t dim, const float* u, con
 static void perturb_body(void* context, int64_t begin, int64_t end) {
   const KeepDenormals guard;
   const PerturbArgs& a = *static_cast<const PerturbArgs*>(context);
-  const NoiseKey key(a.seed);
+  const NoiseKey key(seed_bits(a.seed));
   const int64_t bytes = dtype_bytes(a.dtype);
   for (int64_t row = begin; row < end; ++row) {
     const char* hidden = static_cast<const char*>(a.hidden) + row * a.hidden_stride * bytes;
@@ -113,8 +113,8 @@ static void perturb_body(void* context, int64_t begin, int64_t end) {
   }
 }
 
-void prelogit_perturb(const PerturbArgs& a) {
-  a.parallel.run(a.rows, a.grain, perturb_body, const_cast<PerturbArgs*>(&a));
+void prelogit_perturb(const PerturbArgs& a, const Parallel& parallel) {
+  parallel.run(a.rows, parallel.grain, perturb_body, const_cast<PerturbArgs*>(&a));
 }
 
 // ---- normal ------------------------------------------------------------------------------------
@@ -124,23 +124,25 @@ constexpr int64_t kNormalTask = 1 << 14;  // floats a task, a multiple of 4
 static void normal_body(void* context, int64_t begin, int64_t end) {
   const KeepDenormals guard;
   const NormalArgs& a = *static_cast<const NormalArgs*>(context);
-  const NoiseKey key(a.seed);
+  const NoiseKey key(seed_bits(a.seed));
   const NoiseStream stream(key, a.step, a.sequence);
   const int64_t first = begin * kNormalTask, last = end * kNormalTask;
   noise_range(key, stream, stream.rollout(a.word3), first, last < a.count ? last : a.count,
               a.out + first);
 }
 
-void normal(const NormalArgs& a) {
-  a.parallel.run((a.count + kNormalTask - 1) / kNormalTask, 1, normal_body,
-                 const_cast<NormalArgs*>(&a));
+void normal(const NormalArgs& a, const Parallel& parallel) {
+  parallel.run((a.count + kNormalTask - 1) / kNormalTask, 1, normal_body,
+               const_cast<NormalArgs*>(&a));
 }
 
 }  // namespace TTA_ISA
 
 #if TTA_ISA_LEVEL == 0
-void prelogit_perturb(const PerturbArgs& a) { TTA_DISPATCH(prelogit_perturb, a) }
-void normal(const NormalArgs& a) { TTA_DISPATCH(normal, a) }
+void prelogit_perturb(const PerturbArgs& a, const Parallel& parallel) {
+  TTA_DISPATCH(prelogit_perturb, a, parallel)
+}
+void normal(const NormalArgs& a, const Parallel& parallel) { TTA_DISPATCH(normal, a, parallel) }
 #endif
 
 }  // namespace tta

@@ -15,9 +15,6 @@
 namespace tta {
 namespace TTA_ISA {
 
-constexpr int kMaxTiles = 256;  // V <= 2^20
-constexpr int64_t kNoLimit = std::numeric_limits<int64_t>::max();
-
 // ---- rows ------------------------------------------------------------------------------------
 
 struct Mixture;  // cpu/mixture.h: scores computed from several models
@@ -29,7 +26,7 @@ struct Row {
   int64_t vocab = 0;
   const Mixture* mixture = nullptr;  // scores are computed, not stored
   int64_t index = 0;                 // row of the batch, for the mixture
-  int tiles() const { return static_cast<int>((vocab + kTile - 1) / kTile); }
+  int tiles() const { return tiles_of(vocab); }
 };
 
 static inline Row row_of(const Logits& x, int64_t b, int64_t k = 0) {
@@ -94,18 +91,6 @@ static float tile_max(Tile tile) {
   }
   return reduce_max(max(max(m0, m1), max(m2, m3)));
 }
-
-// Which elements a masked sum admits: those ordered strictly before (x, id), by ascending logit and
-// then ascending id.
-struct Cut {
-  float x = kInfinity;
-  int64_t id = kNoLimit;
-  static Cut all() { return {}; }
-  static Cut none() { return {-kInfinity, 0}; }
-  static Cut before(float x, int64_t id) { return {x, id}; }
-  static Cut through(float x, int64_t id) { return {x, id + 1}; }
-  bool admits(float logit, int64_t v) const { return logit < x || (logit == x && v < id); }
-};
 
 enum MaskMode { kNoMask, kBelow, kAtOrBelow, kMixed };
 
@@ -318,10 +303,7 @@ static bool prefix_at_most(const Row& row, const Stats& s, const Cut& cut, doubl
 
 // ---- draws -------------------------------------------------------------------------------------
 
-// Rounded to a multiple of 2^-40: sums of up to 4096 such weights <= 1 are exact in float64, so the
-// search inside a tile has one answer whatever the order of its additions.
-TTA_INLINE D quantize(D w) { return sub(add(w, set1d(6144.0)), set1d(6144.0)); }
-TTA_INLINE double quantize(double w) { return (w + 6144.0) - 6144.0; }
+TTA_INLINE D quantize(D w) { return sub(add(w, set1d(kQuantum)), set1d(kQuantum)); }
 
 TTA_INLINE double sum_exact(D a) {
   double lane[kWidth];
@@ -343,14 +325,14 @@ static int find_in_tile(const float* weights, int count, double scale, double be
     const double next = prefix + sum_exact(part);
     if (before + next * scale > target) {
       for (int k = j; k < j + kLanes; ++k) {
-        prefix += quantize(static_cast<double>(weights[k]));
+        prefix += quantize_weight(static_cast<double>(weights[k]));
         if (before + prefix * scale > target) return k;
       }
     }
     prefix = next;
   }
   int last = count - 1;
-  while (last > 0 && quantize(static_cast<double>(weights[last])) == 0.0) --last;
+  while (last > 0 && quantize_weight(static_cast<double>(weights[last])) == 0.0) --last;
   return last;
 }
 
@@ -431,18 +413,6 @@ static void write_probabilities(Tile tile, const Stats& s, float* out) {
 
 // ---- sets of tokens below a probability
 // ----------------------------------------------------------
-
-TTA_INLINE int32_t ordered_bits(float x) {  // monotone in x, -0 and +0 apart
-  int32_t i;
-  std::memcpy(&i, &x, sizeof i);
-  return i < 0 ? static_cast<int32_t>(0x80000000u) - i - 1 : i;
-}
-TTA_INLINE float from_ordered_bits(int32_t i) {
-  i = i < 0 ? static_cast<int32_t>(0x80000000u) - i - 1 : i;
-  float x;
-  std::memcpy(&x, &i, sizeof x);
-  return x;
-}
 
 // {v : p(v) < t} (or <= t) as a cut: p is monotone in the logit, so a bisection over the floats
 // finds the last logit inside, and the set costs one comparison an element, no exponential.

@@ -11,7 +11,7 @@ TTA_INLINE bool valid_param(const RuleSpec& rule, int64_t b) {
 
 // The uniform of one decision about row b, `ahead` tokens after its position.
 static double uniform(const KeySpec& key, int64_t b, int64_t ahead, Stream stream) {
-  return philox_uniform(key.seed, 0, static_cast<uint32_t>(key.position[b] + ahead),
+  return philox_uniform(seed_bits(key.seed), 0, static_cast<uint32_t>(key.position[b] + ahead),
                         static_cast<uint32_t>(key.sequence[b]), key.word3(stream, b));
 }
 

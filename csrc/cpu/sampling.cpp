@@ -17,8 +17,9 @@ namespace TTA_ISA {
 static int64_t pick(const Row& row, const Stats& s, const KeySpec& key, int64_t b, uint32_t stream,
                     uint32_t number) {
   if (!key.do_sample) return first_of_value(row, s, s.max);
-  const double u = philox_uniform(key.seed, number, static_cast<uint32_t>(key.position[b]),
-                                  static_cast<uint32_t>(key.sequence[b]), key.word3(stream, b));
+  const double u =
+      philox_uniform(seed_bits(key.seed), number, static_cast<uint32_t>(key.position[b]),
+                     static_cast<uint32_t>(key.sequence[b]), key.word3(stream, b));
   return draw(row, s, u);
 }
 
@@ -72,18 +73,22 @@ static void mixture_rows(void* context, int64_t begin, int64_t end) {
   }
 }
 
-void categorical_sample(const CategoricalArgs& a) {
-  a.parallel.run(a.batch, a.grain, categorical_rows, const_cast<CategoricalArgs*>(&a));
+void categorical_sample(const CategoricalArgs& a, const Parallel& parallel) {
+  parallel.run(a.batch, parallel.grain, categorical_rows, const_cast<CategoricalArgs*>(&a));
 }
-void implicit_reward(const MixtureArgs& a) {
-  a.parallel.run(a.batch, a.grain, mixture_rows, const_cast<MixtureArgs*>(&a));
+void implicit_reward(const MixtureArgs& a, const Parallel& parallel) {
+  parallel.run(a.batch, parallel.grain, mixture_rows, const_cast<MixtureArgs*>(&a));
 }
 
 }  // namespace TTA_ISA
 
 #if TTA_ISA_LEVEL == 0
-void categorical_sample(const CategoricalArgs& a) { TTA_DISPATCH(categorical_sample, a) }
-void implicit_reward(const MixtureArgs& a) { TTA_DISPATCH(implicit_reward, a) }
+void categorical_sample(const CategoricalArgs& a, const Parallel& parallel) {
+  TTA_DISPATCH(categorical_sample, a, parallel)
+}
+void implicit_reward(const MixtureArgs& a, const Parallel& parallel) {
+  TTA_DISPATCH(implicit_reward, a, parallel)
+}
 #endif
 
 }  // namespace tta

@@ -288,14 +288,16 @@ static void verify_rows(void* context, int64_t begin, int64_t end) {
   for (int64_t b = begin; b < end; ++b) verify_row(a, b);
 }
 
-void deferral_verify(const VerifyArgs& a) {
-  a.parallel.run(a.batch, a.grain, verify_rows, const_cast<VerifyArgs*>(&a));
+void deferral_verify(const VerifyArgs& a, const Parallel& parallel) {
+  parallel.run(a.batch, parallel.grain, verify_rows, const_cast<VerifyArgs*>(&a));
 }
 
 }  // namespace TTA_ISA
 
 #if TTA_ISA_LEVEL == 0
-void deferral_verify(const VerifyArgs& a) { TTA_DISPATCH(deferral_verify, a) }
+void deferral_verify(const VerifyArgs& a, const Parallel& parallel) {
+  TTA_DISPATCH(deferral_verify, a, parallel)
+}
 #endif
 
 }  // namespace tta

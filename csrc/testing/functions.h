@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-#include "cpu/params.h"
+#include "cpu/kernels.h"
 
 namespace tta {
 namespace testing {

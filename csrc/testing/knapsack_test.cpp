@@ -8,7 +8,7 @@
 
 #include "core/config.h"
 #include "cpu/isa.h"
-#include "cpu/params.h"
+#include "cpu/kernels.h"
 #include "testing/check.h"
 #if TTA_X86_64
 #include <immintrin.h>
@@ -154,9 +154,8 @@ Output solve(const Batch& batch, int level) {
   a.critical_index = out.critical.data();
   a.upper_bound = out.upper_bound.data();
   a.invalid = &invalid;
-  a.parallel = {run_here};
   set_isa(level);
-  greedy_knapsack(a);
+  greedy_knapsack(a, {run_here});
   out.invalid = invalid.any();
   if (out.invalid) {
     out.row = invalid.row();

@@ -9,7 +9,7 @@
 #include "core/half.h"
 #include "core/philox.h"
 #include "cpu/isa.h"
-#include "cpu/params.h"
+#include "cpu/kernels.h"
 #include "testing/check.h"
 #include "testing/functions.h"
 
@@ -100,8 +100,7 @@ void check_perturb(int64_t dim, int dtype, float sigma, const Parallel& parallel
   a.sigma = sigma;
   a.seed = kSeed;
   a.dot = dot;
-  a.parallel = parallel;
-  prelogit_perturb(a);
+  prelogit_perturb(a, parallel);
 
   const float dot_before[kRows] = {1.25f, -0.0f, 3.0f};
   for (int64_t r = 0; r < kRows; ++r) {
@@ -152,8 +151,7 @@ struct Update {
     a.start = start;
     a.stop = stop;
     a.partial = partial;
-    a.parallel = parallel;
-    control_update(a);
+    control_update(a, parallel);
     return out;
   }
 
@@ -207,8 +205,7 @@ void check_update(int64_t rollouts, int64_t dim, Random* random) {
     m.shards = padded / size;
     m.count = static_cast<int64_t>(merged.size());
     m.sigma = kSigma;
-    m.parallel = kScattered;
-    control_merge(m);
+    control_merge(m, kScattered);
     CHECK(!std::memcmp(merged.data(), whole.data(), whole.size() * sizeof(float)),
           "%s: n %d, dim %d, shards of %d do not merge to the whole", isa_name(),
           static_cast<int>(rollouts), static_cast<int>(dim), static_cast<int>(size));

@@ -1,7 +1,6 @@
-// Arguments of the CPU kernels: raw pointers and numbers, no torch.
+// Arguments of the kernels, CPU and CUDA alike: raw pointers and numbers, no torch.
 #pragma once
 
-#include <atomic>
 #include <cstdint>
 #include <limits>
 
@@ -21,13 +20,23 @@ struct Logits {
   int dtype = kFloat32;
 };
 
-// One value for all rows (stride 0) or one a row (stride 1).
+// One value for all rows (stride 0), one a row (stride 1), or a number that the host knows (no
+// data).
 template <class T>
 struct PerRow {
   const T* data = nullptr;
   int64_t stride = 0;
-  T operator[](int64_t row) const { return data[row * stride]; }
+  T value = T();
+  PerRow() = default;
+  PerRow(const T* first, int64_t step) : data(first), stride(step) {}
+  PerRow(T number) : value(number) {}  // NOLINT(google-explicit-constructor)
+  TTA_HOST_DEVICE T operator[](int64_t row) const { return data ? data[row * stride] : value; }
 };
+
+using Seed = PerRow<int64_t>;  // 64 bits, read as unsigned
+TTA_HOST_DEVICE inline uint64_t seed_bits(const Seed& seed) {
+  return static_cast<uint64_t>(seed[0]);
+}
 
 struct RuleSpec {
   PerRow<double> param;
@@ -38,54 +47,52 @@ struct RuleSpec {
 };
 
 struct KeySpec {
-  uint64_t seed = 0;
+  Seed seed;
   PerRow<int64_t> position;
   PerRow<int64_t> sequence;
   PerRow<int64_t> rollout;
   uint32_t iteration = 0;
   bool do_sample = true;
-  uint32_t word3(uint32_t stream, int64_t b) const {
+  TTA_HOST_DEVICE uint32_t word3(uint32_t stream, int64_t b) const {
     return counter_word3(stream, iteration, static_cast<uint32_t>(rollout[b]) & 0xffffu);
   }
 };
 
 // The first row found invalid (NaN, +inf, or nothing but -inf); lower rows win whatever the
-// scheduling. Encodes row and tensor so that one atomic minimum keeps both.
+// scheduling. Encodes row and tensor so that one atomic minimum keeps both. On the device it lives
+// in device memory and may be missing.
 class InvalidRow {
  public:
   static constexpr int64_t kTensors = 4096;
+  static constexpr int64_t kNone = std::numeric_limits<int64_t>::max();
   void note(int64_t row, int64_t tensor) {
-    const int64_t code = row * kTensors + tensor;
-    int64_t seen = code_.load(std::memory_order_relaxed);
-    while (code < seen && !code_.compare_exchange_weak(seen, code, std::memory_order_relaxed)) {
+    const int64_t code = encode(row, tensor);
+    int64_t seen = __atomic_load_n(&code_, __ATOMIC_RELAXED);
+    while (code < seen && !__atomic_compare_exchange_n(&code_, &seen, code, true, __ATOMIC_RELAXED,
+                                                       __ATOMIC_RELAXED)) {
     }
   }
-  bool any() const { return code_.load() != kNone; }
-  int64_t row() const { return code_.load() / kTensors; }
-  int64_t tensor() const { return code_.load() % kTensors; }
+  TTA_HOST_DEVICE static int64_t encode(int64_t row, int64_t tensor) {
+    return row * kTensors + tensor;
+  }
+  TTA_HOST_DEVICE int64_t* code() { return &code_; }
+  bool any() const { return code_ != kNone; }
+  int64_t row() const { return code_ / kTensors; }
+  int64_t tensor() const { return code_ % kTensors; }
 
  private:
-  static constexpr int64_t kNone = std::numeric_limits<int64_t>::max();
-  std::atomic<int64_t> code_{kNone};
+  int64_t code_ = kNone;
 };
 
 // Numbers the tensors an InvalidRow can name. In a mixture of E experts: 1 + e expert e, 1 + E + e
 // its anti-expert, 1 + 2 E the combined scores.
 enum TensorName : int { kBaseLogits = 0, kProxyLogits = 1 };
 
-// Runs body(context, begin, end) over chunks of [0, n); injected by the binding so that the kernels
-// use the caller's thread pool.
-struct Parallel {
-  void (*run)(int64_t n, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context);
-};
-
 struct DeferralArgs {
   Logits base, proxy;  // proxy.data may be null for rules that look at p alone
   int64_t batch = 0;
   RuleSpec rule;
   InvalidRow* invalid = nullptr;
-  Parallel parallel;
-  int64_t grain = 1;  // fewest rows worth a task
 };
 
 struct MaskArgs : DeferralArgs {
@@ -121,7 +128,7 @@ struct VerifyArgs : DeferralArgs {
   bool return_mass = false;
   const int64_t* draft = nullptr;  // [batch, K]
   int64_t draft_row_stride = 0, draft_position_stride = 0;
-  int64_t draft_at(int64_t b, int64_t k) const {
+  TTA_HOST_DEVICE int64_t draft_at(int64_t b, int64_t k) const {
     return draft[b * draft_row_stride + k * draft_position_stride];
   }
   const int64_t* draft_length = nullptr;
@@ -130,7 +137,7 @@ struct VerifyArgs : DeferralArgs {
   bool* deferred = nullptr;
   double* mass = nullptr;                                   // [batch, K + 1]
   int64_t param_row_stride = 0, param_position_stride = 0;  // of rule.param
-  int64_t param_index(int64_t b, int64_t k) const {
+  TTA_HOST_DEVICE int64_t param_index(int64_t b, int64_t k) const {
     return b * param_row_stride + k * param_position_stride;
   }
 };
@@ -144,8 +151,6 @@ struct CategoricalArgs {
   uint32_t draw = 0;
   int64_t* token = nullptr;
   InvalidRow* invalid = nullptr;
-  Parallel parallel;
-  int64_t grain = 1;  // fewest rows worth a task
 };
 
 // score = base + sum_e beta_e (expert_e - anti_e): log-linear mixtures of models.
@@ -158,8 +163,6 @@ struct MixtureArgs {
   int64_t batch = 0;
   float inv_temperature = 1.0f;
   InvalidRow* invalid = nullptr;
-  Parallel parallel;
-  int64_t grain = 1;       // fewest rows worth a task
   float* probs = nullptr;  // [batch, vocab], or
   int64_t probs_stride = 0;
   KeySpec key;
@@ -179,8 +182,6 @@ struct KnapsackArgs {
   int64_t* critical_index = nullptr;
   double* upper_bound = nullptr;
   InvalidRow* invalid = nullptr;
-  Parallel parallel;
-  int64_t grain = 1;  // fewest rows worth a task
 };
 
 struct PerturbArgs {
@@ -195,14 +196,9 @@ struct PerturbArgs {
   PerRow<int64_t> step, prompt, sequence, rollout;
   uint32_t iteration = 0;
   float sigma = 0;
-  uint64_t seed = 0;
+  Seed seed;
   float* dot = nullptr;  // [rows], accumulated
-  Parallel parallel;
-  int64_t grain = 1;  // fewest rows worth a task
 };
-
-// control_update is cut into tasks of one step and at most this many dimensions.
-constexpr int64_t kControlTask = 1 << 11;
 
 struct ControlArgs {
   const float* mean = nullptr;  // [prompts, steps, dim], contiguous
@@ -211,13 +207,11 @@ struct ControlArgs {
   const float* weights = nullptr;   // [prompts, rollouts]
   const int64_t* length = nullptr;  // [prompts, rollouts] or null
   PerRow<int64_t> sequence;
-  uint64_t seed = 0;
+  Seed seed;
   uint32_t iteration = 0;
   float sigma = 0;
   int64_t start = 0, stop = 0;  // rollout range, an aligned subtree
   bool partial = false;
-  Parallel parallel;
-  int64_t grain = 1;  // fewest rows worth a task
 };
 
 struct MergeArgs {
@@ -226,8 +220,6 @@ struct MergeArgs {
   float* out = nullptr;
   int64_t shards = 0, count = 0;
   float sigma = 0;
-  Parallel parallel;
-  int64_t grain = 1;  // fewest rows worth a task
 };
 
 // What an InvalidRow of importance_weights can name.
@@ -248,25 +240,16 @@ struct WeightsArgs {
 struct NormalArgs {
   float* out = nullptr;
   int64_t count = 0;
-  uint64_t seed = 0;
+  Seed seed;
   uint32_t step = 0, sequence = 0, word3 = 0;
-  Parallel parallel;
-  int64_t grain = 1;  // fewest rows worth a task
 };
 
-// Implemented by cpu/NAME.cpp; each runs the active instruction set.
-void deferral_mask(const MaskArgs&);
-void deferral_probs(const ProbsArgs&);
-void deferral_stats(const StatsArgs&);
-void deferral_sample(const SampleArgs&);
-void deferral_verify(const VerifyArgs&);
-void categorical_sample(const CategoricalArgs&);
-void implicit_reward(const MixtureArgs&);
-void greedy_knapsack(const KnapsackArgs&);
-void prelogit_perturb(const PerturbArgs&);
-void importance_weights(const WeightsArgs&);
-void control_update(const ControlArgs&);
-void control_merge(const MergeArgs&);
-void normal(const NormalArgs&);
+// Blocks of Philox4x32-10: counters in, words out, both 32-bit patterns in int64.
+struct PhiloxArgs {
+  const int64_t* counter = nullptr;  // [blocks, 4]
+  Seed key_low, key_high;
+  int64_t* out = nullptr;  // [blocks, 4]
+  int64_t blocks = 0;
+};
 
 }  // namespace tta

@@ -1,0 +1,51 @@
+// The order of a vocabulary (ascending logit, ties by ascending id), sets that are intervals of it,
+// and the constants of the canonical sum (cpu/canonical.h describes it).
+#pragma once
+
+#include <cstring>
+#include <limits>
+
+#include "core/config.h"
+#include "core/rounding.h"
+
+namespace tta {
+
+constexpr int kTile = 4096;
+constexpr int kLanes = 128;
+constexpr int kMaxTiles = 256;  // V <= 2^20
+constexpr int64_t kNoLimit = std::numeric_limits<int64_t>::max();
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+TTA_INLINE int tiles_of(int64_t vocab) { return static_cast<int>((vocab + kTile - 1) / kTile); }
+
+// The elements ordered strictly before (x, id).
+struct Cut {
+  float x = kInfinity;
+  int64_t id = kNoLimit;
+  TTA_HOST_DEVICE static Cut all() { return {}; }
+  TTA_HOST_DEVICE static Cut none() { return {-kInfinity, 0}; }
+  TTA_HOST_DEVICE static Cut before(float x, int64_t id) { return {x, id}; }
+  TTA_HOST_DEVICE static Cut through(float x, int64_t id) { return {x, id + 1}; }
+  TTA_HOST_DEVICE bool admits(float logit, int64_t v) const {
+    return logit < x || (logit == x && v < id);
+  }
+};
+
+TTA_INLINE int32_t ordered_bits(float x) {  // monotone in x, -0 and +0 apart
+  int32_t i;
+  std::memcpy(&i, &x, sizeof i);
+  return i < 0 ? static_cast<int32_t>(0x80000000u - static_cast<uint32_t>(i) - 1u) : i;
+}
+TTA_INLINE float from_ordered_bits(int32_t i) {
+  i = i < 0 ? static_cast<int32_t>(0x80000000u - static_cast<uint32_t>(i) - 1u) : i;
+  float x;
+  std::memcpy(&x, &i, sizeof x);
+  return x;
+}
+
+// Rounded to a multiple of 2^-40: sums of up to 4096 such weights <= 1 are exact in float64, so the
+// search inside a tile has one answer whatever the order of its additions.
+constexpr double kQuantum = 6144.0;  // its ulp is 2^-40
+TTA_INLINE double quantize_weight(double w) { return sub_rn(add_rn(w, kQuantum), kQuantum); }
+
+}  // namespace tta
