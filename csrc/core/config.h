@@ -4,7 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#if defined(__CUDACC__) || defined(TTA_SIMT)
+#if defined(__CUDACC__)
 #define TTA_HOST_DEVICE __host__ __device__
 #else
 #define TTA_HOST_DEVICE

@@ -15,6 +15,7 @@ constexpr int kLanes = 128;
 constexpr int kMaxTiles = 256;  // V <= 2^20
 constexpr int64_t kNoLimit = std::numeric_limits<int64_t>::max();
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
 TTA_INLINE int tiles_of(int64_t vocab) { return static_cast<int>((vocab + kTile - 1) / kTile); }
 

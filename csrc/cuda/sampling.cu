@@ -1,0 +1,178 @@
+// categorical_sample, and sampling from or writing out a log-linear mixture of models
+// (implicit_reward: proxy tuning, ensembles, contrast).
+//
+// Problem: B rows of V logits, one draw from softmax(x / T) of each by inverse CDF, or its largest
+// logit. Thread map: a block of 256 threads a tile of 4096; the block that arrives last at a row
+// merges its tiles, chooses the tile the draw falls into and reads that tile again.
+// Passes: every logits row once from DRAM, one tile of each again from L2; probabilities read the
+// row a second time (L2 permitting) and write 4 V bytes. Mixtures compute their scores in registers
+// from (1 + 2 E) rows and never store them.
+// Bytes a row: categorical s V + 4096 s (s bytes an element); mixture (1 + 2 E) s V, probabilities
+// twice that + 4 V.
+// Determinism: the canonical sum (tile.cuh) and float64 sums over tiles from left to right,
+// whatever block arrives last; prefixes inside a tile are exact integers.
+
+#include "cuda/launch.h"
+#include "cuda/mixture.cuh"
+#include "cuda/row.cuh"
+
+namespace tta {
+namespace cuda {
+namespace {
+
+// The stored row of a plain draw.
+struct Categorical {
+  static constexpr int kResident = 4;  // blocks a multiprocessor holds at least
+  CategoricalArgs a;
+  Scratch s;
+  uint32_t* arrivals;
+  __device__ __forceinline__ Row reader(int64_t row) const { return Row(a.logits, row, 0); }
+  __device__ __forceinline__ float inv_temperature() const { return a.inv_temperature; }
+  __device__ __forceinline__ const KeySpec& key() const { return a.key; }
+  __device__ __forceinline__ uint32_t stream() const { return a.stream; }
+  __device__ __forceinline__ uint32_t number() const { return a.draw; }
+  __device__ __forceinline__ int64_t* token() const { return a.token; }
+  __device__ __forceinline__ void invalid(int64_t row) const {
+    if (threadIdx.x == 0 && a.invalid)
+      atomicMin(reinterpret_cast<long long*>(a.invalid->code()),
+                static_cast<long long>(InvalidRow::encode(row, kBaseLogits)));
+  }
+};
+
+struct Mixed {
+  static constexpr int kResident = 3;
+  MixtureArgs a;
+  Scratch s;
+  uint32_t* arrivals;
+  __device__ __forceinline__ MixtureRow reader(int64_t row) const { return {a, row}; }
+  __device__ __forceinline__ float inv_temperature() const { return a.inv_temperature; }
+  __device__ __forceinline__ const KeySpec& key() const { return a.key; }
+  __device__ __forceinline__ uint32_t stream() const { return kBase; }
+  __device__ __forceinline__ uint32_t number() const { return 0; }
+  __device__ __forceinline__ int64_t* token() const { return a.token; }
+
+  // Which tensor is to blame: only asked for when somebody waits for an error, so one block may
+  // read every model's row.
+  __device__ __forceinline__ void invalid(int64_t row) const {
+    if (!a.invalid) return;
+    const MixtureRow mixture{a, row};
+    const int64_t tensors = 1 + (a.anti.data ? 2 : 1) * a.experts;
+    int64_t culprit = 1 + 2 * a.experts;  // the scores themselves
+    for (int64_t i = 0; i < tensors; ++i) {
+      if (!bad_tensor(mixture, i)) continue;
+      culprit = i;
+      break;
+    }
+    if (threadIdx.x == 0)
+      atomicMin(reinterpret_cast<long long*>(a.invalid->code()),
+                static_cast<long long>(InvalidRow::encode(row, culprit)));
+  }
+
+  __device__ __forceinline__ bool bad_tensor(const MixtureRow& mixture, int64_t i) const {
+    const bool is_base = i == 0, is_expert = i >= 1 && i <= a.experts;
+    const int64_t e = is_base ? 0 : is_expert ? i - 1 : i - 1 - a.experts;
+    const Logits& x = is_base ? a.base : is_expert ? a.expert : a.anti;
+    if (!is_base && a.beta[e] == 0.0f) return false;
+    const char* data = mixture.data(x, e);
+    bool bad = false, finite = false;
+    for (int64_t v = threadIdx.x; v < x.vocab; v += kThreads) {
+      const float value = x.dtype == kFloat32   ? read_one<kFloat32>(data, v)
+                          : x.dtype == kFloat16 ? read_one<kFloat16>(data, v)
+                                                : read_one<kBFloat16>(data, v);
+      bad = bad || !(value < kInfinity);
+      finite = finite || value != -kInfinity;
+    }
+    bad = __syncthreads_or(bad);
+    finite = __syncthreads_or(finite);
+    return bad || !finite;
+  }
+};
+
+template <class Op>
+__global__ void __launch_bounds__(kThreads, Op::kResident) draw_kernel(const Op op) {
+  TTA_SHARED_ARRAY(float4, weights4, kTile / 4);
+  TTA_SHARED_ARRAY(double, cum, kMaxTiles);
+  float* weights = reinterpret_cast<float*>(weights4);
+  const int64_t row = blockIdx.x / op.s.tiles;
+  const int t = static_cast<int>(blockIdx.x % op.s.tiles);
+  const auto reader = op.reader(row);
+  {
+    Tile tile;
+    reader.load(t, &tile);
+    tile_statistics(tile, t, op.inv_temperature(), op.s.tile_max(row, 0), op.s.tile_sum(row, 0),
+                    false, 0.0f, nullptr, weights);
+  }
+  if (!last_to_arrive(op.arrivals + row, static_cast<uint32_t>(op.s.tiles))) return;
+  SlotNumbers numbers;
+  const bool valid = finish_slot(op.s, row, 0, 0, op.inv_temperature(), cum, &numbers);
+  if (!valid) op.invalid(row);
+  if (!op.token()) {
+    if (threadIdx.x == 0) {
+      op.s.state(row).slot[0] = numbers;
+      op.s.state(row).valid = valid;
+    }
+    return;
+  }
+  int64_t token = -1;
+  if (valid && op.key().do_sample)
+    token = draw(reader, op.s, row, 0, 0, op.inv_temperature(), numbers.z,
+                 uniform_of(op.key(), row, 0, op.stream(), op.number()), cum, weights);
+  else if (valid)
+    token = first_of_max(reader, op.s, row, 0, numbers.max);
+  if (threadIdx.x == 0) op.token()[row] = token;
+}
+
+// p(v) = fl32(w / Z) of a mixture, a block a tile.
+__global__ void __launch_bounds__(kThreads, 4) mixture_probs_kernel(const Mixed op) {
+  const int64_t row = blockIdx.x / op.s.tiles;
+  const int t = static_cast<int>(blockIdx.x % op.s.tiles);
+  const RowState& state = op.s.state(row);
+  const SlotNumbers numbers = state.slot[0];
+  const bool valid = state.valid;
+  Tile tile;
+  op.reader(row).load(t, &tile);
+  float* out = op.a.probs + row * op.a.probs_stride + static_cast<int64_t>(t) * kTile;
+#pragma unroll
+  for (int i = 0; i < kPerThread; ++i) {
+    if (tile.at(i) >= tile.count) continue;
+    out[tile.at(i)] = valid ? numbers.probability(tile.x[i]) : kNaN;
+  }
+}
+
+template <class Args>
+Scratch scratch_of(const Args&, int64_t vocab, const Launch& launch) {
+  Scratch s;
+  s.base = static_cast<char*>(launch.scratch);
+  s.tiles = tiles_of(vocab);
+  s.row_bytes = static_cast<int64_t>(Scratch::bytes_of_row(s.tiles, false));
+  return s;
+}
+
+Need need_of_rows(int64_t rows, int64_t vocab) {
+  return {static_cast<size_t>(rows) * Scratch::bytes_of_row(tiles_of(vocab), false), rows};
+}
+
+}  // namespace
+
+Need need_of(const CategoricalArgs& a) { return need_of_rows(a.batch, a.logits.vocab); }
+Need need_of(const MixtureArgs& a) { return need_of_rows(a.batch, a.base.vocab); }
+
+cudaError_t categorical_sample(const CategoricalArgs& a, const Launch& launch) {
+  if (!a.batch) return cudaSuccess;
+  const Categorical op{a, scratch_of(a, a.logits.vocab, launch), launch.arrivals};
+  const unsigned grid = static_cast<unsigned>(a.batch * op.s.tiles);
+  TTA_LAUNCH((draw_kernel<Categorical>), grid, kThreads, 0, launch.stream, op);
+  return cudaGetLastError();
+}
+
+cudaError_t implicit_reward(const MixtureArgs& a, const Launch& launch) {
+  if (!a.batch) return cudaSuccess;
+  const Mixed op{a, scratch_of(a, a.base.vocab, launch), launch.arrivals};
+  const unsigned grid = static_cast<unsigned>(a.batch * op.s.tiles);
+  TTA_LAUNCH((draw_kernel<Mixed>), grid, kThreads, 0, launch.stream, op);
+  if (!a.token) TTA_LAUNCH((mixture_probs_kernel), grid, kThreads, 0, launch.stream, op);
+  return cudaGetLastError();
+}
+
+}  // namespace cuda
+}  // namespace tta

@@ -1,0 +1,487 @@
+// deferral_verify: speculative verification of a draft from q against pi = (1 - mu) p + q D.
+//
+// Problem: K + 1 positions of B rows; along a row's draft, accept x at position k iff
+// r q(x) < (1 - mu(x)) p(x) + D q(x); at the first rejection draw from max((1 - mu) p - (1 - D) q,
+// 0), after the last acceptance from pi. What is accepted is known only at the end, and a GPU has
+// the width, so positions do not wait for each other: all those within a row's draft are judged at
+// once, and one thread then walks along the verdicts. What lies behind the first rejection has no
+// effect: not on the outputs, and an invalid row there is not reported.
+//
+// Stages, one launch each, a block of 256 threads a tile of 4096 elements of a position:
+//   statistics of base and proxy; resolve the rule; draw the bonus token
+//   [knapsack: the cut, two stages, cut.cuh]
+//   masses: D and 1 - D; accept or not; the last position of a row walks   [greedy: argmax of pi]
+//   emit: the residual at the rejected position, or the proxy for a deferred bonus token
+// Bytes a row of a batch with a draft of k, s bytes an element: (2 k + 1) s V from DRAM, what is
+// read again (two tiles' worth up to both rows of the rejected position) from L2. No dense pi is
+// written.
+// Determinism: as in deferral.cu; the walk looks at the positions in order, whoever takes it.
+
+#include "cuda/cut.cuh"
+#include "cuda/launch.h"
+#include "cuda/policy.cuh"
+
+namespace tta {
+namespace cuda {
+namespace {
+
+enum Step : int32_t { kDone, kOpen, kResidualDraw, kProxyDraw };
+
+struct Verify : Kad {
+  VerifyArgs v;
+  bool needs_proxy = false;
+
+  __device__ __forceinline__ int64_t length(int64_t b) const {
+    const int64_t n = v.draft_length[b];
+    return n < 0 ? 0 : n > v.draft_capacity ? v.draft_capacity : n;
+  }
+  __device__ __forceinline__ bool has_proxy(int64_t k) const {
+    return k < v.draft_capacity || v.has_bonus_row;
+  }
+  // Whether the proxy's row of a position is read before it is known to be wanted.
+  __device__ __forceinline__ bool reads_proxy(int64_t k, int64_t n) const {
+    return k < n || (has_proxy(k) && (needs_proxy || !v.key.do_sample));
+  }
+  __device__ __forceinline__ double coin(int64_t row, uint32_t stream) const {
+    return uniform_of(v.key, batch_row(row), position(row), stream);
+  }
+};
+
+// Merges a model's row at both temperatures; `cum` is left for the sampling temperature.
+__device__ __forceinline__ bool finish_quietly(const Verify& a, int64_t row, int model, double* cum,
+                                               SlotNumbers* at, SlotNumbers* at_rule) {
+  bool valid = true;
+  if (!a.same_temperature)
+    valid = finish_slot(a.s, row, model + 2, model, a.rule.inv_rule_temperature, cum, at_rule);
+  valid = finish_slot(a.s, row, model, model, a.rule.inv_temperature, cum, at) && valid;
+  if (a.same_temperature) *at_rule = *at;
+  return valid;
+}
+
+__global__ void __launch_bounds__(kThreads, 3) statistics_kernel(const Verify a) {
+  TTA_SHARED_ARRAY(float4, weights4, kTile / 4);
+  TTA_SHARED_ARRAY(double, cum, kMaxTiles);
+  float* weights = reinterpret_cast<float*>(weights4);
+  const int parts = 2 * a.s.tiles;
+  const int64_t row = blockIdx.x / parts;
+  const int part = static_cast<int>(blockIdx.x % parts);
+  const int model = part / a.s.tiles, t = part % a.s.tiles;
+  const int64_t k = a.position(row), n = a.length(a.batch_row(row));
+  const bool with_proxy = a.reads_proxy(k, n);
+  if (k > n || (model && !with_proxy)) return;
+  if (a.s.with_cut && model == 0) {
+    uint64_t* total = a.s.histogram(row);
+    for (int i = t * kThreads + static_cast<int>(threadIdx.x); i < kBuckets;
+         i += a.s.tiles * kThreads)
+      total[i] = 0;
+  }
+  model_statistics(a, row, t, model, true, weights);
+  if (!last_to_arrive(a.arrivals + row, static_cast<uint32_t>(with_proxy ? parts : a.s.tiles)))
+    return;
+  SlotNumbers p = {}, p_rule = {}, q = {}, q_rule = {};
+  const bool proxy_valid = with_proxy && finish_quietly(a, row, 1, cum, &q, &q_rule);
+  const bool base_valid = finish_quietly(a, row, 0, cum, &p, &p_rule);
+  const bool valid = base_valid && a.valid_param(row) && (!a.needs_proxy || proxy_valid);
+  Deferral d = {Cut::none(), -1, 0.0, kInfinity, false, false};
+  double bound = 0.0;
+  bool open = false;
+  int64_t token = -1;
+  if (valid && k == n && a.v.key.do_sample)
+    token = draw(a.base_row(row), a.s, row, kBaseSlot, 0, a.rule.inv_temperature, p.z,
+                 a.coin(row, kBonus), cum, weights);
+  if (valid && a.rule.rule == kKnapsack) {
+    bound = mul_rn(a.param(row), p_rule.z);
+    open = !(p_rule.z <= bound);
+    d.cut = Cut::all();
+  } else if (valid) {
+    d = resolve(a, row, p_rule, q_rule);
+  }
+  if (threadIdx.x) return;
+  RowState& r = a.s.state(row);
+  r.slot[kBaseSlot] = p;
+  r.slot[kProxySlot] = q;
+  r.slot[kBaseRuleSlot] = p_rule;
+  r.slot[kProxyRuleSlot] = q_rule;
+  r.deferral = d;
+  r.bound = bound;
+  r.valid = valid;
+  r.base_valid = base_valid;
+  r.proxy_valid = proxy_valid;
+  r.token = token;
+  r.step = open ? kOpen : kDone;
+}
+
+__device__ __forceinline__ bool is_open(const Verify& a, int64_t row) {
+  return a.position(row) <= a.length(a.batch_row(row)) && a.s.state(row).valid &&
+         a.s.state(row).step == kOpen;
+}
+
+__global__ void __launch_bounds__(kThreads, 4) cut_histogram_kernel(const Verify a) {
+  TTA_SHARED_ARRAY(uint32_t, counts, kBuckets);
+  const int64_t row = blockIdx.x / a.s.tiles;
+  if (!is_open(a, row)) return;
+  band_masses(a, row, static_cast<int>(blockIdx.x % a.s.tiles), counts);
+  if (last_to_arrive(a.arrivals + row, static_cast<uint32_t>(a.s.tiles))) bracket_bands(a, row);
+}
+
+__global__ void __launch_bounds__(kThreads, 2) cut_collect_kernel(const Verify a) {
+  TTA_SHARED_ARRAY(float4, weights4, kTile / 4);
+  TTA_SHARED_ARRAY(double, shared, kMaxTiles);
+  const int64_t row = blockIdx.x / a.s.tiles;
+  if (!is_open(a, row)) return;
+  collect(a, row, static_cast<int>(blockIdx.x % a.s.tiles));
+  if (!last_to_arrive(a.arrivals + row, static_cast<uint32_t>(a.s.tiles))) return;
+  const Critical c = find_critical(a, row, reinterpret_cast<float*>(weights4), shared);
+  if (threadIdx.x) return;
+  RowState& r = a.s.state(row);
+  r.deferral.critical = c.id;
+  r.deferral.critical_x = c.x;
+  r.deferral.cut = a.rule.critical == kInclude ? Cut::through(c.x, c.id) : Cut::before(c.x, c.id);
+}
+
+// ---- the walk ----------------------------------------------------------------------------------
+
+// Where a row's walk ends, and what is left to do there.
+struct End {
+  int64_t position;
+  int step;
+};
+
+// From position k on, for one thread: outputs up to the end, and what the emitting stage has to do.
+__device__ __forceinline__ End walk(const Verify& a, int64_t b, int64_t k) {
+  const int64_t n = a.length(b);
+  double* mass = a.v.mass + b * a.positions;
+  for (; k <= n; ++k) {
+    const int64_t row = b * a.positions + k;
+    const RowState& r = a.s.state(row);
+    const bool bonus = k == n;
+    int64_t culprit = -1;
+    bool usable = r.base_valid && a.valid_param(row);
+    if (!r.base_valid && a.valid_param(row)) culprit = kBaseLogits;
+    if (usable && !bonus) {
+      const int64_t x = a.v.draft_at(b, k);
+      usable = x >= 0 && x < a.base.vocab;
+    }
+    const bool asks_proxy = bonus ? a.needs_proxy || (!a.v.key.do_sample && r.deferred) : true;
+    if (usable && asks_proxy && !r.proxy_valid && (!bonus || a.needs_proxy || a.has_proxy(k))) {
+      usable = false;
+      if (a.has_proxy(k)) culprit = kProxyLogits;
+    }
+    if (!usable) {
+      mass[k] = static_cast<double>(kNaN);
+      if (culprit >= 0) a.note(row, culprit);
+      return {k, kDone};
+    }
+    if (a.v.return_mass) mass[k] = r.mass;
+    if (r.stands && !bonus) {
+      ++a.v.accepted[b];
+      continue;
+    }
+    if (!a.v.key.do_sample) {
+      a.v.token[b] = r.token;
+      a.v.deferred[b] = r.deferred;
+      return {k, kDone};
+    }
+    if (!bonus) return {k, kResidualDraw};
+    a.v.token[b] = r.deferred ? -1 : r.token;
+    a.v.deferred[b] = r.deferred;
+    return {k, r.deferred && a.has_proxy(k) ? kProxyDraw : kDone};
+  }
+  return {n, kDone};
+}
+
+// The first walk of a row, by the block that finds all its positions judged.
+__device__ __forceinline__ void start_walk(const Verify& a, int64_t b) {
+  if (!last_to_arrive(a.arrivals + a.rows + b, static_cast<uint32_t>(a.length(b) + 1))) return;
+  if (threadIdx.x) return;
+  for (int64_t k = 0; k < a.positions; ++k) a.v.mass[b * a.positions + k] = -1.0;
+  a.v.accepted[b] = 0;
+  a.v.token[b] = -1;
+  a.v.deferred[b] = false;
+  const End end = walk(a, b, 0);
+  RowState& r = a.s.state(b * a.positions);
+  r.step = end.step;
+  r.bracket_low = static_cast<int32_t>(end.position);
+}
+
+// ---- masses and verdicts -----------------------------------------------------------------------
+
+__global__ void __launch_bounds__(kThreads, 3) masses_kernel(const Verify a) {
+  TTA_SHARED_ARRAY(float4, weights4, kTile / 4);
+  TTA_SHARED_ARRAY(double, shared, kMaxTiles);
+  float* weights = reinterpret_cast<float*>(weights4);
+  const int64_t row = blockIdx.x / a.s.tiles;
+  const int t = static_cast<int>(blockIdx.x % a.s.tiles);
+  const int64_t b = a.batch_row(row), k = a.position(row), n = a.length(b);
+  if (k > n) return;
+  RowState& r = a.s.state(row);
+  const bool valid = r.valid;
+  const bool split = a.rule.rule == kKnapsack && a.rule.critical == kSplitItem;
+  if (valid) {
+    const Deferral set = r.deferral;
+    tile_mass(a, row, t, 0, {set, kBaseSlot, false}, weights);
+    __syncthreads();
+    tile_mass(a, row, t, 1, {set, kBaseSlot, true}, weights);
+    if (split && !a.same_temperature) {
+      __syncthreads();
+      tile_mass(a, row, t, 2, {set, kBaseRuleSlot, false}, weights);
+    }
+  }
+  if (!last_to_arrive(a.arrivals + row, static_cast<uint32_t>(a.s.tiles))) return;
+  if (valid) {
+    double sum = sum_of_masses(a.s, row, 0, shared);
+    double kept = sum_of_masses(a.s, row, 1, shared);
+    const double rule_sum = split && !a.same_temperature ? sum_of_masses(a.s, row, 2, shared) : sum;
+    if (threadIdx.x == 0) {
+      Deferral d = r.deferral;
+      if (split && d.critical >= 0) {
+        d.fraction =
+            split_fraction(r.bound, rule_sum,
+                           canonical_weight(a.s, row, a.base_rule_slot(),
+                                            a.rule.inv_rule_temperature, d.critical_x, d.critical));
+        if (d.fraction > 0.0) {
+          const double part =
+              mul_rn(d.fraction, canonical_weight(a.s, row, kBaseSlot, a.rule.inv_temperature,
+                                                  d.critical_x, d.critical));
+          sum = add_rn(sum, part);
+          kept = sub_rn(kept, part);
+        }
+        r.deferral.fraction = d.fraction;
+      }
+      const double mass = div_rn(sum, r.slot[kBaseSlot].z);
+      r.mass = mass;
+      r.kept = div_rn(kept, r.slot[kBaseSlot].z);
+      r.stands = r.deferred = false;
+      const int64_t x = k < n ? a.v.draft_at(b, k) : -1;
+      if (a.v.key.do_sample && k < n && r.proxy_valid && x >= 0 && x < a.base.vocab) {
+        const double q = static_cast<double>(proxy_probability(a, r, row, x));
+        const double p = static_cast<double>(base_probability(a, r, row, x));
+        const double kept_p = mul_rn(sub_rn(1.0, mu_of(a, d, row, x)), p);
+        r.stands = q > 0.0 && mul_rn(a.coin(row, kVerify), q) < add_rn(kept_p, mul_rn(mass, q));
+      } else if (a.v.key.do_sample && k == n) {
+        const double mu = mu_of(a, d, row, r.token);
+        r.deferred = mu == 1.0 || (mu > 0.0 && a.coin(row, kSplit) < mu);
+      }
+    }
+  }
+  if (a.v.key.do_sample) start_walk(a, b);
+}
+
+// Greedy: argmax of pi at every position; where the bonus row has no usable proxy, the best kept
+// token, and whether the proxy could still change it.
+__global__ void __launch_bounds__(kThreads, 2) best_kernel(const Verify a) {
+  const int64_t row = blockIdx.x / a.s.tiles;
+  const int t = static_cast<int>(blockIdx.x % a.s.tiles);
+  const int64_t b = a.batch_row(row), k = a.position(row), n = a.length(b);
+  if (k > n) return;
+  RowState& r = a.s.state(row);
+  const bool valid = r.valid && (r.proxy_valid || k == n), with_proxy = r.proxy_valid;
+  if (valid && with_proxy) {
+    const uint64_t best = best_of_tile(a, r, row, t);
+    if (threadIdx.x == 0) reinterpret_cast<uint64_t*>(a.s.mass(row, 0))[t] = best;
+  } else if (valid) {
+    Tile tile;
+    a.base_row(row).load(t, &tile);
+    put_tile_best(a.s, row, t, block_best(kept_of_tile(r.deferral, tile, t)));
+  }
+  if (!last_to_arrive(a.arrivals + row, static_cast<uint32_t>(a.s.tiles))) return;
+  const int i = static_cast<int>(threadIdx.x);
+  if (valid && with_proxy) {
+    const uint64_t* ranks = reinterpret_cast<const uint64_t*>(a.s.mass(row, 0));
+    const uint64_t best = block_reduce(i < a.s.tiles ? ranks[i] : uint64_t{0}, Max());
+    if (i == 0) {
+      r.token = ranked_id(best);
+      r.deferred = mu_of(a, r.deferral, row, r.token) == 1.0;
+      r.stands = k < n && r.token == a.v.draft_at(b, k);
+    }
+  } else if (valid) {
+    const Choice choice = choose_kept(a, r, row);
+    if (i == 0) {
+      r.token = choice.needs_proxy ? -1 : choice.token;
+      r.deferred = choice.needs_proxy;
+      r.stands = false;
+    }
+  }
+  start_walk(a, b);
+}
+
+// ---- the last token ----------------------------------------------------------------------------
+
+// max((1 - mu) p - (1 - D) q, 0) of a thread's elements, scaled by a power of two to at most 1 in
+// the tile, so that the draw inside it keeps its resolution however small the weights are. Into
+// `weights`, followed by a barrier; returns the scale, 0 if the tile has none.
+__device__ __forceinline__ double residual_weights(const Verify& a, int64_t row, int t,
+                                                   float* weights) {
+  const RowState& r = a.s.state(row);
+  const TilePair pair(a, row, t);
+  const double kept_mass = r.kept;
+  float residual[kPerThread];
+  float top = 0.0f;
+  {
+    const Policy policy(r);
+#pragma unroll
+    for (int i = 0; i < kPerThread; i += 4) {
+      double kept[4], moved[4];
+      policy.four(pair, t, i, kept, moved);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const float w = static_cast<float>(sub_rn(kept[k], mul_rn(kept_mass, moved[k])));
+        residual[i + k] = w > 0.0f ? w : 0.0f;
+        top = fmaxf(top, residual[i + k]);
+      }
+    }
+  }
+  top = block_reduce(top, Max());
+  if (!(top > 0.0f)) return 0.0;
+  int exponent;
+  std::frexp(top, &exponent);
+  const double shrink = std::ldexp(1.0, -exponent);
+#pragma unroll
+  for (int i = 0; i < kPerThread; i += 4) {
+    float w[4];
+#pragma unroll
+    for (int k = 0; k < 4; ++k)
+      w[k] = static_cast<float>(mul_rn(static_cast<double>(residual[i + k]), shrink));
+    put_four(pair.map, i, w, weights);
+  }
+  __syncthreads();
+  return std::ldexp(1.0, exponent);
+}
+
+// A tile's part in what has to be emitted at a position.
+__device__ __forceinline__ void emit_tile(const Verify& a, int64_t row, int t, int step,
+                                          float* weights) {
+  if (step == kProxyDraw) return model_statistics(a, row, t, 1, false, weights);
+  const double scale = residual_weights(a, row, t, weights);
+  if (warp_id()) return;
+  const int64_t left = a.base.vocab - static_cast<int64_t>(t) * kTile;
+  const float sum =
+      scale == 0.0 ? 0.0f : canonical_sum(weights, left < kTile ? static_cast<int>(left) : kTile);
+  if (lane_id() == 0) a.s.mass(row, 0)[t] = mul_rn(static_cast<double>(sum), scale);
+}
+
+// A draw from the proxy's row of a position.
+__device__ __forceinline__ int64_t draw_proxy(const Verify& a, int64_t row, double* cum,
+                                              uint32_t stream, float* weights, bool* valid) {
+  SlotNumbers q;
+  *valid = finish_slot(a.s, row, kProxySlot, 1, a.rule.inv_temperature, cum, &q);
+  if (!*valid) return -1;
+  return draw(a.proxy_row(row), a.s, row, kProxySlot, 1, a.rule.inv_temperature, q.z,
+              a.coin(row, stream), cum, weights);
+}
+
+// A draw from the residual, whose masses over the tiles are known; -1 if it is empty.
+__device__ __forceinline__ int64_t draw_residual(const Verify& a, int64_t row, double* cum,
+                                                 float* weights) {
+  const int i = static_cast<int>(threadIdx.x);
+  const double mine = i < a.s.tiles ? a.s.mass(row, 0)[i] : 0.0;
+  if (i < a.s.tiles) cum[i] = mine;
+  __syncthreads();
+  if (i == 0)
+    for (int t = 1; t < a.s.tiles; ++t) cum[t] = add_rn(cum[t - 1], cum[t]);
+  __syncthreads();
+  const double total = cum[a.s.tiles - 1];
+  if (total == 0.0) return -1;
+  const TileChoice choice =
+      choose_tile(cum, a.s.tiles, mine, mul_rn(a.coin(row, kResidual), total));
+  const double scale = residual_weights(a, row, choice.t, weights);
+  const int64_t left = a.base.vocab - static_cast<int64_t>(choice.t) * kTile;
+  return static_cast<int64_t>(choice.t) * kTile +
+         find_in_tile(weights, left < kTile ? static_cast<int>(left) : kTile, scale, choice.before,
+                      choice.target);
+}
+
+__global__ void __launch_bounds__(kThreads, 1) emit_kernel(const Verify a) {
+  TTA_SHARED_ARRAY(float4, weights4, kTile / 4);
+  TTA_SHARED_ARRAY(double, cum, kMaxTiles);
+  TTA_SHARED(End, next);
+  float* weights = reinterpret_cast<float*>(weights4);
+  const int64_t b = blockIdx.x / a.s.tiles;
+  End end;
+  {
+    const RowState& first = a.s.state(b * a.positions);
+    end = {first.bracket_low, first.step};
+  }
+  if (end.step != kResidualDraw && end.step != kProxyDraw) return;
+  emit_tile(a, b * a.positions + end.position, static_cast<int>(blockIdx.x % a.s.tiles), end.step,
+            weights);
+  if (!last_to_arrive(a.arrivals + a.rows + b, static_cast<uint32_t>(a.s.tiles))) return;
+  // A second turn is needed only where pi = q in floats although the token was rejected: then it
+  // stands after all, and the walk goes on.
+  while (end.step == kResidualDraw || end.step == kProxyDraw) {
+    const int64_t row = b * a.positions + end.position;
+    const RowState& r = a.s.state(row);
+    bool valid = true, again = false;
+    int64_t token = -1;
+    if (end.step == kProxyDraw) {
+      token = draw_proxy(a, row, cum, kProxy, weights, &valid);
+      if (!valid) a.note(row, kProxyLogits);
+    } else {
+      if (r.mass != 1.0) token = draw_residual(a, row, cum, weights);
+      if (token < 0) {
+        const int64_t x = a.v.draft_at(b, end.position);
+        again = proxy_probability(a, r, row, x) > 0.0f;
+        if (!again) token = draw_proxy(a, row, cum, kResidual, weights, &valid);
+        if (!again && threadIdx.x == 0) a.v.deferred[b] = true;
+      }
+    }
+    if (!again) {
+      if (threadIdx.x) return;
+      a.v.token[b] = token;
+      if (valid) return;
+      a.v.deferred[b] = false;
+      a.v.mass[b * a.positions + end.position] = static_cast<double>(kNaN);
+      return;
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      ++a.v.accepted[b];
+      next = walk(a, b, end.position + 1);
+    }
+    __syncthreads();
+    end = next;
+    if (end.step != kResidualDraw && end.step != kProxyDraw) return;
+    for (int t = 0; t < a.s.tiles; ++t) {
+      emit_tile(a, b * a.positions + end.position, t, end.step, weights);
+      __syncthreads();
+    }
+  }
+}
+
+}  // namespace
+
+Need need_of(const VerifyArgs& a) {
+  const int64_t rows = a.batch * (a.draft_capacity + 1);
+  const bool with_cut = a.rule.rule == kKnapsack;
+  return {static_cast<size_t>(rows) * Scratch::bytes_of_row(tiles_of(a.base.vocab), with_cut),
+          rows + a.batch};
+}
+
+cudaError_t deferral_verify(const VerifyArgs& v, const Launch& launch) {
+  if (!v.batch) return cudaSuccess;
+  Verify a;
+  fill(&a, v, launch, v.rule.rule == kKnapsack);
+  a.v = v;
+  a.positions = v.draft_capacity + 1;
+  a.rows = v.batch * a.positions;
+  a.param_row_stride = v.param_row_stride;
+  a.param_position_stride = v.param_position_stride;
+  a.needs_proxy = rule_needs_proxy(v.rule.rule);
+  const unsigned grid = static_cast<unsigned>(a.rows * a.s.tiles);
+  TTA_LAUNCH((statistics_kernel), 2 * grid, kThreads, 0, launch.stream, a);
+  if (a.s.with_cut) {
+    TTA_LAUNCH((cut_histogram_kernel), grid, kThreads, 0, launch.stream, a);
+    TTA_LAUNCH((cut_collect_kernel), grid, kThreads, 0, launch.stream, a);
+  }
+  TTA_LAUNCH((masses_kernel), grid, kThreads, 0, launch.stream, a);
+  if (v.key.do_sample) {
+    const unsigned rows = static_cast<unsigned>(v.batch * a.s.tiles);
+    TTA_LAUNCH((emit_kernel), rows, kThreads, 0, launch.stream, a);
+  } else {
+    TTA_LAUNCH((best_kernel), grid, kThreads, 0, launch.stream, a);
+  }
+  return cudaGetLastError();
+}
+
+}  // namespace cuda
+}  // namespace tta
