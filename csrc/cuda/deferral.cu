@@ -1,9 +1,9 @@
 // The KAD family: deferral_mask, deferral_probs, deferral_stats, deferral_propose, deferral_sample.
 //
 // Problem: B rows of V base (and proxy) logits; each row's rule is a set of tokens, held as a cut
-// in the order of one model's logits. Thread map: in every stage a block of 256 threads a tile of
+// in the order of one model's logits. Thread map: in every stage a block of 128 threads a tile of
 // 4096 elements, the last block to arrive at a row deciding for the row (row.cuh), so one row of
-// 128256 logits occupies 32 blocks and no thread sees more than 16 elements of a tile at a time.
+// 128256 logits occupies 32 blocks and no thread sees more than 32 elements of a tile at a time.
 //
 // Stages, one launch each; blocks whose row needs nothing return at once.
 //   sample, propose   base statistics, draw, judge          [knapsack: masked sums of the drawn
@@ -58,7 +58,7 @@ __device__ __forceinline__ void write_invalid(const Resolved& a, int64_t row) {
 
 // Statistics of every row the rule and the task look at; the last block resolves the rule, or
 // prepares the search of the knapsack's cut.
-__global__ void __launch_bounds__(kThreads, 4) resolve_kernel(const Resolved a) {
+__global__ void __launch_bounds__(kThreads, 5) resolve_kernel(const Resolved a) {
   TTA_SHARED_ARRAY(float4, weights4, kTile / 4);
   TTA_SHARED_ARRAY(double, cum, kMaxTiles);
   float* weights = reinterpret_cast<float*>(weights4);
@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(kThreads, 4) resolve_kernel(const Resolved a) 
   r.step = open ? kOpen : kDone;
 }
 
-__global__ void __launch_bounds__(kThreads, 4) cut_histogram_kernel(const Kad a) {
+__global__ void __launch_bounds__(kThreads, 6) cut_histogram_kernel(const Kad a) {
   TTA_SHARED_ARRAY(uint32_t, counts, kBuckets);
   const int64_t row = blockIdx.x / a.s.tiles;
   const int t = static_cast<int>(blockIdx.x % a.s.tiles);
@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(kThreads, 4) cut_histogram_kernel(const Kad a)
   if (last_to_arrive(a.arrivals + row, static_cast<uint32_t>(a.s.tiles))) bracket_bands(a, row);
 }
 
-__global__ void __launch_bounds__(kThreads, 2) cut_collect_kernel(const Kad a) {
+__global__ void __launch_bounds__(kThreads, 3) cut_collect_kernel(const Kad a) {
   TTA_SHARED_ARRAY(float4, weights4, kTile / 4);
   TTA_SHARED_ARRAY(double, shared, kMaxTiles);
   float* weights = reinterpret_cast<float*>(weights4);
@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(kThreads, 2) cut_collect_kernel(const Kad a) {
 }
 
 // The deferred mass at the sampling temperature and, where they are wanted, at the rule's.
-__global__ void __launch_bounds__(kThreads, 4) masses_kernel(const Resolved a) {
+__global__ void __launch_bounds__(kThreads, 6) masses_kernel(const Resolved a) {
   TTA_SHARED_ARRAY(float4, weights4, kTile / 4);
   TTA_SHARED_ARRAY(double, shared, kMaxTiles);
   float* weights = reinterpret_cast<float*>(weights4);
@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(kThreads, 4) masses_kernel(const Resolved a) {
   if (a.rule.rule == kKnapsack) a.cut_logit[row] = d.critical_x;
 }
 
-__global__ void __launch_bounds__(kThreads, 4) mask_kernel(const Resolved a) {
+__global__ void __launch_bounds__(kThreads, 6) mask_kernel(const Resolved a) {
   const int64_t row = blockIdx.x / a.s.tiles;
   const int t = static_cast<int>(blockIdx.x % a.s.tiles);
   const RowState& r = a.s.state(row);
@@ -201,7 +201,7 @@ __global__ void __launch_bounds__(kThreads, 4) mask_kernel(const Resolved a) {
                                                   : static_cast<float>(d.fraction);
 }
 
-__global__ void __launch_bounds__(kThreads, 3) probs_kernel(const Resolved a) {
+__global__ void __launch_bounds__(kThreads, 5) probs_kernel(const Resolved a) {
   const int64_t row = blockIdx.x / a.s.tiles;
   const int t = static_cast<int>(blockIdx.x % a.s.tiles);
   const RowState& r = a.s.state(row);
@@ -230,25 +230,23 @@ __global__ void __launch_bounds__(kThreads, 3) probs_kernel(const Resolved a) {
 }
 
 // Argmax of pi, ties to the lowest id.
-__global__ void __launch_bounds__(kThreads, 3) best_kernel(const Resolved a) {
+__global__ void __launch_bounds__(kThreads, 5) best_kernel(const Resolved a) {
   const int64_t row = blockIdx.x / a.s.tiles;
   const int t = static_cast<int>(blockIdx.x % a.s.tiles);
   const RowState& r = a.s.state(row);
   if (!r.valid) return;
   uint64_t best = best_of_tile(a, r, row, t);
-  uint64_t* ranks = reinterpret_cast<uint64_t*>(a.s.mass(row, 0));
-  if (threadIdx.x == 0) ranks[t] = best;
+  if (threadIdx.x == 0) reinterpret_cast<uint64_t*>(a.s.mass(row, 0))[t] = best;
   if (!last_to_arrive(a.arrivals + row, static_cast<uint32_t>(a.s.tiles))) return;
-  const int i = static_cast<int>(threadIdx.x);
-  best = block_reduce(i < a.s.tiles ? ranks[i] : uint64_t{0}, Max());
-  if (i) return;
+  best = best_of_row(a, row);
+  if (threadIdx.x) return;
   const int64_t v = ranked_id(best);
   a.token[row] = v;
   a.deferred[row] = mu_of(a, r.deferral, row, v) == 1.0;
 }
 
 // Greedy choice without q: the most probable kept token, and whether q could still change it.
-__global__ void __launch_bounds__(kThreads, 4) kept_kernel(const Resolved a) {
+__global__ void __launch_bounds__(kThreads, 6) kept_kernel(const Resolved a) {
   const int64_t row = blockIdx.x / a.s.tiles;
   const int t = static_cast<int>(blockIdx.x % a.s.tiles);
   const RowState& r = a.s.state(row);
@@ -266,7 +264,7 @@ __global__ void __launch_bounds__(kThreads, 4) kept_kernel(const Resolved a) {
 }
 
 // The lowest kept logit, for statistics.
-__global__ void __launch_bounds__(kThreads, 4) lowest_kernel(const Resolved a) {
+__global__ void __launch_bounds__(kThreads, 6) lowest_kernel(const Resolved a) {
   const int64_t row = blockIdx.x / a.s.tiles;
   const int t = static_cast<int>(blockIdx.x % a.s.tiles);
   const RowState& r = a.s.state(row);
@@ -294,10 +292,15 @@ __global__ void __launch_bounds__(kThreads, 4) lowest_kernel(const Resolved a) {
     a.s.mass(row, 1)[t] = any ? 1.0 : 0.0;
   }
   if (!last_to_arrive(a.arrivals + row, static_cast<uint32_t>(a.s.tiles))) return;
-  const int i = static_cast<int>(threadIdx.x);
-  lowest = block_reduce(i < a.s.tiles ? static_cast<float>(a.s.mass(row, 0)[i]) : kInfinity, Min());
-  any = __syncthreads_or(i < a.s.tiles && a.s.mass(row, 1)[i] != 0.0);
-  if (i == 0) a.cut_logit[row] = any ? -sub_rn(0.0f, lowest) : kInfinity;
+  lowest = kInfinity;
+  any = false;
+  for (int i = static_cast<int>(threadIdx.x); i < a.s.tiles; i += kThreads) {
+    lowest = fminf(lowest, static_cast<float>(a.s.mass(row, 0)[i]));
+    any = any || a.s.mass(row, 1)[i] != 0.0;
+  }
+  lowest = block_reduce(lowest, Min());
+  any = __syncthreads_or(any);
+  if (threadIdx.x == 0) a.cut_logit[row] = any ? -sub_rn(0.0f, lowest) : kInfinity;
 }
 
 // ---- draws -------------------------------------------------------------------------------------
@@ -310,7 +313,7 @@ struct Drawn : Kad {
 };
 
 // Statistics of the base (and of the proxy, for rules that look at it), draw and judgement.
-__global__ void __launch_bounds__(kThreads, 3) draw_kernel(const Drawn a) {
+__global__ void __launch_bounds__(kThreads, 5) draw_kernel(const Drawn a) {
   TTA_SHARED_ARRAY(float4, weights4, kTile / 4);
   TTA_SHARED_ARRAY(double, cum, kMaxTiles);
   float* weights = reinterpret_cast<float*>(weights4);
@@ -366,7 +369,7 @@ __global__ void __launch_bounds__(kThreads, 3) draw_kernel(const Drawn a) {
 }
 
 // The knapsack's verdict on a drawn token: masked sums through it and before it.
-__global__ void __launch_bounds__(kThreads, 4) judge_kernel(const Drawn a) {
+__global__ void __launch_bounds__(kThreads, 6) judge_kernel(const Drawn a) {
   TTA_SHARED_ARRAY(float4, weights4, kTile / 4);
   TTA_SHARED_ARRAY(double, shared, kMaxTiles);
   float* weights = reinterpret_cast<float*>(weights4);
@@ -396,7 +399,7 @@ __global__ void __launch_bounds__(kThreads, 4) judge_kernel(const Drawn a) {
 }
 
 // What replaces a rejected token: the proxy is read for those rows alone.
-__global__ void __launch_bounds__(kThreads, 4) replace_kernel(const Drawn a) {
+__global__ void __launch_bounds__(kThreads, 6) replace_kernel(const Drawn a) {
   TTA_SHARED_ARRAY(float4, weights4, kTile / 4);
   TTA_SHARED_ARRAY(double, cum, kMaxTiles);
   float* weights = reinterpret_cast<float*>(weights4);

@@ -64,7 +64,7 @@ __device__ __forceinline__ double mu_of(const Kad& a, const Deferral& d, int64_t
 }
 
 // {v : p(v) < t} (or <= t) as a cut: p is monotone in the logit, so a search over the floats finds
-// the last logit inside. 256 floats are tried at a time: four rounds for the 2^32 of them.
+// the last logit inside. 128 floats are tried at a time: five rounds for the 2^32 of them.
 __device__ __forceinline__ Cut below_probability(const SlotNumbers& s, double t,
                                                  bool or_equal = false) {
   const auto inside = [&](float x) {

@@ -123,6 +123,15 @@ __device__ __forceinline__ uint64_t best_of_tile(const Kad& a, const RowState& r
   return block_reduce(best, Max());
 }
 
+// The best of a row whose tiles' best are known.
+__device__ __forceinline__ uint64_t best_of_row(const Kad& a, int64_t row) {
+  const uint64_t* ranks = reinterpret_cast<const uint64_t*>(a.s.mass(row, 0));
+  uint64_t best = 0;
+  for (int t = static_cast<int>(threadIdx.x); t < a.s.tiles; t += kThreads)
+    best = ranks[t] > best ? ranks[t] : best;
+  return block_reduce(best, Max());
+}
+
 // The best and the second best kept logit, of a part of a row.
 struct Kept {
   float top, next;
@@ -188,14 +197,11 @@ struct Choice {
 // The most probable kept token of a row whose tiles' best are known. pi of any other token is at
 // most fl32(second best kept p + D), pi of this one at least its p.
 __device__ __forceinline__ Choice choose_kept(const Kad& a, const RowState& r, int64_t row) {
-  const int i = static_cast<int>(threadIdx.x);
   const Deferral d = r.deferral;
   Kept best = Kept::none();
-  if (i < a.s.tiles) {
-    best.top = static_cast<float>(a.s.mass(row, 0)[i]);
-    best.next = static_cast<float>(a.s.mass(row, 1)[i]);
-    best.id = reinterpret_cast<const int64_t*>(a.s.mass(row, 2))[i];
-  }
+  for (int t = static_cast<int>(threadIdx.x); t < a.s.tiles; t += kThreads)
+    best.merge(static_cast<float>(a.s.mass(row, 0)[t]), static_cast<float>(a.s.mass(row, 1)[t]),
+               reinterpret_cast<const int64_t*>(a.s.mass(row, 2))[t]);
   best = block_best(best);
   const SlotNumbers p = r.slot[kBaseSlot];
   float first = best.id >= 0 ? p.probability(best.top) : 0.0f;

@@ -141,7 +141,7 @@ __device__ __forceinline__ void tile_statistics(const Tile& tile, int t, float i
     return;
   }
   for (int turn = 0; turn < (second ? 2 : 1); ++turn) {
-    put_weights(tile, m, turn ? inv_second : inv_temperature, weights);
+    put_weights_in_bulk(tile, m, turn ? inv_second : inv_temperature, weights);
     if (warp_id() == 0) {
       const float sum = canonical_sum(weights, tile.count);
       if (lane_id() == 0) {
@@ -158,22 +158,25 @@ __device__ __forceinline__ void tile_statistics(const Tile& tile, int t, float i
 __device__ __forceinline__ bool finish_slot(const Scratch& s, int64_t row, int slot, int model,
                                             float inv_temperature, double* cum,
                                             SlotNumbers* numbers) {
-  const int t = static_cast<int>(threadIdx.x);
-  const bool mine = t < s.tiles;
-  const float top = mine ? s.tile_max(row, model)[t] : -kInfinity;
-  const float sum = mine ? s.tile_sum(row, slot)[t] : 0.0f;
+  const float* maxima = s.tile_max(row, model);
+  const float* sums = s.tile_sum(row, slot);
+  float top = -kInfinity;
+  bool nan = false;
+  for (int t = static_cast<int>(threadIdx.x); t < s.tiles; t += kThreads) {
+    top = fmaxf(top, maxima[t]);
+    nan = nan || sums[t] != sums[t];
+  }
   const float max = block_reduce(top, Max());
-  const bool valid = !__syncthreads_or(sum != sum) && max > -kInfinity;
-  double scale = 0.0;
-  if (mine && valid) scale = static_cast<double>(exp_of(mul_rn(sub_rn(top, max), inv_temperature)));
-  if (mine) {
-    s.scale(row, slot)[t] = scale;
-    cum[t] = mul_rn(static_cast<double>(sum), scale);
+  const bool valid = !__syncthreads_or(nan) && max > -kInfinity;
+  for (int t = static_cast<int>(threadIdx.x); t < s.tiles; t += kThreads) {
+    const float scale = valid ? exp_of(mul_rn(sub_rn(maxima[t], max), inv_temperature)) : 0.0f;
+    s.scale(row, slot)[t] = static_cast<double>(scale);
+    cum[t] = mul_rn(static_cast<double>(sums[t]), static_cast<double>(scale));
   }
   __syncthreads();
-  if (t == 0) {
+  if (threadIdx.x == 0) {
     double z = 0.0;
-    for (int i = 0; i < s.tiles; ++i) cum[i] = z = add_rn(z, cum[i]);
+    for (int t = 0; t < s.tiles; ++t) cum[t] = z = add_rn(z, cum[t]);
   }
   __syncthreads();
   *numbers = {cum[s.tiles - 1], max, inv_temperature};
@@ -183,8 +186,8 @@ __device__ __forceinline__ bool finish_slot(const Scratch& s, int64_t row, int s
 // The canonical sum of a query's masses over the tiles, known to every thread.
 __device__ __forceinline__ double sum_of_masses(const Scratch& s, int64_t row, int query,
                                                 double* shared) {
-  const int t = static_cast<int>(threadIdx.x);
-  if (t < s.tiles) shared[t] = s.mass(row, query)[t];
+  for (int t = static_cast<int>(threadIdx.x); t < s.tiles; t += kThreads)
+    shared[t] = s.mass(row, query)[t];
   __syncthreads();
   double total = 0.0;
   for (int i = 0; i < s.tiles; ++i) total = add_rn(total, shared[i]);
@@ -194,55 +197,76 @@ __device__ __forceinline__ double sum_of_masses(const Scratch& s, int64_t row, i
 
 // ---- draws -------------------------------------------------------------------------------------
 
+// Four weights as multiples of 2^-40.
+__device__ __forceinline__ void quanta_of_four(const float* weights, int first, int count,
+                                               int64_t* quanta) {
+  const float4 w = *reinterpret_cast<const float4*>(weights + first);
+  const float x[4] = {w.x, w.y, w.z, w.w};
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    const double rounded = quantize_weight(static_cast<double>(x[k]));
+    quanta[k] = first + k < count ? static_cast<int64_t>(mul_rn(rounded, 0x1p40)) : 0;
+  }
+}
+
 // First element of the tile whose scaled prefix passes `target`; the last one of non-zero weight if
 // none does. Weights are multiples of 2^-40 here, so integers hold the prefixes exactly and the
-// order of their additions is free: thread by thread, warp by warp.
+// order of their additions is free: groups of 128 first, then the elements of one group.
 __device__ __forceinline__ int find_in_tile(const float* weights, int count, double scale,
                                             double before, double target) {
   TTA_SHARED_ARRAY(int64_t, group_total, kGroups);
-  const int first = warp_id() * (4 * kLanes) + lane_id() * 4;
-  int64_t mine[4];  // prefix of this thread's fours within their groups
+  TTA_SHARED(int, found);
+  for (int g = warp_id(); g < kGroups; g += kWarps) {
+    int64_t quanta[4];
+    quanta_of_four(weights, g * kLanes + lane_id() * 4, count, quanta);
+    int64_t sum = quanta[0] + quanta[1] + quanta[2] + quanta[3];
 #pragma unroll
-  for (int g = 0; g < 4; ++g) {
-    const float4 w = *reinterpret_cast<const float4*>(weights + first + g * kLanes);
-    const float x[4] = {w.x, w.y, w.z, w.w};
-    int64_t sum = 0;
-#pragma unroll
-    for (int k = 0; k < 4; ++k)
-      if (first + g * kLanes + k < count)
-        sum += static_cast<int64_t>(mul_rn(quantize_weight(static_cast<double>(x[k])), 0x1p40));
+    for (int n = 16; n >= 1; n /= 2) sum += __shfl_xor_sync(kFullWarp, sum, n);
+    if (lane_id() == 0) group_total[g] = sum;
+  }
+  __syncthreads();
+  const auto passes = [&](int64_t prefix) {
+    const double mass = mul_rn(mul_rn(static_cast<double>(prefix), 0x1p-40), scale);
+    return add_rn(before, mass) > target;
+  };
+  if (warp_id() == 0) {
+    int64_t prefix = 0;
+    int group = 0, last = 0;  // the group to look into, the last one of non-zero weight
+    for (; group < kGroups; ++group) {
+      if (group_total[group] == 0) continue;
+      if (passes(prefix + group_total[group])) break;
+      last = group;
+      prefix += group_total[group];
+    }
+    const bool any = group < kGroups;
+    if (!any) group = last;
+    int64_t quanta[4];
+    const int first = group * kLanes + lane_id() * 4;
+    quanta_of_four(weights, first, count, quanta);
+    const int64_t sum = quanta[0] + quanta[1] + quanta[2] + quanta[3];
     int64_t through = sum;
 #pragma unroll
     for (int n = 1; n < 32; n *= 2) {
       const int64_t other = __shfl_up_sync(kFullWarp, through, n);
       if (lane_id() >= n) through += other;
     }
-    if (lane_id() == 31) group_total[warp_id() * 4 + g] = through;
-    mine[g] = through - sum;
-  }
-  __syncthreads();
-  int64_t base = 0;
-  for (int g = 0; g < warp_id() * 4; ++g) base += group_total[g];
-  int found = kTile, last = -1;
-#pragma unroll
-  for (int g = 0; g < 4; ++g) {
-    int64_t prefix = base + mine[g];
+    prefix += through - sum;
+    int mine = any ? kTile : 0;
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      const int at = first + g * kLanes + k;
-      if (at >= count) continue;
-      const double w = static_cast<double>(weights[at]);
-      const int64_t quanta = static_cast<int64_t>(mul_rn(quantize_weight(w), 0x1p40));
-      prefix += quanta;
-      if (quanta) last = at;
-      const double mass = mul_rn(mul_rn(static_cast<double>(prefix), 0x1p-40), scale);
-      if (found == kTile && add_rn(before, mass) > target) found = at;
+      prefix += quanta[k];
+      if (any && mine == kTile && passes(prefix)) mine = first + k;
+      if (!any && quanta[k]) mine = first + k;
     }
-    base += group_total[warp_id() * 4 + g];
+#pragma unroll
+    for (int n = 16; n >= 1; n /= 2) {
+      const int other = __shfl_xor_sync(kFullWarp, mine, n);
+      mine = any == (other < mine) ? other : mine;
+    }
+    if (lane_id() == 0) found = mine;
   }
-  found = block_reduce(found, Min());
-  last = block_reduce(last, Max());
-  return found < kTile ? found : last > 0 ? last : 0;
+  __syncthreads();
+  return found;
 }
 
 // The tile in which the cumulative mass passes `target`, the mass before it, and the target to look
@@ -252,14 +276,18 @@ struct TileChoice {
   double before, target;
 };
 
-// `mass` is that of this thread's tile.
-__device__ __forceinline__ TileChoice choose_tile(const double* cum, int tiles, double mass,
-                                                  double target) {
-  const int i = static_cast<int>(threadIdx.x);
-  const int t = __syncthreads_count(i < tiles && !(cum[i] > target));
+template <class Mass>
+__device__ __forceinline__ TileChoice choose_tile(const double* cum, int tiles, double target,
+                                                  Mass mass) {
+  int passed = 0;
+  for (int i = static_cast<int>(threadIdx.x); i < tiles; i += kThreads)
+    passed += !(cum[i] > target);
+  const int t = block_reduce(passed, Sum());
   if (t < tiles) return {t, t ? cum[t - 1] : 0.0, target};
-  const int last = block_reduce(i < tiles && mass > 0.0 ? i : 0, Max());
-  return {last, 0.0, static_cast<double>(kInfinity)};
+  int last = 0;
+  for (int i = static_cast<int>(threadIdx.x); i < tiles; i += kThreads)
+    if (mass(i) > 0.0) last = i;
+  return {block_reduce(last, Max()), 0.0, static_cast<double>(kInfinity)};
 }
 
 // Inverse CDF at u in [0, 1) over a row whose `cum` is at hand. For a whole block.
@@ -267,11 +295,9 @@ template <class Reader>
 __device__ __forceinline__ int64_t draw(const Reader& reader, const Scratch& s, int64_t row,
                                         int slot, int model, float inv_temperature, double z,
                                         double u, const double* cum, float* weights) {
-  const int i = static_cast<int>(threadIdx.x);
-  const double mass =
-      i < s.tiles ? mul_rn(static_cast<double>(s.tile_sum(row, slot)[i]), s.scale(row, slot)[i])
-                  : 0.0;
-  const TileChoice choice = choose_tile(cum, s.tiles, mass, mul_rn(u, z));
+  const TileChoice choice = choose_tile(cum, s.tiles, mul_rn(u, z), [&](int t) {
+    return mul_rn(static_cast<double>(s.tile_sum(row, slot)[t]), s.scale(row, slot)[t]);
+  });
   Tile tile;
   reader.load(choice.t, &tile);
   put_weights(tile, s.tile_max(row, model)[choice.t], inv_temperature, weights);
@@ -284,9 +310,10 @@ __device__ __forceinline__ int64_t draw(const Reader& reader, const Scratch& s, 
 template <class Reader>
 __device__ __forceinline__ int64_t first_of_max(const Reader& reader, const Scratch& s, int64_t row,
                                                 int model, float max) {
-  const int i = static_cast<int>(threadIdx.x);
-  const bool here = i < s.tiles && s.tile_max(row, model)[i] == max;
-  const int t = block_reduce(here ? i : kMaxTiles, Min());
+  int mine = kMaxTiles;
+  for (int i = static_cast<int>(threadIdx.x); i < s.tiles; i += kThreads)
+    if (s.tile_max(row, model)[i] == max && i < mine) mine = i;
+  const int t = block_reduce(mine, Min());
   Tile tile;
   reader.load(t, &tile);
   int found = kTile;

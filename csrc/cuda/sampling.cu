@@ -2,7 +2,7 @@
 // (implicit_reward: proxy tuning, ensembles, contrast).
 //
 // Problem: B rows of V logits, one draw from softmax(x / T) of each by inverse CDF, or its largest
-// logit. Thread map: a block of 256 threads a tile of 4096; the block that arrives last at a row
+// logit. Thread map: a block of 128 threads a tile of 4096; the block that arrives last at a row
 // merges its tiles, chooses the tile the draw falls into and reads that tile again.
 // Passes: every logits row once from DRAM, one tile of each again from L2; probabilities read the
 // row a second time (L2 permitting) and write 4 V bytes. Mixtures compute their scores in registers
@@ -22,7 +22,7 @@ namespace {
 
 // The stored row of a plain draw.
 struct Categorical {
-  static constexpr int kResident = 4;  // blocks a multiprocessor holds at least
+  static constexpr int kResident = 6;  // blocks a multiprocessor holds at least
   CategoricalArgs a;
   Scratch s;
   uint32_t* arrivals;
@@ -40,7 +40,7 @@ struct Categorical {
 };
 
 struct Mixed {
-  static constexpr int kResident = 3;
+  static constexpr int kResident = 5;
   MixtureArgs a;
   Scratch s;
   uint32_t* arrivals;
@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(kThreads, Op::kResident) draw_kernel(const Op 
 }
 
 // p(v) = fl32(w / Z) of a mixture, a block a tile.
-__global__ void __launch_bounds__(kThreads, 4) mixture_probs_kernel(const Mixed op) {
+__global__ void __launch_bounds__(kThreads, 5) mixture_probs_kernel(const Mixed op) {
   const int64_t row = blockIdx.x / op.s.tiles;
   const int t = static_cast<int>(blockIdx.x % op.s.tiles);
   const RowState& state = op.s.state(row);

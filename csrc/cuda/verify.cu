@@ -7,7 +7,7 @@
 // once, and one thread then walks along the verdicts. What lies behind the first rejection has no
 // effect: not on the outputs, and an invalid row there is not reported.
 //
-// Stages, one launch each, a block of 256 threads a tile of 4096 elements of a position:
+// Stages, one launch each, a block of 128 threads a tile of 4096 elements of a position:
 //   statistics of base and proxy; resolve the rule; draw the bonus token
 //   [knapsack: the cut, two stages, cut.cuh]
 //   masses: D and 1 - D; accept or not; the last position of a row walks   [greedy: argmax of pi]
@@ -58,7 +58,7 @@ __device__ __forceinline__ bool finish_quietly(const Verify& a, int64_t row, int
   return valid;
 }
 
-__global__ void __launch_bounds__(kThreads, 3) statistics_kernel(const Verify a) {
+__global__ void __launch_bounds__(kThreads, 5) statistics_kernel(const Verify a) {
   TTA_SHARED_ARRAY(float4, weights4, kTile / 4);
   TTA_SHARED_ARRAY(double, cum, kMaxTiles);
   float* weights = reinterpret_cast<float*>(weights4);
@@ -116,7 +116,7 @@ __device__ __forceinline__ bool is_open(const Verify& a, int64_t row) {
          a.s.state(row).step == kOpen;
 }
 
-__global__ void __launch_bounds__(kThreads, 4) cut_histogram_kernel(const Verify a) {
+__global__ void __launch_bounds__(kThreads, 6) cut_histogram_kernel(const Verify a) {
   TTA_SHARED_ARRAY(uint32_t, counts, kBuckets);
   const int64_t row = blockIdx.x / a.s.tiles;
   if (!is_open(a, row)) return;
@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(kThreads, 4) cut_histogram_kernel(const Verify
   if (last_to_arrive(a.arrivals + row, static_cast<uint32_t>(a.s.tiles))) bracket_bands(a, row);
 }
 
-__global__ void __launch_bounds__(kThreads, 2) cut_collect_kernel(const Verify a) {
+__global__ void __launch_bounds__(kThreads, 3) cut_collect_kernel(const Verify a) {
   TTA_SHARED_ARRAY(float4, weights4, kTile / 4);
   TTA_SHARED_ARRAY(double, shared, kMaxTiles);
   const int64_t row = blockIdx.x / a.s.tiles;
@@ -206,7 +206,7 @@ __device__ __forceinline__ void start_walk(const Verify& a, int64_t b) {
 
 // ---- masses and verdicts -----------------------------------------------------------------------
 
-__global__ void __launch_bounds__(kThreads, 3) masses_kernel(const Verify a) {
+__global__ void __launch_bounds__(kThreads, 5) masses_kernel(const Verify a) {
   TTA_SHARED_ARRAY(float4, weights4, kTile / 4);
   TTA_SHARED_ARRAY(double, shared, kMaxTiles);
   float* weights = reinterpret_cast<float*>(weights4);
@@ -269,7 +269,7 @@ __global__ void __launch_bounds__(kThreads, 3) masses_kernel(const Verify a) {
 
 // Greedy: argmax of pi at every position; where the bonus row has no usable proxy, the best kept
 // token, and whether the proxy could still change it.
-__global__ void __launch_bounds__(kThreads, 2) best_kernel(const Verify a) {
+__global__ void __launch_bounds__(kThreads, 3) best_kernel(const Verify a) {
   const int64_t row = blockIdx.x / a.s.tiles;
   const int t = static_cast<int>(blockIdx.x % a.s.tiles);
   const int64_t b = a.batch_row(row), k = a.position(row), n = a.length(b);
@@ -287,8 +287,7 @@ __global__ void __launch_bounds__(kThreads, 2) best_kernel(const Verify a) {
   if (!last_to_arrive(a.arrivals + row, static_cast<uint32_t>(a.s.tiles))) return;
   const int i = static_cast<int>(threadIdx.x);
   if (valid && with_proxy) {
-    const uint64_t* ranks = reinterpret_cast<const uint64_t*>(a.s.mass(row, 0));
-    const uint64_t best = block_reduce(i < a.s.tiles ? ranks[i] : uint64_t{0}, Max());
+    const uint64_t best = best_of_row(a, row);
     if (i == 0) {
       r.token = ranked_id(best);
       r.deferred = mu_of(a, r.deferral, row, r.token) == 1.0;
@@ -373,17 +372,16 @@ __device__ __forceinline__ int64_t draw_proxy(const Verify& a, int64_t row, doub
 // A draw from the residual, whose masses over the tiles are known; -1 if it is empty.
 __device__ __forceinline__ int64_t draw_residual(const Verify& a, int64_t row, double* cum,
                                                  float* weights) {
-  const int i = static_cast<int>(threadIdx.x);
-  const double mine = i < a.s.tiles ? a.s.mass(row, 0)[i] : 0.0;
-  if (i < a.s.tiles) cum[i] = mine;
+  const double* mass = a.s.mass(row, 0);
+  for (int t = static_cast<int>(threadIdx.x); t < a.s.tiles; t += kThreads) cum[t] = mass[t];
   __syncthreads();
-  if (i == 0)
+  if (threadIdx.x == 0)
     for (int t = 1; t < a.s.tiles; ++t) cum[t] = add_rn(cum[t - 1], cum[t]);
   __syncthreads();
   const double total = cum[a.s.tiles - 1];
   if (total == 0.0) return -1;
-  const TileChoice choice =
-      choose_tile(cum, a.s.tiles, mine, mul_rn(a.coin(row, kResidual), total));
+  const TileChoice choice = choose_tile(cum, a.s.tiles, mul_rn(a.coin(row, kResidual), total),
+                                        [&](int t) { return mass[t]; });
   const double scale = residual_weights(a, row, choice.t, weights);
   const int64_t left = a.base.vocab - static_cast<int64_t>(choice.t) * kTile;
   return static_cast<int64_t>(choice.t) * kTile +
@@ -391,7 +389,7 @@ __device__ __forceinline__ int64_t draw_residual(const Verify& a, int64_t row, d
                       choice.target);
 }
 
-__global__ void __launch_bounds__(kThreads, 1) emit_kernel(const Verify a) {
+__global__ void __launch_bounds__(kThreads, 2) emit_kernel(const Verify a) {
   TTA_SHARED_ARRAY(float4, weights4, kTile / 4);
   TTA_SHARED_ARRAY(double, cum, kMaxTiles);
   TTA_SHARED(End, next);
