@@ -211,22 +211,20 @@ __global__ void __launch_bounds__(kThreads, 5) probs_kernel(const Resolved a) {
   const double mass = r.mass;
   const bool valid = r.valid;
   const bool vectors = pair.map.vector && reinterpret_cast<uintptr_t>(out) % 16 == 0;
-#pragma unroll
-  for (int i = 0; i < kPerThread; i += 4) {
-    double kept[4], moved[4];
+  policy.each_four(pair, t, [&](int i, const double* kept, const double* moved) {
     float pi[4];
-    policy.four(pair, t, i, kept, moved);
 #pragma unroll
     for (int k = 0; k < 4; ++k) pi[k] = valid ? mixed(kept[k], moved[k], mass) : kNaN;
     const int at = pair.map.at(i);
     if (vectors && at + 4 <= pair.map.count) {
-      *reinterpret_cast<float4*>(out + at) = make_float4(pi[0], pi[1], pi[2], pi[3]);
-      continue;
+      // Through the intrinsic: nvcc splits a plain assignment into four stores.
+      __stcg(reinterpret_cast<float4*>(out + at), make_float4(pi[0], pi[1], pi[2], pi[3]));
+      return;
     }
 #pragma unroll
     for (int k = 0; k < 4; ++k)
       if (pair.map.at(i + k) < pair.map.count) out[pair.map.at(i + k)] = pi[k];
-  }
+  });
 }
 
 // Argmax of pi, ties to the lowest id.

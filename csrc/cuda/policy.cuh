@@ -10,18 +10,20 @@
 namespace tta {
 namespace cuda {
 
-// fl32(w / z) for many w and one z; z with an all-ones mantissa is the theorem's exception.
+// fl32(w / z) for many w and one z; z with an all-ones mantissa is the theorem's exception, for
+// which callers have a second, slower loop.
 struct DivideBy {
   double z, y;
-  bool divide;
-  __device__ __forceinline__ explicit DivideBy(double by) : z(by), y(div_rn(1.0, by)) {
+  __device__ __forceinline__ explicit DivideBy(double by) : z(by), y(div_rn(1.0, by)) {}
+  __device__ __forceinline__ bool exception() const {
     unsigned long long u;
-    std::memcpy(&u, &by, sizeof u);
-    divide = (u & 0xfffffffffffffull) == 0xfffffffffffffull;
+    std::memcpy(&u, &z, sizeof u);
+    return (u & 0xfffffffffffffull) == 0xfffffffffffffull;
   }
-  __device__ __forceinline__ float operator()(float w) const {
+  template <bool kException>
+  __device__ __forceinline__ float quotient(float w) const {
     const double a = static_cast<double>(w);
-    if (divide) return static_cast<float>(div_rn(a, z));
+    if (kException) return static_cast<float>(div_rn(a, z));
     double q = mul_rn(a, y);
     q = fma_rn(fma_rn(q, -z, a), y, q);
     q = fma_rn(fma_rn(q, -z, a), y, q);
@@ -68,6 +70,7 @@ struct Policy {
         qz(r.slot[kProxySlot].z) {}
 
   // (1 - mu) p and q of a thread's elements i .. i + 3 in tile t.
+  template <bool kException>
   __device__ __forceinline__ void four(const TilePair& pair, int t, int i, double* kept,
                                        double* moved) const {
     float x[4], y[4], w[4];
@@ -77,12 +80,34 @@ struct Policy {
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       const int64_t v = static_cast<int64_t>(t) * kTile + pair.map.at(i + k);
-      kept[k] = d.admits(d.by_proxy ? y[k] : x[k], v) ? 0.0 : static_cast<double>(pz(w[k]));
+      kept[k] = d.admits(d.by_proxy ? y[k] : x[k], v)
+                    ? 0.0
+                    : static_cast<double>(pz.template quotient<kException>(w[k]));
       if (v == d.critical && d.fraction > 0.0) kept[k] = mul_rn(sub_rn(1.0, d.fraction), kept[k]);
     }
     weigh_four(y, q.max, q.inv_temperature, w);
 #pragma unroll
-    for (int k = 0; k < 4; ++k) moved[k] = static_cast<double>(qz(w[k]));
+    for (int k = 0; k < 4; ++k)
+      moved[k] = static_cast<double>(qz.template quotient<kException>(w[k]));
+  }
+
+  // use(i, kept, moved) for all of a thread's elements, four at a time.
+  template <class Use>
+  __device__ __forceinline__ void each_four(const TilePair& pair, int t, Use use) const {
+    double kept[4], moved[4];
+    if (pz.exception() || qz.exception()) {
+#pragma unroll 1
+      for (int i = 0; i < kPerThread; i += 4) {
+        four<true>(pair, t, i, kept, moved);
+        use(i, kept, moved);
+      }
+      return;
+    }
+#pragma unroll 2
+    for (int i = 0; i < kPerThread; i += 4) {
+      four<false>(pair, t, i, kept, moved);
+      use(i, kept, moved);
+    }
   }
 };
 
@@ -107,10 +132,7 @@ __device__ __forceinline__ uint64_t best_of_tile(const Kad& a, const RowState& r
   const Policy policy(r);
   const double mass = r.mass;
   uint64_t best = 0;
-#pragma unroll
-  for (int i = 0; i < kPerThread; i += 4) {
-    double kept[4], moved[4];
-    policy.four(pair, t, i, kept, moved);
+  policy.each_four(pair, t, [&](int i, const double* kept, const double* moved) {
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       const int at = pair.map.at(i + k);
@@ -119,7 +141,7 @@ __device__ __forceinline__ uint64_t best_of_tile(const Kad& a, const RowState& r
           ranked(mixed(kept[k], moved[k], mass), static_cast<int64_t>(t) * kTile + at);
       best = rank > best ? rank : best;
     }
-  }
+  });
   return block_reduce(best, Max());
 }
 

@@ -314,34 +314,26 @@ __device__ __forceinline__ double residual_weights(const Verify& a, int64_t row,
   const RowState& r = a.s.state(row);
   const TilePair pair(a, row, t);
   const double kept_mass = r.kept;
-  float residual[kPerThread];
   float top = 0.0f;
-  {
-    const Policy policy(r);
+  Policy(r).each_four(pair, t, [&](int i, const double* kept, const double* moved) {
+    float w[4];
 #pragma unroll
-    for (int i = 0; i < kPerThread; i += 4) {
-      double kept[4], moved[4];
-      policy.four(pair, t, i, kept, moved);
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        const float w = static_cast<float>(sub_rn(kept[k], mul_rn(kept_mass, moved[k])));
-        residual[i + k] = w > 0.0f ? w : 0.0f;
-        top = fmaxf(top, residual[i + k]);
-      }
+    for (int k = 0; k < 4; ++k) {
+      const float residual = static_cast<float>(sub_rn(kept[k], mul_rn(kept_mass, moved[k])));
+      w[k] = residual > 0.0f ? residual : 0.0f;
+      top = fmaxf(top, w[k]);
     }
-  }
+    put_four(pair.map, i, w, weights);
+  });
   top = block_reduce(top, Max());
   if (!(top > 0.0f)) return 0.0;
   int exponent;
   std::frexp(top, &exponent);
   const double shrink = std::ldexp(1.0, -exponent);
 #pragma unroll
-  for (int i = 0; i < kPerThread; i += 4) {
-    float w[4];
-#pragma unroll
-    for (int k = 0; k < 4; ++k)
-      w[k] = static_cast<float>(mul_rn(static_cast<double>(residual[i + k]), shrink));
-    put_four(pair.map, i, w, weights);
+  for (int i = 0; i < kPerThread; ++i) {
+    float& w = weights[pair.map.at(i)];
+    w = static_cast<float>(mul_rn(static_cast<double>(w), shrink));
   }
   __syncthreads();
   return std::ldexp(1.0, exponent);
