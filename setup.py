@@ -3,14 +3,16 @@
 The C++ sources always ship inside the package (as ``tta_ext._csrc``), to be compiled by the first
 native op. Where torch can be imported while building (``--no-build-isolation``) the CPU library is
 compiled now and the wheel carries it. ``TTA_EXT_NATIVE`` = auto (default: prebuild if torch and a
-compiler are here), 0 (never), 1 (prebuild or fail).
+compiler are here), 0 (never), 1 (prebuild or fail). ``TTA_EXT_CUDA=1`` prebuilds the CUDA library
+too, for ``TORCH_CUDA_ARCH_LIST`` or for all architectures; otherwise that is left to the first op
+on a GPU.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
-import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -23,15 +25,16 @@ HERE = Path(__file__).resolve().parent
 CSRC = HERE / "csrc"
 
 
-def load_compile() -> ModuleType:
-    """``tta_ext._compile`` by its path: importing the package would need torch."""
-    name = "tta_ext_compile"
-    spec = importlib.util.spec_from_file_location(name, HERE / "tta_ext" / "_compile.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
+def load_compile() -> tuple[ModuleType, ModuleType]:
+    """``tta_ext._compile`` and ``_compile_cuda`` without ``tta_ext`` itself, which needs torch."""
+    package = ModuleType("tta_ext")
+    package.__path__ = [str(HERE / "tta_ext")]
+    sys.modules["tta_ext"] = package
+    try:
+        cuda = importlib.import_module("tta_ext._compile_cuda")
+        return sys.modules["tta_ext._compile"], cuda
+    finally:
+        del sys.modules["tta_ext"]
 
 
 def torch_root() -> Path | None:
@@ -40,19 +43,43 @@ def torch_root() -> Path | None:
     return Path(spec.origin).parent if spec is not None and spec.origin else None
 
 
+def switch(name: str) -> str:
+    """The environment variable: auto, 0 or 1."""
+    try:
+        return _compile.switch(name)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+
+
+def needed_torch() -> Path:
+    """Folder of the torch package, or ``BuildError``."""
+    root = torch_root()
+    if root is None:
+        raise _compile.BuildError(
+            "torch is not installed in the build environment; mend it with: "
+            "pip install --no-build-isolation ."
+        )
+    return root
+
+
+def prebuild_cuda() -> bool:
+    """Whether this build compiles the CUDA library."""
+    if switch("TTA_EXT_CUDA") != "1":
+        return False
+    try:
+        _compile_cuda.toolkit_for(*_compile_cuda.torch_cuda(needed_torch()))
+    except _compile.BuildError as error:
+        raise SystemExit(f"TTA_EXT_CUDA=1, but {error}") from None
+    return True
+
+
 def prebuild() -> bool:
     """Whether this build compiles the CPU library."""
-    wanted = os.environ.get("TTA_EXT_NATIVE", "").strip().lower() or "auto"
-    if wanted not in ("auto", "0", "1"):
-        raise SystemExit(f"TTA_EXT_NATIVE={wanted!r} is not one of auto, 0, 1")
+    wanted = switch("TTA_EXT_NATIVE")
     if wanted == "0":
         return False
     try:
-        if torch_root() is None:
-            raise _compile.BuildError(
-                "torch is not installed in the build environment; mend it with: "
-                "pip install --no-build-isolation ."
-            )
+        needed_torch()
         _compile.find_compiler()
     except _compile.BuildError as error:
         if wanted == "1":
@@ -63,11 +90,11 @@ def prebuild() -> bool:
 
 
 class BuildNative(build_ext):
-    """Compiles the one extension with the same function as the on-the-fly builder."""
+    """Compiles the libraries with the same functions as the on-the-fly builder."""
 
     def get_ext_filename(self, fullname: str) -> str:
-        # No Python symbol is in the library, so its name carries no Python version.
-        return str(Path(*fullname.split(".")[:-1]) / _compile.LIBRARY_NAME)
+        # No Python symbol is in a library, so its name carries no Python version.
+        return str(Path(*fullname.split("."))) + ".so"
 
     def get_outputs(self) -> list[str]:
         library = super().get_outputs()
@@ -78,17 +105,18 @@ class BuildNative(build_ext):
         folder = Path(self.build_temp).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         output.parent.mkdir(parents=True, exist_ok=True)
-        root = torch_root()
-        assert root is not None
         built = folder / output.name
         try:
-            compiler = _compile.build_cpu_library(built, root, CSRC)
+            if output.name == _compile_cuda.LIBRARY_NAME:
+                record = _compile_cuda.build_library(built, needed_torch(), CSRC)
+            else:
+                compiler = _compile.build_cpu_library(built, needed_torch(), CSRC)
+                record = {"digest": _compile.source_digest(CSRC), "compiler": compiler.version}
         except _compile.BuildError as error:
-            raise SystemExit(f"tta_ext: the CPU library does not compile:\n{error}") from None
+            raise SystemExit(f"tta_ext: {output.name} does not compile:\n{error}") from None
         # A running process may have the old library mapped: replace the file, never write into it.
         output.unlink(missing_ok=True)
         self.move_file(str(built), str(output))
-        record = {"digest": _compile.source_digest(CSRC), "compiler": compiler.version}
         output.with_suffix(".json").write_text(json.dumps(record))
 
 
@@ -100,9 +128,15 @@ class AnyPythonWheel(bdist_wheel):
         return "py3", "none", platform
 
 
-_compile = load_compile()
+_compile, _compile_cuda = load_compile()
 
-_FOLDERS = ["", *(f".{name}" for name in _compile.HEADER_FOLDERS)]
+_NAMES = sorted({*_compile.HEADER_FOLDERS, *_compile_cuda.HEADER_FOLDERS})
+_FOLDERS = ["", *(f".{name}" for name in _NAMES if (CSRC / name).is_dir())]
+_PATTERNS = [
+    *(f"*{suffix}" for suffix in _compile_cuda.HEADER_SUFFIXES),
+    *("*.cpp", "*.cu"),
+]
+_LIBRARIES = [name for name, wanted in (("_C", prebuild), ("_C_cuda", prebuild_cuda)) if wanted()]
 
 setup(
     packages=[
@@ -116,8 +150,8 @@ setup(
     include_package_data=False,
     package_data={
         "tta_ext": ["py.typed", "assets/**/*"],
-        **{f"tta_ext._csrc{folder}": ["*.h", "*.hpp", "*.inl", "*.cpp"] for folder in _FOLDERS},
+        **{f"tta_ext._csrc{folder}": _PATTERNS for folder in _FOLDERS},
     },
-    ext_modules=[Extension("tta_ext._C", sources=[])] if prebuild() else [],
+    ext_modules=[Extension(f"tta_ext.{name}", sources=[]) for name in _LIBRARIES],
     cmdclass={"build_ext": BuildNative, "bdist_wheel": AnyPythonWheel},
 )

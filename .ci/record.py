@@ -1,6 +1,7 @@
 """Results of the long checks, tied to the sources they were run on.
 
 ``record.py run NAME COMMAND...`` runs a long check and notes how it ended in ``.ci/full.json``;
+``record.py skip NAME REASON`` notes that one of ``OPTIONAL`` cannot run here;
 ``record.py check`` fails unless every check of ``CHECKS`` passed on the sources as they are now.
 """
 
@@ -22,14 +23,16 @@ RECORD = ROOT / ".ci" / "full.json"
 SOURCES = (
     "CMakeLists.txt",
     "csrc/**/*",
-    "tta_ext/_compile.py",
+    "tta_ext/_compile*.py",
     "tta_ext/rng.py",
     "tta_ext/rules.py",
     "tta_ext/schemas.py",
     "tta_ext/ops/*.py",
     "tta_ext/backends/**/*.py",
 )
-CHECKS = ("sanitizers", "exhaustive", "grid")
+CHECKS = ("sanitizers", "exhaustive", "grid", "device")
+# Those that need what not every machine has.
+OPTIONAL = ("device",)
 
 # The lines of a check that sum it up.
 SUMMARY = re.compile(r"\d+% tests passed|\d+ passed|^(exp|log|normal_pair): ")
@@ -74,8 +77,22 @@ def run(name: str, command: list[str]) -> int:
     return process.returncode or int(not passed)
 
 
+def skip(name: str, reason: str) -> int:
+    """Note that a check was not run on these sources, and why."""
+    print(f"{name} skipped: {reason}")
+    record = load()
+    record[name] = {
+        "passed": True,
+        "sources": digest(),
+        "seconds": 0,
+        "summary": f"skipped: {reason}",
+    }
+    RECORD.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
+    return 0
+
+
 def check() -> int:
-    """0 if every long check passed on these sources."""
+    """0 if every long check passed on these sources, or says why it could not run."""
     record, now = load(), digest()
     stale = [
         name
@@ -97,4 +114,6 @@ if __name__ == "__main__":
         sys.exit(check())
     if len(sys.argv) > 3 and sys.argv[1] == "run" and sys.argv[2] in CHECKS:
         sys.exit(run(sys.argv[2], sys.argv[3:]))
+    if len(sys.argv) == 4 and sys.argv[1] == "skip" and sys.argv[2] in OPTIONAL:
+        sys.exit(skip(sys.argv[2], sys.argv[3]))
     sys.exit(__doc__)

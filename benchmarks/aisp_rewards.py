@@ -3,14 +3,20 @@
 ``python -m benchmarks.aisp_rewards`` runs SmolLM2-135M-Instruct on prompts that were not used to
 choose any setting, and prints, for each reward: the mean reward of the first and the last iteration
 with the paired rise, and the best reward against best-of-n on the same number of samples, with
-standard errors and win rates. ``--tune`` uses the other prompts: settings are chosen there.
+standard errors, wins, ties and losses. ``--tune`` uses the other prompts: settings are chosen
+there.
 
-Best-of-n's answers do not depend on the reward, so they are drawn once and scored by every reward.
+There are two baselines. ``best_of_n`` draws tokens at temperature 1, as best-of-n does; ``frozen``
+is best-of-n with the randomness of the first AISP contestant, that is AISP whose u stays 0: the
+difference to it is what the adaptation buys, the rest is what the noise buys. The answers of both
+do not depend on the reward, so they are drawn once and scored by every reward.
+
 Each finished batch is on the disk before the next begins (``--journal``), and a run that was cut
 short goes on from there.
 
-``python -m benchmarks.aisp_rewards --timing`` measures wall-clock instead: both methods in turn on
-the same batch shapes and answer lengths, several times, and the ratio of the medians.
+``python -m benchmarks.aisp_rewards --timing --samples 64`` measures wall-clock instead, AISP's over
+best-of-n's: in turn, on the same rows and answer lengths, several times; the median of the ratios.
+``cpu_ratio`` is the same in processor time, which other processes disturb less.
 """
 
 from __future__ import annotations
@@ -21,6 +27,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from time import process_time
 from typing import Any
 
 import torch
@@ -30,11 +37,12 @@ from tta_ext.cli.common import JsonLines
 from tta_ext.decoding import AdaptiveImportanceSampling, BestOfN
 from tta_ext.decoding.outcome import SearchResult, spread
 from tta_ext.decoding.rewards import call_reward, parse_reward
+from tta_ext.decoding.search import SearchMethod
 from tta_ext.demo import smollm2
 
 from .harness import environment
 
-REWARDS = ("letter:s", "letter:b", "sentiment", "sentiment:negative", "words:12")
+REWARDS = ("letter:s", "letter:s:distinct", "sentiment", "sentiment:negative")
 
 TUNING = (
     "Describe a quiet village.",
@@ -78,9 +86,8 @@ EVALUATION = (
     "Describe a game for children.",
 )
 
-# The trial's settings are one contestant of several: see --aisp.
-DEFAULT_AISP = ("aisp:n=16", "aisp lam .01=aisp:n=16,sigma=0.5,lam=0.01")
-BASELINE = "best_of_n"
+DEFAULT_AISP = ("aisp",)
+BASELINE, FROZEN = "best_of_n", "frozen"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -91,7 +98,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--group", type=int, default=16, help="answers drawn together (16)")
     p.add_argument("--max-new-tokens", type=int, default=24)
     p.add_argument("--prompts", type=int, help="only the first so many")
-    p.add_argument("--at-once", type=int, default=4, help="prompts in a batch (4)")
+    p.add_argument("--at-once", type=int, default=8, help="prompts in a batch (8)")
     p.add_argument("--tune", action="store_true", help="the prompts for choosing settings")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--threads", type=int, default=1)
@@ -131,23 +138,42 @@ def key_of(*parts: Any) -> str:
     return json.dumps(parts, default=str)
 
 
+def indifferent(prompts: Sequence[Any], responses: Sequence[Any]) -> list[float]:
+    return [0.0] * len(responses)
+
+
+def baselines(model: Any, tokenizer: Any, args: argparse.Namespace) -> dict[str, SearchMethod[Any]]:
+    """The methods that do not look at the reward."""
+    first = comparison.Contestant.parse(args.aisp[0])
+    settings = first.resolved({"max_new_tokens": args.max_new_tokens}, args.samples, None)
+    # Equal rewards have equal weights, and those less 1/n are 0: u stays where it is.
+    frozen = asdict(settings) | {"baseline": True, "kl_rollouts": 0, "kl_budget": None}
+    return {
+        BASELINE: BestOfN(
+            model,
+            indifferent,
+            tokenizer,
+            n=args.samples,
+            group=args.group,
+            max_new_tokens=args.max_new_tokens,
+        ),
+        FROZEN: AdaptiveImportanceSampling(model, indifferent, tokenizer, probe=False, **frozen),
+    }
+
+
 def baseline_records(
-    model: Any, tokenizer: Any, prompts: Sequence[Any], args: argparse.Namespace, file: JsonLines
+    label: str,
+    method: SearchMethod[Any],
+    prompts: Sequence[Any],
+    args: argparse.Namespace,
+    file: JsonLines,
 ) -> list[dict[str, Any]]:
-    """Best-of-n's answers, drawn once, with a record for every reward."""
-    method = BestOfN(
-        model,
-        lambda prompts, responses: [0.0] * len(responses),
-        tokenizer,
-        n=args.samples,
-        group=args.group,
-        max_new_tokens=args.max_new_tokens,
-    )
+    """A baseline's answers, drawn once, with a record for every reward."""
     scorers = {name: parse_reward(name) for name in args.reward}
     known = {record["key"]: record for record in file.records}
     settings = asdict(method.settings)
     keys = {
-        (place, name): key_of(BASELINE, name, place, prompts[place], settings, args.seed)
+        (place, name): key_of(label, name, place, prompts[place], settings, args.seed)
         for place in range(len(prompts))
         for name in scorers
     }
@@ -161,7 +187,7 @@ def baseline_records(
             continue
         result = method.generate([prompts[i] for i in part], seed=args.seed, sequence=part)
         new = [
-            {"key": keys[place, name], "scorer": name, "index": place, "label": BASELINE}
+            {"key": keys[place, name], "scorer": name, "index": place, "label": label}
             | rescored(result, at, scorer)
             for at, place in enumerate(part)
             for name, scorer in scorers.items()
@@ -169,7 +195,7 @@ def baseline_records(
         ]
         file.write(new)
         known.update({record["key"]: record for record in new})
-        print(f"{BASELINE}: {part[-1] + 1} of {len(prompts)} prompts", flush=True)
+        print(f"{label}: {part[-1] + 1} of {len(prompts)} prompts", flush=True)
     return [known[key] for key in keys.values()]
 
 
@@ -205,38 +231,63 @@ def steered_records(
 
 
 def tables(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Per reward, the rise of the mean and the paired difference of the best; printed too."""
+    """Per reward, the rise of the mean and the paired differences of the best; printed too."""
     report: dict[str, Any] = {}
-    head = f"{'reward':20} {'method':28} {'first':>7} {'last':>7} {'rise':>16} "
-    print(head + f"{'best':>16} {'- best_of_n':>17} {'SE':>5} {'win':>5} {'KL':>6} {'s':>6}")
+    print(
+        f"{'reward':20} {'method':22} {'first':>7} {'last':>7} {'rise':>14} {'best':>13} "
+        f"{'- ' + BASELINE:>20} {'w/t/l':>8} {'- ' + FROZEN:>20} {'w/t/l':>8} {'KL':>6}"
+    )
     for name in dict.fromkeys(record["scorer"] for record in records):
         own = [r for r in records if r["scorer"] == name]
-        pairs = {pair.label: pair for pair in comparison.paired(own, BASELINE)}
         rows = comparison.summary(own)
+        labels = [label for label in (BASELINE, FROZEN) if any(r["label"] == label for r in rows)]
+        against = {label: comparison.paired(own, label) for label in labels}
         for row in rows:
             line = (
-                f"{name:20} {row['label'][:28]:28} {row['first']:7.3f} {row['last']:7.3f} "
-                f"{row['rise']:+8.3f} ± {row['rise_error']:.3f} "
-                f"{row['reward']:8.3f} ± {row['error']:.3f} "
+                f"{name:20} {row['label'][:22]:22} {row['first']:7.3f} {row['last']:7.3f} "
+                f"{row['rise']:+7.3f} ±{row['rise_error']:.3f} "
+                f"{row['reward']:6.3f} ±{row['error']:.3f} "
             )
-            pair = pairs.get(row["label"])
-            if pair is not None:
-                errors = pair.difference / pair.error if pair.error else 0.0
-                line += f"{pair.difference:+9.3f} ± {pair.error:.3f} {errors:+5.1f} "
-                line += f"{pair.win_rate:5.2f} "
-            else:
-                line += " " * 30
-            line += f"{row['kl']:6.1f} " if row["kl"] is not None else " " * 7
-            print(line + f"{row['seconds']:6.1f}")
+            for pairs in against.values():
+                found = [pair for pair in pairs if pair.label == row["label"]]
+                line += _against(found[0]) if found else " " * 30
+            print(line + (f"{row['kl']:6.1f}" if row["kl"] is not None else ""))
         report[name] = {
             "methods": rows,
-            "paired": [vars(pair) | {"win_rate": pair.win_rate} for pair in pairs.values()],
+            "paired": {
+                label: [vars(pair) | {"win_rate": pair.win_rate} for pair in pairs]
+                for label, pairs in against.items()
+            },
+            "mean_by_iteration": _means(own),
+            "examples": {
+                row["label"]: [r["text"] for r in own if r["label"] == row["label"]][:3]
+                for row in rows
+            },
         }
     return report
 
 
+def _against(pair: comparison.Paired) -> str:
+    """A paired difference, how many standard errors that is, and wins, ties and losses."""
+    errors = pair.difference / pair.error if pair.error else 0.0
+    counts = f"{pair.wins}/{pair.ties}/{pair.losses}"
+    return f"{pair.difference:+7.3f} ±{pair.error:.3f} {errors:+5.1f} {counts:>8} "
+
+
+def _means(records: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
+    """Mean reward of each iteration, over prompts."""
+    found = {}
+    for label in dict.fromkeys(record["label"] for record in records):
+        curves = [record["curve"] for record in records if record["label"] == label]
+        found[label] = [
+            sum(point["mean"] for point in points) / len(points)
+            for points in zip(*curves, strict=True)
+        ]
+    return found
+
+
 def timing(model: Any, tokenizer: Any, prompts: Sequence[Any], args: argparse.Namespace) -> Any:
-    """Wall-clock of AISP over best-of-n, the same rows and lengths, in turn."""
+    """Time of AISP over best-of-n, the same rows and lengths, in turn."""
     common = {"max_new_tokens": args.max_new_tokens, "eos_token_id": [], "probe": False}
     scorer = parse_reward("letter:s")
     iterations = args.samples // args.group
@@ -255,20 +306,28 @@ def timing(model: Any, tokenizer: Any, prompts: Sequence[Any], args: argparse.Na
         )
         method.run(part, seed=0, **warm)
     seconds: dict[str, list[float]] = {name: [] for name in methods}
+    cpu: dict[str, list[float]] = {name: [] for name in methods}
     ours: dict[str, list[float]] = {name: [] for name in methods}
     for repeat in range(args.repeats):
         # Turn about, so that a drift of the machine's speed meets both.
         for name in sorted(methods, reverse=bool(repeat % 2)):
+            start = process_time()
             result = methods[name].generate(part, seed=repeat)
+            cpu[name].append(process_time() - start)
             seconds[name].append(result.timing.total)
             ours[name].append(result.timing.other)
-    ratios = [a / b for a, b in zip(seconds["aisp"], seconds["best_of_n"], strict=True)]
+    ratios, cpu_ratios = (
+        [a / b for a, b in zip(found["aisp"], found["best_of_n"], strict=True)]
+        for found in (seconds, cpu)
+    )
     report = {
         "seconds": {name: statistics.median(values) for name, values in seconds.items()},
         "other": {name: statistics.median(values) for name, values in ours.items()},
         "ratio": statistics.median(ratios),
         "ratios": ratios,
+        "cpu_ratio": statistics.median(cpu_ratios),
         "rows": len(part) * args.group,
+        "iterations": iterations,
         "tokens": args.max_new_tokens,
     }
     print(json.dumps(report, indent=1))
@@ -284,7 +343,9 @@ def main() -> None:
         report: Any = timing(model, tokenizer, prompts, args)
     else:
         file = JsonLines(args.journal)
-        records = baseline_records(model, tokenizer, prompts, args, file)
+        records: list[dict[str, Any]] = []
+        for label, method in baselines(model, tokenizer, args).items():
+            records += baseline_records(label, method, prompts, args, file)
         records += steered_records(model, tokenizer, prompts, args, file)
         report = tables(records)
         if args.plot is not None:

@@ -6,14 +6,17 @@ which are read and multiplied like any other and change nothing. Providers: the 
 speculative decoding at several lengths and ``"auto"``, the base alone in our loop, and for single
 rows transformers' own ``generate`` (base alone; assisted by the proxy, whose law is the base's, not
 the rule's). Rounds of all providers alternate; medians count. Every answer has the full length.
-``predicted`` is what the cost model of :mod:`tta_ext.decoding.draft_length` expects of a length, by
-the costs that the automatic run has measured, over the plain loop.
+``predicted`` is what the cost model of :mod:`tta_ext.decoding.draft_costs` expects of a length over
+the plain loop: costs of each model's forwards are measured on their own at every number of rows and
+columns that occurs, the chance that a draft token stands is the run's, and whole calls are played
+by them, to the last row's last token. Where it says :data:`PAYS`, the measurement must say so too.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,13 +25,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from . import harness
 
 LENGTHS = (3, 5, 8)
 SLOWEST_AUTO = 0.97
+PAYS = 1.5
+CALLS_PLAYED = 200
 VERIFY_SHARE = 0.03
 
 
@@ -139,32 +143,116 @@ def _theirs(
     return run
 
 
-def _predict(kad: Any, prompts: list[str], options: dict[str, Any]) -> dict[str, float]:
-    """What the cost model expects of each fixed length, after an automatic run."""
-    from tta_ext.decoding.kad import _Request
+Costs = dict[tuple[int, int], float]
 
-    request = _Request(kad, prompts, **options, speculative="auto")
-    (batch,) = request.batches(None)
-    request.start(batch).run()
-    policy: Any = request.policy
-    rates = np.full(len(prompts), policy.rate(-1))
-    rows = len(prompts)
-    plain = rows / policy.costs.plain(rows)
+
+@torch.inference_mode()
+def _forward_costs(model: Any, prompts: list[list[int]], longest: int, repeats: int = 5) -> Costs:
+    """Median seconds of a forward of the loop's runner over (rows, columns), all that may occur."""
+    from tta_ext.decoding.runner import Runner
+
+    middle = 48  # tokens that an answer has written at half time
+    rows = [[*prompt, *([prompt[-1]] * middle)] for prompt in prompts]
+    runner = Runner(model, rows, room=longest + 1, vocabulary=_size(model))
+    runner.prefill()
+    costs: Costs = {}
+    for count in range(len(rows), 0, -1):
+        if count < len(rows):
+            runner.keep(list(range(count)))
+        for columns in range(1, longest + 2):
+            times = []
+            for _ in range(repeats):
+                start = time.perf_counter()
+                runner.score([[5] * (columns - 1)] * count)
+                times.append(time.perf_counter() - start)
+                runner.rollback([len(row) for row in rows[:count]], [[]] * count)
+                runner.rollback([len(row) - 1 for row in rows[:count]], [[5]] * count)
+            costs[count, columns] = statistics.median(times)
+    return costs
+
+
+def _size(model: Any) -> int:
+    return model.get_output_embeddings().weight.shape[0]
+
+
+def _play(
+    length: int,
+    rate: float,
+    share: float,
+    rows: int,
+    tokens: int,
+    base: Costs,
+    proxy: Costs,
+    own: float,
+    dense: bool,
+) -> float:
+    """Expected seconds of a call whose rounds draft ``length`` tokens (0: the plain loop).
+
+    Args:
+        rate: chance that a draft token stands.
+        share: of tokens that come from the proxy.
+        base, proxy: costs of forwards by (rows, columns).
+        own: seconds outside the models for each position of a round.
+        dense: the rule compares the models.
+    """
+    draw, total = random.Random(0), 0.0
+    calls = CALLS_PLAYED
+    for _ in range(calls):
+        left = [tokens] * rows
+        while left:
+            count = len(left)
+            drafts = [min(length, n - 1) for n in left]
+            most = max(drafts)
+            total += base[count, most + 1] + own * (most + 1)
+            for j in range(most):
+                drawing = sum(n >= j for n in drafts)
+                total += proxy[drawing, 1]
+            stood = [next((k for k in range(n) if draw.random() >= rate), n) for n in drafts]
+            unsure = sum(
+                k == n and draw.random() < share for k, n in zip(stood, drafts, strict=True)
+            )
+            if dense or unsure:
+                total += proxy[count if dense else unsure, 1]
+            left = [n - k - 1 for n, k in zip(left, stood, strict=True) if n > k + 1]
+    return total / calls
+
+
+def _predict(
+    costs: tuple[Costs, Costs],
+    rows: int,
+    tokens: int,
+    speculative: dict[int, Any],
+    plain: Any,
+    dense: bool,
+) -> dict[str, float]:
+    """What the cost model expects of each length, from what the runs' statistics say."""
+    base, proxy = costs
+    share = plain.deferral_rate
+    own = plain.other_seconds / plain.steps
+    alone = _play(0, 0.0, share, rows, tokens, base, proxy, own, dense)
     found = {}
-    for length in LENGTHS:
-        tokens, seconds = policy.costs.round(np.full(rows, length), rates)
-        found[f"speculative {length}"] = tokens / seconds / plain
+    for length, stats in speculative.items():
+        own = stats.other_seconds / (stats.steps * (length + 1))
+        found[f"speculative {length}"] = alone / _play(
+            length, stats.acceptance_rate, share, rows, tokens, base, proxy, own, dense
+        )
     return found
 
 
 def measure(
-    base: Any, pair: Any, rule: str, param: float, batch: int, tokens: int, repeats: int
+    base: Any,
+    pair: Any,
+    rule: str,
+    param: float,
+    prompts: list[str],
+    tokens: int,
+    repeats: int,
+    costs: tuple[Costs, Costs],
 ) -> list[Line]:
-    """All providers over the same prompts."""
-    from tta_ext import KnapsackDeferral
-    from tta_ext.demo.task import evaluation_problems
+    """All providers over the same prompts; ``costs`` are base's and proxy's for so many rows."""
+    from tta_ext import KnapsackDeferral, rules
 
-    prompts = [problem.prompt for problem in evaluation_problems(batch)]
+    batch = len(prompts)
     kad = KnapsackDeferral(base, pair.proxy, pair.tokenizer, rule=rule, param=param)
     options: dict[str, Any] = {"max_new_tokens": tokens, "eos_token_id": [], "seed": 0}
     runs: dict[str, Callable[[], dict[str, Any]]] = {
@@ -178,7 +266,6 @@ def measure(
         runs["transformers, assisted"] = _theirs(
             base, pair.tokenizer, prompts[0], tokens, pair.proxy
         )
-    predicted = _predict(kad, prompts, options)
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in runs}
     for round_ in range(repeats + 1):
         for name, run in runs.items():
@@ -186,20 +273,29 @@ def measure(
             if round_:  # the first warms up
                 results[name].append(result)
     speeds = {name: statistics.median(r["speed"] for r in found) for name, found in results.items()}
+    stats = {name: found[-1].get("stats") for name, found in results.items()}
+    predicted = _predict(
+        costs,
+        batch,
+        tokens,
+        {length: stats[f"speculative {length}"] for length in LENGTHS},
+        stats["plain"],
+        rules.rule_code(rule) in rules.NEEDS_PROXY,
+    )
     lines = []
     for name, found in results.items():
         line = Line(rule, param, batch, name, speeds[name], speeds[name] / speeds["plain"])
         line.predicted = predicted.get(name)
-        stats = found[-1].get("stats")
-        if stats is not None:
-            line.base_share = stats.base_seconds / stats.seconds
-            line.proxy_share = stats.proxy_seconds / stats.seconds
-            line.own_share = stats.other_share
-            if stats.draft_tokens:
-                line.acceptance = stats.acceptance_rate
-                line.tokens_per_base_forward = stats.tokens_per_base_forward
+        last = stats[name]
+        if last is not None:
+            line.base_share = last.base_seconds / last.seconds
+            line.proxy_share = last.proxy_seconds / last.seconds
+            line.own_share = last.other_share
+            if last.draft_tokens:
+                line.acceptance = last.acceptance_rate
+                line.tokens_per_base_forward = last.tokens_per_base_forward
                 line.verify_share = statistics.median(r["verify"] for r in found)
-            line.note = stats.speculation
+            line.note = last.speculation
         lines.append(line)
     return lines
 
@@ -228,6 +324,7 @@ def show(lines: Sequence[Line]) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table; the exit status is 1 if a bound of it is missed."""
     from tta_ext.demo.evaluate import load_pair
+    from tta_ext.demo.task import evaluation_problems
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks speculative")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4])
@@ -242,11 +339,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     base = widen(pair.base, args.width)
     lines = []
     for batch in args.batch:
+        prompts = [problem.prompt for problem in evaluation_problems(batch)]
+        ids = [pair.tokenizer(prompt)["input_ids"] for prompt in prompts]
+        costs = (_forward_costs(base, ids, max(LENGTHS)), _forward_costs(pair.proxy, ids, 1))
         for rule, param in (("threshold", 0.4), ("confidence_bet", 0.2)):
-            lines += measure(base, pair, rule, param, batch, args.tokens, args.repeats)
+            lines += measure(base, pair, rule, param, prompts, args.tokens, args.repeats, costs)
     show(lines)
     slow = [x for x in lines if x.provider.endswith("auto") and x.times_plain < SLOWEST_AUTO]
     dear = [x for x in lines if (x.verify_share or 0.0) > VERIFY_SHARE]
+    promised = [x for x in lines if (x.predicted or 0.0) >= PAYS]
+    broken = [x for x in promised if x.times_plain < PAYS]
+    print(
+        f"the cost model says {PAYS:g}x or more of {len(promised)} lines; "
+        f"{len(promised) - len(broken)} of them are"
+    )
+    for line in broken:
+        print(
+            f"MISS: {line.times_plain:.2f}x plain where {line.predicted:.2f}x was predicted "
+            f"({line.rule}, {line.provider}, B={line.batch})"
+        )
     for line in slow:
         print(f"MISS: auto at {line.times_plain:.2f}x plain ({line.rule}, B={line.batch})")
     for line in dear:
@@ -255,4 +366,4 @@ def main(argv: Sequence[str] | None = None) -> int:
         harness.save(
             args.json, lines, command=["python", "-m", "benchmarks", "speculative", *(argv or [])]
         )
-    return int(bool(slow or dear))
+    return int(bool(slow or dear or broken or not promised))

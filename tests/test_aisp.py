@@ -22,7 +22,8 @@ from tta_ext.decoding.scales import head_row_norm, lam_for_ess, prelogit_scale
 from tta_ext.decoding.vocabulary import Vocabulary
 
 PROMPTS = ["hello there", "ab", "what is it"]
-SMALL = {"max_new_tokens": 8, "eos_token_id": [], "probe": False}
+SMALL = {"max_new_tokens": 8, "eos_token_id": [], "probe": False, "coherence": 0.0}
+PLAIN = {name: value for name, value in SMALL.items() if name != "coherence"}
 
 
 def vowels(prompts: list[Any], responses: list[str]) -> list[float]:
@@ -104,6 +105,42 @@ def test_rollouts_are_the_definition(kind: str) -> None:
     assert set(rollouts.kl) == {0, 1}
     assert rollouts.finish == ["length"] * 3
     assert len({tuple(tokens) for tokens in rollouts.tokens}) > 1
+
+
+@pytest.mark.parametrize("coherence", [0.36, 1.0])
+@torch.inference_mode()
+def test_coherent_noise_is_its_definition(coherence: float) -> None:
+    """Each step gets row 0's noise and its own, with variances that add up to sigma's."""
+    model, prompt, window = base_model(), ragged_prompts()[0], 4
+    own, common = 0.5 * math.sqrt(1 - coherence), 0.5 * math.sqrt(coherence)
+    u = torch.randn(1, 1 + window, 32, generator=torch.Generator().manual_seed(0)) * 0.3
+    cache = PromptCache(model, [prompt], [9], Vocabulary(VOCABULARY))
+    rollouts = Rollouts(
+        cache,
+        [(0, i) for i in range(3)],
+        sampling=Sampling("greedy", max_new_tokens=6),
+        seed=torch.tensor([5]),
+        iteration=2,
+        noise=Noise(u, own, common),
+    )
+    rollouts.run()
+    for i in range(3):
+        eps = torch.stack(
+            [
+                ops.normal(32, seed=5, step=row, sequence=9, iteration=2, rollout=i)
+                for row in range(1 + window)
+            ]
+        )
+        tokens: list[int] = []
+        for step in range(6):
+            z = model.model(input_ids=torch.tensor([prompt + tokens]), use_cache=False)[0][:, -1]
+            if step < window:
+                z = z + u[0, 0] + common * eps[0] + u[0, 1 + step] + own * eps[1 + step]
+            tokens.append(int(model.lm_head(z).argmax()))
+        assert rollouts.tokens[i] == tokens
+        dots = (u[0] * eps).sum(-1)
+        assert float(rollouts.common_dot[i]) == pytest.approx(float(dots[0]), rel=1e-4, abs=1e-4)
+        assert float(rollouts.dot[i]) == pytest.approx(float(dots[1:].sum()), rel=1e-4, abs=1e-4)
 
 
 def test_the_update_is_the_ops_and_can_be_sharded() -> None:
@@ -199,13 +236,47 @@ def test_the_cost_of_moving_away_uses_each_rollouts_own_steps() -> None:
     assert torch.allclose(search.mean[0].double(), want, atol=1e-5)
 
 
+def test_coherent_update_is_importance_sampling_over_all_parts() -> None:
+    """Weights from the likelihood ratio of both parts; each row moves by its own noise."""
+    aisp = make(n=5, lam=0.1, alpha=0.5, window=4, coherence=0.36, eos_token_id=list(range(40)))
+    search = aisp.start(["hello there"], seed=1)
+    search.step()
+    u = search.mean[0].double()
+    search.step()
+    second = search.candidates[0][5:]
+    assert len({len(one.tokens) for one in second}) > 1
+    scale = torch.tensor([0.4 * 0.6] + [0.4 * 0.8] * 4, dtype=torch.float64)
+    scores, noise = [], []
+    for i, one in enumerate(second):
+        rows = 1 + min(4, len(one.tokens))
+        eps = torch.zeros(5, u.shape[1], dtype=torch.float64)
+        for row in range(rows):
+            eps[row] = ops.normal(u.shape[1], seed=1, step=row, iteration=1, rollout=i)
+        # (1 - alpha) u . eps / sigma and its square, part by part.
+        shift = 0.5 * u[:rows] / scale[:rows, None]
+        cost = float((shift * eps[:rows]).sum()) + 0.5 * float(shift.square().sum())
+        scores.append(one.reward / 0.1 - cost)
+        noise.append(scale[:, None] * eps)
+    w = torch.softmax(torch.tensor(scores, dtype=torch.float64), 0)
+    want = u + sum(a * b for a, b in zip(w, noise, strict=True))
+    assert torch.allclose(search.mean[0].double(), want, atol=1e-5)
+    record = search.curves[0][1]
+    bound = float((u.square().sum(-1) / (2 * scale.square())).sum())
+    assert record.kl_bound == pytest.approx(bound, rel=1e-5)
+    assert record.ess == pytest.approx(float(1 / w.square().sum()), rel=1e-4)
+    # The result has one u a step: that of the sum of both parts.
+    mean = search.result().mean
+    assert torch.equal(mean[0], search.mean[0, 1:] + search.mean[0, :1])
+
+
 # ---- limits ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("restriction", [{}, {"top_k": 5}, {"top_p": 0.7, "temperature": 1.4}])
 def test_sigma_zero_is_best_of_n(restriction: dict[str, Any]) -> None:
-    options = SMALL | {"eos_token_id": [7, 8, 9, 20], "decoding": "sample"} | restriction
-    aisp = make(sigma=0.0, **options).generate(PROMPTS, seed=11)
+    options = PLAIN | {"eos_token_id": [7, 8, 9, 20], "decoding": "sample"} | restriction
+    coherence = 0.5 if restriction else 0.0
+    aisp = make(sigma=0.0, coherence=coherence, **options).generate(PROMPTS, seed=11)
     best = BestOfN(base_model(), vowels, make_tokenizer(), n=12, group=4, **options)
     plain = best.generate(PROMPTS, seed=11)
     assert tokens_of(aisp) == tokens_of(plain)
@@ -233,16 +304,23 @@ def test_lam_zero_takes_the_winner_of_best_of_n() -> None:
         )
         # One-hot weights: u is the noise of the winner.
         assert torch.equal(search.mean[p], 0.4 * eps)
-    cells = [(p, 0) for p in range(3)]
+    assert replayed(search) == [one.tokens for one in result.best]
+    shared = make(n=8, lam=0.0, iterations=1, coherence=0.5).start(PROMPTS, seed=4)
+    shared.step()
+    assert replayed(shared) == [one.tokens for one in shared.result().best]
+
+
+def replayed(search: AISPSearch) -> list[list[int]]:
+    """Each prompt's answer under u alone."""
     again = Rollouts(
         search.cache,
-        cells,
+        [(p, 0) for p in range(len(search.prompts))],
         sampling=search.sampling,
         seed=search.seed_tensor,
-        noise=Noise(search.mean, 0.0),
+        noise=Noise(search.result().mean, 0.0),
     )
     again.run()
-    assert again.tokens == [one.tokens for one in result.best]
+    return again.tokens
 
 
 def test_noise_after_the_end_of_a_rollout_does_not_count() -> None:
@@ -305,9 +383,16 @@ def same_run(one: Any, other: Any) -> None:
     assert torch.equal(one.mean, other.mean)
 
 
+@pytest.mark.parametrize("coherence", [0.0, 0.7])
 @pytest.mark.parametrize("decoding", ["greedy", "sample"])
-def test_batched_prompts_are_single_prompts(decoding: str) -> None:
-    aisp = make(decoding=decoding, alpha=0.99, eos_token_id=[5, 6, 30, 31])
+def test_batched_prompts_are_single_prompts(decoding: str, coherence: float) -> None:
+    aisp = make(
+        decoding=decoding,
+        coherence=coherence,
+        distinct_low=0.9,
+        alpha=0.99,
+        eos_token_id=[5, 6, 30, 31],
+    )
     together = aisp.generate(PROMPTS, seed=8)
     for p, prompt in enumerate(PROMPTS):
         alone = aisp.generate([prompt], seed=8, sequence=[p])
@@ -315,9 +400,9 @@ def test_batched_prompts_are_single_prompts(decoding: str) -> None:
         assert torch.equal(alone.mean[0], together.mean[p])
 
 
-@pytest.mark.parametrize("batch_size", [1, 5, 8])
-def test_batch_size_changes_nothing(batch_size: int) -> None:
-    aisp = make(eos_token_id=[5, 6, 30, 31])
+@pytest.mark.parametrize(("batch_size", "coherence"), [(1, 0.0), (5, 0.6), (8, 0.0)])
+def test_batch_size_changes_nothing(batch_size: int, coherence: float) -> None:
+    aisp = make(eos_token_id=[5, 6, 30, 31], coherence=coherence, alpha=0.9)
     search = aisp.start(PROMPTS, seed=8)
     search.run()
     split = aisp.start(PROMPTS, seed=8, batch_size=batch_size)
@@ -373,8 +458,17 @@ def test_learning_needs_no_memory_for_the_rollouts() -> None:
 # ---- runs that are put away ------------------------------------------------------------------
 
 
-def test_resume_goes_on_bit_for_bit(tmp_path: Any) -> None:
-    aisp = make(iterations=4, alpha=0.99, sigma=None, sigma_decay=0.9, lam_unit="ess", lam=2.0)
+@pytest.mark.parametrize("coherence", [0.0, 0.8])
+def test_resume_goes_on_bit_for_bit(tmp_path: Any, coherence: float) -> None:
+    aisp = make(
+        iterations=4,
+        alpha=0.99,
+        sigma=None,
+        sigma_decay=0.9,
+        lam_unit="ess",
+        lam=2.0,
+        coherence=coherence,
+    )
     prompts = [[{"role": "user", "content": "hi"}], "plain"]
     aisp.chat_template = "{% for m in messages %}{{ m.content }}:{% endfor %}"
     search = aisp.start(prompts, seed=-5, sequence=[3, 2**32 - 1])
@@ -419,8 +513,9 @@ def test_a_longer_run_is_the_continuation_of_a_shorter(tmp_path: Any) -> None:
 # ---- what it buys, and guards ----------------------------------------------------------------
 
 
-def test_mean_reward_rises() -> None:
-    aisp = make(n=16, iterations=10, sigma=0.3, lam=0.1, step_size=0.7)
+@pytest.mark.parametrize("coherence", [0.0, 0.5, 1.0])
+def test_mean_reward_rises(coherence: float) -> None:
+    aisp = make(n=16, iterations=10, sigma=0.3, lam=0.1, step_size=0.7, coherence=coherence)
     result = aisp.generate([f"prompt {i}" for i in range(8)], seed=0)
     first = sum(curve[0].mean for curve in result.curves) / 8
     last = sum(curve[-1].mean for curve in result.curves) / 8
@@ -429,7 +524,8 @@ def test_mean_reward_rises() -> None:
         assert [c.best for c in curve] == [max(rewards[: 16 * (k + 1)]) for k in range(10)]
         assert [c.samples for c in curve] == [16 * (k + 1) for k in range(10)]
         assert curve[0].norm == 0.0
-        assert curve[3].kl_bound == pytest.approx(curve[3].norm ** 2 / (2 * 0.09))
+        if not coherence:
+            assert curve[3].kl_bound == pytest.approx(curve[3].norm ** 2 / (2 * 0.09))
         assert curve[0].kl > 0
     timing = result.timing
     assert timing.total > timing.model > 0
@@ -454,6 +550,21 @@ def test_kl_budget_pulls_u_back() -> None:
         assert measured == free.curves[p][0].kl > 0.5
         want = free.mean[p] * math.sqrt(0.5 / measured)
         assert torch.allclose(bound.mean[p], want, rtol=1e-5)
+
+
+def test_collapse_halves_u() -> None:
+    """A tiny sigma makes all answers the same; then u shrinks, otherwise it is left alone."""
+    free = make(iterations=1, sigma=1e-4).start(PROMPTS, seed=0)
+    watched = make(iterations=1, sigma=1e-4, distinct_low=0.5).start(PROMPTS, seed=0)
+    lively = make(iterations=1, sigma=2.0, distinct_low=0.5).start(PROMPTS, seed=0)
+    for search in (free, watched, lively):
+        search.step()
+    assert [curve[0].distinct for curve in watched.curves] == [1, 1, 1]
+    assert torch.equal(watched.mean, 0.5 * free.mean)
+    assert min(curve[0].distinct for curve in lively.curves) >= 2
+    loose = make(iterations=1, sigma=2.0).start(PROMPTS, seed=0)
+    loose.step()
+    assert torch.equal(lively.mean, loose.mean)
 
 
 def test_early_stops() -> None:
@@ -521,7 +632,7 @@ def test_units() -> None:
     norm = float(model.get_output_embeddings().weight.norm(dim=-1).mean())
     assert head_row_norm(model) == pytest.approx(norm, rel=1e-5)
     assert make(sigma=2.0, sigma_unit="logit").start("x").sigma == pytest.approx(2 / norm)
-    assert make(sigma=None).start("x").sigma == pytest.approx(1.5 / norm)
+    assert make(sigma=None).start("x").sigma == pytest.approx(2.0 / norm)
     scale = prelogit_scale(model)
     assert scale == pytest.approx(1.0, abs=0.2)  # an RMS norm whose weights are one
     assert make(sigma=0.2, sigma_unit="prelogit").start("x").sigma == pytest.approx(0.2 * scale)
@@ -588,6 +699,8 @@ def test_public_name() -> None:
         ({"lam_unit": "z"}, "lam_unit is 'z', expected one of absolute, std, ess"),
         ({"sigma_unit": "z"}, "sigma_unit is 'z'"),
         ({"alpha": 1.5}, "alpha is 1.5"),
+        ({"coherence": -0.1}, "coherence is -0.1, expected 0 <= coherence <= 1"),
+        ({"distinct_low": 1.5}, "distinct_low is 1.5"),
         ({"n": 0}, "n is 0, expected 1 to 65536"),
         ({"iterations": 5000}, "iterations is 5000, expected 1 to 4096"),
         ({"decoding": "beam"}, "decoding is 'beam', expected one of sample, greedy"),

@@ -249,7 +249,7 @@ def test_budgets() -> None:
         timed = settings.for_seconds(2.0)
         assert timed.max_seconds == 2.0
         assert 500 < len(timed.schedule()) <= rng.ITERATIONS
-    with pytest.raises(ValueError, match="samples is 8, expected at least 32"):
+    with pytest.raises(ValueError, match="samples is 8, expected at least 16"):
         AISPSettings().for_samples(8)
 
 
@@ -294,9 +294,19 @@ def test_sentiment() -> None:
 
 def test_parse_reward() -> None:
     assert isinstance(rewards.parse_reward("letter:x"), rewards.LetterReward)
+    texts = ["She sells sea shells, she said", "so so so so", "none", ""]
+    assert rewards.parse_reward("letter:s")(texts, texts) == [1.0, 1.0, 0.0, 0.0]
+    assert rewards.parse_reward("letter:s:distinct")(texts, texts) == [5.0, 1.0, 0.0, 0.0]
     assert rewards.parse_reward("words:7").target == 7  # type: ignore[attr-defined]
     assert rewards.parse_reward("python:math:fsum") is math.fsum
-    for text in ("nothing", "python:math", "python:math:nothing", "letter:ab", "words:0"):
+    for text in (
+        "nothing",
+        "python:math",
+        "python:math:nothing",
+        "letter:ab",
+        "letter:s:x",
+        "words:0",
+    ):
         with pytest.raises(ValueError):
             rewards.parse_reward(text)
 

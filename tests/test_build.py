@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tta_ext import _compile, jit
+from tta_ext import _compile, _compile_cuda, jit
 
 ROOT = Path(__file__).resolve().parent.parent
 DUMMY = {
@@ -437,7 +437,8 @@ def test_plain_wheel_carries_the_sources(tmp_path: Path) -> None:
     name, *files = build_wheel(copy_tree(tmp_path / "tree"), tmp_path / "out", "0")
     assert re.fullmatch(r"tta_ext-[\w.]+-py3-none-any\.whl", name)
     root = ROOT / "csrc"
-    for path in (*_compile.cpu_sources(root), *_compile.cpu_headers(root)):
+    on_cpu = (*_compile.cpu_sources(root), *_compile.cpu_headers(root))
+    for path in (*on_cpu, *_compile_cuda.sources(root), *_compile_cuda.headers(root)):
         assert f"tta_ext/_csrc/{path.relative_to(root).as_posix()}" in files
     assert "tta_ext/py.typed" in files
     assert any(file.endswith("licenses/LICENSE") for file in files)

@@ -143,6 +143,37 @@ def test_implicit_reward(batch: dict[str, torch.Tensor]) -> None:
     assert out[:, batch["input_ids"].shape[1] :].tolist() == expected.tokens
 
 
+@pytest.mark.parametrize("speculative", [None, 3])
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+def test_caches_of_transformers(
+    kind: str, speculative: int | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Any kind may be named or passed; the loop keeps its own, and says so."""
+    from transformers import DynamicCache, StaticCache
+
+    base, proxy = make_model(kind, seed=0), make_model(kind, seed=1)
+    prompt = torch.tensor([ragged_prompts()[3]])
+    options: dict[str, Any] = {
+        "custom_generate": tta_ext.hf.kad, "proxy_model": proxy, "rule": "knapsack", "param": 0.4,
+        "max_new_tokens": 16, "do_sample": False, "pad_token_id": PAD, "eos_token_id": None,
+    }  # fmt: skip
+    expected = base.generate(prompt, **options)
+    assert not caplog.records
+    options["speculative"] = speculative
+    for name in ("dynamic", "static", "offloaded", "offloaded_static"):
+        caplog.clear()
+        out = base.generate(prompt, cache_implementation=name, **options)
+        assert torch.equal(out, expected)
+        warned = f"cache_implementation='{name}' is not used: rows advance by different numbers"
+        assert (warned in caplog.text) == (name != "dynamic")
+    for cache in (StaticCache(config=base.config, max_cache_len=64), DynamicCache()):
+        caplog.clear()
+        out = base.generate(prompt, past_key_values=cache, **options)
+        assert torch.equal(out, expected)
+        assert f"past_key_values ({type(cache).__name__}) is not used" in caplog.text
+        assert int(cache.get_seq_length()) == 0
+
+
 def test_errors(batch: dict[str, torch.Tensor]) -> None:
     with pytest.raises(ValueError, match="proxy_model is missing"):
         generate(batch, proxy_model=None)

@@ -14,6 +14,7 @@ import torch
 from models import (
     VOCABULARY,
     base_model,
+    greedy,
     make_model,
     make_tokenizer,
     next_logits,
@@ -24,8 +25,7 @@ from test_sampling import chi_square
 
 from tta_ext import ops
 from tta_ext.decoding import DecodeStats, Generation, KnapsackDeferral
-from tta_ext.decoding.attention import check_model
-from tta_ext.decoding.draft_length import AdaptiveLength, CostModel, FixedLength, ForwardCost
+from tta_ext.decoding.draft_length import FixedLength
 from tta_ext.decoding.runner import Runner
 
 NEW = 12
@@ -201,31 +201,35 @@ def test_a_draft_token_stands_at_least_with_the_deferred_mass(rule: dict[str, An
 
 
 @pytest.mark.slow
-def test_the_shipped_pair_writes_what_it_writes_without_drafts() -> None:
-    """Exact-match rates, shares of deferred tokens and lengths agree within sampling error."""
+@pytest.mark.parametrize(
+    "rule", [{"rule": "threshold", "param": 0.4}, {"rule": "confidence_bet", "param": 0.2}]
+)
+def test_the_shipped_pair_writes_what_it_writes_without_drafts(rule: dict[str, Any]) -> None:
+    """First tokens and their sources agree within sampling error, over all prompts together."""
+    from scipy import stats
+
     from tta_ext.demo.evaluate import load_pair
     from tta_ext.demo.task import evaluation_problems
 
     shipped = load_pair()
     pair = KnapsackDeferral(shipped.base, shipped.proxy, shipped.tokenizer)
-    prompts = [problem.prompt for problem in evaluation_problems(8)]
-    count = 100
-    for rule in ({"rule": "threshold", "param": 0.4}, {"rule": "confidence_bet", "param": 0.2}):
-        runs = [
-            pair.generate(
-                prompts, max_new_tokens=24, num_return_sequences=count, seed=seed,
-                batch_size=4, speculative=k, **rule,
-            )
-            for seed, k in ((0, 0), (1, 4))
-        ]  # fmt: skip
+    prompts = [problem.prompt for problem in evaluation_problems(6)]
+    count, seen = 400, 6
+    runs = [
+        pair.generate(
+            prompts, max_new_tokens=seen + 1, num_return_sequences=count, seed=seed, batch_size=60,
+            speculative=k, **rule,
+        )
+        for seed, k in ((0, 0), (1, 4))
+    ]  # fmt: skip
+    # The first tokens one by one, then all together: few cells where little differs, and all of it.
+    for first in (1, 2, 3, seen):
+        statistic, freedom = 0.0, 0
         for start in range(0, len(prompts) * count, count):
             tables: list[dict[Any, int]] = [{}, {}]
             for table, run in zip(tables, runs, strict=True):
-                for tokens, deferred in zip(
-                    run.tokens[start : start + count], run.deferred[start : start + count],
-                    strict=True,
-                ):  # fmt: skip
-                    key = tuple(tokens[:6]), tuple(deferred[:6])
+                for row in range(start, start + count):
+                    key = tuple(run.tokens[row][:first]), tuple(run.deferred[row][:first])
                     table[key] = table.get(key, 0) + 1
             keys = sorted(set(tables[0]) | set(tables[1]))
             counts = np.array([[t.get(k, 0) for k in keys] for t in tables], dtype=float)
@@ -233,9 +237,10 @@ def test_the_shipped_pair_writes_what_it_writes_without_drafts() -> None:
             merged = np.column_stack([counts[:, common], counts[:, ~common].sum(1)])
             merged = merged[:, merged.sum(0) > 0]
             if merged.shape[1] > 1:
-                from scipy import stats
-
-                assert stats.chi2_contingency(merged).pvalue > 1e-5
+                found = stats.chi2_contingency(merged, correction=False)
+                statistic, freedom = statistic + found.statistic, freedom + found.dof
+        assert freedom > 0
+        assert stats.chi2.sf(statistic, freedom) > 1e-4, first
 
 
 # ---- token for token ---------------------------------------------------------------------------
@@ -275,6 +280,18 @@ def test_sliding_windows_and_other_attention_roll_back(kind: str) -> None:
     assert drafted.tokens == plain.tokens
     assert drafted.stats.accepted_lengths[0] > 0
     assert sum(drafted.stats.accepted_lengths[1:]) > 0
+
+
+@pytest.mark.parametrize("kind", ["mistral", "gemma2"])
+def test_a_window_shorter_than_the_text(kind: str) -> None:
+    """transformers' own decoding, whose sliding cache forgets, says the same of the base alone."""
+    base, proxy = near_models(kind)
+    owner = KnapsackDeferral(base, proxy, rule="threshold", param=0.0)
+    prompts = ragged_prompts()
+    assert max(map(len, prompts)) > base.config.sliding_window
+    drafted = answer(prompts, owner, do_sample=False, max_new_tokens=24, speculative=4)
+    assert drafted.stats.accepted_tokens > 0
+    assert drafted.tokens == [greedy(base, prompt, 24) for prompt in prompts]
 
 
 def test_implicit_reward_greedy_equals_the_plain_loop() -> None:
@@ -500,13 +517,37 @@ def test_a_runner_scores_drafts_and_takes_them_back() -> None:
                                        atol=1e-3)  # fmt: skip
 
 
-def test_models_that_cannot_roll_back_are_refused() -> None:
+_TINY: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 2}
+_ATTENTION = {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 24}
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "reason"),
+    [
+        ("MambaConfig", {}, "keeps a recurrent state instead of keys and values"),
+        ("RwkvConfig", {}, "keeps a recurrent state instead of keys and values"),
+        ("JambaConfig", _ATTENTION | {"num_experts": 2}, "keeps a recurrent state"),
+        ("Lfm2Config", _ATTENTION | {"layer_types": ["conv", "full_attention"]}, "'conv'"),
+        ("MiniMaxConfig", _ATTENTION | {"num_local_experts": 2}, "'linear_attention'"),
+    ],
+)
+def test_models_that_cannot_roll_back_are_refused(
+    name: str, options: dict[str, Any], reason: str
+) -> None:
     import transformers
 
-    config = transformers.MambaConfig(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1)
+    import tta_ext
+
+    config = getattr(transformers, name)(**_TINY, **options)
     model = transformers.AutoModelForCausalLM.from_config(config)
-    with pytest.raises(ValueError, match=r"recurrent state .* nor be rolled back"):
-        check_model(model, "base")
+    message = rf"{reason}.* can neither lag behind nor be rolled back"
+    with pytest.raises(ValueError, match=message):
+        KnapsackDeferral(model, model, speculative=3)
+    with pytest.raises(ValueError, match=message):
+        model.generate(
+            torch.tensor([[5, 6]]), custom_generate=tta_ext.hf.kad, proxy_model=model,
+            max_new_tokens=4, pad_token_id=2, eos_token_id=None, speculative=3,
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("value", ["fast", -1, 65, 2.5, True])
@@ -553,117 +594,6 @@ def test_statistics() -> None:
     assert DecodeStats().acceptance_rate == DecodeStats().tokens_per_base_forward == 0.0
 
 
-def line(fixed: float, slope: float) -> ForwardCost:
-    cost = ForwardCost()
-    cost.fixed, cost.slope, cost.count = fixed, slope, 9
-    return cost
-
-
-def test_forward_costs_are_fitted() -> None:
-    cost = ForwardCost()
-    for tokens in (50, 1, 2, 9, 4, 1, 9):
-        cost.add(tokens, 3.0 + 0.25 * tokens if cost.count else 100.0)
-    assert cost(6) == pytest.approx(4.5, rel=1e-6)
-    cost.add(9, 1000.0)
-    assert cost(9) < 10.0
-    through_zero = ForwardCost()
-    for tokens in (1, 1, 9, 1, 9):
-        through_zero.add(tokens, 0.1 if tokens == 1 else 2.0)
-    assert through_zero.fixed == 0.0
-
-
-def test_the_cost_model_never_chooses_what_it_thinks_slower() -> None:
-    room = np.array([20, 3, 0, 8])
-    for base, slope, proxy, rate, dense in itertools.product(
-        (1.0,), (0.0, 0.05, 1.0), (0.01, 0.2, 1.0), (0.05, 0.5, 0.95), (False, True)
-    ):
-        costs = CostModel(
-            [line(base, slope)], [line(base, slope)], line(proxy, proxy * slope), dense, 0.3, 0.01,
-            0.01,
-        )  # fmt: skip
-        rates = np.array([rate, 0.9 * rate, rate, 0.3])
-        lengths, speed, plain = costs.choose(rates, room, 8)
-        assert (lengths <= np.minimum(room, 8)).all()
-        if lengths.any():
-            tokens, seconds = costs.round(lengths, rates)
-            assert speed == pytest.approx(tokens / seconds)
-        assert plain == pytest.approx(4 / costs.plain(4))
-        # No uniform length is better than the lengths found, but for the rows' limits.
-        for k in range(1, 9):
-            same = np.minimum(room, k)
-            tokens, seconds = costs.round(same, rates)
-            assert tokens / seconds <= max(speed, plain) * 1.0001
-
-
-def test_rows_that_fail_draft_less() -> None:
-    base = [line(1.0, 0.001)]
-    costs = CostModel(base, base, line(0.05, 0.02), False, 0.2)
-    lengths, _, _ = costs.choose(np.array([0.95, 0.3]), np.array([20, 20]), 8)
-    assert lengths[0] > lengths[1]
-
-
-def simulate(
-    rows: int, slope: float, ratio: float, accept: float, dense: bool
-) -> tuple[float, AdaptiveLength]:
-    """Speed of an automatic run over the plain loop's, for models whose costs are given."""
-    draw = random.Random(0)
-    policy = AdaptiveLength(1, dense=dense, ratio=ratio)
-    new, share = 128, min(accept, 0.4)
-
-    def run(scale: float, tokens: int, cost: ForwardCost | None) -> float:
-        seconds = scale * (1.0 + slope * tokens) * (1.0 + 0.05 * draw.random())
-        if cost is not None:
-            cost.add(tokens, seconds)
-        return seconds
-
-    def plain(count: int, base: Any, proxy: Any) -> float:
-        seconds = run(1.0, count, base)
-        called = 1.0 if dense else 1.0 - (1.0 - share) ** count
-        if draw.random() < called:
-            run(ratio, count, proxy)
-        return seconds + ratio * (called + slope * count)
-
-    step, score, proxy = policy.costs.steps[0], policy.costs.scores[0], policy.costs.proxy
-    written, total = [0] * rows, 0.0
-    while active := [r for r in range(rows) if written[r] < new]:
-        count = len(active)
-        lengths = policy.plan(active, [new - written[r] - 1 for r in active])
-        if lengths is None:
-            total += plain(count, step, proxy)
-            for r in active:
-                written[r] += 1
-            policy.stepped(0, 0.0, round(share * count), count)
-            continue
-        longest, unsure = max(lengths), 0
-        steps = [sum(n >= j for n in lengths) for j in range(longest)]
-        total += sum(run(ratio, n, proxy) for n in [*steps, *[count] * dense])
-        total += run(1.0, count * (longest + 1), score)
-        for r, length in zip(active, lengths, strict=True):
-            stood = next((k for k in range(length) if draw.random() >= accept), length)
-            if length:
-                policy.judged(r, stood, min(stood + 1, length))
-            written[r] += stood + 1
-            unsure += stood == length and draw.random() < share
-        if unsure and not dense:
-            total += run(ratio, unsure, proxy)
-        policy.stepped(longest + 1, 0.0, round(share * count), count)
-    return sum(plain(rows, None, None) for _ in range(new)) / total, policy
-
-
-@pytest.mark.parametrize("dense", [False, True])
-@pytest.mark.parametrize("rows", [1, 16])
-def test_auto_is_hardly_ever_slower_and_often_faster(rows: int, dense: bool) -> None:
-    for slope, ratio, accept in itertools.product((0.01, 0.3), (0.05, 0.3, 1.0), (0.1, 0.5, 0.9)):
-        speed, policy = simulate(rows, slope, ratio, accept, dense)
-        assert speed > 0.95, (slope, ratio, accept)
-        if not policy.on:
-            assert "speculative decoding is off" in policy.note
-    speed, policy = simulate(rows, 0.01, 0.05, 0.9, dense)
-    assert speed > 1.5
-    assert policy.on
-    assert simulate(rows, 0.01, 1.0, 0.1, dense)[1].on is False
-
-
 def test_auto_decodes_and_says_when_it_stops(caplog: pytest.LogCaptureFixture) -> None:
     options: dict[str, Any] = {"rule": "knapsack", "param": 0.5, "max_new_tokens": 40}
     plain = answer(do_sample=False, **options)
@@ -672,18 +602,9 @@ def test_auto_decodes_and_says_when_it_stops(caplog: pytest.LogCaptureFixture) -
     assert drafted.tokens == plain.tokens
     assert drafted.deferred == plain.deferred
     # A proxy as large as its base: whether it pays hangs on the machine.
-    assert (drafted.stats.speculation in caplog.text) or not drafted.stats.speculation
+    note = drafted.stats.speculation
+    assert not note or note.startswith("no draft was tried") or note in caplog.text
     assert answer(speculative="auto", rule="confidence_bet", param=0.1).stats.tokens == 5 * NEW
-    policy = AdaptiveLength(1, dense=False, ratio=50.0)
-    for _ in range(3):
-        assert policy.plan([0], [30]) is None
-        policy.scorer_ran(0, 1, 1, 1.0)
-        policy.stepped(0, 0.0, 0, 1)
-    assert policy.on
-    assert policy.plan([0], [30]) is None
-    assert not policy.on
-    assert "x the speed of the plain loop" in policy.note
-    assert FixedLength(5).plan([0, 1], [9, 2]) == [5, 2]
 
 
 def test_plain_steps_and_rounds_may_alternate(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 One description serves three callers, so that they cannot drift apart: ``setup.py`` (a wheel with
 the library inside), :mod:`tta_ext.jit` (the first native op of an installation without one) and
 the tests. Nothing here imports torch: the caller says where torch's headers and libraries lie.
+:mod:`tta_ext._compile_cuda` adds what differs for the CUDA library.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ CXX_FLAGS = (
 )
 LIBRARY_NAME = "_C.so"
 MINIMUM_TORCH = (2, 10)
+SWITCH_VALUES = ("auto", "0", "1")
 
 
 class BuildError(RuntimeError):
@@ -55,6 +57,18 @@ class Compiler:
     version: str
 
 
+def switch(name: str) -> str:
+    """The environment variable ``TTA_EXT_NATIVE`` or ``TTA_EXT_CUDA``: auto (also unset), 0 or 1.
+
+    Raises:
+        ValueError: another value.
+    """
+    value = os.environ.get(name, "").strip().lower() or "auto"
+    if value not in SWITCH_VALUES:
+        raise ValueError(f"{name}={value!r} is not one of {', '.join(SWITCH_VALUES)}")
+    return value
+
+
 def source_root() -> Path:
     """The C++ tree: inside an installed package, or beside it in a checkout and an editable
     install.
@@ -64,19 +78,26 @@ def source_root() -> Path:
     return shipped if shipped.is_dir() else package.parent / "csrc"
 
 
+def files_of(root: Path, globs: Iterable[str]) -> list[Path]:
+    """Translation units that match the patterns, sorted."""
+    return sorted(path for pattern in globs for path in root.glob(pattern))
+
+
+def headers_of(root: Path, folders: Iterable[str], suffixes: Sequence[str]) -> list[Path]:
+    """Headers in the folders, sorted."""
+    return sorted(
+        path for folder in folders for path in (root / folder).rglob("*") if path.suffix in suffixes
+    )
+
+
 def cpu_sources(root: Path) -> list[Path]:
     """Translation units of the CPU library, sorted."""
-    return sorted(path for pattern in SOURCE_GLOBS for path in root.glob(pattern))
+    return files_of(root, SOURCE_GLOBS)
 
 
 def cpu_headers(root: Path) -> list[Path]:
     """Every header that a translation unit of the CPU library may include, sorted."""
-    return sorted(
-        path
-        for folder in HEADER_FOLDERS
-        for path in (root / folder).rglob("*")
-        if path.suffix in HEADER_SUFFIXES
-    )
+    return headers_of(root, HEADER_FOLDERS, HEADER_SUFFIXES)
 
 
 def link_flags(torch_root: Path | None) -> list[str]:
@@ -146,10 +167,10 @@ def find_compiler() -> Compiler:
     )
 
 
-def source_digest(root: Path, flags: Sequence[str] = CXX_FLAGS) -> str:
-    """SHA-256 of the sources, the headers (names and contents) and the flags."""
+def digest_of(root: Path, files: Iterable[Path], flags: Sequence[str]) -> str:
+    """SHA-256 of files (names and contents) and flags."""
     digest = hashlib.sha256()
-    for path in (*cpu_sources(root), *cpu_headers(root)):
+    for path in files:
         content = path.read_bytes()
         digest.update(f"{path.relative_to(root).as_posix()}\0{len(content)}\0".encode())
         digest.update(content)
@@ -157,19 +178,30 @@ def source_digest(root: Path, flags: Sequence[str] = CXX_FLAGS) -> str:
     return digest.hexdigest()
 
 
-def build_key(
-    root: Path, compiler: Compiler, torch_version: str, flags: Sequence[str] = CXX_FLAGS
-) -> str:
-    """SHA-256 that names a build: sources, headers, flags, compiler, torch and machine."""
+def source_digest(root: Path, flags: Sequence[str] = CXX_FLAGS) -> str:
+    """SHA-256 of the CPU library's sources, headers and flags."""
+    return digest_of(root, (*cpu_sources(root), *cpu_headers(root)), flags)
+
+
+def key_of(digest: str, compiler: Compiler, torch_version: str, *more: str) -> str:
+    """SHA-256 that names a build: digest of the sources, compiler, torch, machine, what else."""
     parts = (
-        source_digest(root, flags),
+        digest,
         *compiler.command,
         compiler.version,
         torch_version,
         sys.platform,
         platform.machine(),
+        *more,
     )
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def build_key(
+    root: Path, compiler: Compiler, torch_version: str, flags: Sequence[str] = CXX_FLAGS
+) -> str:
+    """The name of a build of the CPU library."""
+    return key_of(source_digest(root, flags), compiler, torch_version)
 
 
 def job_count(files: int) -> int:
@@ -198,6 +230,7 @@ def compile_library(
     include_dirs: Iterable[Path],
     torch_root: Path | None,
     flags: Sequence[str] = CXX_FLAGS,
+    link: Sequence[str] | None = None,
 ) -> None:
     """Compile ``sources`` side by side and link them into ``output``; objects go into its folder.
 
@@ -207,7 +240,9 @@ def compile_library(
         output: the shared library to write.
         include_dirs: searched before torch's own headers.
         torch_root: folder of the torch package, for its headers and libraries; None links
-            without torch. flags: compiler flags for every file.
+            without torch.
+        flags: compiler flags for every file.
+        link: flags that link; those of :func:`link_flags` by default.
 
     Raises:
         BuildError: with the failing command and what the compiler printed.
@@ -230,7 +265,8 @@ def compile_library(
                 job.result()
         finally:
             pool.shutdown(cancel_futures=True)
-    _run([*compiler.command, *map(str, objects), "-o", str(output), *link_flags(torch_root)])
+    link = link_flags(torch_root) if link is None else link
+    _run([*compiler.command, *map(str, objects), "-o", str(output), *link])
     for path in objects:
         path.unlink()
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tta_ext import env, jit
+from tta_ext import env, jit, jit_cuda
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Diagnosis:
     Attributes:
         env: facts of the machine, as :func:`tta_ext.env.collect` returns them.
         native: how the native CPU library was found.
+        cuda: how the CUDA library was found.
         cpu_isa: instruction set in use (scalar, avx2, avx512); None without the native library.
         cache: folder of on-the-fly builds.
         ops: one entry an op.
@@ -35,6 +36,7 @@ class Diagnosis:
 
     env: dict[str, str]
     native: jit.LoadResult
+    cuda: jit.LoadResult
     cpu_isa: str | None
     cache: str
     ops: list[OpStatus]
@@ -50,7 +52,7 @@ def diagnose() -> Diagnosis:
     """Load the native library as the first op would, then say what serves what.
 
     Never raises for a missing compiler, GPU or package: that is what it reports. It may compile
-    the CPU library (about 20 s, once).
+    the CPU library (about 20 s, once) and, where a GPU is visible, the CUDA library (minutes).
     """
     from tta_ext import schemas
     from tta_ext.ops import _dispatch
@@ -61,7 +63,12 @@ def diagnose() -> Diagnosis:
     except RuntimeError as error:  # TTA_EXT_NATIVE=1
         native = jit.LoadResult(False, str(error), None, 0.0, False)
         unusable = native.reason
-    others = {name: _dispatch.unavailable(name) for name in ("cuda", "triton")}
+    try:
+        cuda = jit_cuda.load()
+        others = {name: _dispatch.unavailable(name) for name in ("cuda", "triton")}
+    except RuntimeError as error:  # TTA_EXT_CUDA=1
+        cuda = jit.LoadResult(False, str(error), None, 0.0, False)
+        others = {"cuda": cuda.reason, "triton": _dispatch.unavailable("triton")}
     ops = []
     for name in schemas.OPS:
         on_cpu = not unusable and _dispatch.has_kernel(name, "cpu")
@@ -72,18 +79,21 @@ def diagnose() -> Diagnosis:
     return Diagnosis(
         env=env.collect(),
         native=native,
+        cuda=cuda,
         cpu_isa=_cpu_isa() if native.loaded and not unusable else None,
         cache=str(jit.cache_dir()),
         ops=ops,
-        advice=_advice(native),
+        advice=_advice(native, cuda),
     )
 
 
-def _advice(native: jit.LoadResult) -> list[str]:
+def _advice(native: jit.LoadResult, cuda: jit.LoadResult) -> list[str]:
     advice = []
-    if not native.loaded:
-        _, marker, command = native.reason.partition("mend it with: ")
-        advice.append(command if marker else native.reason)
+    for library in (native, cuda if jit_cuda.gpus() else native):
+        if not library.loaded:
+            _, marker, command = library.reason.partition("mend it with: ")
+            line = command if marker else library.reason
+            advice += [] if line in advice else [line]
     if env.package_version("transformers") is None:
         advice.append("pip install 'tta-ext[hf]'  (to decode with transformers models)")
     return advice
@@ -99,15 +109,20 @@ def common_reasons(ops: list[OpStatus]) -> dict[str, str]:
     }
 
 
+def library_state(library: jit.LoadResult) -> str:
+    """How a library was found, in a line."""
+    state = "not loaded"
+    if library.loaded:
+        state = f"loaded from {library.path} in {library.seconds:.2f} s"
+    return f"{state}: {library.reason}"
+
+
 def render(diagnosis: Diagnosis) -> str:
     """Plain text of a diagnosis, for terminals without rich and for tests."""
-    native = diagnosis.native
     lines = [f"{name:<20} {value}" for name, value in diagnosis.env.items()]
-    state = (
-        f"loaded from {native.path} in {native.seconds:.2f} s" if native.loaded else "not loaded"
-    )
     lines += [
-        f"{'native CPU library':<20} {state}: {native.reason}",
+        f"{'native CPU library':<20} {library_state(diagnosis.native)}",
+        f"{'CUDA library':<20} {library_state(diagnosis.cuda)}",
         f"{'instruction set':<20} {diagnosis.cpu_isa or 'none, the reference serves'}",
         f"{'build cache':<20} {diagnosis.cache}",
         "",

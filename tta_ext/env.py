@@ -8,12 +8,10 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 
-from tta_ext import _compile
+from tta_ext import _compile, _compile_cuda
 from tta_ext._version import __version__
 
 _PACKAGES = (
@@ -35,6 +33,9 @@ _VARIABLES = (
     "CXX",
     "MAX_JOBS",
     "CUDA_HOME",
+    "CUDA_PATH",
+    "TORCH_CUDA_ARCH_LIST",
+    "NVCC_APPEND_FLAGS",
     "OMP_NUM_THREADS",
     "OMP_WAIT_POLICY",
 )
@@ -73,19 +74,6 @@ def _memory_gib() -> float | None:
         return None
 
 
-def _first_line(command: list[str]) -> str | None:
-    if shutil.which(command[0]) is None:
-        return None
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL
-        )
-    except (OSError, subprocess.SubprocessError) as error:
-        return f"does not run: {error}"
-    lines = (done.stdout or done.stderr).strip().splitlines()
-    return lines[-1] if command[0] == "nvcc" and lines else (lines[0] if lines else "")
-
-
 def _torch() -> dict[str, str]:
     try:
         import torch
@@ -96,9 +84,28 @@ def _torch() -> dict[str, str]:
     return {
         "torch": str(torch.__version__),
         "torch CUDA": str(torch.version.cuda),
+        "GPUs": _gpus(),
         "torch threads": str(torch.get_num_threads()),
         "torch CPU capability": str(torch.backends.cpu.get_cpu_capability()),
     }
+
+
+def _gpus() -> str:
+    from tta_ext import jit_cuda
+
+    try:
+        found = jit_cuda.gpus()
+    except Exception as error:  # a broken driver is what the report is for
+        return f"cannot be asked: {type(error).__name__}: {error}"
+    return ", ".join(f"{name} ({major}.{minor})" for name, (major, minor) in found) or "none"
+
+
+def _nvcc() -> str:
+    try:
+        found = _compile_cuda.find_toolkit()
+    except _compile.BuildError as error:
+        return str(error)
+    return f"{found.compiler.version} ({found.compiler.command[0]})"
 
 
 def _compiler() -> str:
@@ -125,7 +132,7 @@ def collect() -> dict[str, str]:
             f"{name} {version}" for name in _PACKAGES[1:] if (version := package_version(name))
         ),
         "C++ compiler": _compiler(),
-        "nvcc": _first_line(["nvcc", "--version"]) or "not found",
+        "CUDA compiler": _nvcc(),
         "C++ sources": str(_compile.source_root()),
         "variables": ", ".join(
             f"{name}={os.environ[name]}" for name in _VARIABLES if name in os.environ

@@ -7,6 +7,7 @@ The base model's own ``generate`` prepares inputs, logits processors and stoppin
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,8 +22,11 @@ from transformers import (
 from transformers.generation import GenerateDecoderOnlyOutput, TemperatureLogitsWarper
 
 from tta_ext.decoding import KnapsackDeferral
+from tta_ext.decoding.attention import check_model
 
 __all__ = ["kad"]
+
+log = logging.getLogger("tta_ext")
 
 
 def kad(
@@ -58,6 +62,9 @@ def kad(
         proxy_model: the aligned model that takes over rejected tokens.
         anti_model, rule, param, critical, rule_temperature: as in
             :class:`tta_ext.KnapsackDeferral`; the temperature is ``generate``'s.
+            ``cache_implementation`` and an empty ``past_key_values`` of any kind are accepted, but
+            both models' keys are kept in the loop's own cache, which rolls rows back one by one:
+            the cache that was passed stays empty, and a warning says so.
         seed, sequence, lazy, speculative: as in :meth:`tta_ext.KnapsackDeferral.generate`; one
             value of ``param`` and one sequence id for each row.
         proxy_input_ids, proxy_attention_mask: what the proxy reads instead of ``input_ids``.
@@ -79,13 +86,9 @@ def kad(
         raise ValueError("proxy_model is missing; pass the aligned model to generate()")
     if input_ids.shape[1] == 0:
         raise ValueError("input_ids has no tokens; inputs_embeds are not supported here")
-    cache = model_kwargs.get("past_key_values")
-    if cache is not None and cache.get_seq_length():
-        raise ValueError(
-            "past_key_values already holds tokens; "
-            "tta_ext.KnapsackDeferral.chat keeps caches between turns"
-        )
+    check_model(model, "base")
     config = generation_config
+    _check_cache(model_kwargs.get("past_key_values"), config.cache_implementation)
     temperature, processors = _split_temperature(logits_processor)
     if not config.do_sample:
         temperature = 1.0
@@ -131,6 +134,26 @@ def kad(
     if config.return_dict_in_generate:
         return GenerateDecoderOnlyOutput(sequences=sequences)  # type: ignore[arg-type]
     return sequences
+
+
+def _check_cache(cache: Any, implementation: str | None) -> None:
+    """Refuse a cache with tokens in it, and say that another one is not used."""
+    passed = getattr(cache, "_is_user_defined", False)
+    if passed and cache.get_seq_length():
+        raise ValueError(
+            "past_key_values already holds tokens; "
+            "tta_ext.KnapsackDeferral.chat keeps caches between turns"
+        )
+    if passed:
+        what = f"past_key_values ({type(cache).__name__})"
+    elif implementation not in (None, "dynamic"):
+        what = f"cache_implementation={implementation!r}"
+    else:
+        return
+    log.warning(
+        f"{what} is not used: rows advance by different numbers of tokens, "
+        "for which tta_ext keeps a cache of its own"
+    )
 
 
 def _split_temperature(processors: Any) -> tuple[float, LogitsProcessorList]:

@@ -1,5 +1,7 @@
 """Loading the native CPU library: prebuilt in the wheel, cached, or compiled on first use.
 
+:mod:`tta_ext.jit_cuda` does the same for the CUDA library with the functions of this module.
+
 Nothing happens at import. The ops layer calls :func:`load` before its first native op. A build
 lands in a per-user cache under a name that hashes all that went into it, so a stale library cannot
 be picked up and two environments cannot disturb each other. The folder appears by one rename: a
@@ -24,7 +26,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,15 +36,18 @@ from tta_ext._compile import BuildError
 
 logger = logging.getLogger("tta_ext")
 
+#: What a library was built with, in a file beside it.
+RECORD = "build.json"
+
 _STALE_SECONDS = 24 * 3600.0
 
 
 @dataclass(frozen=True)
 class LoadResult:
-    """What :func:`load` found.
+    """What :func:`load` or :func:`tta_ext.jit_cuda.load` found.
 
     Attributes:
-        loaded: the native CPU ops are registered.
+        loaded: the library's ops are registered.
         reason: why they are not, with the command that mends it; where they came from if they are.
         path: the library, if loaded.
         seconds: time the loading took, compilation included.
@@ -72,18 +77,6 @@ def _fresh_lock() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_fresh_lock)
-
-
-def mode() -> str:
-    """``TTA_EXT_NATIVE``: auto, 0 or 1.
-
-    Raises:
-        ValueError: another value.
-    """
-    value = os.environ.get("TTA_EXT_NATIVE", "").strip().lower() or "auto"
-    if value not in ("auto", "0", "1"):
-        raise ValueError(f"TTA_EXT_NATIVE={value!r} is not one of auto, 0, 1")
-    return value
 
 
 def cache_dir() -> Path:
@@ -118,12 +111,12 @@ def _build_lock(name: str) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        logger.warning("tta_ext: waiting for %s, which is compiling the CPU kernels", _owner(owner))
+        logger.warning("tta_ext: waiting for %s, which is compiling the kernels", _owner(owner))
         try:
             lock.acquire(timeout=timeout)
         except Timeout:
             raise BuildError(
-                f"waited {timeout:.0f} s for {_owner(owner)} to compile the CPU kernels; "
+                f"waited {timeout:.0f} s for {_owner(owner)} to compile the kernels; "
                 f"mend it with: end that process, or export TTA_EXT_LOCK_TIMEOUT=<more seconds> "
                 f"(lock file {path})"
             ) from None
@@ -159,17 +152,21 @@ def build(
     include_dirs: Sequence[Path],
     torch_root: Path | None,
     flags: Sequence[str] = _compile.CXX_FLAGS,
+    link: Sequence[str] | None = None,
     stem: str = "cpu",
     library: str = _compile.LIBRARY_NAME,
+    facts: Mapping[str, object] | None = None,
 ) -> tuple[Path, bool]:
     """The library of ``key`` from the cache, compiled first if it is not there.
 
     Args:
         sources: C++ files.
         key: hash that names everything the build depends on.
-        compiler, include_dirs, torch_root, flags: as in :func:`tta_ext._compile.compile_library`.
+        compiler, include_dirs, torch_root, flags, link: as in
+            :func:`tta_ext._compile.compile_library`.
         stem: readable start of the cache folder's name.
         library: file name of the library.
+        facts: what ``build.json`` beside the library shall say besides compiler and flags.
 
     Returns:
         (path of the library, whether this call compiled it).
@@ -194,7 +191,32 @@ def build(
                 # It failed while we waited; failing again would only take as long again.
                 raise BuildError(log.read_text())
             _sweep(cache)
-            _build_into(target, sources, compiler, include_dirs, torch_root, flags, library, log)
+            logger.warning(
+                "tta_ext: compiling %d files once with %s into %s",
+                len(sources),
+                compiler.version,
+                target,
+            )
+
+            def make(folder: Path) -> None:
+                _compile.compile_library(
+                    compiler,
+                    sources,
+                    folder / library,
+                    include_dirs=include_dirs,
+                    torch_root=torch_root,
+                    flags=flags,
+                    link=link,
+                )
+                record = {
+                    "compiler": compiler.version,
+                    "command": compiler.command,
+                    "flags": list(flags),
+                    **(facts or {}),
+                }
+                (folder / RECORD).write_text(json.dumps(record, indent=1))
+
+            _fill(target, library, log, make)
     except OSError as error:
         raise BuildError(
             f"cannot write the cache folder {cache} ({error}); "
@@ -203,34 +225,11 @@ def build(
     return path, True
 
 
-def _build_into(
-    target: Path,
-    sources: Sequence[Path],
-    compiler: _compile.Compiler,
-    include_dirs: Sequence[Path],
-    torch_root: Path | None,
-    flags: Sequence[str],
-    library: str,
-    log: Path,
-) -> None:
-    logger.warning(
-        "tta_ext: compiling %d C++ files once with %s into %s",
-        len(sources),
-        compiler.version,
-        target,
-    )
+def _fill(target: Path, library: str, log: Path, make: Callable[[Path], None]) -> None:
+    """Have a folder made elsewhere and put it into its place whole."""
     folder = Path(tempfile.mkdtemp(prefix=f".tmp-{os.getpid()}-", dir=target.parent))
     try:
-        _compile.compile_library(
-            compiler,
-            sources,
-            folder / library,
-            include_dirs=include_dirs,
-            torch_root=torch_root,
-            flags=flags,
-        )
-        record = {"compiler": compiler.version, "command": compiler.command, "flags": list(flags)}
-        (folder / "build.json").write_text(json.dumps(record, indent=1))
+        make(folder)
         folder.chmod(0o755)
         try:
             folder.rename(target)
@@ -246,16 +245,16 @@ def _build_into(
     log.unlink(missing_ok=True)
 
 
-def prebuilt() -> tuple[Path | None, str]:
+def prebuilt(library: str, digest: Callable[[Path], str]) -> tuple[Path | None, str]:
     """The library inside the package, if it was built from the sources beside it; else why not."""
-    path = Path(__file__).resolve().parent / _compile.LIBRARY_NAME
+    path = Path(__file__).resolve().parent / library
     if not path.exists():
         return None, "the package holds no prebuilt library"
     try:
         record = json.loads(path.with_suffix(".json").read_text())
     except (OSError, ValueError) as error:
         return None, f"the prebuilt library has no readable record ({error})"
-    if record.get("digest") != _compile.source_digest(_compile.source_root()):
+    if record.get("digest") != digest(_compile.source_root()):
         return None, "the prebuilt library is older than the C++ sources"
     return path, ""
 
@@ -271,14 +270,42 @@ def _torch_too_old(version: str) -> str | None:
     )
 
 
+def check_torch() -> None:
+    """``BuildError`` if torch has no stable ABI that the libraries can use."""
+    import torch
+
+    old = _torch_too_old(str(torch.__version__))
+    if old:
+        raise BuildError(old)
+
+
+def open_built(make: Callable[[], tuple[Path, bool]]) -> tuple[Path, bool]:
+    """Load what ``make`` built or found; a damaged cache entry is built once more.
+
+    Returns:
+        (path of the library, whether it was compiled now).
+    """
+    import torch
+
+    for attempt in (1, 2):
+        path, built = make()
+        try:
+            torch.ops.load_library(str(path))
+        except OSError as error:
+            # A damaged cache entry (a full or failing disk): one new build, then give up.
+            if built or attempt == 2:
+                raise BuildError(f"the compiled library {path} does not load ({error})") from error
+            shutil.rmtree(path.parent, ignore_errors=True)
+            continue
+        return path, built
+    raise AssertionError("unreachable")
+
+
 def _load() -> tuple[Path, bool, str]:
     import torch
 
-    version = str(torch.__version__)
-    old = _torch_too_old(version)
-    if old:
-        raise BuildError(old)
-    path, why = prebuilt()
+    check_torch()
+    path, why = prebuilt(_compile.LIBRARY_NAME, _compile.source_digest)
     if path is not None:
         try:
             torch.ops.load_library(str(path))
@@ -289,37 +316,33 @@ def _load() -> tuple[Path, bool, str]:
         raise BuildError(f"{why}, and compiling on first use is not supported on Windows; use WSL")
     root = _compile.source_root()
     compiler = _compile.find_compiler()
-    key = _compile.build_key(root, compiler, version)
-    for attempt in (1, 2):
-        path, built = build(
+    key = _compile.build_key(root, compiler, str(torch.__version__))
+
+    def make() -> tuple[Path, bool]:
+        return build(
             _compile.cpu_sources(root),
             key,
             compiler=compiler,
             include_dirs=[root],
             torch_root=Path(torch.__file__).resolve().parent,
         )
-        try:
-            torch.ops.load_library(str(path))
-        except OSError as error:
-            # A damaged cache entry (a full or failing disk): one new build, then give up.
-            if built or attempt == 2:
-                raise BuildError(f"the compiled library {path} does not load ({error})") from error
-            shutil.rmtree(path.parent, ignore_errors=True)
-            continue
-        return path, built, f"{'compiled' if built else 'found'} in the cache; {why}"
-    raise AssertionError("unreachable")
+
+    path, built = open_built(make)
+    return path, built, f"{'compiled' if built else 'found'} in the cache; {why}"
 
 
-def _summary(error: Exception) -> str:
-    """One line for the user: the compiler's first error if it is a compiler's output."""
+def summary(error: Exception, mend: str | None = None) -> str:
+    """One line for the user: the compiler's first error if it is a compiler's output.
+
+    ``mend`` is the command that may mend the latter, another C++ compiler by default.
+    """
     text = str(error)
     lines = text.splitlines()
     if len(lines) <= 1:
         return text
     first = next((line.strip() for line in lines[1:] if "error:" in line), lines[-1].strip())
-    return (
-        f"the C++ compiler failed: {first} (whole output in {cache_dir()}/*.log); mend it with: "
-        f"export CXX=<a C++17 compiler>, or {_compile.install_hint()}"
+    return f"the compiler failed: {first} (whole output in {cache_dir()}/*.log); mend it with: " + (
+        mend or f"export CXX=<a C++17 compiler>, or {_compile.install_hint()}"
     )
 
 
@@ -347,14 +370,14 @@ def load() -> LoadResult:
 
 
 def _attempt() -> LoadResult:
-    wanted = mode()
+    wanted = _compile.switch("TTA_EXT_NATIVE")
     if wanted == "0":
         return LoadResult(False, "switched off by TTA_EXT_NATIVE=0", None, 0.0, False)
     start = time.perf_counter()
     try:
         path, built, reason = _load()
     except (BuildError, OSError) as error:
-        reason = _summary(error)
+        reason = summary(error)
         if wanted == "1":
             raise RuntimeError(f"TTA_EXT_NATIVE=1, but {reason}") from error
         warnings.warn(

@@ -27,8 +27,8 @@ __all__ = ["NAMESPACE", "NATIVE_VERSION", "OPS", "OpSpec", "overloads"]
 
 NAMESPACE = "tta_ext"
 
-# What `native_version()` of a compiled library must return; a change of any schema or meaning of an
-# argument increases it.
+# What the version operator of a compiled library must return; a change of any schema or meaning
+# of an argument increases it.
 NATIVE_VERSION = 1
 
 RULE = "Tensor param, int rule, int critical, float temperature, float rule_temperature"
@@ -252,8 +252,9 @@ OPS: dict[str, OpSpec] = {
 }
 
 # Only a compiled library has these: which instruction set it uses (-1 asks, 0 scalar, 1 AVX2,
-# 2 AVX-512 force, limited to what the machine has), and which schemas it was written for.
-NATIVE_ONLY = ("cpu_isa(int level) -> int", "native_version() -> int")
+# 2 AVX-512 force, limited to what the machine has), and which schemas it was written for
+# (native_version in the CPU library, cuda_version in the CUDA library).
+NATIVE_ONLY = ("cpu_isa(int level) -> int", "native_version() -> int", "cuda_version() -> int")
 
 
 def _functional(spec: OpSpec) -> Callable[..., Any]:

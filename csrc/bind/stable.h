@@ -1,6 +1,17 @@
 // Between the dispatcher and the kernels: tensors become raw pointers here and nowhere else.
 // Uses only the parts of PyTorch's stable ABI that exist in torch 2.10.
 // The checks are a backstop for callers of torch.ops.tta_ext.*; tta_ext.ops words them for people.
+//
+// The operators (ops.h, ops_prelogit.h) are written once for every device. What differs is a class,
+// Cpu (cpu.h) or Cuda (cuda.h), made for one call from a tensor that says where the call runs:
+//   Device(like, name, check)
+//   own(x, name)          refuses a tensor that lies elsewhere
+//   one<T>(x, name, i)    element i of a small tensor, which may always lie on the CPU
+//   host(values, n)       the first n values, to be read here; waits for the device, so only with
+//                         check
+//   invalid()             what the kernels note bad rows in
+//   run(args)             the kernel
+//   found()               the InvalidRow after run(), only with check
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -13,10 +24,14 @@
 #include <optional>
 #include <string>
 
-#include "cpu/kernels.h"
+#include "core/params.h"
 
 namespace tta {
 namespace bind {
+
+// Raised only when a later library could not serve the schemas of this package
+// (tta_ext/schemas.py has its mirror).
+constexpr int64_t kNativeVersion = 1;
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -67,7 +82,9 @@ inline void check_unit_stride(const Tensor& x, const char* name) {
 constexpr int64_t kMaxVocab = int64_t{1} << 20;
 
 // [B, V] or [B, K, V] logits.
-inline Logits logits(const Tensor& x, const char* name, int64_t dim = 2) {
+template <class Device>
+Logits logits(const Device& device, const Tensor& x, const char* name, int64_t dim = 2) {
+  device.own(x, name);
   STD_TORCH_CHECK(x.dim() == dim, name, " has ", x.dim(), " dimensions, expected ", dim);
   Logits out;
   out.dtype = logits_dtype(x, name);
@@ -81,8 +98,9 @@ inline Logits logits(const Tensor& x, const char* name, int64_t dim = 2) {
   return out;
 }
 
-template <class T>
-T* output(const Tensor& x, ScalarType type, int64_t numel, const char* name) {
+template <class T, class Device>
+T* output(const Device& device, const Tensor& x, ScalarType type, int64_t numel, const char* name) {
+  device.own(x, name);
   check_dtype(x, type, name);
   STD_TORCH_CHECK(x.numel() == numel, name, " has ", x.numel(), " elements, expected ", numel);
   STD_TORCH_CHECK(x.is_contiguous(), name, " must be contiguous");
@@ -90,19 +108,23 @@ T* output(const Tensor& x, ScalarType type, int64_t numel, const char* name) {
 }
 
 // A tensor of one element, or of one a row.
-template <class T>
-PerRow<T> per_row(const Tensor& x, ScalarType type, int64_t rows, const char* name) {
+template <class T, class Device>
+PerRow<T> per_row(const Device& device, const Tensor& x, ScalarType type, int64_t rows,
+                  const char* name) {
   check_dtype(x, type, name);
   const int64_t n = x.numel();
   STD_TORCH_CHECK(n == 1 || n == rows, name, " has ", n, " elements, expected 1 or ", rows);
-  STD_TORCH_CHECK(n == 1 || x.is_contiguous(), name, " must be contiguous");
-  return {static_cast<const T*>(x.const_data_ptr()), n == 1 ? 0 : 1};
+  if (n == 1) return device.template one<T>(x, name);
+  device.own(x, name);
+  STD_TORCH_CHECK(x.is_contiguous(), name, " must be contiguous");
+  return {static_cast<const T*>(x.const_data_ptr()), 1};
 }
 
-inline int64_t seed_of(const Tensor& x) {
+template <class Device>
+Seed seed_of(const Device& device, const Tensor& x) {
   check_dtype(x, ScalarType::Long, "seed");
   STD_TORCH_CHECK(x.numel() == 1, "seed has ", x.numel(), " elements, expected 1");
-  return *static_cast<const int64_t*>(x.const_data_ptr());
+  return device.template one<int64_t>(x, "seed");
 }
 
 inline float inverse_temperature(double t, const char* name) {
@@ -112,21 +134,23 @@ inline float inverse_temperature(double t, const char* name) {
   return inverse;
 }
 
-inline RuleSpec rule_spec(const Tensor& param, int64_t rule, int64_t critical, double temperature,
-                          double rule_temperature, int64_t rows, bool check) {
+template <class Device>
+RuleSpec rule_spec(const Device& device, const Tensor& param, int64_t rule, int64_t critical,
+                   double temperature, double rule_temperature, int64_t rows, bool check) {
   RuleSpec out;
   STD_TORCH_CHECK(rule >= kKnapsack && rule <= kProxyAbove, "rule is ", rule, ", expected 0 to 7");
   STD_TORCH_CHECK(critical >= kExclude && critical <= kSplitItem, "critical is ", critical,
                   ", expected 0 to 2");
-  out.param = per_row<double>(param, ScalarType::Double, rows, "param");
+  out.param = per_row<double>(device, param, ScalarType::Double, rows, "param");
   out.rule = static_cast<int>(rule);
   out.critical = rule == kKnapsack ? static_cast<int>(critical) : static_cast<int>(kExclude);
   out.inv_temperature = inverse_temperature(temperature, "temperature");
   out.inv_rule_temperature = inverse_temperature(rule_temperature, "rule_temperature");
   if (check) {
     const int64_t n = out.param.stride ? rows : 1;
+    const auto values = device.host(out.param, n);
     for (int64_t b = 0; b < n; ++b) {
-      const double p = out.param[b];
+      const double p = values[b];
       STD_TORCH_CHECK(p == p && (rule != kKnapsack || p >= 0), "invalid row: param[", b, "] is ", p,
                       rule == kKnapsack ? ", expected a budget >= 0" : ", expected a number");
     }
@@ -134,12 +158,14 @@ inline RuleSpec rule_spec(const Tensor& param, int64_t rule, int64_t critical, d
   return out;
 }
 
-inline void check_word(const PerRow<int64_t>& x, int64_t rows, int64_t limit, const char* name,
-                       const char* limit_text) {
+template <class Device>
+void check_word(const Device& device, const PerRow<int64_t>& x, int64_t rows, int64_t limit,
+                const char* name, const char* limit_text) {
   const int64_t n = x.stride ? rows : (rows ? 1 : 0);
+  const auto values = device.host(x, n);
   for (int64_t b = 0; b < n; ++b)
-    STD_TORCH_CHECK(x[b] >= 0 && x[b] < limit, "invalid row: ", name, "[", b, "] is ", x[b],
-                    ", expected 0 <= ", name, " < ", limit_text);
+    STD_TORCH_CHECK(values[b] >= 0 && values[b] < limit, "invalid row: ", name, "[", b, "] is ",
+                    values[b], ", expected 0 <= ", name, " < ", limit_text);
 }
 
 constexpr int64_t kWord = int64_t{1} << 32;
@@ -149,36 +175,24 @@ inline uint32_t counter_field(int64_t value, int64_t limit, const char* name) {
   return static_cast<uint32_t>(value);
 }
 
-inline KeySpec key_spec(const Tensor& seed, const Tensor& position, const Tensor& sequence,
-                        int64_t iteration, const Tensor& rollout, bool do_sample, int64_t rows,
-                        bool check) {
+template <class Device>
+KeySpec key_spec(const Device& device, const Tensor& seed, const Tensor& position,
+                 const Tensor& sequence, int64_t iteration, const Tensor& rollout, bool do_sample,
+                 int64_t rows, bool check) {
   KeySpec out;
-  out.seed = seed_of(seed);
-  out.position = per_row<int64_t>(position, ScalarType::Long, rows, "position");
-  out.sequence = per_row<int64_t>(sequence, ScalarType::Long, rows, "sequence");
+  out.seed = seed_of(device, seed);
+  out.position = per_row<int64_t>(device, position, ScalarType::Long, rows, "position");
+  out.sequence = per_row<int64_t>(device, sequence, ScalarType::Long, rows, "sequence");
   out.iteration = counter_field(iteration, 1 << 12, "iteration");
-  out.rollout = per_row<int64_t>(rollout, ScalarType::Long, rows, "rollout");
+  out.rollout = per_row<int64_t>(device, rollout, ScalarType::Long, rows, "rollout");
   out.do_sample = do_sample;
   if (check && do_sample) {
-    check_word(out.position, rows, kWord, "position", "2**32");
-    check_word(out.sequence, rows, kWord, "sequence", "2**32");
-    check_word(out.rollout, rows, 1 << 16, "rollout", "65536");
+    check_word(device, out.position, rows, kWord, "position", "2**32");
+    check_word(device, out.sequence, rows, kWord, "sequence", "2**32");
+    check_word(device, out.rollout, rows, 1 << 16, "rollout", "65536");
   }
   return out;
 }
-
-inline void run_parallel(int64_t n, int64_t grain, void (*body)(void*, int64_t, int64_t),
-                         void* context) {
-  if (n <= grain) {
-    if (n > 0) body(context, 0, n);
-    return;
-  }
-  torch::stable::parallel_for(0, n, grain,
-                              [&](int64_t begin, int64_t end) { body(context, begin, end); });
-}
-
-// The calling process's thread pool.
-constexpr Parallel pool(int64_t grain = 1) { return {run_parallel, grain}; }
 
 constexpr const char* kBadRow = " has NaN or +inf, or no finite value";
 

@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(kThreads, 3) cut_collect_kernel(const Kad a) {
 }
 
 // The deferred mass at the sampling temperature and, where they are wanted, at the rule's.
-__global__ void __launch_bounds__(kThreads, 6) masses_kernel(const Resolved a) {
+__global__ void __launch_bounds__(kThreads, 5) masses_kernel(const Resolved a) {
   TTA_SHARED_ARRAY(float4, weights4, kTile / 4);
   TTA_SHARED_ARRAY(double, shared, kMaxTiles);
   float* weights = reinterpret_cast<float*>(weights4);
@@ -367,7 +367,7 @@ __global__ void __launch_bounds__(kThreads, 5) draw_kernel(const Drawn a) {
 }
 
 // The knapsack's verdict on a drawn token: masked sums through it and before it.
-__global__ void __launch_bounds__(kThreads, 6) judge_kernel(const Drawn a) {
+__global__ void __launch_bounds__(kThreads, 5) judge_kernel(const Drawn a) {
   TTA_SHARED_ARRAY(float4, weights4, kTile / 4);
   TTA_SHARED_ARRAY(double, shared, kMaxTiles);
   float* weights = reinterpret_cast<float*>(weights4);
@@ -397,7 +397,7 @@ __global__ void __launch_bounds__(kThreads, 6) judge_kernel(const Drawn a) {
 }
 
 // What replaces a rejected token: the proxy is read for those rows alone.
-__global__ void __launch_bounds__(kThreads, 6) replace_kernel(const Drawn a) {
+__global__ void __launch_bounds__(kThreads, 5) replace_kernel(const Drawn a) {
   TTA_SHARED_ARRAY(float4, weights4, kTile / 4);
   TTA_SHARED_ARRAY(double, cum, kMaxTiles);
   float* weights = reinterpret_cast<float*>(weights4);

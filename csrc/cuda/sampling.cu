@@ -22,7 +22,7 @@ namespace {
 
 // The stored row of a plain draw.
 struct Categorical {
-  static constexpr int kResident = 6;  // blocks a multiprocessor holds at least
+  static constexpr int kResident = 5;  // blocks a multiprocessor holds at least
   CategoricalArgs a;
   Scratch s;
   uint32_t* arrivals;

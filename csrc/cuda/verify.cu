@@ -162,7 +162,7 @@ __device__ __forceinline__ End walk(const Verify& a, int64_t b, int64_t k) {
       const int64_t x = a.v.draft_at(b, k);
       usable = x >= 0 && x < a.base.vocab;
     }
-    const bool asks_proxy = bonus ? a.needs_proxy || (!a.v.key.do_sample && r.deferred) : true;
+    const bool asks_proxy = !bonus || a.needs_proxy || (usable && !a.v.key.do_sample && r.deferred);
     if (usable && asks_proxy && !r.proxy_valid && (!bonus || a.needs_proxy || a.has_proxy(k))) {
       usable = false;
       if (a.has_proxy(k)) culprit = kProxyLogits;

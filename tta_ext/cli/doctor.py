@@ -18,7 +18,7 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Print what was found on this machine, which backend serves each op, and why not another."""
-    from tta_ext.doctor import common_reasons, diagnose
+    from tta_ext.doctor import common_reasons, diagnose, library_state
 
     found = diagnose()
     if as_json:
@@ -27,11 +27,8 @@ def doctor(
     facts = Table(show_header=False, box=None, pad_edge=False)
     for name, value in found.env.items():
         facts.add_row(name, str(value))
-    native = found.native
-    state = (
-        f"loaded from {native.path} in {native.seconds:.2f} s" if native.loaded else "not loaded"
-    )
-    facts.add_row("native CPU library", f"{state}: {native.reason}")
+    facts.add_row("native CPU library", library_state(found.native))
+    facts.add_row("CUDA library", library_state(found.cuda))
     facts.add_row("instruction set", found.cpu_isa or "none, the reference serves")
     facts.add_row("build cache", found.cache)
     console.print(facts)

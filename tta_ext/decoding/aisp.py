@@ -9,6 +9,17 @@ repeat. For iteration k, rollout i, step t::
 
 eps is a function of seed and indices: it is added by one fused op, made anew by another, and never
 stored (:mod:`tta_ext.ops.prelogit`). The answer is the best-rewarded one of all iterations.
+
+Noise that is drawn anew at each step, as in the paper (``coherence=0``), mostly evens out over an
+answer: rollouts have much the same reward, and what little differs has to be credited to tau d
+numbers. So part of the noise's variance, by default all of it, goes to a draw that all steps of a
+rollout share, with a mean of its own::
+
+    v_t = (u + sqrt(c) sigma eps) + (u_t + sqrt(1 - c) sigma eps_t),   c = coherence
+
+which is importance sampling as before, over (tau + 1) d numbers. Planners that sample controls do
+the same with noise of low frequency: Pinneri et al., "Sample-efficient cross-entropy method for
+real-time planning", arXiv:2008.06389.
 """
 
 from __future__ import annotations
@@ -47,10 +58,11 @@ __all__ = [
 
 SIGMA_UNITS = ("absolute", "prelogit", "logit")
 LAM_UNITS = ("absolute", "std", "ess")
-# Where no sigma is given: noise that moves logits by this much, about what temperature 1 does.
-LOGIT_NOISE = 1.5
-# Where no lambda is given: this many standard deviations of an iteration's rewards.
-RELATIVE_LAM = 0.3
+# The defaults were chosen on the tuning prompts of benchmarks/aisp_rewards.py.
+# Where no sigma is given: noise that moves logits by this much.
+LOGIT_NOISE = 2.0
+# Where no lambda is given: the effective sample size is this share of the rollouts.
+ESS_SHARE = 0.25
 
 
 @dataclass(frozen=True)
@@ -64,12 +76,14 @@ class AISPSettings(SearchSettings):
             differ by their noise alone and the reward's credit goes to it; ``"sample"``: tokens are
             drawn on top of the noise.
         sigma: standard deviation of the noise, in units of ``sigma_unit``; 0 is best-of-n. None:
-            the noise moves logits by about 1.5.
+            the noise moves logits by about 2.
         sigma_unit: ``"absolute"``; ``"prelogit"``: times the measured root mean square of the
             pre-logits; ``"logit"``: divided by the mean norm of the head's rows.
         sigma_decay: factor on sigma from iteration to iteration.
+        coherence: share of the noise's variance that is the same at all steps of a rollout, 0 (the
+            paper's noise) to 1.
         lam: temperature lambda of the reward in units of ``lam_unit``; 0 puts all weight on the
-            best rollout. None: 0.3 standard deviations of the iteration's rewards.
+            best rollout. None: an effective sample size of a quarter of the rollouts.
         lam_unit: ``"absolute"``; ``"std"``: times the standard deviation of the iteration's
             rewards; ``"ess"``: lambda is chosen anew so that the reward alone gives this effective
             sample size.
@@ -85,16 +99,19 @@ class AISPSettings(SearchSettings):
         norm_cap: u is scaled down to this Euclidean norm where it exceeds it.
         kl_budget: where an iteration's measured divergence from the base model (nats an answer)
             exceeds this, u is scaled down by the square root of the ratio.
+        distinct_low: where a smaller share of an iteration's answers are different from each other,
+            u is halved: the search has collapsed onto one answer and should look about again.
         ess_low, ess_high: a prompt's search ends when the effective sample size leaves this range.
         kl_rollouts: rollouts an iteration on which the divergence is measured; 0 switches it off.
     """
 
-    n: int = 32
-    iterations: int = 8
+    n: int = 16
+    iterations: int = 16
     decoding: str = "greedy"
     sigma: float | None = None
     sigma_unit: str = "absolute"
     sigma_decay: float = 1.0
+    coherence: float = 1.0
     lam: float | None = None
     lam_unit: str = "absolute"
     alpha: float = 1.0
@@ -104,6 +121,7 @@ class AISPSettings(SearchSettings):
     baseline: bool = False
     norm_cap: float | None = None
     kl_budget: float | None = None
+    distinct_low: float | None = None
     ess_low: float | None = None
     ess_high: float | None = None
     kl_rollouts: int = 1
@@ -119,12 +137,16 @@ class AISPSettings(SearchSettings):
                 raise ValueError(f"{name} is {value!r}, expected a finite number >= 0")
         if self.lam_unit == "ess" and self.lam is not None and not 1.0 <= self.lam <= self.n:
             raise ValueError(f"lam is {self.lam!r} in units of ess, expected 1 to n = {self.n}")
-        if not 0.0 <= self.alpha <= 1.0:
-            raise ValueError(f"alpha is {self.alpha!r}, expected 0 <= alpha <= 1")
+        for name in ("alpha", "coherence"):
+            value = getattr(self, name)
+            if not 0.0 <= value <= 1.0:
+                raise ValueError(f"{name} is {value!r}, expected 0 <= {name} <= 1")
         for name in ("sigma_decay", "step_size", "norm_cap", "kl_budget"):
             value = getattr(self, name)
             if value is not None and not 0.0 < value < math.inf:
                 raise ValueError(f"{name} is {value!r}, expected a finite number > 0")
+        if self.distinct_low is not None and not 0.0 <= self.distinct_low <= 1.0:
+            raise ValueError(f"distinct_low is {self.distinct_low!r}, expected 0 to 1")
         for name in ("window", "elites"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -163,10 +185,11 @@ class AdaptiveImportanceSampling(SearchMethod[AISPSettings]):
             :class:`~tta_ext.decoding.search.SearchMethod`.
         settings: fields of :class:`AISPSettings` and
             :class:`~tta_ext.decoding.search.SearchSettings`, such as ``n=32, iterations=8,
-            sigma=0.5, lam=0.01, alpha=1.0, window=32, max_new_tokens=64``.
+            sigma=0.5, lam=0.01, alpha=1.0, window=32, max_new_tokens=64``. The defaults are the one
+            setting that benchmarks/aisp_rewards.py was tuned to; ``coherence=0`` is the paper's.
 
     Example:
-        >>> aisp = AdaptiveImportanceSampling(model, reward, tokenizer, n=16, iterations=16)
+        >>> aisp = AdaptiveImportanceSampling(model, reward, tokenizer, max_new_tokens=24)
         >>> result = aisp.generate("Tell me a story.", seed=0)
         >>> result.text, [record.mean for record in result.curves[0]]
     """
@@ -264,7 +287,8 @@ class AISPSearch(Search[AISPSettings]):
     """The state of an AISP run; see :class:`~tta_ext.decoding.search.Search`.
 
     Attributes:
-        mean: u, float32 ``[P, tau, d]``, changed in place by :meth:`step`.
+        mean: u, float32 ``[P, tau, d]``, changed in place by :meth:`step`; with ``coherence``
+            ``[P, 1 + tau, d]``, the common part's first.
     """
 
     def __init__(
@@ -279,7 +303,7 @@ class AISPSearch(Search[AISPSettings]):
         super().__init__(method, prompts, settings, seed, sequence, encoded)
         self.mean = torch.zeros(
             len(self.prompts),
-            settings.tau,
+            settings.tau + (settings.coherence > 0),
             self.cache.dimensions,
             dtype=torch.float32,
             device=self.cache.device,
@@ -295,7 +319,13 @@ class AISPSearch(Search[AISPSettings]):
         return self._sigma * self.settings.sigma_decay**self.iteration
 
     def noise(self) -> Noise:
-        return Noise(self.mean, self.sigma)
+        own, common = self._parts()
+        return Noise(self.mean, own, common)
+
+    def _parts(self) -> tuple[float, float]:
+        """Standard deviations of the steps' own noise and of the common one."""
+        sigma, share = self.sigma, self.settings.coherence
+        return sigma * math.sqrt(1.0 - share), sigma * math.sqrt(share)
 
     @property
     def metered(self) -> int:
@@ -308,29 +338,15 @@ class AISPSearch(Search[AISPSettings]):
         index = torch.tensor(active, device=self.mean.device)
         mean = self.mean.index_select(0, index)
         length = batch.lengths()
-        norm2 = mean.double().square().sum(-1)
-        before = norm2.sum(-1).tolist()
-        reached = length.clamp(max=settings.tau) - 1
-        penalty = norm2.cumsum(-1).gather(1, reached).float()
-        weights, lams = self._weights(batch.rewards(), batch.dot, penalty, sigma)
-        new = mean
-        if sigma > 0:
-            new = ops.control_update(
-                mean,
-                weights.w - 1.0 / settings.n if settings.baseline else weights.w,
-                sigma=sigma,
-                seed=self.seed_tensor,
-                iteration=self.iteration,
-                sequence=torch.tensor(
-                    [self.sequence[prompt] for prompt in active], device=mean.device
-                ),
-                length=length,
-            )
-            if settings.step_size != 1.0:
-                new = mean + settings.step_size * (new - mean)
+        before = mean.double().square().sum((1, 2)).tolist()
+        dot, norm2 = self._cost(mean, batch, length)
+        weights, lams = self._weights(batch.rewards(), dot, norm2, sigma)
+        new = mean if sigma == 0.0 else self._moved(mean, weights.w, active, length)
         ess = weights.ess.tolist()
+        bound = self._bound(mean).tolist()
         kl = [sum(values) / len(values) if values else None for values in batch.kl]
-        self.mean[index] = self._guarded(new, kl)
+        different = [len({tuple(one.tokens) for one in row}) for row in batch.candidates]
+        self.mean[index] = self._guarded(new, kl, different)
         records: list[dict[str, Any]] = []
         for place, prompt in enumerate(active):
             low, high = settings.ess_low, settings.ess_high
@@ -341,12 +357,60 @@ class AISPSearch(Search[AISPSettings]):
                     "ess": ess[place],
                     "norm": math.sqrt(before[place]),
                     "kl": kl[place] if sigma > 0 else 0.0,
-                    "kl_bound": before[place] / (2 * sigma * sigma) if sigma > 0 else 0.0,
+                    "kl_bound": bound[place],
                     "sigma": sigma,
                     "lam": lams[place],
                 }
             )
         return records
+
+    def _scale(self, device: torch.device) -> Tensor:
+        """Standard deviation of the noise of each row of u, float32 ``[rows]``."""
+        own, common = self._parts()
+        rows = [common] if self.settings.coherence > 0 else []
+        return torch.tensor(rows + [own] * self.settings.tau, dtype=torch.float32, device=device)
+
+    def _bound(self, mean: Tensor) -> Tensor:
+        """``|u|^2 / (2 sigma^2)`` of each prompt; rows without noise have no u."""
+        scale = self._scale(mean.device).double()
+        squares = mean.double().square().sum(-1) / (2.0 * scale.square())
+        return torch.where(scale > 0, squares, 0.0).sum(-1)
+
+    def _cost(self, mean: Tensor, batch: Scored, length: Tensor) -> tuple[Tensor, Tensor]:
+        """u . eps and ``|u|^2`` of each rollout over its own steps, ``[active, n]``, as if all
+        noise had the standard deviation sigma.
+        """
+        norm2 = mean.double().square().sum(-1)
+        reached = length.clamp(max=self.settings.tau) - 1
+        if not self.settings.coherence:
+            return batch.dot, norm2.cumsum(-1).gather(1, reached).float()
+        sigma = self.sigma
+        own, common = (sigma / part if part else 0.0 for part in self._parts())
+        dot = own * batch.dot + common * batch.common_dot
+        steps = own**2 * norm2[:, 1:].cumsum(-1).gather(1, reached)
+        return dot, (steps + common**2 * norm2[:, :1]).float()
+
+    def _moved(self, mean: Tensor, weights: Tensor, active: list[int], length: Tensor) -> Tensor:
+        """u after the update, before the guards."""
+        settings = self.settings
+        if settings.baseline:
+            weights = weights - 1.0 / settings.n
+        given: dict[str, Any] = {
+            "seed": self.seed_tensor,
+            "iteration": self.iteration,
+            "sequence": torch.tensor(
+                [self.sequence[prompt] for prompt in active], device=mean.device
+            ),
+        }
+        if settings.coherence:
+            # Row 0 counts for every rollout, row 1 + t for those that reached step t.
+            noise = ops.control_update(
+                torch.zeros_like(mean), weights, sigma=1.0, length=length + 1, **given
+            )
+            new = noise.mul_(self._scale(mean.device)[:, None]).add_(mean)
+        else:
+            new = ops.control_update(mean, weights, sigma=self.sigma, length=length, **given)
+        return new if settings.step_size == 1.0 else mean + settings.step_size * (new - mean)
 
     def _weights(
         self, reward: Tensor, dot: Tensor, norm2: Tensor, sigma: float
@@ -361,7 +425,7 @@ class AISPSearch(Search[AISPSettings]):
         reward = torch.where(ruled_out, 0.0, reward)
         lam, unit = settings.lam, settings.lam_unit
         if lam is None:
-            lam, unit = RELATIVE_LAM, "std"
+            lam, unit = max(1.0, ESS_SHARE * settings.n), "ess"
         alpha = settings.alpha
         if unit == "absolute" or lam == 0.0:
             weights = ops.importance_weights(reward, dot, norm2, lam=lam, alpha=alpha, sigma=sigma)
@@ -378,14 +442,18 @@ class AISPSearch(Search[AISPSettings]):
         weights = ops.importance_weights(scaled, dot, norm2, lam=1.0, alpha=alpha, sigma=sigma)
         return weights, lams
 
-    def _guarded(self, mean: Tensor, kl: list[float | None]) -> Tensor:
-        """u after the norm cap and the divergence budget."""
+    def _guarded(self, mean: Tensor, kl: list[float | None], different: list[int]) -> Tensor:
+        """u after the divergence budget, the watch over collapse and the norm cap."""
         settings = self.settings
         factor = torch.ones(len(kl), dtype=torch.float32, device=mean.device)
         if settings.kl_budget is not None:
             for place, value in enumerate(kl):
                 if value is not None and value > settings.kl_budget:
                     factor[place] = math.sqrt(settings.kl_budget / value)
+        if settings.distinct_low is not None:
+            for place, count in enumerate(different):
+                if count < settings.distinct_low * settings.n:
+                    factor[place] *= 0.5
         if settings.norm_cap is not None:
             norm = mean.double().square().sum((1, 2)).sqrt().float() * factor
             factor = torch.where(
@@ -395,7 +463,8 @@ class AISPSearch(Search[AISPSettings]):
 
     def result(self) -> SearchResult:
         result = super().result()
-        result.mean = self.mean.clone()
+        shared = self.settings.coherence > 0
+        result.mean = self.mean[:, 1:] + self.mean[:, :1] if shared else self.mean.clone()
         return result
 
     # ---- putting away ------------------------------------------------------------------------

@@ -66,8 +66,8 @@ def check_model(model: Any, role: str) -> None:
     for kind in dict.fromkeys(getattr(text, "layer_types", None) or ()):
         if kind not in _LAYER_TYPES:
             raise ValueError(
-                f"{role} ({name}) has layers of type {kind!r}; "
-                f"supported are {', '.join(_LAYER_TYPES)}"
+                f"{role} ({name}) has layers of type {kind!r}, whose state can neither lag behind "
+                f"nor be rolled back here; supported are {', '.join(_LAYER_TYPES)}"
             )
     implementation = getattr(text, "_attn_implementation", None) or "eager"
     if implementation not in _IMPLEMENTATIONS:

@@ -12,7 +12,7 @@ from torch import Tensor
 __all__ = ["read", "write"]
 
 _KEY = "tta_ext.aisp"
-_FORMAT = 1
+_FORMAT = 2
 
 
 def write(path: Path, mean: Tensor, state: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tta_ext import rng, rules
 from tta_ext.decoding.attention import check_model, probe_model
-from tta_ext.decoding.draft_length import AdaptiveLength, FixedLength, draft_length
+from tta_ext.decoding.draft_length import AdaptiveLength, FixedLength, Memory, draft_length
 from tta_ext.decoding.loop import DenseDeferral, ImplicitReward, LazyDeferral, Loop, LoopOptions
 from tta_ext.decoding.processors import SequenceView
 from tta_ext.decoding.prompts import encode_prompts, normalise_prompts, unpad
@@ -61,8 +61,9 @@ class KnapsackDeferral:
         speculative: K lets the proxy draft K tokens (1 to 64) that the base judges in one forward:
             same law, other random numbers, faster where drafts are cheap and mostly stand.
             ``"auto"`` chooses lengths by measured costs and acceptance
-            (:mod:`tta_ext.decoding.draft_length`) and leaves drafting where it does not pay; then
-            tokens depend on timing as well as on the seed. None decodes token by token. For
+            (:mod:`tta_ext.decoding.draft_length`), which this object remembers from call to call,
+            and leaves drafting where it does not pay; then tokens depend on timing as well as on
+            the seed. None decodes token by token. For
             ``"implicit_reward"`` the first expert drafts.
         probe: run each model once on two short rows and refuse it if rows of different length
             cannot share its batch.
@@ -98,6 +99,7 @@ class KnapsackDeferral:
         probe: bool = True,
     ) -> None:
         self.speculative = draft_length(speculative)
+        self._memories: dict[Any, Memory] = {}
         self.base, self.tokenizer = base, tokenizer
         self.proxies = list(proxy) if isinstance(proxy, Sequence) else [proxy]
         self.anti = [] if anti is None else list(anti) if isinstance(anti, Sequence) else [anti]
@@ -343,12 +345,12 @@ class _Request:
                 "rule 'implicit_reward' has no trace: no token comes from one model alone"
             )
         self.trace = None if not trace else "lazy" if trace == "lazy" else "full"
-        self.policy = self._policy(speculative)
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
         if num_return_sequences < 1:
             raise ValueError(f"num_return_sequences is {num_return_sequences}, expected at least 1")
         self.max_new_tokens, self.do_sample = max_new_tokens, do_sample
+        self.policy = self._policy(speculative)
         self.padded: list[list[int]] | None = None
         if (prompts is None) == (input_ids is None):
             raise ValueError("expected either prompts or input_ids")
@@ -396,12 +398,16 @@ class _Request:
         length = draft_length(length)
         if isinstance(length, int):
             return FixedLength(length)
-        drafter = owner.proxies[0]
-        return AdaptiveLength(
-            len(owner.proxies) + len(owner.anti) if self.implicit else 1,
-            dense=not self.lazy,
-            ratio=_size_of(drafter) / _size_of(owner.base),
-        )
+        # Acceptance is a matter of the rule, costs of what runs at each step.
+        rule = [v if isinstance(v, (str, int, float)) else None for v in self.rule.values()]
+        key = (*rule, self.lazy, self.do_sample, self.trace)
+        memory = owner._memories.get(key)
+        if memory is None:
+            memory = owner._memories[key] = Memory(
+                len(owner.proxies) + len(owner.anti) if self.implicit else 1,
+                dense=not self.lazy,
+            )
+        return AdaptiveLength(memory)
 
     def _check_prompts(self) -> None:
         """Ids that a model has no embedding for, and contexts that it has no positions for."""
@@ -612,14 +618,6 @@ def _report(progress: Callable[[int], None], before: int, finished: int) -> None
 
 def _logits_of(model: Any) -> int:
     return model.get_output_embeddings().weight.shape[0]
-
-
-def _size_of(model: Any) -> int:
-    """Number of weights that a forward reads: all but an embedding of its own."""
-    weights = sum(p.numel() for p in model.parameters())
-    embedding = model.get_input_embeddings().weight
-    tied = embedding is model.get_output_embeddings().weight
-    return max(1, weights - (0 if tied else embedding.numel()))
 
 
 def _device_of(model: Any) -> torch.device:

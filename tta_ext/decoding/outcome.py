@@ -42,11 +42,12 @@ class IterationRecord:
         mean, max, std: of this iteration's rewards (std: population; -inf rewards enter as such).
         best: highest reward so far.
         ess: effective sample size of the importance weights, 1 to the number of rollouts.
-        norm: Euclidean norm of u, the mean of the noise, under which these rollouts were drawn.
+        norm: Euclidean norm of u, the mean of the noise (of all its parts together), under which
+            these rollouts were drawn.
         kl: measured divergence from the base model in nats an answer: of the next-token laws along
             the first rollouts, summed over steps; it contains the noise's own part.
-        kl_bound: ``|u|^2 / (2 sigma^2)``, the divergence of the noise from noise without a mean.
-            It bounds what the change of u has done to the law of answers.
+        kl_bound: ``|u|^2 / (2 sigma^2)``, the divergence of the noise from noise without a mean,
+            summed over its parts. It bounds what the change of u has done to the law of answers.
         sigma, lam: as used, in absolute units.
         length: mean number of tokens.
         distinct: number of different answers among the rollouts.

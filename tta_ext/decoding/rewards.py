@@ -294,19 +294,24 @@ class LetterReward:
 
     Args:
         letter: the letter, either case.
+        distinct: the number of different such words instead, so that neither saying one word over
+            and over nor saying little earns anything.
     """
 
-    def __init__(self, letter: str = "s") -> None:
+    def __init__(self, letter: str = "s", *, distinct: bool = False) -> None:
         if len(letter) != 1 or not letter.isalpha():
             raise ValueError(f"letter is {letter!r}, expected a single letter")
-        self.letter = letter.casefold()
+        self.letter, self.distinct = letter.casefold(), distinct
 
     def __call__(self, prompts: Sequence[Any], responses: Sequence[str]) -> list[float]:
         rewards = []
         for text in responses:
-            words = _WORD.findall(text)
-            hits = sum(word[0].casefold() == self.letter for word in words)
-            rewards.append(hits / len(words) if words else 0.0)
+            words = [word.casefold() for word in _WORD.findall(text)]
+            hits = [word for word in words if word[0] == self.letter]
+            if self.distinct:
+                rewards.append(float(len(set(hits))))
+            else:
+                rewards.append(len(hits) / len(words) if words else 0.0)
         return rewards
 
 
@@ -386,8 +391,15 @@ def _classifier(text: str) -> Reward:
     return ClassifierReward.from_pretrained(path, label=label or None)
 
 
+def _letter(text: str) -> Reward:
+    letter, colon, rest = text.partition(":")
+    if colon and rest != "distinct":
+        raise ValueError(f"letter:{text} is not known, expected letter:s or letter:s:distinct")
+    return LetterReward(letter or "s", distinct=bool(colon))
+
+
 _KINDS: dict[str, Callable[[str], Reward]] = {
-    "letter": lambda text: LetterReward(text or "s"),
+    "letter": _letter,
     "sentiment": lambda text: SentimentReward(-1.0 if text == "negative" else 1.0),
     "json": lambda text: JsonReward(),
     "words": lambda text: LengthReward(int(text or 20)),
@@ -399,9 +411,9 @@ _KINDS: dict[str, Callable[[str], Reward]] = {
 def parse_reward(text: str) -> Reward:
     """A reward from its name on the command line.
 
-    ``letter:s``, ``sentiment``, ``sentiment:negative``, ``json``, ``words:20``,
-    ``classifier:PATH`` or ``classifier:PATH#LABEL`` (a sequence-classification model),
-    ``python:MODULE:NAME`` (any callable).
+    ``letter:s``, ``letter:s:distinct``, ``sentiment``, ``sentiment:negative``, ``json``,
+    ``words:20``, ``classifier:PATH`` or ``classifier:PATH#LABEL`` (a sequence-classification
+    model), ``python:MODULE:NAME`` (any callable).
 
     Raises:
         ValueError: there is no such reward.

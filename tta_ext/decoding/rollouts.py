@@ -76,10 +76,19 @@ class Sampling:
 
 @dataclass
 class Noise:
-    """Gaussian noise on pre-logits: mean u float32 ``[P, tau, d]`` and standard deviation."""
+    """Gaussian noise on pre-logits.
+
+    Attributes:
+        mean: u, float32 ``[P, tau, d]``; with ``common``, ``[P, 1 + tau, d]``.
+        sigma: standard deviation of each step's own noise.
+        common: standard deviation of a second draw that is the same at all of a rollout's steps
+            below tau; 0 is none. Row 0 of the mean is then this part's, row 1 + t that of step t,
+            and the random streams are numbered like the rows.
+    """
 
     mean: Tensor
     sigma: float
+    common: float = 0.0
 
 
 def restrict(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
@@ -211,6 +220,7 @@ class Rollouts:
         tokens: ids of each cell's answer so far.
         finish: why each cell ended: ``"eos"``, ``"stop"``, ``"length"``; "" while it goes on.
         dot: float32 ``[cells]``, sum over the steps of u . eps; complete when all have finished.
+        common_dot: the same of the noise's common part, which counts once.
         kl: for each metered cell, the divergence of its next-token laws from the base model's, both
             at the sampling temperature and before top-k and top-p, summed over its steps.
     """
@@ -234,6 +244,7 @@ class Rollouts:
         self.tokens: list[list[int]] = [[] for _ in self.cells]
         self.finish = [""] * count
         self.dot = torch.zeros(count, dtype=torch.float32, device=device)
+        self.common_dot = torch.zeros(count, dtype=torch.float32, device=device)
         self.kl: dict[int, float] = {}
         if noise is not None:
             self.kl = {i: 0.0 for i, (_, rollout) in enumerate(self.cells) if rollout < metered}
@@ -274,22 +285,39 @@ class Rollouts:
         base = hidden.index_select(0, self._meter_index) if self._meter else None
         if self.noise is not None:
             with span("perturb"):
-                hidden = ops.prelogit_perturb(
-                    hidden,
-                    self.noise.mean,
-                    step=self._step,
-                    row=self._prompt,
-                    sequence=self._sequence,
-                    rollout=self._rollout,
-                    iteration=self.iteration,
-                    sigma=self.noise.sigma,
-                    seed=self.seed,
-                    dot=self._dot,
-                )
+                hidden = self._perturbed(hidden, self.noise)
         if base is not None:
             hidden = torch.cat((hidden, base))
         self.prompts.hook_seconds += perf_counter() - start
         return (hidden.unsqueeze(1), *arguments[1:])
+
+    def _perturbed(self, hidden: Tensor, noise: Noise) -> Tensor:
+        """The pre-logits with the step's noise."""
+
+        def add(hidden: Tensor, row: int, sigma: float, dot: Tensor | None) -> Tensor:
+            return ops.prelogit_perturb(
+                hidden,
+                noise.mean,
+                step=row,
+                row=self._prompt,
+                sequence=self._sequence,
+                rollout=self._rollout,
+                iteration=self.iteration,
+                sigma=sigma,
+                seed=self.seed,
+                dot=dot,
+            )
+
+        if noise.common == 0.0:
+            return add(hidden, self._step, noise.sigma, self._dot)
+        if self._step + 1 >= noise.mean.shape[1]:
+            return hidden
+        # At the first step every cell is active, in order.
+        first = self.common_dot if self._step == 0 else None
+        dtype = hidden.dtype
+        # In float32 between the two, so that the sum is rounded once.
+        hidden = add(hidden.float(), 0, noise.common, first)
+        return add(hidden, self._step + 1, noise.sigma, self._dot).to(dtype)
 
     @torch.inference_mode()
     def logits(self) -> Tensor:

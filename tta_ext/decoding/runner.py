@@ -50,11 +50,11 @@ class Runner:
         count: number of rows.
         device: the model's device.
         seconds, calls, rows_run, tokens_run: cost of the forwards so far; tokens without padding.
-        observe: called as ``observe(rows, columns, seconds)`` after each forward that is not a
-            prefill, with the device waited for; None leaves that out.
+        observe: called as ``observe(rows, columns, seconds, prefill)`` after each forward, with the
+            device waited for; None leaves that out.
     """
 
-    observe: Callable[[int, int, float], None] | None = None
+    observe: Callable[[int, int, float, bool], None] | None = None
 
     def __init__(
         self,
@@ -277,14 +277,23 @@ class Runner:
             ``len(drafts[r])`` follow its pending token and each token of its draft; what stands in
             later columns means nothing.
         """
-        behind = [row for row in range(self.count) if self._total[row] - self._cached[row] > 1]
-        if behind:  # what a conversation has added since the last turn
-            self._feed(behind, [total - 1 for total in self._total])
+        self.settle()
         for row, draft in enumerate(drafts):
             self._tokens[row] += draft
             self._total[row] += len(draft)
         self._newest = None
         return self._feed(range(self.count), self._total, every=True)
+
+    def settle(self) -> None:
+        """Feed all pending tokens but each row's last.
+
+        There are such tokens where a conversation has gone on, or where the lazy proxy lags.
+        """
+        behind = [row for row in range(self.count) if self._total[row] - self._cached[row] > 1]
+        if behind:
+            observe, self.observe = self.observe, None  # a matter of prompts, not of drafts
+            self._feed(behind, [total - 1 for total in self._total])
+            self.observe = observe
 
     def _feed(
         self,
@@ -369,10 +378,11 @@ class Runner:
                 return_dict=True,
                 **extra,
             ).logits
-        if self.observe is not None and mask is not None:
+        if self.observe is not None:
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
-            self.observe(tokens.shape[0], tokens.shape[1], perf_counter() - start)
+            took = perf_counter() - start
+            self.observe(tokens.shape[0], tokens.shape[1], took, mask is None)
         self.seconds += perf_counter() - start
         self.calls += 1
         self.rows_run += tokens.shape[0]

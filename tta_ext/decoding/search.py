@@ -396,6 +396,7 @@ class Search(Generic[S]):
             rows = torch.tensor([place[prompt] for prompt, _ in rollouts.cells])
             columns = torch.tensor([rollout for _, rollout in rollouts.cells])
             scored.dot[rows, columns] = rollouts.dot
+            scored.common_dot[rows, columns] = rollouts.common_dot
             for number, value in rollouts.kl.items():
                 scored.kl[place[rollouts.cells[number][0]]].append(value)
         rewards = self.stream.collect()
@@ -484,6 +485,7 @@ class Scored:
         candidates: for each active prompt, its rollouts in order.
         length: number of tokens of each.
         dot: float32 ``[active, count]``, sum of u . eps of each.
+        common_dot: the same of the noise's common part.
         kl: measured divergences of each prompt's metered rollouts.
     """
 
@@ -491,6 +493,7 @@ class Scored:
         self.candidates: list[list[Candidate]] = []
         self.length = [[0] * count for _ in active]
         self.dot = torch.zeros(len(active), count, dtype=torch.float32, device=device)
+        self.common_dot = torch.zeros_like(self.dot)
         self.kl: list[list[float]] = [[] for _ in active]
 
     def lengths(self) -> Tensor:

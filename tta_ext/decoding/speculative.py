@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from tta_ext import ops, rng
-from tta_ext.decoding.draft_length import AdaptiveLength, FixedLength
+from tta_ext.decoding.draft_length import AdaptiveLength, FixedLength, StepReport
 from tta_ext.decoding.loop import (
     DenseDeferral,
     Emission,
@@ -68,10 +68,13 @@ class Speculative(Loop):
         self._ready = self._drafted = False
         self._buffer: Tensor | None = None
         self._known: list[int] = []
+        self._catching_up = 0.0  # seconds of the latest step that fed prompts
         seed = options.seed
         self._key = torch.cat((seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF))
         if isinstance(policy, AdaptiveLength):
-            policy.begin()
+            policy.begin(
+                options.max_new_tokens, not (options.ends or options.stop or options.criteria)
+            )
             self.drafter.observe = policy.proxy_ran
             for which, runner in enumerate([self.base, *self.followers[1:]]):
                 runner.observe = partial(policy.scorer_ran, which)
@@ -84,14 +87,17 @@ class Speculative(Loop):
 
     def step(self) -> None:
         """Advance every active row by one token or more."""
+        start = perf_counter()
         rows, answers = self.active, self.answers
         before = [len(answers.tokens[row]) for row in rows]
         lengths = self.policy.plan(
             rows, [self.options.max_new_tokens - length - 1 for length in before]
         )
-        start = perf_counter()
+        planning = perf_counter() - start
         inside = sum(runner.seconds for runner in self._runners)
+        self._catching_up = 0.0
         if lengths is None:
+            self.stats.seconds += planning
             if self._drafted:
                 self._drafted = self._fed = False  # a proxy may be two tokens behind
             super().step()
@@ -102,14 +108,35 @@ class Speculative(Loop):
             self.stats.row_steps += len(rows)
             self.stats.seconds += perf_counter() - start
         if isinstance(self.policy, AdaptiveLength):
-            inside = sum(runner.seconds for runner in self._runners) - inside
-            new = [answers.deferred[r][n:] for r, n in zip(rows, before, strict=True)]
-            self.policy.stepped(
-                0 if lengths is None else max(lengths) + 1,
-                perf_counter() - start - inside,
-                sum(map(sum, new)),
-                sum(map(len, new)),
+            self._report(rows, before, lengths, start, planning, inside)
+
+    def _report(
+        self,
+        rows: list[int],
+        before: list[int],
+        lengths: list[int] | None,
+        start: float,
+        planning: float,
+        inside: float,
+    ) -> None:
+        """Tell an adaptive policy about the step that began at ``start`` with these rows."""
+        assert isinstance(self.policy, AdaptiveLength)
+        tokens, deferred = self.answers.tokens, self.answers.deferred
+        seconds = perf_counter() - start
+        inside = sum(runner.seconds for runner in self._runners) - inside
+        left = [len(tokens[row]) for row in self.active]
+        self.policy.stepped(
+            StepReport(
+                positions=0 if lengths is None else max(lengths) + 1,
+                rows=len(rows),
+                tokens=sum(len(tokens[row]) - n for row, n in zip(rows, before, strict=True)),
+                deferred=sum(sum(deferred[row][n:]) for row, n in zip(rows, before, strict=True)),
+                front=min(left) if left else max(map(len, tokens)),
+                seconds=seconds - self._catching_up,
+                own_seconds=seconds - inside,
+                planning=planning,
             )
+        )
 
     # ---- a round -----------------------------------------------------------------------------
 
@@ -117,9 +144,12 @@ class Speculative(Loop):
     def _round(self, lengths: list[int]) -> None:
         context = self.options.context
         if not self._ready:
+            start = perf_counter()
             for runner in self._runners:
                 runner.prefill()
+                runner.settle()
             self._ready = True
+            self._catching_up = perf_counter() - start
         starts = [list(runner.lengths) for runner in self._runners]
         read = None if context is None else context.lengths
         position = self.base.total.clone()

@@ -26,7 +26,9 @@ _INVALID = "invalid row: "
 _forced: str | None = None
 
 _lock = threading.RLock()
-_native: str | None = None  # "" = usable, other text = why not, None = not tried yet
+# Of each library: "" = usable, other text = why not, None = not tried yet.
+_native: str | None = None
+_cuda: str | None = None
 
 
 class Op:
@@ -55,23 +57,46 @@ def native_status() -> str:
 
 
 def _load_native() -> str:
-    global _forced
     from tta_ext import jit
 
     result = jit.load()
     if not result.loaded:
         return result.reason or "no reason given"
-    version = torch.ops.tta_ext.native_version()
-    if version != schemas.NATIVE_VERSION:
-        reason = (
-            f"{result.path} was built for operator version {version}, this is version "
-            f"{schemas.NATIVE_VERSION}; reinstall tta_ext to mend it"
-        )
-        warnings.warn(f"native CPU operators are off: {reason}", stacklevel=2)
-        # Its kernels are registered and cannot be taken back, so they must be walked around.
-        _forced = "reference"
-        return reason
-    return ""
+    return _check_version(torch.ops.tta_ext.native_version(), str(result.path), "CPU")
+
+
+def cuda_status() -> str:
+    """Empty if the CUDA library is loaded, otherwise why it is not; loads it if need be."""
+    global _cuda
+    if _cuda is None:
+        with _lock:
+            if _cuda is None:
+                _cuda = _load_cuda()
+    return _cuda
+
+
+def _load_cuda() -> str:
+    from tta_ext import jit_cuda
+
+    result = jit_cuda.load()
+    if not result.loaded:
+        return result.reason or "no reason given"
+    return _check_version(torch.ops.tta_ext.cuda_version(), str(result.path), "CUDA")
+
+
+def _check_version(version: int, path: str, device: str) -> str:
+    """Why a loaded library must not be used; empty if it may."""
+    global _forced
+    if version == schemas.NATIVE_VERSION:
+        return ""
+    reason = (
+        f"{path} was built for operator version {version}, this is version "
+        f"{schemas.NATIVE_VERSION}; reinstall tta_ext to mend it"
+    )
+    warnings.warn(f"native {device} operators are off: {reason}", stacklevel=3)
+    # Its kernels are registered and cannot be taken back, so they must be walked around.
+    _forced = "reference"
+    return reason
 
 
 def has_kernel(name: str, device: str) -> bool:
@@ -83,8 +108,8 @@ def has_kernel(name: str, device: str) -> bool:
 
 def serves(name: str, device: str = "cpu") -> tuple[str, str]:
     """Which backend runs an operator on a device, and why not a faster one (empty if none is)."""
-    if device == "cpu":
-        reason = native_status()
+    if device in ("cpu", "cuda"):
+        reason = native_status() if device == "cpu" else cuda_status()
         if reason:
             return "reference", reason
     if has_kernel(name, device):
@@ -110,7 +135,8 @@ def _into(spec: OpSpec, results: Any, outputs: Sequence[Tensor]) -> None:
 def run_without_kernel(spec: OpSpec, args: Sequence[Any], outputs: dict[str, Tensor]) -> None:
     """``X.out`` where no compiled kernel is registered yet: load one, or run the reference."""
     first = next(iter(outputs.values()))
-    if first.is_cpu and _native is None and not native_status() and has_kernel(spec.name, "cpu"):
+    untried = (first.is_cpu and _native is None) or (first.is_cuda and _cuda is None)
+    if untried and serves(spec.name, first.device.type)[0] != "reference":
         getattr(torch.ops.tta_ext, spec.name).out(*args, **outputs)
         return
     with torch.no_grad():
@@ -191,9 +217,7 @@ def unavailable(backend: str) -> str:
     if not torch.cuda.is_available():
         return "torch finds no CUDA device; install a CUDA build of torch on a machine with one"
     if backend == "cuda":
-        if any(has_kernel(name, "cuda") for name in schemas.OPS):
-            return ""
-        return "no CUDA kernels are loaded; reinstall with TTA_EXT_CUDA=1 and nvcc on the PATH"
+        return cuda_status()
     if importlib.util.find_spec("tta_ext.backends.triton") is None:
         return "this version has no Triton kernels; use 'cuda' or 'reference'"
     if importlib.util.find_spec("triton") is None:

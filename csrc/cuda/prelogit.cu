@@ -1,0 +1,247 @@
+// Adaptive importance sampling on pre-logits, while rollouts run: `prelogit_perturb` adds the
+// controlled noise v = u + sigma eps to a batch of hidden rows, `normal` writes eps out. The bits
+// are those of csrc/cpu/prelogit.cpp.
+//
+// prelogit_perturb. Thread map: a block of up to 512 threads a tile of 4096 dimensions of a row, a
+//   thread the elements 4 t .. 4 t + 3 and the same 2048 further on: one Philox block each, loads
+//   and stores of 16 bytes (8 of 16-bit types) where all rows are aligned, else one by one.
+//   Passes: hidden and u once, out once. Bytes a row: d (2 s + 4), s bytes an element of hidden;
+//   rows of a prompt at the same step share u's 4 d. Bound by the arithmetic of the noise.
+//
+//   A whole tile in one block, although a few rows leave most of the GPU idle: a tile is eight
+//   Philox blocks for each lane of a warp scheduler, little beside handing partial sums over
+//   through memory (write, fence, counter, read), which spreading it would need. Several tiles of a
+//   row, which would follow each other, do go to blocks of their own; the one that arrives last
+//   adds them.
+//
+//   dot. eps and u wait in shared memory, and one warp adds u eps by fma, 128 virtual lanes, four a
+//   thread, in order of dimension, folds them by shuffles, and tiles are added in float64 from left
+//   to right: the canonical sum, whatever block comes last.
+//
+// normal. Thread map: a thread a Philox block. Bytes: 4 n.
+
+#include "cuda/block.cuh"
+#include "cuda/launch.h"
+#include "cuda/noise.cuh"
+#include "cuda/tile.cuh"
+
+namespace tta {
+namespace cuda {
+namespace {
+
+constexpr int kPerturbThreads = 512;
+
+// Two floats rounded to a 16-bit type, the first in the low half. The device's own conversions
+// round like core/half.h; only what is left of a NaN's payload differs, as in any operation on one.
+template <int kType>
+__device__ __forceinline__ uint32_t narrowed(float low, float high) {
+#if defined(__CUDA_ARCH__)
+  uint32_t both;
+  if constexpr (kType == kFloat16)
+    asm("cvt.rn.f16x2.f32 %0, %2, %1;" : "=r"(both) : "f"(low), "f"(high));
+  else
+    asm("cvt.rn.bf16x2.f32 %0, %2, %1;" : "=r"(both) : "f"(low), "f"(high));
+  return both;
+#else
+  if (kType == kFloat16)
+    return float_to_half(low) | static_cast<uint32_t>(float_to_half(high)) << 16;
+  return float_to_bfloat16(low) | static_cast<uint32_t>(float_to_bfloat16(high)) << 16;
+#endif
+}
+
+// Elements of hidden and out in fours. Plain loads, not those of read-only memory that logits are
+// read by: out may be hidden.
+template <int kType, bool kWhole>
+struct Four {
+  using Element = uint16_t;
+  uint2 bits;
+
+  __device__ __forceinline__ void load(const Element* p, int64_t left) {
+    if constexpr (kWhole) {
+      bits = *reinterpret_cast<const uint2*>(p);
+    } else {
+      uint32_t raw[4];
+#pragma unroll
+      for (int k = 0; k < 4; ++k) raw[k] = k < left ? p[k] : 0u;
+      bits = make_uint2(raw[0] | raw[1] << 16, raw[2] | raw[3] << 16);
+    }
+  }
+  __device__ __forceinline__ void store(Element* p, int64_t left) const {
+    if constexpr (kWhole) {
+      __stcg(reinterpret_cast<uint2*>(p), bits);
+    } else {
+      const uint32_t raw[4] = {bits.x, bits.x >> 16, bits.y, bits.y >> 16};
+#pragma unroll
+      for (int k = 0; k < 4; ++k)
+        if (k < left) p[k] = static_cast<uint16_t>(raw[k] & 0xffffu);
+    }
+  }
+  __device__ __forceinline__ float4 floats() const {
+    return make_float4(widened<kType>(static_cast<uint16_t>(bits.x & 0xffffu)),
+                       widened<kType>(static_cast<uint16_t>(bits.x >> 16)),
+                       widened<kType>(static_cast<uint16_t>(bits.y & 0xffffu)),
+                       widened<kType>(static_cast<uint16_t>(bits.y >> 16)));
+  }
+  __device__ __forceinline__ void round(float4 x) {
+    bits = make_uint2(narrowed<kType>(x.x, x.y), narrowed<kType>(x.z, x.w));
+  }
+};
+
+template <bool kWhole>
+struct Four<kFloat32, kWhole> {
+  using Element = float;
+  float4 x;
+
+  __device__ __forceinline__ void load(const float* p, int64_t left) { x = load4<kWhole>(p, left); }
+  __device__ __forceinline__ void store(float* p, int64_t left) const {
+    store4<kWhole>(p, left, x);
+  }
+  __device__ __forceinline__ float4 floats() const { return x; }
+  __device__ __forceinline__ void round(float4 y) { x = y; }
+};
+
+// eps and u of a tile, in groups of four.
+struct Products {
+  float4 eps[kTile / 4], u[kTile / 4];
+};
+
+// The canonical sum of u eps over the first `quads` groups of four of a tile, in the first thread
+// of the warp that calls it.
+__device__ __forceinline__ float dot_of(const Products& tile, int quads) {
+  float lane[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll 8
+  for (int q = lane_id(); q < quads; q += 32) {
+    const float4 u = tile.u[q], eps = tile.eps[q];
+    lane[0] = fma_rn(u.x, eps.x, lane[0]);
+    lane[1] = fma_rn(u.y, eps.y, lane[1]);
+    lane[2] = fma_rn(u.z, eps.z, lane[2]);
+    lane[3] = fma_rn(u.w, eps.w, lane[3]);
+  }
+  return fold(lane);
+}
+
+// kWhole: rows of hidden, out and mean are made of whole, aligned groups of four.
+template <int kType, bool kWhole>
+__global__ void __launch_bounds__(kPerturbThreads, 2)
+    prelogit_perturb_kernel(PerturbArgs a, uint32_t tiles, double* sums, uint32_t* arrivals) {
+  TTA_SHARED(Products, products);
+  using Element = typename Four<kType, kWhole>::Element;
+  const int64_t row = blockIdx.x / tiles;
+  const int64_t first = static_cast<int64_t>(blockIdx.x % tiles) * kTile;
+  const int dim = static_cast<int>(a.dim - first < kTile ? a.dim - first : kTile);
+  const int quads = (dim + 3) / 4;
+  const Element* hidden = static_cast<const Element*>(a.hidden) + row * a.hidden_stride + first;
+  Element* out = static_cast<Element*>(a.out) + row * a.out_stride + first;
+
+  const int64_t step = a.step[row];
+  if (step < 0 || step >= a.steps) {  // the same in all tiles of the row
+#pragma unroll 1
+    for (int q = static_cast<int>(threadIdx.x); q < quads; q += static_cast<int>(blockDim.x)) {
+      Four<kType, kWhole> x;
+      x.load(hidden + q * 4, dim - q * 4);
+      x.store(out + q * 4, dim - q * 4);
+    }
+    return;
+  }
+
+  int64_t prompt = a.prompt[row];  // out of range only where nobody asked for a check
+  prompt = prompt < 0 ? 0 : prompt < a.prompts ? prompt : a.prompts - 1;
+  const float* u = a.mean + prompt * a.mean_prompt_stride + step * a.mean_step_stride + first;
+  const NoiseStream stream =
+      noise_stream(a.seed, static_cast<uint32_t>(step), static_cast<uint32_t>(a.sequence[row]));
+  const uint32_t word3 =
+      counter_word3(kNoise, a.iteration, static_cast<uint32_t>(a.rollout[row]) & 0xffffu);
+#pragma unroll 1
+  for (int q = static_cast<int>(threadIdx.x); q < quads; q += static_cast<int>(blockDim.x)) {
+    Four<kType, kWhole> x;
+    x.load(hidden + q * 4, dim - q * 4);
+    const float4 mean = load4<kWhole>(u + q * 4, dim - q * 4);
+    const float4 eps =
+        noise(stream, static_cast<uint32_t>(first / 4) + static_cast<uint32_t>(q), word3);
+    products.u[q] = mean;
+    products.eps[q] = eps;
+    x.round(add(x.floats(), a.sigma == 0.0f ? mean : add(mean, mul(a.sigma, eps))));
+    x.store(out + q * 4, dim - q * 4);
+  }
+  __syncthreads();
+  const float sum = warp_id() == 0 ? dot_of(products, quads) : 0.0f;
+  if (tiles == 1) {  // + 0: a sum over tiles starts there
+    if (threadIdx.x == 0) a.dot[row] = add_rn(a.dot[row], add_rn(sum, 0.0f));
+    return;
+  }
+  if (threadIdx.x == 0) sums[blockIdx.x] = static_cast<double>(sum);
+  if (!last_to_arrive(arrivals + row, tiles) || threadIdx.x != 0) return;
+  double total = 0.0;
+#pragma unroll 1
+  for (uint32_t t = 0; t < tiles; ++t) total = add_rn(total, __ldcg(sums + row * tiles + t));
+  a.dot[row] = add_rn(a.dot[row], __double2float_rn(total));
+}
+
+template <int kType>
+void launch_perturb(const PerturbArgs& a, uint32_t tiles, const Launch& launch) {
+  const int64_t quads = ((a.dim < kTile ? a.dim : kTile) + 3) / 4;
+  const unsigned threads =
+      quads < kPerturbThreads ? static_cast<unsigned>((quads + 31) / 32 * 32) : kPerturbThreads;
+  const unsigned grid = static_cast<unsigned>(a.rows) * tiles;
+  double* sums = static_cast<double*>(launch.scratch);
+  constexpr uintptr_t kBytes = kType == kFloat32 ? 16 : 8;
+  const bool whole =
+      (a.dim | a.hidden_stride | a.out_stride | a.mean_prompt_stride | a.mean_step_stride) % 4 ==
+          0 &&
+      aligned(a.hidden, kBytes) && aligned(a.out, kBytes) && aligned(a.mean, 16);
+  if (whole) {
+    TTA_LAUNCH((prelogit_perturb_kernel<kType, true>), grid, threads, 0, launch.stream, a, tiles,
+               sums, launch.arrivals);
+  } else {
+    TTA_LAUNCH((prelogit_perturb_kernel<kType, false>), grid, threads, 0, launch.stream, a, tiles,
+               sums, launch.arrivals);
+  }
+}
+
+// ---- normal ------------------------------------------------------------------------------------
+
+template <bool kWhole>
+__global__ void __launch_bounds__(kThreads) normal_kernel(NormalArgs a) {
+  const int64_t d = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * 4;
+  if (d >= a.count) return;
+  const NoiseStream stream = noise_stream(a.seed, a.step, a.sequence);
+  const float4 eps = noise(stream, static_cast<uint32_t>(d / 4), a.word3);
+  store4<kWhole>(a.out + d, a.count - d, eps);
+}
+
+}  // namespace
+
+Need need_of(const PerturbArgs& a) {
+  const int64_t tiles = tiles_of(a.dim);
+  if (tiles == 1) return {};
+  return {static_cast<size_t>(a.rows * tiles) * sizeof(double), a.rows};
+}
+
+Need need_of(const NormalArgs&) { return {}; }
+
+cudaError_t prelogit_perturb(const PerturbArgs& a, const Launch& launch) {
+  if (a.rows == 0 || a.dim == 0) return cudaSuccess;
+  const uint32_t tiles = static_cast<uint32_t>(tiles_of(a.dim));
+  if (a.dtype == kFloat32)
+    launch_perturb<kFloat32>(a, tiles, launch);
+  else if (a.dtype == kFloat16)
+    launch_perturb<kFloat16>(a, tiles, launch);
+  else
+    launch_perturb<kBFloat16>(a, tiles, launch);
+  return cudaGetLastError();
+}
+
+cudaError_t normal(const NormalArgs& a, const Launch& launch) {
+  if (a.count == 0) return cudaSuccess;
+  const int64_t blocks = (a.count + 4 * kThreads - 1) / (4 * kThreads);
+  if (a.count % 4 == 0 && aligned(a.out, 16)) {
+    TTA_LAUNCH((normal_kernel<true>), static_cast<unsigned>(blocks), kThreads, 0, launch.stream, a);
+  } else {
+    TTA_LAUNCH((normal_kernel<false>), static_cast<unsigned>(blocks), kThreads, 0, launch.stream,
+               a);
+  }
+  return cudaGetLastError();
+}
+
+}  // namespace cuda
+}  // namespace tta

@@ -1,0 +1,384 @@
+// One call of an operator as decoding loops make it most of the time, for profiles: every row valid
+// and aligned. Still compared with the CPU.
+#include "testing/cuda/cases.h"
+
+#include "core/half.h"
+
+namespace tta {
+namespace testing {
+namespace {
+
+constexpr int64_t kDim = 4096, kRollouts = 32, kSteps = 32, kDraft = 4;
+
+// Aligned rows of normal logits, not much different from a language model's.
+Twin<char> plain_rows(int64_t rows, int64_t vocab, int dtype, Random* random) {
+  const int64_t size = dtype == kFloat32 ? 4 : 2;
+  Twin<char> data(rows * vocab * size);
+  for (int64_t i = 0; i < rows * vocab; ++i) {
+    const float x = 3.0f * static_cast<float>(random_normal(random));
+    if (dtype == kFloat32)
+      std::memcpy(data.at(kHost) + 4 * i, &x, 4);
+    else
+      reinterpret_cast<uint16_t*>(data.at(kHost))[i] =
+          dtype == kFloat16 ? float_to_half(x) : float_to_bfloat16(x);
+  }
+  data.upload();
+  return data;
+}
+
+void categorical(const Options& o, Random* random) {
+  const Twin<char> logits = plain_rows(o.batch, o.vocab, o.dtype, random);
+  const Keys keys(o.batch, random);
+  const Twin<int64_t> token(o.batch);
+  call_both<CategoricalArgs>(
+      categorical_sample, cuda::categorical_sample,
+      [&](Side side) {
+        CategoricalArgs a;
+        a.logits = {logits.at(side), o.vocab, 0, o.vocab, o.dtype};
+        a.batch = o.batch;
+        a.key = keys.at(side, true);
+        a.token = token.at(side);
+        return a;
+      },
+      o.op);
+  compare("token", o.op, token);
+}
+
+// The arguments that the deferral operators share.
+struct Pair {
+  const Options& o;
+  Twin<char> base, proxy;
+  double param;
+  int rule;
+  Pair(const Options& options, int64_t rows, int rule, double param, Random* random)
+      : o(options),
+        base(plain_rows(rows, o.vocab, o.dtype, random)),
+        proxy(plain_rows(rows, o.vocab, o.dtype, random)),
+        param(param),
+        rule(rule) {}
+  template <class Args>
+  Args at(Side side, int64_t positions = 1) const {
+    Args a;
+    const int64_t row = o.vocab;
+    a.base = {base.at(side), positions * row, positions > 1 ? row : 0, row, o.dtype};
+    a.proxy = {proxy.at(side), positions * row, positions > 1 ? row : 0, row, o.dtype};
+    a.batch = o.batch;
+    a.rule.rule = rule;
+    a.rule.param = param;
+    return a;
+  }
+};
+
+void draw(const Options& o, int rule, double param, bool propose, bool is_deferred,
+          Random* random) {
+  const Pair pair(o, o.batch, rule, param, random);
+  const Keys keys(o.batch, random);
+  const Twin<int64_t> token(o.batch);
+  const Twin<bool> deferred(o.batch);
+  call_both<SampleArgs>(
+      deferral_sample, cuda::deferral_sample,
+      [&](Side side) {
+        SampleArgs a = pair.at<SampleArgs>(side);
+        if (propose) a.proxy.data = nullptr;
+        a.key = keys.at(side, true);
+        a.propose = propose;
+        a.token = token.at(side);
+        a.deferred = deferred.at(side);
+        return a;
+      },
+      o.op);
+  compare("token", o.op, token);
+  compare("deferred", o.op, deferred);
+  for (int64_t b = 0; b < o.batch; ++b)
+    CHECK(deferred[b] == is_deferred, "row %" PRId64 " is %sdeferred", b,
+          is_deferred ? "not " : "");
+}
+
+void mask(const Options& o, int rule, double param, Random* random) {
+  const Pair pair(o, o.batch, rule, param, random);
+  const Twin<bool> out(o.batch * o.vocab);
+  const Twin<int64_t> critical(o.batch);
+  const Twin<float> fraction(o.batch);
+  call_both<MaskArgs>(
+      deferral_mask, cuda::deferral_mask,
+      [&](Side side) {
+        MaskArgs a = pair.at<MaskArgs>(side);
+        a.mask = out.at(side);
+        a.mask_stride = o.vocab;
+        a.critical_index = critical.at(side);
+        a.fraction = fraction.at(side);
+        return a;
+      },
+      o.op);
+  compare("mask", o.op, out);
+}
+
+void probs(const Options& o, int rule, double param, Random* random) {
+  const Pair pair(o, o.batch, rule, param, random);
+  const Twin<float> out(o.batch * o.vocab);
+  call_both<ProbsArgs>(
+      deferral_probs, cuda::deferral_probs,
+      [&](Side side) {
+        ProbsArgs a = pair.at<ProbsArgs>(side);
+        a.out = out.at(side);
+        a.out_stride = o.vocab;
+        return a;
+      },
+      o.op);
+  compare("probs", o.op, out);
+}
+
+void stats(const Options& o, int rule, double param, Random* random) {
+  const Pair pair(o, o.batch, rule, param, random);
+  const Twin<double> mass(o.batch), used(o.batch);
+  const Twin<int64_t> critical(o.batch);
+  const Twin<float> cut(o.batch);
+  call_both<StatsArgs>(
+      deferral_stats, cuda::deferral_stats,
+      [&](Side side) {
+        StatsArgs a = pair.at<StatsArgs>(side);
+        a.deferred_mass = mass.at(side);
+        a.critical_index = critical.at(side);
+        a.cut_logit = cut.at(side);
+        a.used = used.at(side);
+        return a;
+      },
+      o.op);
+  compare("mass", o.op, mass);
+  compare("cut", o.op, cut);
+}
+
+// A draft of kDraft random tokens: the first position rejects most of the time.
+void verify(const Options& o, Random* random) {
+  const Pair pair(o, o.batch * (kDraft + 1), kThreshold, 0.001, random);
+  const Keys keys(o.batch, random);
+  Twin<int64_t> draft(o.batch * kDraft), length(o.batch);
+  for (int64_t i = 0; i < draft.count(); ++i) draft[i] = random->below(o.vocab);
+  for (int64_t b = 0; b < o.batch; ++b) length[b] = kDraft;
+  draft.upload();
+  length.upload();
+  const Twin<int64_t> accepted(o.batch), token(o.batch);
+  const Twin<bool> deferred(o.batch);
+  const Twin<double> mass(o.batch * (kDraft + 1));
+  call_both<VerifyArgs>(
+      deferral_verify, cuda::deferral_verify,
+      [&](Side side) {
+        VerifyArgs a = pair.at<VerifyArgs>(side, kDraft + 1);
+        a.key = keys.at(side, true);
+        a.draft_capacity = kDraft;
+        a.has_bonus_row = true;
+        a.draft = draft.at(side);
+        a.draft_row_stride = kDraft;
+        a.draft_position_stride = 1;
+        a.draft_length = length.at(side);
+        a.accepted = accepted.at(side);
+        a.token = token.at(side);
+        a.deferred = deferred.at(side);
+        a.mass = mass.at(side);
+        return a;
+      },
+      o.op);
+  compare("accepted", o.op, accepted);
+  compare("token", o.op, token);
+}
+
+// Proxy tuning: one expert against its anti-expert.
+void mixture(const Options& o, Random* random) {
+  const Twin<char> base = plain_rows(o.batch, o.vocab, o.dtype, random);
+  const Twin<char> expert = plain_rows(o.batch, o.vocab, o.dtype, random);
+  const Twin<char> anti = plain_rows(o.batch, o.vocab, o.dtype, random);
+  const Twin<float> beta = twin_of(std::vector<float>{0.5f});
+  const Keys keys(o.batch, random);
+  const Twin<int64_t> token(o.batch);
+  call_both<MixtureArgs>(
+      implicit_reward, cuda::implicit_reward,
+      [&](Side side) {
+        MixtureArgs a;
+        a.base = {base.at(side), 0, o.vocab, o.vocab, o.dtype};
+        a.expert = {expert.at(side), 0, o.vocab, o.vocab, o.dtype};
+        a.anti = {anti.at(side), 0, o.vocab, o.vocab, o.dtype};
+        a.experts = 1;
+        a.beta = beta.at(side);
+        a.batch = o.batch;
+        a.key = keys.at(side, true);
+        a.token = token.at(side);
+        return a;
+      },
+      o.op);
+  compare("token", o.op, token);
+}
+
+void knapsack(const Options& o, Random* random) {
+  Twin<float> profit(o.batch * o.vocab), weight(o.batch * o.vocab);
+  for (int64_t i = 0; i < profit.count(); ++i) {
+    profit[i] = static_cast<float>(random->uniform());
+    weight[i] = static_cast<float>(random->uniform());
+  }
+  profit.upload();
+  weight.upload();
+  const Twin<bool> selected(o.batch * o.vocab);
+  const Twin<double> used(o.batch), value(o.batch), bound(o.batch);
+  const Twin<int64_t> critical(o.batch);
+  call_both<KnapsackArgs>(
+      greedy_knapsack, cuda::greedy_knapsack,
+      [&](Side side) {
+        KnapsackArgs a;
+        a.profit = profit.at(side);
+        a.weight = weight.at(side);
+        a.profit_stride = a.weight_stride = a.selected_stride = a.items = o.vocab;
+        a.batch = o.batch;
+        a.capacity = 0.2 * static_cast<double>(o.vocab);
+        a.selected = selected.at(side);
+        a.used = used.at(side);
+        a.value = value.at(side);
+        a.critical_index = critical.at(side);
+        a.upper_bound = bound.at(side);
+        return a;
+      },
+      o.op);
+  compare("selected", o.op, selected);
+  compare("used", o.op, used);
+}
+
+// A step of `kRollouts` rollouts of each of `batch` prompts.
+void perturb(const Options& o, Random* random) {
+  const int64_t rows = kRollouts * o.batch;
+  const Twin<char> hidden = plain_rows(rows, kDim, o.dtype, random);
+  const Twin<char> out(hidden.count());
+  const Twin<char> mean = plain_rows(o.batch, kDim, kFloat32, random);
+  Twin<float> dot(rows);
+  Twin<int64_t> prompt(rows), rollout(rows);
+  for (int64_t r = 0; r < rows; ++r) {
+    prompt[r] = r / kRollouts;
+    rollout[r] = r % kRollouts;
+    dot[r] = 0.0f;
+  }
+  dot.upload();
+  prompt.upload();
+  rollout.upload();
+  call_both<PerturbArgs>(
+      prelogit_perturb, cuda::prelogit_perturb,
+      [&](Side side) {
+        PerturbArgs a;
+        a.hidden = hidden.at(side);
+        a.out = out.at(side);
+        a.dtype = o.dtype;
+        a.hidden_stride = a.out_stride = a.dim = kDim;
+        a.rows = rows;
+        a.mean = reinterpret_cast<const float*>(mean.at(side));
+        a.mean_prompt_stride = a.mean_step_stride = kDim;
+        a.prompts = o.batch;
+        a.steps = 1;
+        a.step = int64_t{0};
+        a.prompt = {prompt.at(side), 1};
+        a.sequence = int64_t{5};
+        a.rollout = {rollout.at(side), 1};
+        a.sigma = 0.5f;
+        a.seed = int64_t{11};
+        a.dot = dot.at(side);
+        return a;
+      },
+      o.op);
+  compare("hidden", o.op, out);
+  compare("dot", o.op, dot);
+}
+
+void update(const Options& o, Random* random) {
+  const int64_t count = o.batch * kSteps * kDim;
+  const Twin<char> mean = plain_rows(o.batch * kSteps, kDim, kFloat32, random);
+  const Twin<float> out(count);
+  Twin<float> weights(o.batch * kRollouts);
+  for (int64_t i = 0; i < weights.count(); ++i)
+    weights[i] = 1.0f / 64.0f + 1e-4f * static_cast<float>(i);
+  weights.upload();
+  call_both<ControlArgs>(
+      control_update, cuda::control_update,
+      [&](Side side) {
+        ControlArgs a;
+        a.mean = reinterpret_cast<const float*>(mean.at(side));
+        a.out = out.at(side);
+        a.prompts = o.batch;
+        a.steps = kSteps;
+        a.dim = kDim;
+        a.rollouts = kRollouts;
+        a.weights = weights.at(side);
+        a.sequence = int64_t{5};
+        a.seed = int64_t{11};
+        a.sigma = 0.5f;
+        a.start = 0;
+        a.stop = kRollouts;
+        return a;
+      },
+      o.op);
+  compare("update", o.op, out);
+}
+
+void weights(const Options& o, Random* random) {
+  Twin<float> reward(o.batch * kRollouts), dot(reward.count()), norm2(reward.count());
+  for (const Twin<float>* x : {&reward, &dot, &norm2}) {
+    for (int64_t i = 0; i < x->count(); ++i) (*x)[i] = static_cast<float>(random->uniform());
+    x->upload();
+  }
+  InvalidTwin invalid;
+  const Twin<float> out(reward.count()), ess(o.batch);
+  call_both<WeightsArgs>([](const WeightsArgs& a, const Parallel&) { importance_weights(a); },
+                         cuda::importance_weights,
+                         [&](Side side) {
+                           WeightsArgs a;
+                           a.reward = reward.at(side);
+                           a.dot = dot.at(side);
+                           a.norm2 = norm2.at(side);
+                           a.reward_stride = a.dot_stride = a.norm2_stride = a.rollouts = kRollouts;
+                           a.prompts = o.batch;
+                           a.lambda = 0.3;
+                           a.alpha = 0.9;
+                           a.sigma = 0.5;
+                           a.weights = out.at(side);
+                           a.ess = ess.at(side);
+                           a.invalid = invalid.at(side);
+                           return a;
+                         },
+                         o.op);
+  compare("weights", o.op, out);
+  compare("ess", o.op, ess);
+}
+
+struct Common {
+  const char* name;
+  void (*run)(const Options&, Random*);
+};
+// Threshold 0 keeps every token, threshold 1.5 defers it.
+const Common kCommon[] = {
+    {"categorical_sample", categorical},
+    {"deferral_propose",
+     [](const Options& o, Random* r) { draw(o, kThreshold, 0.0, true, false, r); }},
+    {"deferral_sample",
+     [](const Options& o, Random* r) { draw(o, kThreshold, 0.0, false, false, r); }},
+    {"deferral_sample deferred",
+     [](const Options& o, Random* r) { draw(o, kThreshold, 1.5, false, true, r); }},
+    {"deferral_propose knapsack",
+     [](const Options& o, Random* r) { draw(o, kKnapsack, 1e-6, true, false, r); }},
+    {"deferral_mask", [](const Options& o, Random* r) { mask(o, kThreshold, 0.001, r); }},
+    {"deferral_mask knapsack", [](const Options& o, Random* r) { mask(o, kKnapsack, 0.4, r); }},
+    {"deferral_probs", [](const Options& o, Random* r) { probs(o, kThreshold, 0.001, r); }},
+    {"deferral_stats", [](const Options& o, Random* r) { stats(o, kThreshold, 0.001, r); }},
+    {"deferral_verify", verify},
+    {"implicit_reward", mixture},
+    {"greedy_knapsack", knapsack},
+    {"prelogit_perturb", perturb},
+    {"importance_weights", weights},
+    {"control_update", update}};
+
+}  // namespace
+
+bool common_case(const Options& options, Random* random) {
+  for (const Common& common : kCommon)
+    if (options.op == common.name) {
+      common.run(options, random);
+      return true;
+    }
+  return false;
+}
+
+}  // namespace testing
+}  // namespace tta

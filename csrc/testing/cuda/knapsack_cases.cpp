@@ -1,0 +1,73 @@
+// greedy_knapsack.
+#include <cmath>
+
+#include "testing/cuda/cases.h"
+
+namespace tta {
+namespace testing {
+
+void knapsack_cases(const Options& options, Random* random) {
+  for (int64_t i = 0; i < options.repetitions; ++i) {
+    const int64_t items = random_vocab(options.vocab, random), batch = 1 + random->below(3);
+    const int64_t stride = items + random->below(3), skip = random->below(4);
+    const bool ties = random->below(4) == 0;
+    const std::string where = "repetition " + std::to_string(i) + ", items " +
+                              std::to_string(items) + (ties ? ", ties" : "");
+    Twin<float> profit((batch - 1) * stride + items, skip);
+    Twin<float> weight((batch - 1) * stride + items, skip);
+    Twin<double> capacity(batch);
+    for (int64_t j = 0; j < profit.count(); ++j) {
+      weight[j] = static_cast<float>(std::exp(random_normal(random)));
+      if (random->below(50) == 0) weight[j] = 0.0f;
+      if (random->below(100) == 0) weight[j] *= 1000.0f;
+      profit[j] = ties ? weight[j] * static_cast<float>(random->below(3))
+                       : static_cast<float>(random->uniform());
+    }
+    if (random->below(6) == 0) weight[random->below(weight.count())] = std::nanf("");
+    if (random->below(6) == 0) profit[random->below(profit.count())] = -1.0f;
+    for (int64_t b = 0; b < batch; ++b) {
+      double total = 0.0;
+      const int64_t prefix = random->below(items + 1);
+      for (int64_t j = 0; j < prefix; ++j) total += static_cast<double>(weight[b * stride + j]);
+      capacity[b] =
+          pick({0.0, 1e-3, 1.0, total, 2.0 * total, total * random->uniform(), -1.0, std::nan("")},
+               random);
+    }
+    profit.upload();
+    weight.upload();
+    capacity.upload();
+    const InvalidTwin invalid;
+    const Twin<bool> selected(batch * items, skip);
+    const Twin<double> used(batch), value(batch), bound(batch);
+    const Twin<int64_t> critical(batch);
+    call_both<KnapsackArgs>(
+        greedy_knapsack, cuda::greedy_knapsack,
+        [&](Side side) {
+          KnapsackArgs a;
+          a.profit = profit.at(side);
+          a.weight = weight.at(side);
+          a.profit_stride = a.weight_stride = stride;
+          a.batch = batch;
+          a.items = items;
+          a.capacity = {capacity.at(side), 1};
+          a.selected = selected.at(side);
+          a.selected_stride = items;
+          a.used = used.at(side);
+          a.value = value.at(side);
+          a.critical_index = critical.at(side);
+          a.upper_bound = bound.at(side);
+          a.invalid = invalid.at(side);
+          return a;
+        },
+        where);
+    compare("selected", where, selected);
+    compare("used", where, used);
+    compare("value", where, value);
+    compare("critical", where, critical);
+    compare("upper bound", where, bound);
+    compare("invalid", where, invalid);
+  }
+}
+
+}  // namespace testing
+}  // namespace tta
