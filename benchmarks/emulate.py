@@ -3,7 +3,7 @@
     python -m benchmarks.emulate             run both, write benchmarks/results/emulation.json
     python -m benchmarks.emulate --check     is that file of these sources, and within its bounds?
 
-Needs nvcc and the PTX emulator whose folder ``TTA_EXT_PTXEMU`` names (without it: a sentence, and
+Needs nvcc and the PTX emulator whose folder ``TTA_EXT_PTXEMU`` names (without them: a sentence, and
 exit code 0). csrc/testing/cuda is linked against the emulator's CUDA runtime; every family runs in
 ascending, descending and random thread orders, with random switches between threads, and compares
 each output with the CPU kernels bit for bit. The emulator's check of races between blocks is off:
@@ -348,6 +348,11 @@ def main() -> int:
         tool = os.environ.get("TTA_EXT_PTXEMU", "")
         if not tool:
             print("emulate: skipped, TTA_EXT_PTXEMU does not name the emulator's folder")
+            return 0
+        try:
+            _compile_cuda.find_toolkit()
+        except _compile.BuildError as error:
+            print(f"emulate: skipped, {error}")
             return 0
         before = digest()
         with tempfile.TemporaryDirectory() as folder:

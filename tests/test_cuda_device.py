@@ -167,7 +167,7 @@ def test_family(mirror: Mirror, family: str, vocabulary: int, dtype: torch.dtype
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-@pytest.mark.parametrize(("offset", "dtype"), zip((1, 3, 3), DTYPES, strict=True))
+@pytest.mark.parametrize(("offset", "dtype"), list(zip((1, 3, 3), DTYPES, strict=True)))
 def test_strides(mirror: Mirror, family: str, offset: int, dtype: torch.dtype) -> None:
     """Rows that start at any element, further apart than they are long."""
     base, proxy, ids = inputs(4099, dtype, "ties", batch=2)

@@ -367,7 +367,7 @@ __global__ void __launch_bounds__(kThreads, 5) draw_kernel(const Drawn a) {
 }
 
 // The knapsack's verdict on a drawn token: masked sums through it and before it.
-__global__ void __launch_bounds__(kThreads, 5) judge_kernel(const Drawn a) {
+__global__ void __launch_bounds__(kThreads, 4) judge_kernel(const Drawn a) {
   TTA_SHARED_ARRAY(float4, weights4, kTile / 4);
   TTA_SHARED_ARRAY(double, shared, kMaxTiles);
   float* weights = reinterpret_cast<float*>(weights4);

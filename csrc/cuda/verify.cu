@@ -330,10 +330,20 @@ __device__ __forceinline__ double residual_weights(const Verify& a, int64_t row,
   int exponent;
   std::frexp(top, &exponent);
   const double shrink = std::ldexp(1.0, -exponent);
+  const auto shrunk = [shrink](float w) {
+    return static_cast<float>(mul_rn(static_cast<double>(w), shrink));
+  };
 #pragma unroll
-  for (int i = 0; i < kPerThread; ++i) {
-    float& w = weights[pair.map.at(i)];
-    w = static_cast<float>(mul_rn(static_cast<double>(w), shrink));
+  for (int i = 0; i < kPerThread; i += 4) {
+    float w[4];
+    if (pair.map.vector) {
+      const float4 v = *reinterpret_cast<const float4*>(weights + pair.map.at(i));
+      w[0] = shrunk(v.x), w[1] = shrunk(v.y), w[2] = shrunk(v.z), w[3] = shrunk(v.w);
+    } else {
+#pragma unroll
+      for (int k = 0; k < 4; ++k) w[k] = shrunk(weights[pair.map.at(i + k)]);
+    }
+    put_four(pair.map, i, w, weights);
   }
   __syncthreads();
   return std::ldexp(1.0, exponent);
