@@ -78,8 +78,6 @@ MOST_INSTRUCTIONS = {
 ONE_PASS = ("categorical_sample", "deferral_propose", "deferral_sample", "prelogit_perturb")
 # Those that count into shared memory by the data's own values: conflicts depend on the data.
 HISTOGRAMS = ("deferral_mask knapsack", "greedy_knapsack")
-# Wavefronts that others may lose: the residual of the one rejected position is scaled in place.
-MOST_CONFLICTS = {"deferral_verify": 768}
 FLOAT32_ONLY = ("greedy_knapsack", "importance_weights", "control_update")
 DTYPES = ("float32", "bfloat16")
 
@@ -295,7 +293,7 @@ def faults(profiles: Iterable[Profile]) -> list[str]:
         name = f"{p.op} {p.dtype}"
         if p.dram_ratio is not None and p.dram_ratio > MOST_DRAM_RATIO:
             found.append(f"{name}: {p.dram_ratio} of the compulsory bytes > {MOST_DRAM_RATIO}")
-        if p.op not in HISTOGRAMS and p.bank_conflicts > MOST_CONFLICTS.get(p.op, 0):
+        if p.op not in HISTOGRAMS and p.bank_conflicts > 0:
             found.append(f"{name}: {p.bank_conflicts} wavefronts lost to bank conflicts")
         if p.instructions_per_element > MOST_INSTRUCTIONS[p.op]:
             found.append(

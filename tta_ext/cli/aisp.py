@@ -28,8 +28,8 @@ Model = Annotated[
 RewardName = Annotated[
     str | None,
     typer.Option(
-        help="Reward: letter:s, sentiment, sentiment:negative, json, words:20, classifier:PATH, "
-        "python:MODULE:NAME."
+        help="Reward: letter:s, letter:s:distinct, sentiment, sentiment:negative, json, words:20, "
+        "classifier:PATH, python:MODULE:NAME."
     ),
 ]
 Settings = Annotated[
