@@ -369,21 +369,46 @@ def load() -> LoadResult:
     return _result
 
 
-def _attempt() -> LoadResult:
-    wanted = _compile.switch("TTA_EXT_NATIVE")
+def attempt(
+    variable: str,
+    load: Callable[[str], tuple[Path, bool, str]],
+    *,
+    loss: str,
+    mend: str | None = None,
+    wanted_here: Callable[[], bool] = lambda: True,
+) -> LoadResult:
+    """One try at a library, as its environment variable wants it; for a ``load()`` to keep.
+
+    Args:
+        variable: the library's switch: auto, 0 or 1.
+        load: given the switch, loads the library; its path, whether it was compiled now, and how
+            it was come by.
+        loss: what happens without the library, for the warning.
+        mend: as in :func:`summary`.
+        wanted_here: whether a failure is worth a warning.
+
+    Raises:
+        RuntimeError: the switch is 1 and the library cannot be had.
+        ValueError: the switch has another value.
+    """
+    wanted = _compile.switch(variable)
     if wanted == "0":
-        return LoadResult(False, "switched off by TTA_EXT_NATIVE=0", None, 0.0, False)
+        return LoadResult(False, f"switched off by {variable}=0", None, 0.0, False)
     start = time.perf_counter()
     try:
-        path, built, reason = _load()
+        path, built, reason = load(wanted)
     except (BuildError, OSError) as error:
-        reason = summary(error)
+        reason = summary(error, mend)
         if wanted == "1":
-            raise RuntimeError(f"TTA_EXT_NATIVE=1, but {reason}") from error
-        warnings.warn(
-            f"tta_ext runs on its PyTorch reference, which is much slower: {reason}",
-            NativeWarning,
-            stacklevel=3,
-        )
+            raise RuntimeError(f"{variable}=1, but {reason}") from error
+        if wanted_here():
+            # Named after whoever called load().
+            warnings.warn(f"{loss}, which is much slower: {reason}", NativeWarning, stacklevel=4)
         return LoadResult(False, reason, None, time.perf_counter() - start, False)
     return LoadResult(True, reason, path, time.perf_counter() - start, built)
+
+
+def _attempt() -> LoadResult:
+    return attempt(
+        "TTA_EXT_NATIVE", lambda wanted: _load(), loss="tta_ext runs on its PyTorch reference"
+    )

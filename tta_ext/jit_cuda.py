@@ -12,14 +12,12 @@ import json
 import os
 import sys
 import threading
-import time
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 from tta_ext import _compile, _compile_cuda, jit
 from tta_ext._compile import BuildError
-from tta_ext.jit import LoadResult, NativeWarning
+from tta_ext.jit import LoadResult
 
 _lock = threading.Lock()
 _result: LoadResult | None = None
@@ -164,22 +162,10 @@ def load() -> LoadResult:
 
 
 def _attempt() -> LoadResult:
-    wanted = _compile.switch("TTA_EXT_CUDA")
-    if wanted == "0":
-        return LoadResult(False, "switched off by TTA_EXT_CUDA=0", None, 0.0, False)
-    start = time.perf_counter()
-    try:
-        path, built, reason = _load(wanted)
-    except (BuildError, OSError) as error:
-        reason = jit.summary(error, "export CUDA_HOME=<the folder of another CUDA toolkit>")
-        if wanted == "1":
-            raise RuntimeError(f"TTA_EXT_CUDA=1, but {reason}") from error
-        if gpus():
-            warnings.warn(
-                "tta_ext runs its PyTorch reference on CUDA tensors, which is much slower: "
-                f"{reason}",
-                NativeWarning,
-                stacklevel=3,
-            )
-        return LoadResult(False, reason, None, time.perf_counter() - start, False)
-    return LoadResult(True, reason, path, time.perf_counter() - start, built)
+    return jit.attempt(
+        "TTA_EXT_CUDA",
+        _load,
+        loss="tta_ext runs its PyTorch reference on CUDA tensors",
+        mend="export CUDA_HOME=<the folder of another CUDA toolkit>",
+        wanted_here=lambda: bool(gpus()),
+    )
