@@ -8,16 +8,14 @@
 namespace tta {
 namespace TTA_ISA {
 
-// e^x for x <= 0 (any x for which the result is normal). Monotone over all floats, exp(-inf) = 0,
-// 0 below ln 2^-126 (no subnormal is ever produced), NaN stays NaN. At most 1.02 ulp off.
-// x = n ln 2 + r by the 1.5 * 2^23 trick, whose low bits then hold n + 127, the field of 2^n.
+// 2^n e^r = e^x: p = e^r, and the integer n in the low bits of `shifted` where `magic` is 1.5 *
+// 2^23 plus an even number (a tie would round to another n then; n is the same for an odd one
+// because no float is a tie).
 //
 // N vectors at a time, step by step: the chain of one exponential is about 60 cycles long, and a
 // processor looks only a few dozen instructions ahead.
 template <int N>
-TTA_INLINE void exp_pack(F* x) {
-  const F magic = set1(0x1.8p23f + 127.0f);  // 127: the exponent's bias
-  F shifted[N], p[N];
+TTA_INLINE void exp_parts(const F* x, F magic, F* shifted, F* p) {
   for (int k = 0; k < N; ++k) shifted[k] = fma(x[k], set1(0x1.715476p+0f), magic);
   F n[N], r[N];
   for (int k = 0; k < N; ++k) n[k] = sub(shifted[k], magic);
@@ -30,11 +28,30 @@ TTA_INLINE void exp_pack(F* x) {
   // 1 + (r + r^2 p), not 1 + r (1 + r p): there an ulp more in the inner sum takes more from the
   // result, for r < 0, than the next r adds.
   for (int k = 0; k < N; ++k) p[k] = add(fma(p[k], mul(r[k], r[k]), r[k]), set1(1.0f));
+}
+
+// e^x for x <= 0 (any x for which the result is normal). Monotone over all floats, exp(-inf) = 0,
+// 0 below ln 2^-126 (no subnormal is ever produced), NaN stays NaN. At most 1.02 ulp off.
+// x = n ln 2 + r by the 1.5 * 2^23 trick, whose low bits then hold n + 127, the field of 2^n.
+template <int N>
+TTA_INLINE void exp_pack(F* x) {
+  F shifted[N], p[N];
+  exp_parts<N>(x, set1(0x1.8p23f + 127.0f), shifted, p);
   for (int k = 0; k < N; ++k) {
     // A product, not a sum of bits, so that a NaN stays one whatever its payload; exact.
     const F scaled = mul(p[k], from_bits(shift_left<23>(bits(shifted[k]))));
     x[k] = keep(mask_not(less(x[k], set1(-0x1.5d589ep+6f))), scaled);
   }
+}
+
+// The same for kExpTermLow <= x <= 0 and a sum that takes subnormals for 0: where exp is 0, this is
+// a subnormal, because n = -126 and p < 1 there. Three operations fewer.
+constexpr float kExpTermLow = -87.5f;
+template <int N>
+TTA_INLINE void exp_term_pack(F* x) {
+  F shifted[N], p[N];
+  exp_parts<N>(x, set1(0x1.8p23f), shifted, p);
+  for (int k = 0; k < N; ++k) x[k] = from_bits(add(bits(p[k]), shift_left<23>(bits(shifted[k]))));
 }
 
 TTA_INLINE F exp(F x) {

@@ -49,4 +49,33 @@ TTA_INLINE float from_ordered_bits(int32_t i) {
 constexpr double kQuantum = 6144.0;  // its ulp is 2^-40
 TTA_INLINE double quantize_weight(double w) { return sub_rn(add_rn(w, kQuantum), kQuantum); }
 
+// The same as an integer, of a weight w <= 1, for sums of up to 1024 of them: high 2^20 + low is w
+// 2^40 to the nearest, ties to even. Two roundings by the ulp of a larger number, no conversions:
+// what is left after the first is exact, and the second sees its tie as the sum would.
+struct Quanta {
+  uint32_t high = 0, low = 0;
+  TTA_HOST_DEVICE void add(float w) {
+    const float to_high = 12.0f, to_low = 0x1.8p-17f;  // ulps 2^-20, 2^-40
+    const float upper = add_rn(w, to_high);
+    const float lower = add_rn(sub_rn(w, sub_rn(upper, to_high)), to_low);
+    high += bits_of(upper) - bits_of(to_high);
+    low += bits_of(lower) - bits_of(to_low);
+  }
+  TTA_HOST_DEVICE int64_t sum() const {
+    return static_cast<int64_t>(static_cast<int32_t>(high)) * (1 << 20) + static_cast<int32_t>(low);
+  }
+  TTA_HOST_DEVICE static int64_t of(float w) {
+    Quanta q;
+    q.add(w);
+    return q.sum();
+  }
+
+ private:
+  TTA_HOST_DEVICE static uint32_t bits_of(float x) {
+    uint32_t u;
+    std::memcpy(&u, &x, sizeof u);
+    return u;
+  }
+};
+
 }  // namespace tta

@@ -46,6 +46,7 @@ struct Functions {
   int level;
   int width;
   void (*exp)(const float* x, int64_t n, float* out);
+  void (*exp_term)(const float* x, int64_t n, float* out);  // x <= 0, raised to kExpTermLow
   void (*log)(const float* x, int64_t n, float* out);
   void (*normal_pair)(const uint32_t* a, const uint32_t* b, int64_t n, float* cosine, float* sine);
   void (*noise)(uint64_t seed, uint32_t step, uint32_t sequence, uint32_t word3, int64_t begin,
@@ -102,6 +103,14 @@ static void testing_map(const From* x, int64_t n, To* out, From pad, Kernel kern
 
 static void testing_exp(const float* x, int64_t n, float* out) {
   testing_map(x, n, out, 0.0f, [](const float* a, float* b) { store(b, exp(load(a))); });
+}
+
+static void testing_exp_term(const float* x, int64_t n, float* out) {
+  testing_map(x, n, out, 0.0f, [](const float* a, float* b) {
+    F y = max(load(a), set1(kExpTermLow));
+    exp_term_pack<1>(&y);
+    store(b, y);
+  });
 }
 
 static void testing_log(const float* x, int64_t n, float* out) {
@@ -246,6 +255,7 @@ static const testing::Functions kFunctions = {TTA_NAME(TTA_ISA),
                                               TTA_ISA_LEVEL,
                                               kWidth,
                                               testing_exp,
+                                              testing_exp_term,
                                               testing_log,
                                               testing_normal_pair,
                                               testing_noise,

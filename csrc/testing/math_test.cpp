@@ -97,6 +97,23 @@ void walk_seams() {
   }
 }
 
+// What a sum that flushes subnormals makes of the terms is exp, over the ranks up to that of -0.
+void walk_exp_terms(const Functions& f, int64_t first, int64_t stride) {
+  std::vector<float> x(kBlock), y(kBlock), term(kBlock);
+  const int64_t last = rank_of(-0.0f);
+  for (int64_t at = first; at <= last;) {
+    int64_t n = 0;
+    for (; n < kBlock && at <= last; ++n, at += stride) x[n] = float_at(at);
+    functions(0).exp(x.data(), n, y.data());
+    f.exp_term(x.data(), n, term.data());
+    for (int64_t i = 0; i < n; ++i) {
+      const float flushed = std::fabs(term[i]) < std::numeric_limits<float>::min() ? 0.0f : term[i];
+      CHECK(bits_of(flushed) == bits_of(y[i]), "%s: a term of %a is %a, exp %a", f.name, x[i],
+            term[i], y[i]);
+    }
+  }
+}
+
 void exp_special(const Functions& f, int64_t stride) {
   const float x[] = {-kInf, std::nextafterf(kTiny, -kInf), kTiny, -0.0f, 0.0f, -1e30f};
   const float want[] = {0.0f, 0.0f, 0x1.00004cp-126f, 1.0f, 1.0f, 0.0f};
@@ -254,6 +271,8 @@ int main(int argc, char** argv) {
   walk_log(exhaustive ? 1 : 769);
   for (int level = 0; level <= best_level(); ++level) {
     exp_special(functions(level), exhaustive ? 1 : 61);
+    walk_exp_terms(functions(level), rank_of(-kInf), exhaustive ? 1 : 769);
+    walk_exp_terms(functions(level), rank_of(kTiny) - 100000, 1009);
     walk_normals(functions(level), functions(0), exhaustive ? 1 : 7);
     noise_blocks_agree(functions(level), functions(0));
   }
