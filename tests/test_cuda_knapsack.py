@@ -16,7 +16,18 @@ from tta_ext import ops
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 
-KINDS = ("random", "ties", "skewed", "one density", "worthless", "identical", "wide")
+KINDS = (
+    "random",
+    "ties",
+    "skewed",
+    "one density",
+    "close",
+    "worthless",
+    "identical",
+    "wide",
+    "huge densities",
+    "tiny densities",
+)
 
 
 @pytest.fixture(params=["plain", "hooks"])
@@ -37,6 +48,12 @@ def items(seed: int, batch: int, count: int, kind: str = "random") -> tuple[Floa
         return profit**8, weight**12
     if kind == "one density":
         return weight.copy(), weight
+    if kind == "close":
+        return weight * (1 + np.float32(1e-6) * profit), weight
+    if kind in ("huge densities", "tiny densities"):  # quotients that are no float32 numbers
+        large, small = np.exp2(rng.integers((60, -140), (120, -100), (batch, count, 2))).T
+        pair = large.T.astype(np.float32), small.T.astype(np.float32)
+        return pair if kind == "huge densities" else pair[::-1]
     if kind == "worthless":
         return np.zeros_like(profit), weight
     if kind == "identical":
@@ -80,7 +97,7 @@ def test_equals_the_cpu(layer: simt.Kernels, count: int, kind: str) -> None:
     profit, weight = items(count, len(shares), count, kind)
     critical = check(layer, profit, weight, total(weight) * shares, seed=len(kind), preempt=0.001)
     assert critical[0] == -1  # what fits into nothing weighs nothing
-    if count > 100 and kind != "wide":
+    if count > 100 and kind not in ("wide", "huge densities", "tiny densities"):
         assert (critical[1:4] >= 0).all()
 
 
@@ -149,6 +166,34 @@ def test_the_ends_of_the_range(layer: simt.Kernels, scale: float) -> None:
     check(layer, profit, weight, np.array([100.0, 0.4, 0.1, 1e-3]) * scale)
 
 
+@pytest.mark.parametrize("equal", [False, True])
+def test_signs_of_zeros_and_rows_of_one_density(layer: simt.Kernels, equal: bool) -> None:
+    """Tiles that are looked at twice: -0, no weights at all, one key beside worthless items."""
+    profit, weight = items(15, 5, 9001, "one density" if equal else "random")
+    profit[1, 4096:8192:3] = -0.0
+    weight[2, :4096] = 0.0
+    weight[3, 4000:4200] = -0.0
+    profit[4, 8192:] = 0.0
+    critical = check(layer, profit, weight, total(weight) * 0.6, seed=3)
+    assert (critical >= 0).all()
+
+
+@pytest.mark.parametrize("capacity", [2e38, 3.4028234e38, 3.4028236e38, 1e40, 1e44, 4e44, 1e45])
+def test_capacities_about_the_largest_float32(layer: simt.Kernels, capacity: float) -> None:
+    profit, weight = items(16, 2, 5000)
+    weight = np.ceil(weight * 4) * np.float32(8e37)
+    check(layer, profit, weight, np.array([capacity, np.nextafter(capacity, 0)]))
+
+
+@pytest.mark.parametrize("exponent", [-145, -130, -126, -110, -108, -107, -90])
+def test_small_capacities(layer: simt.Kernels, exponent: int) -> None:
+    """Weights and capacities about the end of what the units' factors reach."""
+    profit, weight = items(17, 3, 4300)
+    weight = np.ldexp(np.ceil(weight * 16), exponent - 4).astype(np.float32)
+    profit = np.ldexp(profit, -20)
+    check(layer, profit, weight, total(weight) * np.array([0.02, 0.5, 0.9]))
+
+
 def test_invalid_rows(layer: simt.Kernels) -> None:
     profit, weight = items(12, 5, 9001)
     weight[1, 8000] = np.nan
@@ -200,3 +245,12 @@ def test_one_capacity_for_all_rows(layer: simt.Kernels) -> None:
     in_device_memory, on_the_host = np.array([700.0]), np.array(700.0)
     critical = check(layer, profit, weight, in_device_memory)
     np.testing.assert_array_equal(check(layer, profit, weight, on_the_host), critical)
+
+
+# A grid has 65535 lines of blocks, one for a row; more of them take further launches.
+@pytest.mark.slow
+@pytest.mark.parametrize("layer", ["plain"], indirect=True)
+def test_more_rows_than_a_grid_has_lines(layer: simt.Kernels) -> None:
+    profit, weight = items(15, 65535 + 3, 3)
+    weight[65536, 1] = np.nan
+    check(layer, profit, weight, total(weight) * 0.4)

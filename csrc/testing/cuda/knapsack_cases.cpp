@@ -10,9 +10,11 @@ void knapsack_cases(const Options& options, Random* random) {
   for (int64_t i = 0; i < options.repetitions; ++i) {
     const int64_t items = random_vocab(options.vocab, random), batch = 1 + random->below(3);
     const int64_t stride = items + random->below(3), skip = random->below(4);
-    const bool ties = random->below(4) == 0;
+    const bool wide = random->below(6) == 0;
+    const int64_t likeness = random->below(4);  // of densities: a few, close ones, else any
     const std::string where = "repetition " + std::to_string(i) + ", items " +
-                              std::to_string(items) + (ties ? ", ties" : "");
+                              std::to_string(items) + ", likeness " + std::to_string(likeness) +
+                              (wide ? ", wide" : "");
     Twin<float> profit((batch - 1) * stride + items, skip);
     Twin<float> weight((batch - 1) * stride + items, skip);
     Twin<double> capacity(batch);
@@ -20,8 +22,12 @@ void knapsack_cases(const Options& options, Random* random) {
       weight[j] = static_cast<float>(std::exp(random_normal(random)));
       if (random->below(50) == 0) weight[j] = 0.0f;
       if (random->below(100) == 0) weight[j] *= 1000.0f;
-      profit[j] = ties ? weight[j] * static_cast<float>(random->below(3))
-                       : static_cast<float>(random->uniform());
+      if (wide) weight[j] = std::ldexp(weight[j], static_cast<int>(random->below(200)) - 130);
+      profit[j] = static_cast<float>(random->uniform());
+      if (likeness == 0)
+        profit[j] = weight[j] * static_cast<float>(random->below(3));
+      else if (likeness == 1)
+        profit[j] = weight[j] * (1.0f + 1e-6f * profit[j]);
     }
     if (random->below(6) == 0) weight[random->below(weight.count())] = std::nanf("");
     if (random->below(6) == 0) profit[random->below(profit.count())] = -1.0f;
