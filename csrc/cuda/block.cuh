@@ -45,15 +45,22 @@ __device__ __forceinline__ T block_reduce(T value, Op combine) {
   return value;
 }
 
+// The sum of the values of the lanes up to this one.
+template <class T>
+__device__ __forceinline__ T warp_scan(T value) {
+#pragma unroll
+  for (int n = 1; n < 32; n *= 2) {
+    const T other = __shfl_up_sync(kFullWarp, value, n);
+    if (lane_id() >= n) value += other;
+  }
+  return value;
+}
+
 // The sum of the values of the threads before this one.
 template <class T>
 __device__ __forceinline__ T block_scan(T value) {
   TTA_SHARED_ARRAY(T, part, kWarps);
-  T sum = value;
-  for (int n = 1; n < 32; n *= 2) {
-    const T other = __shfl_up_sync(kFullWarp, sum, n);
-    if (lane_id() >= n) sum += other;
-  }
+  const T sum = warp_scan(value);
   if (lane_id() == 31) part[warp_id()] = sum;
   __syncthreads();
   T before = sum - value;

@@ -7,8 +7,9 @@
 // 3. The last block bisects the list. Approximate masses answer wherever they clear the capacity by
 //    more than their error bound; otherwise the canonical sum S of the candidate decides, so the
 //    result is the one the definition gives.
-// A list that overflows (a row of few distinct logits) is bisected over the floats and then the ids
-// by S alone, in the last block: slow, exact, and rare.
+// A list that overflows (thousands of logits within two bands, 4% of a nat) is replaced by a sample
+// of the row, which the last block bisects by S alone, then by what lies between two neighbours of
+// the sample: exact, for 10 to 35 readings of the row by that block.
 //
 // Passes: the base row twice, from L2 where it fits. Bytes a row: 2 s V + the bands a tile touches.
 #pragma once
@@ -19,17 +20,28 @@ namespace tta {
 namespace cuda {
 
 constexpr float kBandsPerNat = static_cast<float>(kBuckets) / 88.0f;  // exp(-88) is 0
-constexpr double kBandUnit = 0x1p-19;  // of a band's integers: 4096 weights <= 1 fit 32 bits
-// Bounds of the relative error of a band's mass: rounding to the unit, and of the exponent's
-// argument near 88.
+constexpr double kBandUnit = 0x1p-19;  // of a band's integers: 4096 weights < 1.02 fit 32 bits
+// Bounds of the relative error of a band's mass: rounding to the unit, and of the exponents'
+// arguments near 88, these and the canonical ones.
 constexpr double kBandSlack = 0x1p-14;
 // Of a sum of canonical weights added in another order, against S.
 constexpr double kListSlack = 0x1p-17;
 
-// Depth in bands: rises as the logit falls. -inf weighs nothing and is in no band.
-__device__ __forceinline__ int band_of(float x, float max, float inv_temperature) {
-  const float depth = mul_rn(mul_rn(sub_rn(max, x), inv_temperature), kBandsPerNat);
-  return depth < static_cast<float>(kBuckets - 1) ? static_cast<int>(depth) : kBuckets - 1;
+constexpr int kLastBand = kBuckets - 1;  // everything from there on
+constexpr float kBandZero = 0x1.8p23f;   // floats around it are the integers
+constexpr float kLastPlace = std::numeric_limits<float>::max();  // of what weighs anything
+
+__device__ __forceinline__ float depth_of(float x, const SlotNumbers& p) {
+  return mul_rn(sub_rn(p.max, x), p.inv_temperature);
+}
+// kBandZero + the nearest band; rises as the logit falls, beyond the last band too.
+__device__ __forceinline__ float band_place(float depth) {
+  return fma_rn(depth, kBandsPerNat, kBandZero);
+}
+__device__ __forceinline__ uint32_t float_bits(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
 }
 
 __device__ __forceinline__ float band_depth(int band) {
@@ -41,17 +53,39 @@ __device__ __forceinline__ void band_masses(const Kad& a, int64_t row, int t, ui
   const SlotNumbers p = a.s.state(row).slot[a.base_rule_slot()];
   for (int i = static_cast<int>(threadIdx.x); i < kBuckets; i += kThreads) counts[i] = 0;
   __syncthreads();
-  Tile tile;
-  a.base_row(row).load(t, &tile);
+  const Source base(a.base_row(row), t);
+  const Tile map = map_of(a.base.vocab, t, base.aligned());
+  bool last = false;  // this thread saw the last band
+  each_four(map, base, true, [&](auto, int, const float* x) {
+    float depth[4], place[4];
 #pragma unroll
-  for (int i = 0; i < kPerThread; ++i) {
-    if (tile.x[i] == -kInfinity) continue;
-    const int band = band_of(tile.x[i], p.max, p.inv_temperature);
-    // Relative to the band's upper end, so that deep bands keep their digits.
-    const float y = mul_rn(sub_rn(tile.x[i], p.max), p.inv_temperature);
-    const float w = exp_of(fminf(add_rn(y, band_depth(band)), 0.0f));
-    atomicAdd(&counts[band], static_cast<uint32_t>(mul_rn(w, 0x1p19f)));
-  }
+    for (int k = 0; k < 4; ++k) {
+      depth[k] = depth_of(x[k], p);
+      place[k] = band_place(depth[k]);
+    }
+    const auto count = [&](int k) {
+      // exp(r) relative to the band's middle, |r| < 0.011: 1 + r + r^2 / 2, to 3e-7. In units,
+      // beside 2^23, whose low bits are then the integer.
+      const float r = fma_rn(sub_rn(place[k], kBandZero), 1.0f / kBandsPerNat, -depth[k]);
+      const float units = fma_rn(fma_rn(r, 0x1p18f, 0x1p19f), r, 0x1p19f + 0x1p23f);
+      atomicAdd(&counts[float_bits(place[k]) - float_bits(kBandZero)],
+                float_bits(units) - float_bits(0x1p23f));
+    };
+    constexpr float kEnd = kBandZero + kLastBand;
+    if (fmaxf(fmaxf(place[0], place[1]), fmaxf(place[2], place[3])) < kEnd) {
+#pragma unroll
+      for (int k = 0; k < 4; ++k) count(k);
+      return;
+    }
+    for (int k = 0; k < 4; ++k) {
+      if (place[k] < kEnd)
+        count(k);
+      else
+        last = last || depth[k] < kInfinity;
+    }
+  });
+  // All that is asked of the last band is whether it is empty.
+  if (last) atomicAdd(&counts[kLastBand], 1u);
   __syncthreads();
   uint64_t* total = a.s.histogram(row);
   for (int i = static_cast<int>(threadIdx.x); i < kBuckets; i += kThreads)
@@ -98,125 +132,215 @@ __device__ __forceinline__ void bracket_bands(const Kad& a, int64_t row) {
   }
 }
 
+// Appends every stride-th of a tile's elements to the row's list, where there is room: bit i of
+// `inside` is a thread's element i. Counts them all. For a whole block.
+__device__ __forceinline__ void list_elements(const Kad& a, int64_t row, int t, const Tile& map,
+                                              uint32_t inside, uint32_t stride) {
+  TTA_SHARED(uint32_t, begin);
+  const uint32_t mine = static_cast<uint32_t>(__popc(inside));
+  const uint32_t earlier = block_scan(mine);
+  if (threadIdx.x == kThreads - 1) begin = atomicAdd(&a.s.state(row).listed, earlier + mine);
+  __syncthreads();
+  const Row base = a.base_row(row);
+  for (uint32_t i = begin + earlier; inside; inside &= inside - 1, ++i) {
+    const uint32_t to = i / stride;
+    if (to >= kListed) return;
+    if (i % stride) continue;
+    const int32_t v = t * kTile + map.at(__ffs(static_cast<int>(inside)) - 1);
+    a.s.list_x(row)[to] = base.at(v);
+    a.s.list_id(row)[to] = v;
+  }
+}
+
 // One tile: the mass below the bracket, roughly, and the list of what is inside.
+// A thread adds its 32 weights in float32: with the canonical sum's own 38 additions an element
+// passes through at most 69 roundings, 2^-17.8 of the sum.
 __device__ __forceinline__ void collect(const Kad& a, int64_t row, int t) {
-  RowState& r = a.s.state(row);
+  const RowState& r = a.s.state(row);
   const int slot = a.base_rule_slot();
   const SlotNumbers p = r.slot[slot];
-  const int shallow = r.bracket_low, deep = r.bracket_high;
+  const float shallow = kBandZero + static_cast<float>(r.bracket_low);
+  const float deep =
+      r.bracket_high < kLastBand ? kBandZero + static_cast<float>(r.bracket_high) : kLastPlace;
   const float m = a.s.tile_max(row, 0)[t];
-  const double scale = a.s.scale(row, slot)[t];
-  Tile tile;
-  a.base_row(row).load(t, &tile);
-  double below = 0.0;
-#pragma unroll
-  for (int i = 0; i < kPerThread; ++i) {
-    const float x = tile.x[i];
-    if (x == -kInfinity) continue;
-    const int band = band_of(x, p.max, p.inv_temperature);
-    if (band > deep) {
-      below += static_cast<double>(exp_of(mul_rn(sub_rn(x, m), p.inv_temperature)));
-    } else if (band >= shallow) {
-      const uint32_t at = atomicAdd(&r.listed, 1u);
-      if (at < kListed) {
-        a.s.list_x(row)[at] = x;
-        a.s.list_id(row)[at] = t * kTile + tile.at(i);
-      }
-    }
+  double* mass = a.s.mass(row, 0) + t;
+  if (band_place(depth_of(m, p)) > deep) {  // wholly below
+    if (threadIdx.x == 0)
+      *mass = mul_rn(static_cast<double>(a.s.tile_sum(row, slot)[t]), a.s.scale(row, slot)[t]);
+    return;
   }
-  below = block_reduce(below, Sum());
-  if (threadIdx.x == 0) a.s.mass(row, 0)[t] = below * scale;
+  const Source base(a.base_row(row), t);
+  const Tile map = map_of(a.base.vocab, t, base.aligned());
+  float below = 0.0f;
+  uint32_t inside = 0;
+  each_four(map, base, true, [&](auto, int, const float* x) {
+    float w[4];
+    weigh_four(x, m, p.inv_temperature, w);
+    inside >>= 4;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const float place = band_place(depth_of(x[k], p));
+      below = add_rn(below, place > deep ? w[k] : 0.0f);
+      inside |= place >= shallow && place <= deep ? 1u << (28 + k) : 0u;
+    }
+  });
+  list_elements(a, row, t, map, inside, 1);
+  const double sum = block_reduce(static_cast<double>(below), Sum());
+  if (threadIdx.x == 0) *mass = mul_rn(sum, a.s.scale(row, slot)[t]);
 }
 
-struct Critical {
-  int64_t id;
-  float x;
+// What is known of the critical item: it lies behind what is taken, and is the first that is not
+// open or before that.
+struct Search {
+  Cut taken, open;
+  double below;  // mass of what is taken, roughly
+  int64_t critical;
+  float critical_x;
+
+  __device__ __forceinline__ bool asks(float x, int64_t v) const {
+    return !taken.admits(x, v) && open.admits(x, v);
+  }
 };
 
-// S(cut) <= bound, by the canonical sum. For a whole block.
-__device__ __forceinline__ bool fits(const Kad& a, int64_t row, const Cut& cut, float* weights,
-                                     double* shared) {
-  const Query q = before(cut, a.base_rule_slot());
-  return sum_here(a, row, 0, q, weights, shared) <= a.s.state(row).bound;
+// S(cut), the canonical sum. For a whole block.
+__device__ __forceinline__ double exact_mass(const Kad& a, int64_t row, const Cut& cut,
+                                             float* weights, double* shared) {
+  return sum_here(a, row, 0, before(cut), a.base_rule_slot(), weights, shared);
 }
 
-// The critical item by S alone: the smallest logit whose ties do not all fit, then the first id of
-// them that does not.
-__device__ __forceinline__ Critical bisect_by_sums(const Kad& a, int64_t row, float* weights,
-                                                   double* shared) {
-  int64_t low = ordered_bits(-kInfinity);  // fits: impossible tokens weigh nothing
-  int64_t high = ordered_bits(a.s.state(row).slot[kBaseSlot].max);
-  while (high - low > 1) {
-    const int64_t mid = low + (high - low) / 2;
-    const float x = from_ordered_bits(static_cast<int32_t>(mid));
-    (fits(a, row, Cut{x, kNoLimit}, weights, shared) ? low : high) = mid;
-  }
-  const float x = from_ordered_bits(static_cast<int32_t>(high));
-  int64_t id_low = -1, id_high = a.base.vocab - 1;
-  while (id_high - id_low > 1) {
-    const int64_t mid = id_low + (id_high - id_low) / 2;
-    (fits(a, row, Cut::through(x, mid), weights, shared) ? id_low : id_high) = mid;
-  }
-  return {id_high, a.base_row(row).at(id_high)};
-}
-
-// Bisection of the list: every step leaves at least the pivot behind.
-__device__ __forceinline__ Critical bisect_list(const Kad& a, int64_t row, float* weights,
-                                                double* shared) {
+// Bisects the search over the `count` elements of the list until none is in question; every step
+// leaves at least the pivot behind. `complete`: the list has all that is in question, so that what
+// is known of the mass below and the list's own weights answer where they are clear.
+__device__ __forceinline__ void bisect_list(const Kad& a, int64_t row, int count, bool complete,
+                                            Search* search, float* weights, double* shared) {
   TTA_SHARED_ARRAY(float, x, kListed);
   TTA_SHARED_ARRAY(int32_t, id, kListed);
   TTA_SHARED(int, pivot);
   const RowState& r = a.s.state(row);
   const int slot = a.base_rule_slot(), me = static_cast<int>(threadIdx.x);
   const float inv_temperature = r.slot[slot].inv_temperature;
-  const int count = static_cast<int>(r.listed);
   for (int i = me; i < count; i += kThreads) {
     x[i] = a.s.list_x(row)[i];
     id[i] = a.s.list_id(row)[i];
   }
   __syncthreads();
-  double below = r.bracket_mass;
-  Cut taken = Cut::none(), open = Cut::all();  // what surely fits; what is still in question
-  Critical critical = {-1, kInfinity};
   for (;;) {
     int here = 0;
-    for (int i = me; i < count; i += kThreads)
-      here += !taken.admits(x[i], id[i]) && open.admits(x[i], id[i]);
+    for (int i = me; i < count; i += kThreads) here += search->asks(x[i], id[i]);
     const int earlier = block_scan(here);
     const int left = block_reduce(here, Sum());
-    if (!left) return critical;
+    if (!left) return;
     int rank = left / 2 - earlier;  // of the pivot among this thread's
     for (int i = me; i < count; i += kThreads)
-      if (!taken.admits(x[i], id[i]) && open.admits(x[i], id[i]) && rank-- == 0) pivot = i;
+      if (search->asks(x[i], id[i]) && rank-- == 0) pivot = i;
     __syncthreads();
     const Cut cut = Cut::through(x[pivot], id[pivot]);
-    double sum = 0.0;
-    for (int i = me; i < count; i += kThreads)
-      if (!taken.admits(x[i], id[i]) && cut.admits(x[i], id[i]))
-        sum += canonical_weight(a.s, row, slot, inv_temperature, x[i], id[i]);
-    const double through = below + block_reduce(sum, Sum());
-    const double slack = through * kListSlack;
-    if (through + slack <= r.bound ||
-        (through - slack <= r.bound && fits(a, row, cut, weights, shared))) {
-      below = through;
-      taken = cut;
+    double through = 0.0, slack = 0.0;
+    if (complete) {
+      double sum = 0.0;
+      for (int i = me; i < count; i += kThreads)
+        if (!search->taken.admits(x[i], id[i]) && cut.admits(x[i], id[i]))
+          sum += canonical_weight(a.s, row, slot, inv_temperature, x[i], id[i]);
+      through = search->below + block_reduce(sum, Sum());
+      slack = through * kListSlack;
+    }
+    bool fits = complete && through + slack <= r.bound;
+    if (!fits && (!complete || through - slack <= r.bound)) {
+      through = exact_mass(a, row, cut, weights, shared);
+      fits = through <= r.bound;
+    }
+    if (fits) {
+      search->below = through;
+      search->taken = cut;
     } else {
-      critical = {id[pivot], x[pivot]};
-      open = Cut::before(x[pivot], id[pivot]);
+      search->critical = id[pivot];
+      search->critical_x = x[pivot];
+      search->open = Cut::before(x[pivot], id[pivot]);
     }
     __syncthreads();
   }
 }
 
-// For the last block after `collect`.
-__device__ __forceinline__ Critical find_critical(const Kad& a, int64_t row, float* weights,
-                                                  double* shared) {
-  RowState& r = a.s.state(row);
-  if (r.listed > kListed) return bisect_by_sums(a, row, weights, shared);
-  const double below = sum_of_masses(a.s, row, 0, shared);
-  if (threadIdx.x == 0) r.bracket_mass = below;
+// Lists every stride-th element in question; how many are. For a whole block.
+__device__ __forceinline__ uint32_t list_row(const Kad& a, int64_t row, const Search& search,
+                                             uint32_t stride) {
+  __syncthreads();  // every thread has read what was listed before
+  if (threadIdx.x == 0) a.s.state(row).listed = 0;
   __syncthreads();
-  return bisect_list(a, row, weights, shared);
+#pragma unroll 1
+  for (int t = 0; t < a.s.tiles; ++t) {
+    const Source base(a.base_row(row), t);
+    const Tile map = map_of(a.base.vocab, t, base.aligned());
+    uint32_t inside = 0;
+#pragma unroll 1
+    for (int i = 0; i < kPerThread; i += 4) {
+      float x[4];
+      ReadPart()(base, map, i, x);
+#pragma unroll
+      for (int k = 0; k < 4; ++k)
+        if (search.asks(x[k], static_cast<int64_t>(t) * kTile + map.at(i + k)))
+          inside |= 1u << (i + k);
+    }
+    list_elements(a, row, t, map, inside, stride);
+  }
+  __syncthreads();
+  return a.s.state(row).listed;
+}
+
+// For the last block after `collect`.
+__device__ __forceinline__ Search find_critical(const Kad& a, int64_t row, float* weights,
+                                                double* shared) {
+  // Impossible tokens weigh nothing and are in no list.
+  Search search = {Cut::through(-kInfinity, kNoLimit - 1), Cut::all(), 0.0, -1, kInfinity};
+  uint32_t count = a.s.state(row).listed, stride = 1;
+  if (count <= kListed) search.below = sum_of_masses(a.s, row, 0, shared);
+  for (;;) {
+    if (count > kListed) {
+      count = list_row(a, row, search, 1);
+      stride = count / kListed + 1;
+      if (stride > 1) list_row(a, row, search, stride);
+    }
+    const bool complete = stride == 1;
+    bisect_list(a, row, static_cast<int>((count + stride - 1) / stride), complete, &search, weights,
+                shared);
+    if (complete) return search;
+  }
+}
+
+// ---- stages ------------------------------------------------------------------------------------
+
+// Op: a Kad whose seeks_cut(row) tells which rows are searched.
+template <class Op>
+__global__ void __launch_bounds__(kThreads, 6) cut_histogram_kernel(const Op a) {
+  TTA_SHARED_ARRAY(uint32_t, counts, kBuckets);
+  const uint32_t row = a.row();
+  if (!a.seeks_cut(row)) return;
+  band_masses(a, row, a.tile(), counts);
+  if (last_to_arrive(a.arrivals + row, gridDim.x)) bracket_bands(a, row);
+}
+
+template <class Op>
+__global__ void __launch_bounds__(kThreads, 3) cut_collect_kernel(const Op a) {
+  TTA_SHARED_ARRAY(float4, weights4, kTile / 4);
+  TTA_SHARED_ARRAY(double, shared, kMaxTiles);
+  const uint32_t row = a.row();
+  if (!a.seeks_cut(row)) return;
+  collect(a, row, a.tile());
+  if (!last_to_arrive(a.arrivals + row, gridDim.x)) return;
+  const Search found = find_critical(a, row, reinterpret_cast<float*>(weights4), shared);
+  if (threadIdx.x) return;
+  const int64_t v = found.critical;
+  const float x = found.critical_x;
+  Deferral& d = a.s.state(row).deferral;
+  d.critical = v;
+  d.critical_x = x;
+  d.cut = a.rule.critical == kInclude ? Cut::through(x, v) : Cut::before(x, v);
+}
+
+template <class Op>
+void launch_cut(const Op& a, dim3 grid, cudaStream_t stream) {
+  TTA_LAUNCH((cut_histogram_kernel<Op>), grid, kThreads, 0, stream, a);
+  TTA_LAUNCH((cut_collect_kernel<Op>), grid, kThreads, 0, stream, a);
 }
 
 }  // namespace cuda

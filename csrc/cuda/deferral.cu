@@ -4,6 +4,7 @@
 // in the order of one model's logits. Thread map: in every stage a block of 128 threads a tile of
 // 4096 elements, the last block to arrive at a row deciding for the row (row.cuh), so one row of
 // 128256 logits occupies 32 blocks and no thread sees more than 32 elements of a tile at a time.
+// Statistics of rows enough to fill the device take up to four tiles a block, one after another.
 //
 // Stages, one launch each; blocks whose row needs nothing return at once.
 //   sample, propose   base statistics, draw, judge          [knapsack: masked sums of the drawn
@@ -27,8 +28,6 @@ namespace {
 
 enum Task : int { kMaskTask, kProbsTask, kStatsTask, kProposeTask, kSampleTask };
 
-enum Step : int32_t { kDone, kOpen, kWantsProxy };  // RowState::step
-
 // An operator that resolves its rule, with what it writes.
 struct Resolved : Kad {
   int task = kMaskTask;
@@ -46,6 +45,14 @@ struct Resolved : Kad {
   bool* deferred = nullptr;
 };
 
+// Merges a model's row; an invalid one is reported.
+__device__ __forceinline__ bool finish_or_note(const Kad& a, int64_t row, int model, bool for_rule,
+                                               double* cum, SlotNumbers* slot) {
+  const bool valid = finish_model(a, row, model, for_rule, cum, slot);
+  if (!valid) a.note(row, model ? kProxyLogits : kBaseLogits);
+  return valid;
+}
+
 __device__ __forceinline__ void write_invalid(const Resolved& a, int64_t row) {
   if (threadIdx.x) return;
   if (a.critical_index) a.critical_index[row] = -2;
@@ -58,184 +65,137 @@ __device__ __forceinline__ void write_invalid(const Resolved& a, int64_t row) {
 
 // Statistics of every row the rule and the task look at; the last block resolves the rule, or
 // prepares the search of the knapsack's cut.
-__global__ void __launch_bounds__(kThreads, 5) resolve_kernel(const Resolved a) {
+__global__ void __launch_bounds__(kThreads, 4) resolve_kernel(const Resolved given) {
+  const Resolved a = single(given);
   TTA_SHARED_ARRAY(float4, weights4, kTile / 4);
   TTA_SHARED_ARRAY(double, cum, kMaxTiles);
   float* weights = reinterpret_cast<float*>(weights4);
-  const int parts = a.with_proxy ? 2 * a.s.tiles : a.s.tiles;
-  const int64_t row = blockIdx.x / parts;
-  const int part = static_cast<int>(blockIdx.x % parts);
-  const int model = part / a.s.tiles, t = part % a.s.tiles;
-  if (a.s.with_cut && model == 0) {
-    uint64_t* total = a.s.histogram(row);
-    for (int i = t * kThreads + static_cast<int>(threadIdx.x); i < kBuckets;
-         i += a.s.tiles * kThreads)
-      total[i] = 0;
-  }
-  model_statistics(a, row, t, model, true, weights);
-  if (!last_to_arrive(a.arrivals + row, static_cast<uint32_t>(parts))) return;
-  SlotNumbers p, p_rule, q = {}, q_rule = {};
+  const uint32_t row = a.row();
+  const int model = a.model();
+  if (model == 0) clear_bands(a, row);
+  row_statistics(a, row, model, true, weights);
+  if (!last_to_arrive(a.arrivals + row, gridDim.x)) return;
+  SlotNumbers slot[kSlots] = {};
   bool valid = !a.token || a.valid_param(row);
-  if (valid) valid = finish_model(a, row, 0, true, cum, &p, &p_rule);
-  if (valid && a.with_proxy) valid = finish_model(a, row, 1, true, cum, &q, &q_rule);
+  if (valid) valid = finish_or_note(a, row, 0, true, cum, slot);
+  if (valid && a.with_proxy) valid = finish_or_note(a, row, 1, true, cum, slot);
   valid = valid && a.valid_param(row);
-  Deferral d = {Cut::none(), -1, 0.0, kInfinity, false, false};
-  double bound = 0.0;
-  bool open = false;
-  if (valid && a.rule.rule == kKnapsack) {
-    bound = mul_rn(a.param(row), p_rule.z);
-    open = !(p_rule.z <= bound);
-    d.cut = Cut::all();
-  } else if (valid) {
-    d = resolve(a, row, p_rule, q_rule);
-  }
   if (!valid) write_invalid(a, row);
-  if (threadIdx.x) return;
-  RowState& r = a.s.state(row);
-  r.slot[kBaseSlot] = p;
-  r.slot[kProxySlot] = q;
-  r.slot[kBaseRuleSlot] = p_rule;
-  r.slot[kProxyRuleSlot] = q_rule;
-  r.deferral = d;
-  r.bound = bound;
-  r.valid = valid;
-  r.step = open ? kOpen : kDone;
-}
-
-__global__ void __launch_bounds__(kThreads, 6) cut_histogram_kernel(const Kad a) {
-  TTA_SHARED_ARRAY(uint32_t, counts, kBuckets);
-  const int64_t row = blockIdx.x / a.s.tiles;
-  const int t = static_cast<int>(blockIdx.x % a.s.tiles);
-  const RowState& r = a.s.state(row);
-  if (!r.valid || r.step != kOpen) return;
-  band_masses(a, row, t, counts);
-  if (last_to_arrive(a.arrivals + row, static_cast<uint32_t>(a.s.tiles))) bracket_bands(a, row);
-}
-
-__global__ void __launch_bounds__(kThreads, 3) cut_collect_kernel(const Kad a) {
-  TTA_SHARED_ARRAY(float4, weights4, kTile / 4);
-  TTA_SHARED_ARRAY(double, shared, kMaxTiles);
-  float* weights = reinterpret_cast<float*>(weights4);
-  const int64_t row = blockIdx.x / a.s.tiles;
-  const int t = static_cast<int>(blockIdx.x % a.s.tiles);
-  RowState& r = a.s.state(row);
-  if (!r.valid || r.step != kOpen) return;
-  collect(a, row, t);
-  if (!last_to_arrive(a.arrivals + row, static_cast<uint32_t>(a.s.tiles))) return;
-  const Critical c = find_critical(a, row, weights, shared);
-  if (threadIdx.x) return;
-  r.deferral.critical = c.id;
-  r.deferral.critical_x = c.x;
-  r.deferral.cut = a.rule.critical == kInclude ? Cut::through(c.x, c.id) : Cut::before(c.x, c.id);
+  prepare_row(a, row, slot, valid);
 }
 
 // The deferred mass at the sampling temperature and, where they are wanted, at the rule's.
-__global__ void __launch_bounds__(kThreads, 5) masses_kernel(const Resolved a) {
+__global__ void __launch_bounds__(kThreads, 5) masses_kernel(const Resolved given) {
+  const Resolved a = single(given);
   TTA_SHARED_ARRAY(float4, weights4, kTile / 4);
   TTA_SHARED_ARRAY(double, shared, kMaxTiles);
   float* weights = reinterpret_cast<float*>(weights4);
-  const int64_t row = blockIdx.x / a.s.tiles;
-  const int t = static_cast<int>(blockIdx.x % a.s.tiles);
+  const uint32_t row = a.row();
+  const int t = a.tile();
   RowState& r = a.s.state(row);
   if (!r.valid) return;
   const Deferral set = r.deferral;
-  tile_mass(a, row, t, 0, {set, kBaseSlot, false}, weights);
-  if (!a.same_temperature) {
+#pragma unroll 1
+  for (int query = 0; query < (a.same_temperature ? 1 : 2); ++query) {
+    tile_mass<false>(a, row, t, query, set, query ? kBaseRuleSlot : kBaseSlot, weights);
     __syncthreads();
-    tile_mass(a, row, t, 1, {set, kBaseRuleSlot, false}, weights);
   }
-  if (!last_to_arrive(a.arrivals + row, static_cast<uint32_t>(a.s.tiles))) return;
+  if (!last_to_arrive(a.arrivals + row, gridDim.x)) return;
   double sum = sum_of_masses(a.s, row, 0, shared);
   double rule_sum = a.same_temperature ? sum : sum_of_masses(a.s, row, 1, shared);
   if (threadIdx.x) return;
-  Deferral& d = r.deferral;
-  if (d.critical >= 0 && a.rule.critical == kSplitItem) {
-    const int slot = a.base_rule_slot();
-    const double here =
-        canonical_weight(a.s, row, slot, a.rule.inv_rule_temperature, d.critical_x, d.critical);
-    d.fraction = split_fraction(r.bound, rule_sum, here);
-    if (d.fraction > 0.0) {
-      sum = add_rn(sum,
-                   mul_rn(d.fraction, canonical_weight(a.s, row, kBaseSlot, a.rule.inv_temperature,
-                                                       d.critical_x, d.critical)));
-      rule_sum = add_rn(rule_sum, mul_rn(d.fraction, here));
-    }
-  }
+  const Share share = split(a, row, rule_sum);
+  sum = add_rn(sum, share.sampled);
+  rule_sum = add_rn(rule_sum, share.at_rule);
   r.mass = div_rn(sum, r.slot[kBaseSlot].z);
   if (a.task != kStatsTask) return;
   a.deferred_mass[row] = r.mass;
   a.used[row] = a.same_temperature ? r.mass : div_rn(rule_sum, r.slot[kBaseRuleSlot].z);
-  a.critical_index[row] = d.critical;
-  if (a.rule.rule == kKnapsack) a.cut_logit[row] = d.critical_x;
+  a.critical_index[row] = r.deferral.critical;
+  if (a.rule.rule == kKnapsack) a.cut_logit[row] = r.deferral.critical_x;
 }
 
-__global__ void __launch_bounds__(kThreads, 6) mask_kernel(const Resolved a) {
-  const int64_t row = blockIdx.x / a.s.tiles;
-  const int t = static_cast<int>(blockIdx.x % a.s.tiles);
+__global__ void __launch_bounds__(kThreads, 6) mask_kernel(const Resolved given) {
+  const Resolved a = single(given);
+  const uint32_t row = a.row();
+  const int t = a.tile();
   const RowState& r = a.s.state(row);
-  const bool valid = r.valid;
-  const Deferral d = r.deferral;
-  const int64_t begin = static_cast<int64_t>(t) * kTile;
-  bool* out = a.mask + row * a.mask_stride + begin;
-  Tile tile;
-  (valid && d.by_proxy ? a.proxy_row(row) : a.base_row(row)).load(t, &tile);
-  const bool whole_words = tile.vector && reinterpret_cast<uintptr_t>(out) % 4 == 0;
-#pragma unroll
-  for (int i = 0; i < kPerThread; i += 4) {
-    uint32_t word = 0;
-#pragma unroll
-    for (int k = 0; k < 4; ++k)
-      if (valid && d.admits(tile.x[i + k], begin + tile.at(i + k))) word |= 1u << 8 * k;
-    if (whole_words && tile.at(i) + 4 <= tile.count) {
-      *reinterpret_cast<uint32_t*>(out + tile.at(i)) = word;
-      continue;
+  const Deferral d = r.deferral;  // none of a row that is invalid
+  bool* out = a.mask + row * a.mask_stride + static_cast<int64_t>(t) * kTile;
+  const bool words = reinterpret_cast<uintptr_t>(out) % 4 == 0;
+  const auto write = [&](const Tile& map, int i, uint32_t word, bool plain) {
+    if (plain || (words && map.vector && map.at(i) + 4 <= map.count)) {
+      *reinterpret_cast<uint32_t*>(out + map.at(i)) = word;
+      return;
     }
 #pragma unroll
     for (int k = 0; k < 4; ++k)
-      if (tile.at(i + k) < tile.count) out[tile.at(i + k)] = (word >> 8 * k & 1u) != 0;
+      if (map.at(i + k) < map.count) out[map.at(i + k)] = (word >> 8 * k & 1u) != 0;
+  };
+  const TileTest test(d, t, a.s.tile_max(row, d.by_proxy)[t]);
+  if (test.uniform) {
+    const Tile map = map_of(a.base.vocab, t, words);
+#pragma unroll 2
+    for (int i = 0; i < kPerThread; i += 4) write(map, i, test.all ? 0x01010101u : 0u, false);
+  } else {
+    const Source judged(d.by_proxy ? a.proxy_row(row) : a.base_row(row), t);
+    const Tile map = map_of(a.base.vocab, t, judged.aligned());
+    each_four(map, judged, words && !test.parted, [&](auto read, int i, const float* x) {
+      bool in[4];
+      test.four<decltype(read)::kPlain>(x, map, i, in);
+      uint32_t word = 0;
+#pragma unroll
+      for (int k = 0; k < 4; ++k)
+        if (in[k]) word |= 1u << 8 * k;
+      write(map, i, word, read.kPlain);
+    });
   }
-  if (t || threadIdx.x || !valid) return;
+  if (t || threadIdx.x || !r.valid) return;
   a.critical_index[row] = d.critical;
   a.fraction[row] = d.critical < 0                ? 0.0f
                     : a.rule.critical == kInclude ? 1.0f
                                                   : static_cast<float>(d.fraction);
 }
 
-__global__ void __launch_bounds__(kThreads, 5) probs_kernel(const Resolved a) {
-  const int64_t row = blockIdx.x / a.s.tiles;
-  const int t = static_cast<int>(blockIdx.x % a.s.tiles);
+__global__ void __launch_bounds__(kThreads, 5) probs_kernel(const Resolved given) {
+  const Resolved a = single(given);
+  const uint32_t row = a.row();
+  const int t = a.tile();
   const RowState& r = a.s.state(row);
   float* out = a.probs + row * a.probs_stride + static_cast<int64_t>(t) * kTile;
-  const TilePair pair(a, row, t);
-  const Policy policy(r);
-  const double mass = r.mass;
-  const bool valid = r.valid;
-  const bool vectors = pair.map.vector && reinterpret_cast<uintptr_t>(out) % 16 == 0;
-  policy.each_four(pair, t, [&](int i, const double* kept, const double* moved) {
-    float pi[4];
-#pragma unroll
-    for (int k = 0; k < 4; ++k) pi[k] = valid ? mixed(kept[k], moved[k], mass) : kNaN;
-    const int at = pair.map.at(i);
-    if (vectors && at + 4 <= pair.map.count) {
+  const Policy policy(a, r, row, t);
+  const Tile& map = policy.map;
+  const double mass = r.valid ? r.mass : static_cast<double>(kNaN);
+  const bool vectors = reinterpret_cast<uintptr_t>(out) % 16 == 0;
+  const auto write = [&](int i, const float* pi, bool plain) {
+    const int at = map.at(i);
+    if (plain || (vectors && map.vector && at + 4 <= map.count)) {
       // Through the intrinsic: nvcc splits a plain assignment into four stores.
       __stcg(reinterpret_cast<float4*>(out + at), make_float4(pi[0], pi[1], pi[2], pi[3]));
       return;
     }
 #pragma unroll
     for (int k = 0; k < 4; ++k)
-      if (pair.map.at(i + k) < pair.map.count) out[pair.map.at(i + k)] = pi[k];
+      if (map.at(i + k) < map.count) out[map.at(i + k)] = pi[k];
+  };
+  policy.each(vectors, [&](auto read, int i, const double* kept, const double* moved) {
+    float pi[4];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) pi[k] = mixed(kept[k], moved[k], mass);
+    write(i, pi, read.kPlain);
   });
 }
 
 // Argmax of pi, ties to the lowest id.
-__global__ void __launch_bounds__(kThreads, 5) best_kernel(const Resolved a) {
-  const int64_t row = blockIdx.x / a.s.tiles;
-  const int t = static_cast<int>(blockIdx.x % a.s.tiles);
+__global__ void __launch_bounds__(kThreads, 5) best_kernel(const Resolved given) {
+  const Resolved a = single(given);
+  const uint32_t row = a.row();
+  const int t = a.tile();
   const RowState& r = a.s.state(row);
   if (!r.valid) return;
   uint64_t best = best_of_tile(a, r, row, t);
   if (threadIdx.x == 0) reinterpret_cast<uint64_t*>(a.s.mass(row, 0))[t] = best;
-  if (!last_to_arrive(a.arrivals + row, static_cast<uint32_t>(a.s.tiles))) return;
+  if (!last_to_arrive(a.arrivals + row, gridDim.x)) return;
   best = best_of_row(a, row);
   if (threadIdx.x) return;
   const int64_t v = ranked_id(best);
@@ -244,17 +204,14 @@ __global__ void __launch_bounds__(kThreads, 5) best_kernel(const Resolved a) {
 }
 
 // Greedy choice without q: the most probable kept token, and whether q could still change it.
-__global__ void __launch_bounds__(kThreads, 6) kept_kernel(const Resolved a) {
-  const int64_t row = blockIdx.x / a.s.tiles;
-  const int t = static_cast<int>(blockIdx.x % a.s.tiles);
+__global__ void __launch_bounds__(kThreads, 6) kept_kernel(const Resolved given) {
+  const Resolved a = single(given);
+  const uint32_t row = a.row();
+  const int t = a.tile();
   const RowState& r = a.s.state(row);
   if (!r.valid) return;
-  {
-    Tile tile;
-    a.base_row(row).load(t, &tile);
-    put_tile_best(a.s, row, t, block_best(kept_of_tile(r.deferral, tile, t)));
-  }
-  if (!last_to_arrive(a.arrivals + row, static_cast<uint32_t>(a.s.tiles))) return;
+  put_tile_best(a.s, row, t, kept_of_tile(a, r, row, t));
+  if (!last_to_arrive(a.arrivals + row, gridDim.x)) return;
   const Choice choice = choose_kept(a, r, row);
   if (threadIdx.x) return;
   a.token[row] = choice.token;
@@ -262,43 +219,42 @@ __global__ void __launch_bounds__(kThreads, 6) kept_kernel(const Resolved a) {
 }
 
 // The lowest kept logit, for statistics.
-__global__ void __launch_bounds__(kThreads, 6) lowest_kernel(const Resolved a) {
-  const int64_t row = blockIdx.x / a.s.tiles;
-  const int t = static_cast<int>(blockIdx.x % a.s.tiles);
+__global__ void __launch_bounds__(kThreads, 6) lowest_kernel(const Resolved given) {
+  const Resolved a = single(given);
+  const uint32_t row = a.row();
+  const int t = a.tile();
   const RowState& r = a.s.state(row);
   if (!r.valid) return;
   const Deferral d = r.deferral;
-  float lowest = kInfinity;
-  bool any = false;
-  {
-    Tile tile;
-    const Row base = a.base_row(row);
-    base.load(t, &tile);
+  const TileTest test(d, t, a.s.tile_max(row, d.by_proxy)[t]);
+  float lowest = kInfinity;  // nothing is kept
+  if (!test.uniform || !test.all) {
+    const Source base(a.base_row(row), t);
+    const Source judged = d.by_proxy ? Source(a.proxy_row(row), t) : base;
+    const Tile map = map_of(a.base.vocab, t, base.aligned() && judged.aligned());
+    each_four(map, base, judged, !test.parted, [&](auto read, int i, const float* x) {
+      bool in[4];
+      if (d.by_proxy) {
+        float y[4];
+        read(judged, map, i, y);
+        test.four<decltype(read)::kPlain>(y, map, i, in);
+      } else {
+        test.four<decltype(read)::kPlain>(x, map, i, in);
+      }
 #pragma unroll
-    for (int i = 0; i < kPerThread; ++i) {
-      if (tile.at(i) >= tile.count) continue;
-      const int64_t v = static_cast<int64_t>(t) * kTile + tile.at(i);
-      if (d.admits(d.by_proxy ? a.proxy_row(row).at(v) : tile.x[i], v)) continue;
-      any = true;
-      lowest = tile.x[i] < lowest ? tile.x[i] : lowest;
-    }
+      for (int k = 0; k < 4; ++k)
+        if (read.kPlain || map.at(i + k) < map.count)
+          lowest = fminf(lowest, in[k] ? kInfinity : x[k]);
+    });
   }
   lowest = block_reduce(lowest, Min());
-  any = __syncthreads_or(any);
-  if (threadIdx.x == 0) {
-    a.s.mass(row, 0)[t] = static_cast<double>(lowest);
-    a.s.mass(row, 1)[t] = any ? 1.0 : 0.0;
-  }
-  if (!last_to_arrive(a.arrivals + row, static_cast<uint32_t>(a.s.tiles))) return;
+  if (threadIdx.x == 0) a.s.mass(row, 0)[t] = static_cast<double>(lowest);
+  if (!last_to_arrive(a.arrivals + row, gridDim.x)) return;
   lowest = kInfinity;
-  any = false;
-  for (int i = static_cast<int>(threadIdx.x); i < a.s.tiles; i += kThreads) {
+  for (int i = static_cast<int>(threadIdx.x); i < a.s.tiles; i += kThreads)
     lowest = fminf(lowest, static_cast<float>(a.s.mass(row, 0)[i]));
-    any = any || a.s.mass(row, 1)[i] != 0.0;
-  }
   lowest = block_reduce(lowest, Min());
-  any = __syncthreads_or(any);
-  if (threadIdx.x == 0) a.cut_logit[row] = any ? -sub_rn(0.0f, lowest) : kInfinity;
+  if (threadIdx.x == 0) a.cut_logit[row] = -sub_rn(0.0f, lowest);
 }
 
 // ---- draws -------------------------------------------------------------------------------------
@@ -316,29 +272,27 @@ __global__ void __launch_bounds__(kThreads, 5) draw_kernel(const Drawn a) {
   TTA_SHARED_ARRAY(double, cum, kMaxTiles);
   float* weights = reinterpret_cast<float*>(weights4);
   const bool needs_proxy = rule_needs_proxy(a.rule.rule);
-  const int parts = needs_proxy ? 2 * a.s.tiles : a.s.tiles;
-  const int64_t row = blockIdx.x / parts;
-  const int part = static_cast<int>(blockIdx.x % parts);
-  model_statistics(a, row, part % a.s.tiles, part / a.s.tiles, true, weights);
-  if (!last_to_arrive(a.arrivals + row, static_cast<uint32_t>(parts))) return;
+  const uint32_t row = a.row();
+  row_statistics(single(a), row, a.model(), true, weights);
+  if (!last_to_arrive(a.arrivals + row, gridDim.x)) return;
   RowState& r = a.s.state(row);
-  SlotNumbers p, p_rule, q = {}, q_rule = {};
+  SlotNumbers slot[kSlots] = {};
   bool valid = a.valid_param(row);
-  if (valid) valid = finish_model(a, row, 0, true, cum, &p, &p_rule);
+  if (valid) valid = finish_or_note(a, row, 0, true, cum, slot);
   if (valid && needs_proxy) {
-    valid = finish_model(a, row, 1, true, cum, &q, &q_rule);
+    valid = finish_or_note(a, row, 1, true, cum, slot);
     // The masses of the base again, for the draw.
-    if (valid) finish_slot(a.s, row, kBaseSlot, 0, a.rule.inv_temperature, cum, &p);
+    if (valid) finish_slot(a.s, row, kBaseSlot, 0, a.rule.inv_temperature, cum, slot + kBaseSlot);
   }
   int64_t v = -1;
   bool deferred = false;
   int step = kDone;
   if (valid) {
-    v = draw(a.base_row(row), a.s, row, kBaseSlot, 0, a.rule.inv_temperature, p.z,
+    v = draw(a.base_row(row), a.s, row, kBaseSlot, 0, a.rule.inv_temperature, slot[kBaseSlot].z,
              uniform_of(a.key, row, 0, kBase), cum, weights);
     if (a.rule.rule == kKnapsack) {
-      const double bound = mul_rn(a.param(row), p_rule.z);
-      if (p_rule.z <= bound) {
+      const double z = slot[kBaseRuleSlot].z, bound = mul_rn(a.param(row), z);
+      if (z <= bound) {
         deferred = true;
       } else {
         step = kOpen;
@@ -349,15 +303,15 @@ __global__ void __launch_bounds__(kThreads, 5) draw_kernel(const Drawn a) {
         }
       }
     } else {
-      deferred = judge(a, row, p_rule, q_rule, a.base_row(row).at(v),
+      deferred = judge(a, row, slot[kBaseRuleSlot], slot[kProxyRuleSlot], a.base_row(row).at(v),
                        needs_proxy ? a.proxy_row(row).at(v) : 0.0f);
     }
     if (deferred && !a.propose && !needs_proxy) step = kWantsProxy;
     if (deferred && !a.propose && needs_proxy) {
       __syncthreads();
-      finish_slot(a.s, row, kProxySlot, 1, a.rule.inv_temperature, cum, &q);
-      v = draw(a.proxy_row(row), a.s, row, kProxySlot, 1, a.rule.inv_temperature, q.z,
-               uniform_of(a.key, row, 0, kProxy), cum, weights);
+      finish_slot(a.s, row, kProxySlot, 1, a.rule.inv_temperature, cum, slot + kProxySlot);
+      v = draw(a.proxy_row(row), a.s, row, kProxySlot, 1, a.rule.inv_temperature,
+               slot[kProxySlot].z, uniform_of(a.key, row, 0, kProxy), cum, weights);
     }
   }
   if (threadIdx.x) return;
@@ -367,22 +321,30 @@ __global__ void __launch_bounds__(kThreads, 5) draw_kernel(const Drawn a) {
 }
 
 // The knapsack's verdict on a drawn token: masked sums through it and before it.
-__global__ void __launch_bounds__(kThreads, 4) judge_kernel(const Drawn a) {
+__global__ void __launch_bounds__(kThreads, 4) judge_kernel(const Drawn given) {
+  const Drawn a = single(given);
   TTA_SHARED_ARRAY(float4, weights4, kTile / 4);
   TTA_SHARED_ARRAY(double, shared, kMaxTiles);
   float* weights = reinterpret_cast<float*>(weights4);
-  const int64_t row = blockIdx.x / a.s.tiles;
-  const int t = static_cast<int>(blockIdx.x % a.s.tiles);
+  const uint32_t row = a.row();
+  const int t = a.tile();
   RowState& r = a.s.state(row);
   if (r.step != kOpen) return;
   const int slot = a.base_rule_slot();
   const int64_t v = r.token;
   const float x = r.deferral.critical_x;
   const bool through = a.rule.critical != kInclude, strictly = a.rule.critical != kExclude;
-  if (through) tile_mass(a, row, t, 0, before(Cut::through(x, v), slot), weights);
-  if (through && strictly) __syncthreads();
-  if (strictly) tile_mass(a, row, t, 1, before(Cut::before(x, v), slot), weights);
-  if (!last_to_arrive(a.arrivals + row, static_cast<uint32_t>(a.s.tiles))) return;
+#pragma unroll 1
+  for (int query = through ? 0 : 1; query <= (strictly ? 1 : 0); ++query) {
+    if (query && through && t != static_cast<int>(v / kTile)) {  // nothing but v is between them
+      if (threadIdx.x == 0) a.s.mass(row, 1)[t] = a.s.mass(row, 0)[t];
+      break;
+    }
+    const Cut cut = query ? Cut::before(x, v) : Cut::through(x, v);
+    tile_mass<false>(a, row, t, query, before(cut), slot, weights);
+    __syncthreads();
+  }
+  if (!last_to_arrive(a.arrivals + row, gridDim.x)) return;
   const double through_sum = through ? sum_of_masses(a.s, row, 0, shared) : 0.0;
   const double before_sum = strictly ? sum_of_masses(a.s, row, 1, shared) : 0.0;
   if (threadIdx.x) return;
@@ -397,20 +359,21 @@ __global__ void __launch_bounds__(kThreads, 4) judge_kernel(const Drawn a) {
 }
 
 // What replaces a rejected token: the proxy is read for those rows alone.
-__global__ void __launch_bounds__(kThreads, 5) replace_kernel(const Drawn a) {
+__global__ void __launch_bounds__(kThreads, 5) replace_kernel(const Drawn given) {
+  const Drawn a = single(given);
   TTA_SHARED_ARRAY(float4, weights4, kTile / 4);
   TTA_SHARED_ARRAY(double, cum, kMaxTiles);
   float* weights = reinterpret_cast<float*>(weights4);
-  const int64_t row = blockIdx.x / a.s.tiles;
-  const int t = static_cast<int>(blockIdx.x % a.s.tiles);
+  const uint32_t row = a.row();
+  const int t = a.tile();
   if (a.s.state(row).step != kWantsProxy) return;
-  model_statistics(a, row, t, 1, false, weights);
-  if (!last_to_arrive(a.arrivals + row, static_cast<uint32_t>(a.s.tiles))) return;
-  SlotNumbers q, unused;
-  const bool valid = finish_model(a, row, 1, false, cum, &q, &unused);
+  tile_statistics(a.proxy_row(row), a.tile(), numbers_of(a, row, 1, false), weights);
+  if (!last_to_arrive(a.arrivals + row, gridDim.x)) return;
+  SlotNumbers slot[kSlots];
+  const bool valid = finish_or_note(a, row, 1, false, cum, slot);
   int64_t v = -1;
   if (valid)
-    v = draw(a.proxy_row(row), a.s, row, kProxySlot, 1, a.rule.inv_temperature, q.z,
+    v = draw(a.proxy_row(row), a.s, row, kProxySlot, 1, a.rule.inv_temperature, slot[kProxySlot].z,
              uniform_of(a.key, row, 0, kProxy), cum, weights);
   if (threadIdx.x) return;
   a.token[row] = v;
@@ -426,45 +389,55 @@ Need need_of_rows(const DeferralArgs& a, bool with_cut) {
   return {static_cast<size_t>(a.batch) * Scratch::bytes_of_row(tiles, with_cut), a.batch};
 }
 
-cudaError_t run(Resolved a, const Launch& launch) {
-  if (!a.rows) return cudaSuccess;
-  const unsigned grid = static_cast<unsigned>(a.rows * a.s.tiles);
-  const unsigned both = a.with_proxy ? 2 * grid : grid;
-  const bool masses =
-      a.task != kMaskTask || (a.rule.rule == kKnapsack && a.rule.critical == kSplitItem);
-  TTA_LAUNCH((resolve_kernel), both, kThreads, 0, launch.stream, a);
-  if (a.s.with_cut) {
-    TTA_LAUNCH((cut_histogram_kernel), grid, kThreads, 0, launch.stream, a);
-    TTA_LAUNCH((cut_collect_kernel), grid, kThreads, 0, launch.stream, a);
-  }
-  if (masses) TTA_LAUNCH((masses_kernel), grid, kThreads, 0, launch.stream, a);
+// The last stage, by what the operator writes.
+void launch_task(const Resolved& a, dim3 grid, cudaStream_t stream) {
   switch (a.task) {
     case kMaskTask:
-      TTA_LAUNCH((mask_kernel), grid, kThreads, 0, launch.stream, a);
+      TTA_LAUNCH((mask_kernel), grid, kThreads, 0, stream, a);
       break;
     case kProbsTask:
-      TTA_LAUNCH((probs_kernel), grid, kThreads, 0, launch.stream, a);
+      TTA_LAUNCH((probs_kernel), grid, kThreads, 0, stream, a);
       break;
     case kSampleTask:
-      TTA_LAUNCH((best_kernel), grid, kThreads, 0, launch.stream, a);
+      TTA_LAUNCH((best_kernel), grid, kThreads, 0, stream, a);
       break;
     case kProposeTask:
-      TTA_LAUNCH((kept_kernel), grid, kThreads, 0, launch.stream, a);
+      TTA_LAUNCH((kept_kernel), grid, kThreads, 0, stream, a);
       break;
     default:
-      if (a.rule.rule != kKnapsack)
-        TTA_LAUNCH((lowest_kernel), grid, kThreads, 0, launch.stream, a);
+      if (a.rule.rule != kKnapsack) TTA_LAUNCH((lowest_kernel), grid, kThreads, 0, stream, a);
+  }
+}
+
+cudaError_t run(Resolved a, int64_t rows, const Launch& launch) {
+  share_tiles(&a, rows, launch);
+  const bool masses =
+      a.task != kMaskTask || (a.rule.rule == kKnapsack && a.rule.critical == kSplitItem);
+  for (int64_t first = 0; first < rows; first += kMostRows) {
+    a.first_row = static_cast<uint32_t>(first);
+    const dim3 statistics = grid_of(a.with_proxy ? 2 * a.columns : a.columns, rows - first);
+    const dim3 tiles = grid_of(a.s.tiles, rows - first);
+    TTA_LAUNCH((resolve_kernel), statistics, kThreads, 0, launch.stream, a);
+    if (a.s.with_cut) launch_cut<Kad>(a, tiles, launch.stream);
+    if (masses) TTA_LAUNCH((masses_kernel), tiles, kThreads, 0, launch.stream, a);
+    launch_task(a, tiles, launch.stream);
   }
   return cudaGetLastError();
 }
 
-cudaError_t run(Drawn a, const Launch& launch) {
-  if (!a.rows) return cudaSuccess;
+cudaError_t run(Drawn a, int64_t rows, const Launch& launch) {
+  share_tiles(&a, rows, launch);
   const bool needs_proxy = rule_needs_proxy(a.rule.rule);
-  const unsigned grid = static_cast<unsigned>(a.rows * a.s.tiles);
-  TTA_LAUNCH((draw_kernel), needs_proxy ? 2 * grid : grid, kThreads, 0, launch.stream, a);
-  if (a.rule.rule == kKnapsack) TTA_LAUNCH((judge_kernel), grid, kThreads, 0, launch.stream, a);
-  if (!a.propose && !needs_proxy) TTA_LAUNCH((replace_kernel), grid, kThreads, 0, launch.stream, a);
+  for (int64_t first = 0; first < rows; first += kMostRows) {
+    a.first_row = static_cast<uint32_t>(first);
+    const dim3 statistics = grid_of(needs_proxy ? 2 * a.columns : a.columns, rows - first);
+    const dim3 tiles = grid_of(a.s.tiles, rows - first);
+    TTA_LAUNCH((draw_kernel), statistics, kThreads, 0, launch.stream, a);
+    if (a.rule.rule == kKnapsack) TTA_LAUNCH((judge_kernel), tiles, kThreads, 0, launch.stream, a);
+    // A block a tile: how many rows want the proxy is not known here.
+    if (!a.propose && !needs_proxy)
+      TTA_LAUNCH((replace_kernel), tiles, kThreads, 0, launch.stream, a);
+  }
   return cudaGetLastError();
 }
 
@@ -484,7 +457,7 @@ cudaError_t deferral_mask(const MaskArgs& a, const Launch& launch) {
   op.mask_stride = a.mask_stride;
   op.critical_index = a.critical_index;
   op.fraction = a.fraction;
-  return run(op, launch);
+  return run(op, a.batch, launch);
 }
 
 cudaError_t deferral_probs(const ProbsArgs& a, const Launch& launch) {
@@ -494,7 +467,7 @@ cudaError_t deferral_probs(const ProbsArgs& a, const Launch& launch) {
   op.with_proxy = true;
   op.probs = a.out;
   op.probs_stride = a.out_stride;
-  return run(op, launch);
+  return run(op, a.batch, launch);
 }
 
 cudaError_t deferral_stats(const StatsArgs& a, const Launch& launch) {
@@ -506,7 +479,7 @@ cudaError_t deferral_stats(const StatsArgs& a, const Launch& launch) {
   op.critical_index = a.critical_index;
   op.cut_logit = a.cut_logit;
   op.used = a.used;
-  return run(op, launch);
+  return run(op, a.batch, launch);
 }
 
 cudaError_t deferral_sample(const SampleArgs& a, const Launch& launch) {
@@ -517,7 +490,7 @@ cudaError_t deferral_sample(const SampleArgs& a, const Launch& launch) {
     op.with_proxy = !a.propose;
     op.token = a.token;
     op.deferred = a.deferred;
-    return run(op, launch);
+    return run(op, a.batch, launch);
   }
   Drawn op;
   fill(&op, a, launch, false);
@@ -525,7 +498,7 @@ cudaError_t deferral_sample(const SampleArgs& a, const Launch& launch) {
   op.propose = a.propose;
   op.token = a.token;
   op.deferred = a.deferred;
-  return run(op, launch);
+  return run(op, a.batch, launch);
 }
 
 }  // namespace cuda

@@ -8,6 +8,8 @@
 namespace tta {
 namespace cuda {
 
+enum Step : int32_t { kDone, kOpen, kWantsProxy, kResidualDraw, kProxyDraw };  // RowState::step
+
 // What every stage of the KAD family is given.
 struct Kad {
   Logits base, proxy;
@@ -17,11 +19,29 @@ struct Kad {
   uint32_t* arrivals = nullptr;
   int64_t rows = 0;       // batch rows times positions
   int64_t positions = 1;  // K + 1 in verification
+  uint32_t inverse = 0;   // 2^32 / positions, rounded up; 0 for one position
   int64_t param_row_stride = 1, param_position_stride = 0;
   bool same_temperature = true;
+  // Of the launch: the row of its first line of blocks, and how the statistics share a row's tiles.
+  uint32_t first_row = 0, first_batch_row = 0;
+  int span = 1, columns = 0;
 
-  __device__ __forceinline__ int64_t batch_row(int64_t row) const { return row / positions; }
-  __device__ __forceinline__ int64_t position(int64_t row) const { return row % positions; }
+  // This block's.
+  __device__ __forceinline__ uint32_t row() const { return first_row + blockIdx.y; }
+  __device__ __forceinline__ int tile() const { return static_cast<int>(blockIdx.x); }
+  // Of a statistics stage.
+  __device__ __forceinline__ int model() const { return tile() >= columns; }
+  __device__ __forceinline__ int column() const { return tile() - model() * columns; }
+
+  // A product in place of a division: exact, as the rows of a launch and the positions have 16
+  // bits.
+  __device__ __forceinline__ int64_t batch_row(int64_t row) const {
+    const uint32_t r = static_cast<uint32_t>(row);
+    return inverse ? first_batch_row + __umulhi(r - first_row, inverse) : r;
+  }
+  __device__ __forceinline__ int64_t position(int64_t row) const {
+    return row - batch_row(row) * positions;
+  }
   __device__ __forceinline__ Row base_row(int64_t row) const {
     return Row(base, batch_row(row), position(row));
   }
@@ -41,12 +61,21 @@ struct Kad {
   __device__ __forceinline__ int proxy_rule_slot() const {
     return same_temperature ? kProxySlot : kProxyRuleSlot;
   }
+  __device__ __forceinline__ bool seeks_cut(int64_t row) const {
+    return s.state(row).valid && s.state(row).step == kOpen;
+  }
   __device__ __forceinline__ void note(int64_t row, int64_t tensor) const {
-    if (threadIdx.x == 0 && invalid)
-      atomicMin(reinterpret_cast<long long*>(invalid->code()),
-                static_cast<long long>(InvalidRow::encode(row, tensor)));
+    report(invalid, row, tensor);
   }
 };
+
+// A kernel's arguments where batch rows have one position, which the compiler is to know.
+template <class Op>
+__device__ __forceinline__ Op single(Op a) {
+  a.positions = 1;
+  a.inverse = 0;
+  return a;
+}
 
 __device__ __forceinline__ float base_probability(const Kad& a, const RowState& r, int64_t row,
                                                   int64_t v) {
@@ -160,102 +189,280 @@ __device__ __forceinline__ double split_fraction(double bound, double before, do
 
 // ---- statistics --------------------------------------------------------------------------------
 
-// A block's tile of one model's row, at the temperatures the rule wants.
-__device__ __forceinline__ void model_statistics(const Kad& a, int64_t row, int t, int model,
-                                                 bool for_rule, float* weights) {
-  Tile tile;
-  (model ? a.proxy_row(row) : a.base_row(row)).load(t, &tile);
-  tile_statistics(tile, t, a.rule.inv_temperature, a.s.tile_max(row, model),
-                  a.s.tile_sum(row, model), for_rule && !a.same_temperature,
-                  a.rule.inv_rule_temperature, a.s.tile_sum(row, model + 2), weights);
+// Where a model's statistics go, at the temperatures the rule wants.
+__device__ __forceinline__ TileNumbers numbers_of(const Kad& a, int64_t row, int model,
+                                                  bool for_rule) {
+  return {a.s.tile_max(row, model),     a.s.tile_sum(row, model),
+          a.s.tile_sum(row, model + 2), a.rule.inv_temperature,
+          a.rule.inv_rule_temperature,  for_rule && !a.same_temperature ? 2 : 1};
 }
 
-// Merges a model's row; false (and noted) if it is invalid. `cum` is left for a draw from the
-// sampling temperature's slot.
+// This block's tiles of one model's row: the base has the first `columns` columns of blocks, the
+// proxy the next.
+__device__ __forceinline__ void row_statistics(const Kad& a, int64_t row, int model, bool for_rule,
+                                               float* weights) {
+  block_statistics(model ? a.proxy_row(row) : a.base_row(row), a.column(), a.span, a.s.tiles,
+                   numbers_of(a, row, model, for_rule), weights);
+}
+
+// Merges a model's row into its slots; false if it is invalid. `cum` is left for a draw from the
+// sampling temperature's.
 __device__ __forceinline__ bool finish_model(const Kad& a, int64_t row, int model, bool for_rule,
-                                             double* cum, SlotNumbers* at, SlotNumbers* at_rule) {
+                                             double* cum, SlotNumbers* slot) {
   bool valid = true;
   if (for_rule && !a.same_temperature)
-    valid = finish_slot(a.s, row, model + 2, model, a.rule.inv_rule_temperature, cum, at_rule);
-  valid = finish_slot(a.s, row, model, model, a.rule.inv_temperature, cum, at) && valid;
-  if (a.same_temperature || !for_rule) *at_rule = *at;
-  if (!valid) a.note(row, model ? kProxyLogits : kBaseLogits);
+    valid =
+        finish_slot(a.s, row, model + 2, model, a.rule.inv_rule_temperature, cum, slot + model + 2);
+  valid = finish_slot(a.s, row, model, model, a.rule.inv_temperature, cum, slot + model) && valid;
+  if (a.same_temperature || !for_rule) slot[model + 2] = slot[model];
   return valid;
 }
 
-// ---- masked sums -------------------------------------------------------------------------------
+// A column's share of what must be zero before the knapsack's cut is searched.
+__device__ __forceinline__ void clear_bands(const Kad& a, int64_t row) {
+  if (!a.s.with_cut) return;
+  uint64_t* total = a.s.histogram(row);
+  for (int i = a.column() * kThreads + static_cast<int>(threadIdx.x); i < kBuckets;
+       i += a.columns * kThreads)
+    total[i] = 0;
+}
 
-// The base weights, at one temperature, of the tokens a set defers, or of those it keeps.
-struct Query {
-  Deferral set;
-  int slot;
-  bool kept;
+// A row whose statistics are known, for the stages that follow: the rule resolved, or the search of
+// the knapsack's cut prepared. For a whole block.
+__device__ __forceinline__ void prepare_row(const Kad& a, int64_t row, const SlotNumbers* slot,
+                                            bool valid) {
+  Deferral d = {Cut::none(), -1, 0.0, kInfinity, false, false};
+  double bound = 0.0;
+  bool open = false;
+  if (valid && a.rule.rule == kKnapsack) {
+    bound = mul_rn(a.param(row), slot[kBaseRuleSlot].z);
+    open = !(slot[kBaseRuleSlot].z <= bound);
+    d.cut = Cut::all();
+  } else if (valid) {
+    d = resolve(a, row, slot[kBaseRuleSlot], slot[kProxyRuleSlot]);
+  }
+  if (threadIdx.x) return;
+  RowState& r = a.s.state(row);
+#pragma unroll
+  for (int i = 0; i < kSlots; ++i) r.slot[i] = slot[i];
+  r.deferral = d;
+  r.bound = bound;
+  r.valid = valid;
+  r.step = open ? kOpen : kDone;
+}
+
+// ---- a tile in memory --------------------------------------------------------------------------
+
+// One row's tile, to be read four elements a thread at a time: a whole one would not fit the
+// registers beside the arithmetic.
+struct Source {
+  const char* data;
+  int dtype;
+
+  __device__ __forceinline__ Source(const Row& row, int t)
+      : data(row.data + static_cast<int64_t>(t) * kTile * element_bytes(row.dtype)),
+        dtype(row.dtype) {}
+  __device__ __forceinline__ bool aligned() const { return aligned_to_four(data, dtype); }
 };
 
-// Whether a tile lies wholly before the cut.
-__device__ __forceinline__ bool tile_before(float tile_max, int t, const Cut& cut) {
-  return tile_max < cut.x || (tile_max == cut.x && cut.id >= (static_cast<int64_t>(t) + 1) * kTile);
+// How each_four's loops read a thread's elements i .. i + 3; kPlain: in a whole aligned tile, about
+// which nothing else needs to be asked either.
+template <int kType>
+struct ReadWhole {
+  static constexpr bool kPlain = true;
+  __device__ __forceinline__ void operator()(const Source& s, const Tile& map, int i,
+                                             float* x) const {
+    read_four<kType>(s.data, map.at(i), x);
+  }
+};
+struct ReadPart {
+  static constexpr bool kPlain = false;
+  __device__ __forceinline__ void operator()(const Source& s, const Tile& map, int i,
+                                             float* x) const {
+    read_part(s.data, s.dtype, map, i, x);
+  }
+};
+
+__device__ __forceinline__ Tile map_of(int64_t vocab, int t, bool vector) {
+  Tile map;
+  place(&map, vocab, t, vector);
+  return map;
 }
 
-// A query's canonical mass in one tile, into scratch memory. A tile that counts whole, or not at
-// all, is not read. The critical item counts as kept. For a whole block.
-__device__ __forceinline__ void tile_mass(const Kad& a, int64_t row, int t, int query,
-                                          const Query& q, float* weights) {
-  const float m = a.s.tile_max(row, 0)[t];
-  const double scale = a.s.scale(row, q.slot)[t];
-  double* out = a.s.mass(row, query) + t;
-  const bool whole = !q.set.by_proxy && tile_before(m, t, q.set.cut);
-  if (scale == 0.0 || whole) {
-    if (threadIdx.x == 0) {
-      const double sum = static_cast<double>(a.s.tile_sum(row, q.slot)[t]);
-      *out = whole && !q.kept && scale != 0.0 ? mul_rn(sum, scale) : 0.0;
-    }
-    return;
-  }
-  const float inv = q.slot < 2 ? a.rule.inv_temperature : a.rule.inv_rule_temperature;
-  Tile tile, judged;
-  a.base_row(row).load(t, &tile);
-  if (q.set.by_proxy) a.proxy_row(row).load(t, &judged);
-#pragma unroll
+template <int kType, class Use>
+__device__ __forceinline__ void each_four_of_whole(const Tile& map, const Source& source, Use use) {
+  const ReadWhole<kType> read;
+  float next[4];
+  read(source, map, 0, next);
+#pragma unroll 2
   for (int i = 0; i < kPerThread; i += 4) {
-    float w[4];
-    weigh_four(tile.x + i, m, inv, w);
+    const float x[4] = {next[0], next[1], next[2], next[3]};
+    if (i + 4 < kPerThread) read(source, map, i + 4, next);  // underway while these are used
+    use(read, i, x);
+  }
+}
+
+// use(read, i, x) for all of a thread's elements of a source, x: elements i .. i + 3; read(other,
+// map, i, y) reads the other source's. `plain`: the caller has no question about single elements if
+// the tile is whole and aligned; then it gets a loop without any.
+template <class Use>
+__device__ __forceinline__ void each_four(const Tile& map, const Source& source,
+                                          const Source& other, bool plain, Use use) {
+  const int dtype = source.dtype;
+  plain = plain && map.vector && map.count == kTile && other.dtype == dtype;
+  if (plain && dtype == kFloat32) return each_four_of_whole<kFloat32>(map, source, use);
+  if (plain && dtype == kFloat16) return each_four_of_whole<kFloat16>(map, source, use);
+  if (plain) return each_four_of_whole<kBFloat16>(map, source, use);
+#pragma unroll 1
+  for (int i = 0; i < kPerThread; i += 4) {
+    const ReadPart read;
+    float x[4];
+    read(source, map, i, x);
+    use(read, i, x);
+  }
+}
+template <class Use>
+__device__ __forceinline__ void each_four(const Tile& map, const Source& source, bool plain,
+                                          Use use) {
+  each_four(map, source, source, plain, use);
+}
+
+// The least float greater than x.
+__device__ __forceinline__ float next_above(float x) {
+  return x == kInfinity ? x : from_ordered_bits(ordered_bits(add_rn(x, 0.0f)) + 1);  // -0 as +0
+}
+
+// A deferral's test of one tile's elements: between two numbers, unless the cut's id lies in the
+// tile and parts its ties.
+struct TileTest {
+  float from, below;  // deferred: from <= x < below
+  float cut;
+  int ties;  // where the tile is parted: those at smaller places are before the cut
+  bool parted;
+  bool upper;
+  bool uniform, all;  // all elements are deferred, or none is
+
+  __device__ __forceinline__ TileTest(const Deferral& d, int t, float tile_max)
+      : cut(d.cut.x), upper(d.upper) {
+    const int64_t left = d.cut.id - static_cast<int64_t>(t) * kTile;
+    parted = left >= 0 && left < kTile;
+    ties = static_cast<int>(parted ? left : 0);
+    const float end = left < kTile ? cut : next_above(cut);
+    from = upper ? end : -kInfinity;
+    below = upper ? kInfinity : end;
+    const bool whole = tile_max < end;
+    uniform = whole || end == -kInfinity;
+    all = whole != upper;
+  }
+  // Elements i .. i + 3 of a thread; kPlain: of a tile that is not parted.
+  template <bool kPlain>
+  __device__ __forceinline__ void four(const float* x, const Tile& map, int i, bool* in) const {
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      const int64_t v = static_cast<int64_t>(t) * kTile + tile.at(i + k);
-      // With maps of their own, the two rows are matched by element in shared memory.
-      const float x = tile.x[i + k];
-      if (!q.set.by_proxy && q.set.admits(x, v) == q.kept) w[k] = 0.0f;
+      in[k] = x[k] >= from && x[k] < below;
+      if (!kPlain && parted && x[k] == cut) in[k] = (map.at(i + k) < ties) != upper;
     }
-    put_four(tile, i, w, weights);
   }
-  __syncthreads();
-  if (q.set.by_proxy) {
+};
+
+// ---- masked sums -------------------------------------------------------------------------------
+
+// Adds up a tile's positive weights, or its negative ones' sizes, like canonical_sum.
+template <bool kNegative>
+__device__ __forceinline__ float canonical_sum_of_sign(const float* weights, int count) {
+  float lane[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+  const int groups = (count + kLanes - 1) / kLanes;
+#pragma unroll 4
+  for (int g = 0; g < groups; ++g) {
+    const float4 v = *reinterpret_cast<const float4*>(weights + g * kLanes + lane_id() * 4);
+    const float w[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
-    for (int i = 0; i < kPerThread; ++i) {
-      const int64_t v = static_cast<int64_t>(t) * kTile + judged.at(i);
-      if (q.set.admits(judged.x[i], v) == q.kept) weights[judged.at(i)] = 0.0f;
-    }
-    __syncthreads();
+    for (int c = 0; c < 4; ++c) lane[c] = add_rn(lane[c], fmaxf(kNegative ? -w[c] : w[c], 0.0f));
   }
+  return fold(lane);
+}
+
+// The base's canonical mass, at one slot's temperature, of what a set defers in a tile, into
+// `query` of the scratch memory; and of what it keeps, the critical item included, into the next.
+// A tile that counts whole, or not at all, is not read. For a whole block.
+template <bool kWithKept>
+__device__ __forceinline__ void tile_mass(const Kad& a, int64_t row, int t, int query,
+                                          const Deferral& set, int slot, float* weights) {
+  const double scale = a.s.scale(row, slot)[t];
+  double* deferred_mass = a.s.mass(row, query) + t;
+  double* kept_mass = a.s.mass(row, query + kWithKept) + t;
+  const TileTest test(set, t, a.s.tile_max(row, set.by_proxy)[t]);
+  if (test.uniform || scale == 0.0) {
+    const double all = mul_rn(static_cast<double>(a.s.tile_sum(row, slot)[t]), scale);
+    if (threadIdx.x) return;
+    *deferred_mass = test.all ? all : 0.0;
+    if (kWithKept) *kept_mass = test.all ? 0.0 : all;
+    return;
+  }
+  const float m = a.s.tile_max(row, 0)[t];
+  const float inv = slot < 2 ? a.rule.inv_temperature : a.rule.inv_rule_temperature;
+  const Source base(a.base_row(row), t);
+  const Source judged = set.by_proxy ? Source(a.proxy_row(row), t) : base;
+  const Tile map = map_of(a.base.vocab, t, base.aligned() && judged.aligned());
+  each_four(map, base, judged, !test.parted, [&](auto read, int i, const float* x) {
+    float w[4];
+    bool in[4];
+    weigh_four(x, m, inv, w);
+    if (set.by_proxy) {
+      float y[4];
+      read(judged, map, i, y);
+      test.four<decltype(read)::kPlain>(y, map, i, in);
+    } else {
+      test.four<decltype(read)::kPlain>(x, map, i, in);
+    }
+    // With kept ones wanted too, the sign tells them apart.
+#pragma unroll
+    for (int k = 0; k < 4; ++k) w[k] = in[k] ? w[k] : kWithKept ? -w[k] : 0.0f;
+    put_four(map, i, w, weights);
+  });
+  __syncthreads();
   if (warp_id() == 0) {
-    const float sum = canonical_sum(weights, tile.count);
-    if (lane_id() == 0) *out = mul_rn(static_cast<double>(sum), scale);
+    const float sum = kWithKept ? canonical_sum_of_sign<false>(weights, map.count)
+                                : canonical_sum(weights, map.count);
+    if (lane_id() == 0) *deferred_mass = mul_rn(static_cast<double>(sum), scale);
+  } else if (kWithKept && warp_id() == 1) {
+    const float sum = canonical_sum_of_sign<true>(weights, map.count);
+    if (lane_id() == 0) *kept_mass = mul_rn(static_cast<double>(sum), scale);
   }
 }
 
-// The same over all tiles by one block: rare decisions only.
-__device__ __forceinline__ double sum_here(const Kad& a, int64_t row, int query, const Query& q,
-                                           float* weights, double* shared) {
+// The deferred mass over all tiles by one block: rare decisions only.
+__device__ __forceinline__ double sum_here(const Kad& a, int64_t row, int query,
+                                           const Deferral& set, int slot, float* weights,
+                                           double* shared) {
   for (int t = 0; t < a.s.tiles; ++t) {
-    tile_mass(a, row, t, query, q, weights);
+    tile_mass<false>(a, row, t, query, set, slot, weights);
     __syncthreads();
   }
   return sum_of_masses(a.s, row, query, shared);
 }
 
-__device__ __forceinline__ Query before(const Cut& cut, int slot) {
-  return {{cut, -1, 0.0, kInfinity, false, false}, slot, false};
+__device__ __forceinline__ Deferral before(const Cut& cut) {
+  return {cut, -1, 0.0, kInfinity, false, false};
+}
+
+// What the critical item adds to the deferred mass at the two temperatures.
+struct Share {
+  double sampled, at_rule;
+};
+
+// Splits the critical item of a row, if it has one to split: its fraction fills the capacity beside
+// `rule_sum`, the mass deferred before it at the rule's temperature. For one thread.
+__device__ __forceinline__ Share split(const Kad& a, int64_t row, double rule_sum) {
+  RowState& r = a.s.state(row);
+  Deferral& d = r.deferral;
+  if (d.critical < 0 || a.rule.critical != kSplitItem) return {0.0, 0.0};
+  const double at_rule = canonical_weight(a.s, row, a.base_rule_slot(), a.rule.inv_rule_temperature,
+                                          d.critical_x, d.critical);
+  d.fraction = split_fraction(r.bound, rule_sum, at_rule);
+  const double sampled =
+      canonical_weight(a.s, row, kBaseSlot, a.rule.inv_temperature, d.critical_x, d.critical);
+  return {mul_rn(d.fraction, sampled), mul_rn(d.fraction, at_rule)};
 }
 
 // ---- launches ----------------------------------------------------------------------------------
@@ -265,13 +472,19 @@ inline void fill(Kad* k, const DeferralArgs& a, const Launch& launch, bool with_
   k->proxy = a.proxy;
   k->rule = a.rule;
   k->invalid = a.invalid;
-  k->rows = a.batch;
   k->arrivals = launch.arrivals;
   k->same_temperature = a.rule.inv_temperature == a.rule.inv_rule_temperature;
   k->s.base = static_cast<char*>(launch.scratch);
   k->s.tiles = tiles_of(a.base.vocab);
   k->s.with_cut = with_cut;
   k->s.row_bytes = static_cast<int64_t>(Scratch::bytes_of_row(k->s.tiles, with_cut));
+}
+
+// Shares the tiles of `rows` rows among blocks.
+inline void share_tiles(Kad* k, int64_t rows, const Launch& launch) {
+  k->rows = rows;
+  k->span = span_of(k->s.tiles, rows, launch.width);
+  k->columns = columns_of(k->s.tiles, k->span);
 }
 
 }  // namespace cuda

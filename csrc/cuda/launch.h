@@ -27,7 +27,24 @@ struct Launch {
   void* scratch = nullptr;
   uint32_t* arrivals = nullptr;
   cudaStream_t stream = nullptr;
+  int64_t width = 400;  // blocks that fill the device
 };
+
+// Grids have a line of blocks for each row: no division tells a block what it is. More rows than a
+// grid has lines take one launch after another.
+constexpr int64_t kMostRows = 65535;
+inline dim3 grid_of(int columns, int64_t rows_left) {
+  return dim3(static_cast<unsigned>(columns),
+              static_cast<unsigned>(rows_left < kMostRows ? rows_left : kMostRows));
+}
+
+// Tiles that a block takes one after another: one, so that a few rows spread over the device, or up
+// to four where there are blocks enough without; what a block does once is then done less often.
+inline int span_of(int tiles, int64_t rows, int64_t width) {
+  const int64_t spare = tiles * rows / width;
+  return spare >= 4 ? 4 : spare >= 2 ? 2 : 1;
+}
+inline int columns_of(int tiles, int span) { return (tiles + span - 1) / span; }
 
 Need need_of(const MaskArgs&);
 Need need_of(const ProbsArgs&);

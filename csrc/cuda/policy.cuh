@@ -1,89 +1,65 @@
 // Last stages over a resolved rule, a block a tile: the mask, pi written out, or the best tokens.
 //
 // pi(v) = (1 - mu(v)) p(v) + q(v) D: p and q rounded to float32, then mul and add in float64,
-// rounded once. p = fl32(w / Z) has the bits of the float64 division but takes a reciprocal and two
-// corrections (Markstein 1990), as on the CPU.
+// rounded once.
 #pragma once
 
+#include "cuda/divide.cuh"
 #include "cuda/kad.cuh"
 
 namespace tta {
 namespace cuda {
 
-// fl32(w / z) for many w and one z; z with an all-ones mantissa is the theorem's exception, for
-// which callers have a second, slower loop.
-struct DivideBy {
-  double z, y;
-  __device__ __forceinline__ explicit DivideBy(double by) : z(by), y(div_rn(1.0, by)) {}
-  __device__ __forceinline__ bool exception() const {
-    unsigned long long u;
-    std::memcpy(&u, &z, sizeof u);
-    return (u & 0xfffffffffffffull) == 0xfffffffffffffull;
-  }
-  template <bool kException>
-  __device__ __forceinline__ float quotient(float w) const {
-    const double a = static_cast<double>(w);
-    if (kException) return static_cast<float>(div_rn(a, z));
-    double q = mul_rn(a, y);
-    q = fma_rn(fma_rn(q, -z, a), y, q);
-    q = fma_rn(fma_rn(q, -z, a), y, q);
-    return static_cast<float>(q);
-  }
-};
-
-// Where two rows' tiles lie under one map, to be read four elements a thread at a time: two whole
-// tiles would not fit the registers beside the arithmetic.
-struct TilePair {
-  const char *base, *proxy;
-  int base_type, proxy_type;
-  Tile map;  // its numbers are the caller's
-
-  __device__ __forceinline__ TilePair(const Kad& a, int64_t row, int t) {
-    const Row b = a.base_row(row), q = a.proxy_row(row);
-    const int64_t begin = static_cast<int64_t>(t) * kTile;
-    base = b.data + begin * element_bytes(b.dtype);
-    proxy = q.data + begin * element_bytes(q.dtype);
-    base_type = b.dtype;
-    proxy_type = q.dtype;
-    place(&map, b.vocab, t, aligned_to_four(b.data, b.dtype) && aligned_to_four(q.data, q.dtype));
-  }
-  __device__ __forceinline__ void read(const char* data, int dtype, int i, float* x) const {
-    if (dtype == kFloat32)
-      read_part<kFloat32>(data, map, i, x);
-    else if (dtype == kFloat16)
-      read_part<kFloat16>(data, map, i, x);
-    else
-      read_part<kBFloat16>(data, map, i, x);
-  }
-};
-
-// What a policy is made of, in registers.
+// What a policy is made of, in registers, and where its numbers lie in a tile.
 struct Policy {
-  Deferral d;
+  Source base, proxy;
+  Tile map;
+  TileTest test;
   SlotNumbers p, q;
   DivideBy pz, qz;
-  __device__ __forceinline__ explicit Policy(const RowState& r)
-      : d(r.deferral),
+  double kept_part;  // of the critical item
+  bool by_proxy;
+  bool all_deferred;  // (1 - mu) p is 0 in the whole tile
+
+  __device__ __forceinline__ Policy(const Kad& a, const RowState& r, int64_t row, int t)
+      : base(a.base_row(row), t),
+        proxy(a.proxy_row(row), t),
+        map(map_of(a.base.vocab, t, base.aligned() && proxy.aligned())),
+        test(r.deferral, t, a.s.tile_max(row, r.deferral.by_proxy)[t]),
         p(r.slot[kBaseSlot]),
         q(r.slot[kProxySlot]),
-        pz(r.slot[kBaseSlot].z),
-        qz(r.slot[kProxySlot].z) {}
+        pz(p.z),
+        qz(q.z),
+        kept_part(sub_rn(1.0, r.deferral.fraction)),
+        by_proxy(r.deferral.by_proxy),
+        all_deferred(test.uniform && test.all) {}
 
-  // (1 - mu) p and q of a thread's elements i .. i + 3 in tile t.
-  template <bool kException>
-  __device__ __forceinline__ void four(const TilePair& pair, int t, int i, double* kept,
+  // (1 - mu) p and q of a thread's elements i .. i + 3; y: the proxy's.
+  template <bool kException, class Read>
+  __device__ __forceinline__ void four(Read read, int i, const float* y, double* kept,
                                        double* moved) const {
-    float x[4], y[4], w[4];
-    pair.read(pair.base, pair.base_type, i, x);
-    pair.read(pair.proxy, pair.proxy_type, i, y);
-    weigh_four(x, p.max, p.inv_temperature, w);
+    float w[4];
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      const int64_t v = static_cast<int64_t>(t) * kTile + pair.map.at(i + k);
-      kept[k] = d.admits(d.by_proxy ? y[k] : x[k], v)
-                    ? 0.0
-                    : static_cast<double>(pz.template quotient<kException>(w[k]));
-      if (v == d.critical && d.fraction > 0.0) kept[k] = mul_rn(sub_rn(1.0, d.fraction), kept[k]);
+    for (int k = 0; k < 4; ++k) kept[k] = 0.0;
+    if (!all_deferred) {
+      float x[4];
+      bool in[4];
+      read(base, map, i, x);
+      if (by_proxy)
+        test.four<Read::kPlain>(y, map, i, in);
+      else
+        test.four<Read::kPlain>(x, map, i, in);
+      if (!(in[0] && in[1] && in[2] && in[3])) {  // by most rules a whole warp seldom does
+        weigh_four(x, p.max, p.inv_temperature, w);
+#pragma unroll
+        for (int k = 0; k < 4; ++k)
+          kept[k] = static_cast<double>(pz.template quotient<kException>(in[k] ? 0.0f : w[k]));
+      }
+      if (!Read::kPlain && test.parted) {  // the critical item is the first tie the cut leaves
+#pragma unroll
+        for (int k = 0; k < 4; ++k)
+          if (map.at(i + k) == test.ties) kept[k] = mul_rn(kept_part, kept[k]);
+      }
     }
     weigh_four(y, q.max, q.inv_temperature, w);
 #pragma unroll
@@ -91,23 +67,25 @@ struct Policy {
       moved[k] = static_cast<double>(qz.template quotient<kException>(w[k]));
   }
 
-  // use(i, kept, moved) for all of a thread's elements, four at a time.
+  // use(read, i, kept, moved) for all of a thread's elements, as each_four does.
   template <class Use>
-  __device__ __forceinline__ void each_four(const TilePair& pair, int t, Use use) const {
+  __device__ __forceinline__ void each(bool plain, Use use) const {
     double kept[4], moved[4];
     if (pz.exception() || qz.exception()) {
 #pragma unroll 1
       for (int i = 0; i < kPerThread; i += 4) {
-        four<true>(pair, t, i, kept, moved);
-        use(i, kept, moved);
+        const ReadPart read;
+        float y[4];
+        read(proxy, map, i, y);
+        four<true>(read, i, y, kept, moved);
+        use(read, i, kept, moved);
       }
       return;
     }
-#pragma unroll 2
-    for (int i = 0; i < kPerThread; i += 4) {
-      four<false>(pair, t, i, kept, moved);
-      use(i, kept, moved);
-    }
+    each_four(map, proxy, base, plain && !test.parted, [&](auto read, int i, const float* y) {
+      four<false>(read, i, y, kept, moved);
+      use(read, i, kept, moved);
+    });
   }
 };
 
@@ -128,21 +106,22 @@ __device__ __forceinline__ int64_t ranked_id(uint64_t rank) {
 // The best of pi in a tile, known to every thread.
 __device__ __forceinline__ uint64_t best_of_tile(const Kad& a, const RowState& r, int64_t row,
                                                  int t) {
-  const TilePair pair(a, row, t);
-  const Policy policy(r);
+  const Policy policy(a, r, row, t);
   const double mass = r.mass;
-  uint64_t best = 0;
-  policy.each_four(pair, t, [&](int i, const double* kept, const double* moved) {
+  float best = -1.0f;
+  int place = 0;
+  policy.each(true, [&](auto read, int i, const double* kept, const double* moved) {
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      const int at = pair.map.at(i + k);
-      if (at >= pair.map.count) continue;
-      const uint64_t rank =
-          ranked(mixed(kept[k], moved[k], mass), static_cast<int64_t>(t) * kTile + at);
-      best = rank > best ? rank : best;
+      const int at = policy.map.at(i + k);
+      const float pi = mixed(kept[k], moved[k], mass);
+      if (!(pi > best) || (!read.kPlain && at >= policy.map.count)) continue;
+      best = pi;
+      place = at;  // rises with i + k: of ties the first stays
     }
   });
-  return block_reduce(best, Max());
+  const int64_t id = static_cast<int64_t>(t) * kTile + place;
+  return block_reduce(best < 0.0f ? uint64_t{0} : ranked(best, id), Max());
 }
 
 // The best of a row whose tiles' best are known.
@@ -190,17 +169,32 @@ __device__ __forceinline__ Kept block_best(Kept best) {
 
 // ---- greedy choice without the proxy -----------------------------------------------------------
 
-// The kept tokens of a thread's elements; rules that look at the base alone.
-__device__ __forceinline__ Kept kept_of_tile(const Deferral& d, const Tile& tile, int t) {
+// The best kept tokens of a tile, known to every thread; rules that look at the base alone. A
+// critical item that keeps a part of its p is not among them.
+__device__ __forceinline__ Kept kept_of_tile(const Kad& a, const RowState& r, int64_t row, int t) {
+  Deferral d = r.deferral;
+  if (d.fraction > 0.0) d.cut = Cut::through(d.critical_x, d.critical);
+  const TileTest test(d, t, a.s.tile_max(row, 0)[t]);
   Kept best = Kept::none();
+  if (!test.uniform || !test.all) {
+    const Source base(a.base_row(row), t);
+    const Tile map = map_of(a.base.vocab, t, base.aligned());
+    int place = -1;
+    each_four(map, base, !test.parted, [&](auto read, int i, const float* x) {
+      bool in[4];
+      test.four<decltype(read)::kPlain>(x, map, i, in);
 #pragma unroll
-  for (int i = 0; i < kPerThread; ++i) {
-    const int64_t v = static_cast<int64_t>(t) * kTile + tile.at(i);
-    const bool kept = tile.at(i) < tile.count && !d.admits(tile.x[i], v) &&
-                      !(d.fraction > 0.0 && v == d.critical);
-    if (kept && tile.x[i] > -kInfinity) best.merge(tile.x[i], -kInfinity, v);
+      for (int k = 0; k < 4; ++k) {
+        const float kept = in[k] ? -kInfinity : x[k];  // so is what lies beyond the row
+        best.next = fmaxf(best.next, fminf(best.top, kept));
+        if (!(kept > best.top)) continue;
+        best.top = kept;
+        place = map.at(i + k);
+      }
+    });
+    if (place >= 0) best.id = static_cast<int64_t>(t) * kTile + place;
   }
-  return best;
+  return block_best(best);
 }
 
 __device__ __forceinline__ void put_tile_best(const Scratch& s, int64_t row, int t,

@@ -2,16 +2,18 @@
 // (implicit_reward: proxy tuning, ensembles, contrast).
 //
 // Problem: B rows of V logits, one draw from softmax(x / T) of each by inverse CDF, or its largest
-// logit. Thread map: a block of 128 threads a tile of 4096; the block that arrives last at a row
-// merges its tiles, chooses the tile the draw falls into and reads that tile again.
+// logit. Thread map: a block of 128 threads a tile of 4096, or up to four of them where rows enough
+// fill the device without; the block that arrives last at a row merges its tiles, chooses the tile
+// the draw falls into and reads that tile again.
 // Passes: every logits row once from DRAM, one tile of each again from L2; probabilities read the
-// row a second time (L2 permitting) and write 4 V bytes. Mixtures compute their scores in registers
-// from (1 + 2 E) rows and never store them.
+// row a second time (L2 permitting) and write 4 V bytes. Mixtures compute their scores from
+// (1 + 2 E) rows, in shared memory, and never store them.
 // Bytes a row: categorical s V + 4096 s (s bytes an element); mixture (1 + 2 E) s V, probabilities
 // twice that + 4 V.
 // Determinism: the canonical sum (tile.cuh) and float64 sums over tiles from left to right,
 // whatever block arrives last; prefixes inside a tile are exact integers.
 
+#include "cuda/divide.cuh"
 #include "cuda/launch.h"
 #include "cuda/mixture.cuh"
 #include "cuda/row.cuh"
@@ -26,6 +28,8 @@ struct Categorical {
   CategoricalArgs a;
   Scratch s;
   uint32_t* arrivals;
+  uint32_t first_row = 0;
+  int span = 1;
   __device__ __forceinline__ Row reader(int64_t row) const { return Row(a.logits, row, 0); }
   __device__ __forceinline__ float inv_temperature() const { return a.inv_temperature; }
   __device__ __forceinline__ const KeySpec& key() const { return a.key; }
@@ -33,17 +37,17 @@ struct Categorical {
   __device__ __forceinline__ uint32_t number() const { return a.draw; }
   __device__ __forceinline__ int64_t* token() const { return a.token; }
   __device__ __forceinline__ void invalid(int64_t row) const {
-    if (threadIdx.x == 0 && a.invalid)
-      atomicMin(reinterpret_cast<long long*>(a.invalid->code()),
-                static_cast<long long>(InvalidRow::encode(row, kBaseLogits)));
+    report(a.invalid, row, kBaseLogits);
   }
 };
 
 struct Mixed {
-  static constexpr int kResident = 5;
+  static constexpr int kResident = 4;
   MixtureArgs a;
   Scratch s;
   uint32_t* arrivals;
+  uint32_t first_row = 0;
+  int span = 1;
   __device__ __forceinline__ MixtureRow reader(int64_t row) const { return {a, row}; }
   __device__ __forceinline__ float inv_temperature() const { return a.inv_temperature; }
   __device__ __forceinline__ const KeySpec& key() const { return a.key; }
@@ -63,9 +67,7 @@ struct Mixed {
       culprit = i;
       break;
     }
-    if (threadIdx.x == 0)
-      atomicMin(reinterpret_cast<long long*>(a.invalid->code()),
-                static_cast<long long>(InvalidRow::encode(row, culprit)));
+    report(a.invalid, row, culprit);
   }
 
   __device__ __forceinline__ bool bad_tensor(const MixtureRow& mixture, int64_t i) const {
@@ -76,9 +78,7 @@ struct Mixed {
     const char* data = mixture.data(x, e);
     bool bad = false, finite = false;
     for (int64_t v = threadIdx.x; v < x.vocab; v += kThreads) {
-      const float value = x.dtype == kFloat32   ? read_one<kFloat32>(data, v)
-                          : x.dtype == kFloat16 ? read_one<kFloat16>(data, v)
-                                                : read_one<kBFloat16>(data, v);
+      const float value = read_one(data, x.dtype, v);
       bad = bad || !(value < kInfinity);
       finite = finite || value != -kInfinity;
     }
@@ -93,16 +93,12 @@ __global__ void __launch_bounds__(kThreads, Op::kResident) draw_kernel(const Op 
   TTA_SHARED_ARRAY(float4, weights4, kTile / 4);
   TTA_SHARED_ARRAY(double, cum, kMaxTiles);
   float* weights = reinterpret_cast<float*>(weights4);
-  const int64_t row = blockIdx.x / op.s.tiles;
-  const int t = static_cast<int>(blockIdx.x % op.s.tiles);
+  const uint32_t row = op.first_row + blockIdx.y;
   const auto reader = op.reader(row);
-  {
-    Tile tile;
-    reader.load(t, &tile);
-    tile_statistics(tile, t, op.inv_temperature(), op.s.tile_max(row, 0), op.s.tile_sum(row, 0),
-                    false, 0.0f, nullptr, weights);
-  }
-  if (!last_to_arrive(op.arrivals + row, static_cast<uint32_t>(op.s.tiles))) return;
+  const TileNumbers to = {
+      op.s.tile_max(row, 0), op.s.tile_sum(row, 0), nullptr, op.inv_temperature(), 1.0f, 1};
+  block_statistics(reader, static_cast<int>(blockIdx.x), op.span, op.s.tiles, to, weights);
+  if (!last_to_arrive(op.arrivals + row, gridDim.x)) return;
   SlotNumbers numbers;
   const bool valid = finish_slot(op.s, row, 0, 0, op.inv_temperature(), cum, &numbers);
   if (!valid) op.invalid(row);
@@ -122,21 +118,43 @@ __global__ void __launch_bounds__(kThreads, Op::kResident) draw_kernel(const Op 
   if (threadIdx.x == 0) op.token()[row] = token;
 }
 
+// Probabilities of a tile's staged scores.
+template <bool kException>
+__device__ __forceinline__ void write_probs(const Tile& tile, const SlotNumbers& numbers,
+                                            const DivideBy& z, const float* scores, float* out) {
+  const bool vectors = tile.vector && reinterpret_cast<uintptr_t>(out) % 16 == 0;
+#pragma unroll 2
+  for (int i = 0; i < kPerThread; i += 4) {
+    float w[4];
+    take_four(tile, i, scores, w);
+    weigh_four(w, numbers.max, numbers.inv_temperature, w);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) w[k] = z.quotient<kException>(w[k]);
+    put_four_out(tile, i, w, vectors, out);
+  }
+}
+
 // p(v) = fl32(w / Z) of a mixture, a block a tile.
-__global__ void __launch_bounds__(kThreads, 5) mixture_probs_kernel(const Mixed op) {
-  const int64_t row = blockIdx.x / op.s.tiles;
-  const int t = static_cast<int>(blockIdx.x % op.s.tiles);
+__global__ void __launch_bounds__(kThreads, 4) mixture_probs_kernel(const Mixed op) {
+  TTA_SHARED_ARRAY(float4, scores4, kTile / 4);
+  float* scores = reinterpret_cast<float*>(scores4);
+  const uint32_t row = op.first_row + blockIdx.y;
+  const int t = static_cast<int>(blockIdx.x);
   const RowState& state = op.s.state(row);
   const SlotNumbers numbers = state.slot[0];
-  const bool valid = state.valid;
-  Tile tile;
-  op.reader(row).load(t, &tile);
+  const MixtureRow reader = op.reader(row);
+  const Tile tile = reader.map(t);
   float* out = op.a.probs + row * op.a.probs_stride + static_cast<int64_t>(t) * kTile;
-#pragma unroll
-  for (int i = 0; i < kPerThread; ++i) {
-    if (tile.at(i) >= tile.count) continue;
-    out[tile.at(i)] = valid ? numbers.probability(tile.x[i]) : kNaN;
+  if (!state.valid) {
+    for (int i = static_cast<int>(threadIdx.x); i < tile.count; i += kThreads) out[i] = kNaN;
+    return;
   }
+  stage(reader, t, tile, scores);
+  const DivideBy z(numbers.z);
+  if (z.exception())
+    write_probs<true>(tile, numbers, z, scores, out);
+  else
+    write_probs<false>(tile, numbers, z, scores, out);
 }
 
 template <class Args>
@@ -158,19 +176,26 @@ Need need_of(const CategoricalArgs& a) { return need_of_rows(a.batch, a.logits.v
 Need need_of(const MixtureArgs& a) { return need_of_rows(a.batch, a.base.vocab); }
 
 cudaError_t categorical_sample(const CategoricalArgs& a, const Launch& launch) {
-  if (!a.batch) return cudaSuccess;
-  const Categorical op{a, scratch_of(a, a.logits.vocab, launch), launch.arrivals};
-  const unsigned grid = static_cast<unsigned>(a.batch * op.s.tiles);
-  TTA_LAUNCH((draw_kernel<Categorical>), grid, kThreads, 0, launch.stream, op);
+  Categorical op{a, scratch_of(a, a.logits.vocab, launch), launch.arrivals};
+  op.span = span_of(op.s.tiles, a.batch, launch.width);
+  for (int64_t first = 0; first < a.batch; first += kMostRows) {
+    op.first_row = static_cast<uint32_t>(first);
+    const dim3 grid = grid_of(columns_of(op.s.tiles, op.span), a.batch - first);
+    TTA_LAUNCH((draw_kernel<Categorical>), grid, kThreads, 0, launch.stream, op);
+  }
   return cudaGetLastError();
 }
 
 cudaError_t implicit_reward(const MixtureArgs& a, const Launch& launch) {
-  if (!a.batch) return cudaSuccess;
-  const Mixed op{a, scratch_of(a, a.base.vocab, launch), launch.arrivals};
-  const unsigned grid = static_cast<unsigned>(a.batch * op.s.tiles);
-  TTA_LAUNCH((draw_kernel<Mixed>), grid, kThreads, 0, launch.stream, op);
-  if (!a.token) TTA_LAUNCH((mixture_probs_kernel), grid, kThreads, 0, launch.stream, op);
+  Mixed op{a, scratch_of(a, a.base.vocab, launch), launch.arrivals};
+  op.span = span_of(op.s.tiles, a.batch, launch.width);
+  for (int64_t first = 0; first < a.batch; first += kMostRows) {
+    op.first_row = static_cast<uint32_t>(first);
+    const dim3 draws = grid_of(columns_of(op.s.tiles, op.span), a.batch - first);
+    TTA_LAUNCH((draw_kernel<Mixed>), draws, kThreads, 0, launch.stream, op);
+    const dim3 tiles = grid_of(op.s.tiles, a.batch - first);
+    if (!a.token) TTA_LAUNCH((mixture_probs_kernel), tiles, kThreads, 0, launch.stream, op);
+  }
   return cudaGetLastError();
 }
 

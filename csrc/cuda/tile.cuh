@@ -1,4 +1,4 @@
-// One tile of a row in the registers of one block: 128 threads, 32 elements each.
+// One tile of a row and the block that works on it: 128 threads, 32 elements each.
 //
 // Thread map. Where the row is aligned to four elements, warp w owns the groups 8 w .. 8 w + 7 of
 // 128 elements and lane l the elements 4 l .. 4 l + 3 of each: loads of 16 bytes (8 for 16-bit
@@ -6,14 +6,16 @@
 // one by one, still consecutive over a warp. Either way every byte is read once, and weights go
 // through shared memory by element index, so the sum does not know which map was used.
 // 32 elements a thread rather than 16: what a thread does once a tile (addresses, reductions,
-// barriers) is then 6 instructions an element instead of 12, beside the 16 of the exponential.
+// barriers) is then 3 instructions an element instead of 6, beside the 13 of the exponential.
 //
-// The canonical sum: the 32 weights of each of the 128 virtual lanes are added in order by warp 0,
-// four virtual lanes a thread (16-byte shared loads without bank conflicts), then folded by
-// shuffles: l + 64 is 16 threads away, l + 4 one thread, l + 2 and l + 1 within the thread.
+// The canonical sum: the 32 weights of each of the 128 virtual lanes are added in order by one
+// warp, four virtual lanes a thread (16-byte shared loads without bank conflicts), then folded by
+// shuffles: l + 64 is 16 threads away, l + 4 one thread, l + 2 and l + 1 within the thread. Which
+// warp differs from tile to tile, so that the four schedulers of a multiprocessor share the work.
 #pragma once
 
 #include "cuda/block.cuh"
+#include "cuda/intrinsics.cuh"
 
 namespace tta {
 namespace cuda {
@@ -24,10 +26,9 @@ constexpr int kGroupsOfWarp = kGroups / kWarps;
 static_assert(kPerThread == 4 * kGroupsOfWarp, "a thread owns four elements of each group");
 
 struct Tile {
-  float x[kPerThread];  // -inf beyond the row
-  int count;            // elements of the row in this tile
-  int first;            // where this thread's elements are
-  bool vector;          // in fours
+  int count;    // elements of the row in this tile
+  int first;    // where this thread's elements are
+  bool vector;  // in fours
   __device__ __forceinline__ int at(int i) const {
     return first + (vector ? i / 4 * kLanes + i % 4 : i * kThreads);
   }
@@ -46,6 +47,11 @@ __device__ __forceinline__ float read_one(const char* data, int64_t j) {
     return __ldg(reinterpret_cast<const float*>(data) + j);
   else
     return widened<kType>(__ldg(reinterpret_cast<const unsigned short*>(data) + j));
+}
+
+__device__ __forceinline__ float read_one(const char* data, int dtype, int64_t j) {
+  if (dtype == kFloat32) return read_one<kFloat32>(data, j);
+  return dtype == kFloat16 ? read_one<kFloat16>(data, j) : read_one<kBFloat16>(data, j);
 }
 
 template <int kType>
@@ -71,38 +77,28 @@ __device__ __forceinline__ void read_part(const char* data, const Tile& tile, in
     x[k] = tile.at(i + k) < tile.count ? read_one<kType>(data, tile.at(i + k)) : -kInfinity;
 }
 
-template <int kType>
-__device__ __forceinline__ void read_tile(const char* data, Tile* tile) {
-  if (tile->vector && tile->count == kTile) {
-#pragma unroll
-    for (int i = 0; i < kPerThread; i += 4) read_four<kType>(data, tile->at(i), tile->x + i);
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < kPerThread; i += 4) read_part<kType>(data, *tile, i, tile->x + i);
+__device__ __forceinline__ void read_part(const char* data, int dtype, const Tile& tile, int i,
+                                          float* x) {
+  if (dtype == kFloat32)
+    read_part<kFloat32>(data, tile, i, x);
+  else if (dtype == kFloat16)
+    read_part<kFloat16>(data, tile, i, x);
+  else
+    read_part<kBFloat16>(data, tile, i, x);
 }
 
 // Where a thread's elements are, for a row whose start is aligned to four elements or not.
 __device__ __forceinline__ void place(Tile* tile, int64_t vocab, int t, bool vector) {
-  const int64_t left = vocab - static_cast<int64_t>(t) * kTile;
-  tile->count = left < kTile ? static_cast<int>(left) : kTile;
+  const int left = static_cast<int>(vocab) - t * kTile;  // V <= 2^20
+  tile->count = left < kTile ? left : kTile;
   tile->vector = vector;
   tile->first =
       vector ? warp_id() * (kGroupsOfWarp * kLanes) + lane_id() * 4 : static_cast<int>(threadIdx.x);
 }
 
-__device__ __forceinline__ void read_raw(const char* row, int dtype, int t, Tile* tile) {
-  const char* data = row + static_cast<int64_t>(t) * kTile * element_bytes(dtype);
-  if (dtype == kFloat32)
-    read_tile<kFloat32>(data, tile);
-  else if (dtype == kFloat16)
-    read_tile<kFloat16>(data, tile);
-  else
-    read_tile<kBFloat16>(data, tile);
-}
-
 __device__ __forceinline__ bool aligned_to_four(const char* row, int dtype) {
-  return reinterpret_cast<uintptr_t>(row) % (4u * static_cast<unsigned>(element_bytes(dtype))) == 0;
+  const unsigned low = static_cast<unsigned>(reinterpret_cast<uintptr_t>(row));
+  return low % (4u * static_cast<unsigned>(element_bytes(dtype))) == 0;
 }
 
 // One row of stored logits.
@@ -117,14 +113,15 @@ struct Row {
         dtype(x.dtype),
         vocab(x.vocab) {}
 
-  __device__ __forceinline__ void load(int t, Tile* tile) const {
-    place(tile, vocab, t, aligned_to_four(data, dtype));
-    read_raw(data, dtype, t, tile);
+  __device__ __forceinline__ Tile map(int t) const {
+    Tile tile;
+    place(&tile, vocab, t, aligned_to_four(data, dtype));
+    return tile;
   }
-  __device__ __forceinline__ float at(int64_t v) const {
-    if (dtype == kFloat32) return read_one<kFloat32>(data, v);
-    return dtype == kFloat16 ? read_one<kFloat16>(data, v) : read_one<kBFloat16>(data, v);
+  __device__ __forceinline__ const char* begin(int t) const {
+    return data + static_cast<unsigned>(t) * static_cast<unsigned>(kTile * element_bytes(dtype));
   }
+  __device__ __forceinline__ float at(int64_t v) const { return read_one(data, dtype, v); }
 };
 
 // ---- the canonical sum -------------------------------------------------------------------------
@@ -162,82 +159,219 @@ __device__ __forceinline__ T fold(T* lane) {
   return add_rn(add_rn(lane[0], lane[2]), add_rn(lane[1], lane[3]));
 }
 
-// The canonical sum of a tile's weights, in thread 0. For warp 0, after a barrier.
+// The warp that adds up a tile for its block.
+__device__ __forceinline__ int summing_warp(int t) { return t % kWarps; }
+
+// The canonical sum of a tile's weights, in the first thread of the one warp that calls it, after a
+// barrier. kTerms: the weights are those of terms_of_four.
+template <bool kTerms = false>
 __device__ __forceinline__ float canonical_sum(const float* weights, int count) {
   float lane[4] = {0.0f, 0.0f, 0.0f, 0.0f};
   const int groups = (count + kLanes - 1) / kLanes;
 #pragma unroll 8
   for (int g = 0; g < groups; ++g) {
     const float4 w = *reinterpret_cast<const float4*>(weights + g * kLanes + lane_id() * 4);
-    lane[0] = add_rn(lane[0], w.x);
-    lane[1] = add_rn(lane[1], w.y);
-    lane[2] = add_rn(lane[2], w.z);
-    lane[3] = add_rn(lane[3], w.w);
+    lane[0] = kTerms ? add_flush(lane[0], w.x) : add_rn(lane[0], w.x);
+    lane[1] = kTerms ? add_flush(lane[1], w.y) : add_rn(lane[1], w.y);
+    lane[2] = kTerms ? add_flush(lane[2], w.z) : add_rn(lane[2], w.z);
+    lane[3] = kTerms ? add_flush(lane[3], w.w) : add_rn(lane[3], w.w);
   }
   return fold(lane);
 }
 
-// Weights of a whole tile into shared memory, followed by a barrier.
-__device__ __forceinline__ void put_weights(const Tile& tile, float reference,
-                                            float inv_temperature, float* weights) {
-#pragma unroll
-  for (int i = 0; i < kPerThread; i += 4) {
-    float w[4];
-    weigh_four(tile.x + i, reference, inv_temperature, w);
-    put_four(tile, i, w, weights);
-  }
-  __syncthreads();
-}
-
+// weigh_four as terms of a canonical sum or a draw: subnormal where the exponential is 0. For
+// elements without NaN, none above the reference.
 template <bool kUnitTemperature>
-__device__ __forceinline__ void put_fours(const Tile& tile, float reference, float inv_temperature,
-                                          float* weights) {
+__device__ __forceinline__ void terms_of_four(const float* x, float reference,
+                                              float inv_temperature, float* w) {
+  device::F y[4];
 #pragma unroll
-  for (int i = 0; i < kPerThread; i += 4) {
-    device::F y[4];
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      y[k].v = sub_rn(tile.x[i + k], reference);
-      if (!kUnitTemperature) y[k].v = mul_rn(y[k].v, inv_temperature);
-    }
-    device::exp_pack<4>(y);
-    *reinterpret_cast<float4*>(weights + tile.first + i / 4 * kLanes) =
-        make_float4(y[0].v, y[1].v, y[2].v, y[3].v);
+  for (int k = 0; k < 4; ++k) {
+    y[k].v = sub_rn(x[k], reference);
+    if (!kUnitTemperature) y[k].v = mul_rn(y[k].v, inv_temperature);
+    y[k].v = fmaxf(y[k].v, device::kExpTermLow);
   }
+  device::exp_term_pack<4>(y);
+#pragma unroll
+  for (int k = 0; k < 4; ++k) w[k] = y[k].v;
 }
 
-// put_weights where it is the bulk of the work: the map is chosen once, nothing is multiplied by 1.
-__device__ __forceinline__ void put_weights_in_bulk(const Tile& tile, float reference,
-                                                    float inv_temperature, float* weights) {
-  if (!tile.vector) return put_weights(tile, reference, inv_temperature, weights);
-  if (inv_temperature == 1.0f)
-    put_fours<true>(tile, reference, inv_temperature, weights);
-  else
-    put_fours<false>(tile, reference, inv_temperature, weights);
-  __syncthreads();
-}
+// ---- tiles in registers ------------------------------------------------------------------------
 
-// The largest element, NaNs dropped, in every thread.
-__device__ __forceinline__ float tile_max(const Tile& tile) {
-  TTA_SHARED_ARRAY(float, part, kWarps);
-  float m = tile.x[0];
+// A whole tile, aligned: 32 elements a thread as they are stored.
+template <int kType>
+struct Stored {
+  static constexpr bool kWide = kType == kFloat32;
+  static constexpr int kWords = kWide ? 4 : 2;  // of 32 bits, of four elements
+  uint32_t word[kPerThread / 4][kWords];
+
+  __device__ __forceinline__ explicit Stored(const char* data, int first) {
+    const char* mine = data + first * (kWide ? 4 : 2);
 #pragma unroll
-  for (int i = 1; i < kPerThread; ++i) m = fmaxf(m, tile.x[i]);
+    for (int g = 0; g < kPerThread / 4; ++g) {
+      if constexpr (kWide) {
+        const uint4 w = __ldg(reinterpret_cast<const uint4*>(mine) + g * (kLanes / 4));
+        word[g][0] = w.x, word[g][1] = w.y, word[g][2] = w.z, word[g][3] = w.w;
+      } else {
+        const uint2 w = __ldg(reinterpret_cast<const uint2*>(mine) + g * (kLanes / 4));
+        word[g][0] = w.x, word[g][1] = w.y;
+      }
+    }
+  }
+
+  __device__ __forceinline__ static float as_float(uint32_t bits) {
+    float x;
+    std::memcpy(&x, &bits, sizeof x);
+    return x;
+  }
+  // Numbers 0 and 1 of a pair.
+  __device__ __forceinline__ static void widen(uint32_t pair, float* x) {
+    if constexpr (kType == kFloat16) {
+      x[0] = half_to_float(static_cast<uint16_t>(pair & 0xffffu));
+      x[1] = half_to_float(static_cast<uint16_t>(pair >> 16));
+    } else {
+      x[0] = as_float(pair << 16);
+      x[1] = as_float(pair & 0xffff0000u);
+    }
+  }
+
+  __device__ __forceinline__ void four(int g, float* x) const {
+    if constexpr (kWide) {
 #pragma unroll
-  for (int n = 16; n >= 1; n /= 2) m = fmaxf(m, __shfl_xor_sync(kFullWarp, m, n));
+      for (int k = 0; k < 4; ++k) x[k] = as_float(word[g][k]);
+    } else {
+      widen(word[g][0], x);
+      widen(word[g][1], x + 2);
+    }
+  }
+
+  // The largest of this thread's elements, NaN if there is one.
+  __device__ __forceinline__ float max() const {
+    if constexpr (kWide) {
+      float m[4];  // four chains side by side
+#pragma unroll
+      for (int k = 0; k < 4; ++k) m[k] = as_float(word[0][k]);
+#pragma unroll
+      for (int i = 4; i < kPerThread; ++i)
+        m[i % 4] = max_or_nan(m[i % 4], as_float(word[i / 4][i % 4]));
+      return max_or_nan(max_or_nan(m[0], m[1]), max_or_nan(m[2], m[3]));
+    } else {
+      uint32_t m = word[0][0];
+#pragma unroll
+      for (int i = 1; i < kPerThread / 2; ++i)
+        m = max_or_nan_of_pairs<kType>(m, word[i / 2][i % 2]);
+      float x[2];
+      widen(m, x);
+      return max_or_nan(x[0], x[1]);
+    }
+  }
+};
+
+// The largest of one number a thread, NaN if there is one, in every thread.
+__device__ __forceinline__ float block_max_or_nan(float m) {
+  TTA_SHARED(float4, parts);
+  float* part = reinterpret_cast<float*>(&parts);
+  static_assert(kWarps == 4, "a number a warp");
+#pragma unroll
+  for (int n = 16; n >= 1; n /= 2) m = max_or_nan(m, __shfl_xor_sync(kFullWarp, m, n));
   if (lane_id() == 0) part[warp_id()] = m;
   __syncthreads();
-  m = part[0];
-#pragma unroll
-  for (int w = 1; w < kWarps; ++w) m = fmaxf(m, part[w]);
-  return m == m ? m : -kInfinity;  // nothing but NaN
+  const float4 all = parts;
+  return max_or_nan(max_or_nan(all.x, all.y), max_or_nan(all.z, all.w));
 }
 
-__device__ __forceinline__ bool tile_has_nan(const Tile& tile) {
-  bool nan = false;
+// ---- tiles in shared memory --------------------------------------------------------------------
+
+// Four of a thread's numbers, elements i .. i + 3, as put_four left them.
+__device__ __forceinline__ void take_four(const Tile& tile, int i, const float* from, float* x) {
+  if (tile.vector) {
+    const float4 v = *reinterpret_cast<const float4*>(from + tile.at(i));
+    x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
+  } else {
 #pragma unroll
-  for (int i = 0; i < kPerThread; ++i) nan = nan || tile.x[i] != tile.x[i];
-  return __syncthreads_or(nan);
+    for (int k = 0; k < 4; ++k) x[k] = from[tile.at(i + k)];
+  }
+}
+
+// Four of a thread's results to global memory; `vectors`: the tile's start is aligned to 16 bytes.
+__device__ __forceinline__ void put_four_out(const Tile& tile, int i, const float* x, bool vectors,
+                                             float* out) {
+  if (vectors && tile.at(i) + 4 <= tile.count) {
+    // Through the intrinsic: nvcc splits a plain assignment into four stores.
+    __stcg(reinterpret_cast<float4*>(out + tile.at(i)), make_float4(x[0], x[1], x[2], x[3]));
+    return;
+  }
+#pragma unroll
+  for (int k = 0; k < 4; ++k)
+    if (tile.at(i + k) < tile.count) out[tile.at(i + k)] = x[k];
+}
+
+// A tile that starts at `data`, as float32 to where the sum looks for weights: each thread its own
+// elements, -inf beyond the row. All loads of a whole aligned tile are under way at once.
+template <int kType>
+__device__ __forceinline__ void stage_tile(const char* data, const Tile& tile, float* to) {
+  if (tile.vector && tile.count == kTile) {
+    const Stored<kType> stored(data, tile.first);
+#pragma unroll
+    for (int i = 0; i < kPerThread; i += 4) {
+      float x[4];
+      stored.four(i / 4, x);
+      put_four(tile, i, x, to);
+    }
+    return;
+  }
+#pragma unroll 2
+  for (int i = 0; i < kPerThread; i += 4) {
+    float x[4];
+    read_part<kType>(data, tile, i, x);
+    put_four(tile, i, x, to);
+  }
+}
+
+// Elements i .. i + 3 of a thread.
+__device__ __forceinline__ void read_four(const Row& row, int t, const Tile& tile, int i,
+                                          float* x) {
+  read_part(row.begin(t), row.dtype, tile, i, x);
+}
+
+__device__ __forceinline__ void stage(const Row& row, int t, const Tile& tile, float* to) {
+  if (row.dtype == kFloat32)
+    stage_tile<kFloat32>(row.begin(t), tile, to);
+  else if (row.dtype == kFloat16)
+    stage_tile<kFloat16>(row.begin(t), tile, to);
+  else
+    stage_tile<kBFloat16>(row.begin(t), tile, to);
+}
+
+// The largest of a thread's staged elements, NaN if there is one.
+__device__ __forceinline__ float staged_max(const Tile& tile, const float* staged) {
+  float m = -kInfinity;
+#pragma unroll 2
+  for (int i = 0; i < kPerThread; i += 4) {
+    float x[4];
+    take_four(tile, i, staged, x);
+    m = max_or_nan(m, max_or_nan(max_or_nan(x[0], x[1]), max_or_nan(x[2], x[3])));
+  }
+  return m;
+}
+
+// Staged elements to terms, in place; followed by a barrier.
+__device__ __forceinline__ void weigh_staged(const Tile& tile, float reference,
+                                             float inv_temperature, float* weights) {
+  const auto four = [&](int i) {
+    float x[4];
+    take_four(tile, i, weights, x);
+    terms_of_four<false>(x, reference, inv_temperature, x);
+    put_four(tile, i, x, weights);
+  };
+  if (tile.vector) {
+#pragma unroll
+    for (int i = 0; i < kPerThread; i += 4) four(i);
+  } else {
+#pragma unroll 2
+    for (int i = 0; i < kPerThread; i += 4) four(i);
+  }
+  __syncthreads();
 }
 
 }  // namespace cuda

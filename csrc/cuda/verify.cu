@@ -10,7 +10,8 @@
 // Stages, one launch each, a block of 128 threads a tile of 4096 elements of a position:
 //   statistics of base and proxy; resolve the rule; draw the bonus token
 //   [knapsack: the cut, two stages, cut.cuh]
-//   masses: D and 1 - D; accept or not; the last position of a row walks   [greedy: argmax of pi]
+//   masses: D and 1 - D where a token does not stand without; accept or not; the last position of
+//   a row walks   [greedy: argmax of pi]
 //   emit: the residual at the rejected position, or the proxy for a deferred bonus token
 // Bytes a row of a batch with a draft of k, s bytes an element: (2 k + 1) s V from DRAM, what is
 // read again (two tiles' worth up to both rows of the rejected position) from L2. No dense pi is
@@ -24,8 +25,6 @@
 namespace tta {
 namespace cuda {
 namespace {
-
-enum Step : int32_t { kDone, kOpen, kResidualDraw, kProxyDraw };
 
 struct Verify : Kad {
   VerifyArgs v;
@@ -42,101 +41,55 @@ struct Verify : Kad {
   __device__ __forceinline__ bool reads_proxy(int64_t k, int64_t n) const {
     return k < n || (has_proxy(k) && (needs_proxy || !v.key.do_sample));
   }
+  __device__ __forceinline__ bool seeks_cut(int64_t row) const {
+    return position(row) <= length(batch_row(row)) && Kad::seeks_cut(row);
+  }
   __device__ __forceinline__ double coin(int64_t row, uint32_t stream) const {
     return uniform_of(v.key, batch_row(row), position(row), stream);
   }
 };
 
-// Merges a model's row at both temperatures; `cum` is left for the sampling temperature.
-__device__ __forceinline__ bool finish_quietly(const Verify& a, int64_t row, int model, double* cum,
-                                               SlotNumbers* at, SlotNumbers* at_rule) {
-  bool valid = true;
-  if (!a.same_temperature)
-    valid = finish_slot(a.s, row, model + 2, model, a.rule.inv_rule_temperature, cum, at_rule);
-  valid = finish_slot(a.s, row, model, model, a.rule.inv_temperature, cum, at) && valid;
-  if (a.same_temperature) *at_rule = *at;
-  return valid;
+// Whether the token drafted at a position is accepted if D is `mass`; monotone in it.
+__device__ __forceinline__ bool stands(const Verify& a, int64_t row, double mass) {
+  const RowState& r = a.s.state(row);
+  const int64_t x = a.v.draft_at(a.batch_row(row), a.position(row));
+  if (!r.proxy_valid || x < 0 || x >= a.base.vocab) return false;
+  const double q = static_cast<double>(proxy_probability(a, r, row, x));
+  const double p = static_cast<double>(base_probability(a, r, row, x));
+  const double kept_p = mul_rn(sub_rn(1.0, mu_of(a, r.deferral, row, x)), p);
+  return q > 0.0 && mul_rn(a.coin(row, kVerify), q) < add_rn(kept_p, mul_rn(mass, q));
 }
 
 __global__ void __launch_bounds__(kThreads, 5) statistics_kernel(const Verify a) {
   TTA_SHARED_ARRAY(float4, weights4, kTile / 4);
   TTA_SHARED_ARRAY(double, cum, kMaxTiles);
   float* weights = reinterpret_cast<float*>(weights4);
-  const int parts = 2 * a.s.tiles;
-  const int64_t row = blockIdx.x / parts;
-  const int part = static_cast<int>(blockIdx.x % parts);
-  const int model = part / a.s.tiles, t = part % a.s.tiles;
+  const uint32_t row = a.row();
+  const int model = a.model();
   const int64_t k = a.position(row), n = a.length(a.batch_row(row));
   const bool with_proxy = a.reads_proxy(k, n);
   if (k > n || (model && !with_proxy)) return;
-  if (a.s.with_cut && model == 0) {
-    uint64_t* total = a.s.histogram(row);
-    for (int i = t * kThreads + static_cast<int>(threadIdx.x); i < kBuckets;
-         i += a.s.tiles * kThreads)
-      total[i] = 0;
-  }
-  model_statistics(a, row, t, model, true, weights);
-  if (!last_to_arrive(a.arrivals + row, static_cast<uint32_t>(with_proxy ? parts : a.s.tiles)))
-    return;
-  SlotNumbers p = {}, p_rule = {}, q = {}, q_rule = {};
-  const bool proxy_valid = with_proxy && finish_quietly(a, row, 1, cum, &q, &q_rule);
-  const bool base_valid = finish_quietly(a, row, 0, cum, &p, &p_rule);
+  if (model == 0) clear_bands(a, row);
+  row_statistics(a, row, model, true, weights);
+  const int blocks = with_proxy ? 2 * a.columns : a.columns;
+  if (!last_to_arrive(a.arrivals + row, static_cast<uint32_t>(blocks))) return;
+  SlotNumbers slot[kSlots] = {};
+  const bool proxy_valid = with_proxy && finish_model(a, row, 1, true, cum, slot);
+  const bool base_valid = finish_model(a, row, 0, true, cum, slot);
   const bool valid = base_valid && a.valid_param(row) && (!a.needs_proxy || proxy_valid);
-  Deferral d = {Cut::none(), -1, 0.0, kInfinity, false, false};
-  double bound = 0.0;
-  bool open = false;
   int64_t token = -1;
   if (valid && k == n && a.v.key.do_sample)
-    token = draw(a.base_row(row), a.s, row, kBaseSlot, 0, a.rule.inv_temperature, p.z,
+    token = draw(a.base_row(row), a.s, row, kBaseSlot, 0, a.rule.inv_temperature, slot[kBaseSlot].z,
                  a.coin(row, kBonus), cum, weights);
-  if (valid && a.rule.rule == kKnapsack) {
-    bound = mul_rn(a.param(row), p_rule.z);
-    open = !(p_rule.z <= bound);
-    d.cut = Cut::all();
-  } else if (valid) {
-    d = resolve(a, row, p_rule, q_rule);
-  }
+  prepare_row(a, row, slot, valid);
   if (threadIdx.x) return;
   RowState& r = a.s.state(row);
-  r.slot[kBaseSlot] = p;
-  r.slot[kProxySlot] = q;
-  r.slot[kBaseRuleSlot] = p_rule;
-  r.slot[kProxyRuleSlot] = q_rule;
-  r.deferral = d;
-  r.bound = bound;
-  r.valid = valid;
   r.base_valid = base_valid;
   r.proxy_valid = proxy_valid;
   r.token = token;
-  r.step = open ? kOpen : kDone;
-}
-
-__device__ __forceinline__ bool is_open(const Verify& a, int64_t row) {
-  return a.position(row) <= a.length(a.batch_row(row)) && a.s.state(row).valid &&
-         a.s.state(row).step == kOpen;
-}
-
-__global__ void __launch_bounds__(kThreads, 6) cut_histogram_kernel(const Verify a) {
-  TTA_SHARED_ARRAY(uint32_t, counts, kBuckets);
-  const int64_t row = blockIdx.x / a.s.tiles;
-  if (!is_open(a, row)) return;
-  band_masses(a, row, static_cast<int>(blockIdx.x % a.s.tiles), counts);
-  if (last_to_arrive(a.arrivals + row, static_cast<uint32_t>(a.s.tiles))) bracket_bands(a, row);
-}
-
-__global__ void __launch_bounds__(kThreads, 3) cut_collect_kernel(const Verify a) {
-  TTA_SHARED_ARRAY(float4, weights4, kTile / 4);
-  TTA_SHARED_ARRAY(double, shared, kMaxTiles);
-  const int64_t row = blockIdx.x / a.s.tiles;
-  if (!is_open(a, row)) return;
-  collect(a, row, static_cast<int>(blockIdx.x % a.s.tiles));
-  if (!last_to_arrive(a.arrivals + row, static_cast<uint32_t>(a.s.tiles))) return;
-  const Critical c = find_critical(a, row, reinterpret_cast<float*>(weights4), shared);
-  if (threadIdx.x) return;
-  RowState& r = a.s.state(row);
-  r.deferral.critical = c.id;
-  r.deferral.critical_x = c.x;
-  r.deferral.cut = a.rule.critical == kInclude ? Cut::through(c.x, c.id) : Cut::before(c.x, c.id);
+  // Accepted whatever D is: then nobody has to add it up.
+  r.stands = valid && k < n && a.v.key.do_sample && !a.v.return_mass && r.step != kOpen &&
+             stands(a, row, 0.0);
 }
 
 // ---- the walk ----------------------------------------------------------------------------------
@@ -210,56 +163,42 @@ __global__ void __launch_bounds__(kThreads, 5) masses_kernel(const Verify a) {
   TTA_SHARED_ARRAY(float4, weights4, kTile / 4);
   TTA_SHARED_ARRAY(double, shared, kMaxTiles);
   float* weights = reinterpret_cast<float*>(weights4);
-  const int64_t row = blockIdx.x / a.s.tiles;
-  const int t = static_cast<int>(blockIdx.x % a.s.tiles);
+  const uint32_t row = a.row();
+  const int t = a.tile();
   const int64_t b = a.batch_row(row), k = a.position(row), n = a.length(b);
   if (k > n) return;
   RowState& r = a.s.state(row);
+  const bool splits = a.rule.rule == kKnapsack && a.rule.critical == kSplitItem;
   const bool valid = r.valid;
-  const bool split = a.rule.rule == kKnapsack && a.rule.critical == kSplitItem;
-  if (valid) {
+  // What becomes of a drawn bonus token depends on no mass but that which splits the critical item.
+  const bool masses =
+      valid && !r.stands && (k < n || splits || a.v.return_mass || !a.v.key.do_sample);
+  if (masses) {
     const Deferral set = r.deferral;
-    tile_mass(a, row, t, 0, {set, kBaseSlot, false}, weights);
-    __syncthreads();
-    tile_mass(a, row, t, 1, {set, kBaseSlot, true}, weights);
-    if (split && !a.same_temperature) {
+    tile_mass<true>(a, row, t, 0, set, kBaseSlot, weights);
+    if (splits && !a.same_temperature) {
       __syncthreads();
-      tile_mass(a, row, t, 2, {set, kBaseRuleSlot, false}, weights);
+      tile_mass<false>(a, row, t, 2, set, kBaseRuleSlot, weights);
     }
   }
-  if (!last_to_arrive(a.arrivals + row, static_cast<uint32_t>(a.s.tiles))) return;
+  if (!last_to_arrive(a.arrivals + row, gridDim.x)) return;
   if (valid) {
-    double sum = sum_of_masses(a.s, row, 0, shared);
-    double kept = sum_of_masses(a.s, row, 1, shared);
-    const double rule_sum = split && !a.same_temperature ? sum_of_masses(a.s, row, 2, shared) : sum;
+    double sum = masses ? sum_of_masses(a.s, row, 0, shared) : 0.0;
+    double kept = masses ? sum_of_masses(a.s, row, 1, shared) : 0.0;
+    const double rule_sum =
+        splits && !a.same_temperature ? sum_of_masses(a.s, row, 2, shared) : sum;
     if (threadIdx.x == 0) {
-      Deferral d = r.deferral;
-      if (split && d.critical >= 0) {
-        d.fraction =
-            split_fraction(r.bound, rule_sum,
-                           canonical_weight(a.s, row, a.base_rule_slot(),
-                                            a.rule.inv_rule_temperature, d.critical_x, d.critical));
-        if (d.fraction > 0.0) {
-          const double part =
-              mul_rn(d.fraction, canonical_weight(a.s, row, kBaseSlot, a.rule.inv_temperature,
-                                                  d.critical_x, d.critical));
-          sum = add_rn(sum, part);
-          kept = sub_rn(kept, part);
-        }
-        r.deferral.fraction = d.fraction;
-      }
+      const Share share = split(a, row, rule_sum);
+      sum = add_rn(sum, share.sampled);
+      kept = sub_rn(kept, share.sampled);
       const double mass = div_rn(sum, r.slot[kBaseSlot].z);
       r.mass = mass;
       r.kept = div_rn(kept, r.slot[kBaseSlot].z);
-      r.stands = r.deferred = false;
-      const int64_t x = k < n ? a.v.draft_at(b, k) : -1;
-      if (a.v.key.do_sample && k < n && r.proxy_valid && x >= 0 && x < a.base.vocab) {
-        const double q = static_cast<double>(proxy_probability(a, r, row, x));
-        const double p = static_cast<double>(base_probability(a, r, row, x));
-        const double kept_p = mul_rn(sub_rn(1.0, mu_of(a, d, row, x)), p);
-        r.stands = q > 0.0 && mul_rn(a.coin(row, kVerify), q) < add_rn(kept_p, mul_rn(mass, q));
-      } else if (a.v.key.do_sample && k == n) {
-        const double mu = mu_of(a, d, row, r.token);
+      r.deferred = false;
+      if (a.v.key.do_sample && k < n) {
+        r.stands = r.stands || stands(a, row, mass);
+      } else if (a.v.key.do_sample) {
+        const double mu = mu_of(a, r.deferral, row, r.token);
         r.deferred = mu == 1.0 || (mu > 0.0 && a.coin(row, kSplit) < mu);
       }
     }
@@ -270,8 +209,8 @@ __global__ void __launch_bounds__(kThreads, 5) masses_kernel(const Verify a) {
 // Greedy: argmax of pi at every position; where the bonus row has no usable proxy, the best kept
 // token, and whether the proxy could still change it.
 __global__ void __launch_bounds__(kThreads, 3) best_kernel(const Verify a) {
-  const int64_t row = blockIdx.x / a.s.tiles;
-  const int t = static_cast<int>(blockIdx.x % a.s.tiles);
+  const uint32_t row = a.row();
+  const int t = a.tile();
   const int64_t b = a.batch_row(row), k = a.position(row), n = a.length(b);
   if (k > n) return;
   RowState& r = a.s.state(row);
@@ -280,11 +219,9 @@ __global__ void __launch_bounds__(kThreads, 3) best_kernel(const Verify a) {
     const uint64_t best = best_of_tile(a, r, row, t);
     if (threadIdx.x == 0) reinterpret_cast<uint64_t*>(a.s.mass(row, 0))[t] = best;
   } else if (valid) {
-    Tile tile;
-    a.base_row(row).load(t, &tile);
-    put_tile_best(a.s, row, t, block_best(kept_of_tile(r.deferral, tile, t)));
+    put_tile_best(a.s, row, t, kept_of_tile(a, r, row, t));
   }
-  if (!last_to_arrive(a.arrivals + row, static_cast<uint32_t>(a.s.tiles))) return;
+  if (!last_to_arrive(a.arrivals + row, gridDim.x)) return;
   const int i = static_cast<int>(threadIdx.x);
   if (valid && with_proxy) {
     const uint64_t best = best_of_row(a, row);
@@ -312,10 +249,12 @@ __global__ void __launch_bounds__(kThreads, 3) best_kernel(const Verify a) {
 __device__ __forceinline__ double residual_weights(const Verify& a, int64_t row, int t,
                                                    float* weights) {
   const RowState& r = a.s.state(row);
-  const TilePair pair(a, row, t);
+  const Policy policy(a, r, row, t);
+  const Tile& map = policy.map;
+  if (policy.all_deferred) return 0.0;
   const double kept_mass = r.kept;
   float top = 0.0f;
-  Policy(r).each_four(pair, t, [&](int i, const double* kept, const double* moved) {
+  policy.each(true, [&](auto, int i, const double* kept, const double* moved) {
     float w[4];
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
@@ -323,7 +262,7 @@ __device__ __forceinline__ double residual_weights(const Verify& a, int64_t row,
       w[k] = residual > 0.0f ? residual : 0.0f;
       top = fmaxf(top, w[k]);
     }
-    put_four(pair.map, i, w, weights);
+    put_four(map, i, w, weights);
   });
   top = block_reduce(top, Max());
   if (!(top > 0.0f)) return 0.0;
@@ -333,17 +272,11 @@ __device__ __forceinline__ double residual_weights(const Verify& a, int64_t row,
   const auto shrunk = [shrink](float w) {
     return static_cast<float>(mul_rn(static_cast<double>(w), shrink));
   };
-#pragma unroll
-  for (int i = 0; i < kPerThread; i += 4) {
-    float w[4];
-    if (pair.map.vector) {
-      const float4 v = *reinterpret_cast<const float4*>(weights + pair.map.at(i));
-      w[0] = shrunk(v.x), w[1] = shrunk(v.y), w[2] = shrunk(v.z), w[3] = shrunk(v.w);
-    } else {
-#pragma unroll
-      for (int k = 0; k < 4; ++k) w[k] = shrunk(weights[pair.map.at(i + k)]);
-    }
-    put_four(pair.map, i, w, weights);
+#pragma unroll 4
+  for (int j = static_cast<int>(threadIdx.x) * 4; j < kTile; j += kThreads * 4) {
+    float4* at = reinterpret_cast<float4*>(weights + j);
+    const float4 w = *at;
+    *at = make_float4(shrunk(w.x), shrunk(w.y), shrunk(w.z), shrunk(w.w));
   }
   __syncthreads();
   return std::ldexp(1.0, exponent);
@@ -352,7 +285,8 @@ __device__ __forceinline__ double residual_weights(const Verify& a, int64_t row,
 // A tile's part in what has to be emitted at a position.
 __device__ __forceinline__ void emit_tile(const Verify& a, int64_t row, int t, int step,
                                           float* weights) {
-  if (step == kProxyDraw) return model_statistics(a, row, t, 1, false, weights);
+  if (step == kProxyDraw)
+    return tile_statistics(a.proxy_row(row), t, numbers_of(a, row, 1, false), weights);
   const double scale = residual_weights(a, row, t, weights);
   if (warp_id()) return;
   const int64_t left = a.base.vocab - static_cast<int64_t>(t) * kTile;
@@ -377,18 +311,15 @@ __device__ __forceinline__ int64_t draw_residual(const Verify& a, int64_t row, d
   const double* mass = a.s.mass(row, 0);
   for (int t = static_cast<int>(threadIdx.x); t < a.s.tiles; t += kThreads) cum[t] = mass[t];
   __syncthreads();
-  if (threadIdx.x == 0)
-    for (int t = 1; t < a.s.tiles; ++t) cum[t] = add_rn(cum[t - 1], cum[t]);
+  if (warp_id() == 0) accumulate(cum, a.s.tiles);
   __syncthreads();
   const double total = cum[a.s.tiles - 1];
   if (total == 0.0) return -1;
   const TileChoice choice = choose_tile(cum, a.s.tiles, mul_rn(a.coin(row, kResidual), total),
                                         [&](int t) { return mass[t]; });
   const double scale = residual_weights(a, row, choice.t, weights);
-  const int64_t left = a.base.vocab - static_cast<int64_t>(choice.t) * kTile;
   return static_cast<int64_t>(choice.t) * kTile +
-         find_in_tile(weights, left < kTile ? static_cast<int>(left) : kTile, scale, choice.before,
-                      choice.target);
+         find_in_tile(weights, scale, choice.before, choice.target);
 }
 
 __global__ void __launch_bounds__(kThreads, 2) emit_kernel(const Verify a) {
@@ -396,16 +327,15 @@ __global__ void __launch_bounds__(kThreads, 2) emit_kernel(const Verify a) {
   TTA_SHARED_ARRAY(double, cum, kMaxTiles);
   TTA_SHARED(End, next);
   float* weights = reinterpret_cast<float*>(weights4);
-  const int64_t b = blockIdx.x / a.s.tiles;
+  const int64_t b = a.first_batch_row + blockIdx.y;
   End end;
   {
     const RowState& first = a.s.state(b * a.positions);
     end = {first.bracket_low, first.step};
   }
   if (end.step != kResidualDraw && end.step != kProxyDraw) return;
-  emit_tile(a, b * a.positions + end.position, static_cast<int>(blockIdx.x % a.s.tiles), end.step,
-            weights);
-  if (!last_to_arrive(a.arrivals + a.rows + b, static_cast<uint32_t>(a.s.tiles))) return;
+  emit_tile(a, b * a.positions + end.position, a.tile(), end.step, weights);
+  if (!last_to_arrive(a.arrivals + a.rows + b, gridDim.x)) return;
   // A second turn is needed only where pi = q in floats although the token was rejected: then it
   // stands after all, and the walk goes on.
   while (end.step == kResidualDraw || end.step == kProxyDraw) {
@@ -463,22 +393,27 @@ cudaError_t deferral_verify(const VerifyArgs& v, const Launch& launch) {
   fill(&a, v, launch, v.rule.rule == kKnapsack);
   a.v = v;
   a.positions = v.draft_capacity + 1;
-  a.rows = v.batch * a.positions;
+  if (a.positions > 1) a.inverse = ~uint32_t{0} / static_cast<uint32_t>(a.positions) + 1;
   a.param_row_stride = v.param_row_stride;
   a.param_position_stride = v.param_position_stride;
   a.needs_proxy = rule_needs_proxy(v.rule.rule);
-  const unsigned grid = static_cast<unsigned>(a.rows * a.s.tiles);
-  TTA_LAUNCH((statistics_kernel), 2 * grid, kThreads, 0, launch.stream, a);
-  if (a.s.with_cut) {
-    TTA_LAUNCH((cut_histogram_kernel), grid, kThreads, 0, launch.stream, a);
-    TTA_LAUNCH((cut_collect_kernel), grid, kThreads, 0, launch.stream, a);
-  }
-  TTA_LAUNCH((masses_kernel), grid, kThreads, 0, launch.stream, a);
-  if (v.key.do_sample) {
-    const unsigned rows = static_cast<unsigned>(v.batch * a.s.tiles);
-    TTA_LAUNCH((emit_kernel), rows, kThreads, 0, launch.stream, a);
-  } else {
-    TTA_LAUNCH((best_kernel), grid, kThreads, 0, launch.stream, a);
+  share_tiles(&a, v.batch * a.positions, launch);
+  if (a.positions > kMostRows) return cudaErrorInvalidValue;
+  // Whole batch rows a launch: the last stage has a line of blocks for each.
+  const int64_t most = kMostRows / a.positions;
+  for (int64_t first = 0; first < v.batch; first += most) {
+    const int64_t batch = v.batch - first < most ? v.batch - first : most;
+    a.first_batch_row = static_cast<uint32_t>(first);
+    a.first_row = static_cast<uint32_t>(first * a.positions);
+    const dim3 statistics = grid_of(2 * a.columns, batch * a.positions);
+    const dim3 tiles = grid_of(a.s.tiles, batch * a.positions);
+    TTA_LAUNCH((statistics_kernel), statistics, kThreads, 0, launch.stream, a);
+    if (a.s.with_cut) launch_cut(a, tiles, launch.stream);
+    TTA_LAUNCH((masses_kernel), tiles, kThreads, 0, launch.stream, a);
+    if (v.key.do_sample)
+      TTA_LAUNCH((emit_kernel), grid_of(a.s.tiles, batch), kThreads, 0, launch.stream, a);
+    else
+      TTA_LAUNCH((best_kernel), tiles, kThreads, 0, launch.stream, a);
   }
   return cudaGetLastError();
 }

@@ -76,7 +76,10 @@ class Simt {
     const Memory arrivals = allocate(counters * sizeof(uint32_t), 0, "arrivals");
     if (check_) simt::add_buffer(&invalid_, sizeof invalid_, true, "invalid");
     uint32_t* const count = static_cast<uint32_t*>(arrivals.get());
-    const cudaError_t status = kernel(a, {scratch.get(), count, nullptr});
+    cuda::Launch launch{scratch.get(), count};
+    // Odd orders pretend that one block fills the device: blocks then take several tiles.
+    if (simt::options.seed % 2) launch.width = 1;
+    const cudaError_t status = kernel(a, launch);
     const std::string error = simt::error();
     simt::clear_error();
     simt::clear_buffers();
