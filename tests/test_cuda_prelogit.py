@@ -238,6 +238,34 @@ def test_weights_of_the_most_rollouts(kernels: Kernels) -> None:
         kernels.check("importance_weights", *case, 0.5, 0.9, SIGMA, True)
 
 
+# A grid has 65535 lines of blocks, one for a row or a prompt; more of them take further launches.
+MANY = 65535 + 3
+
+
+def many(op: str) -> tuple[Any, ...]:
+    """Arguments for more rows or prompts than a grid has lines."""
+    ids, x = torch.arange(MANY), torch.randn(MANY, 1, generator=generator(MANY))
+    if op == "prelogit_perturb":
+        per_row = (ids % (TAU + 1), ids % P, ids, ids % 65536)
+        return (x, awkward(P, TAU, 1, seed=3), *per_row, 3, SIGMA, number(5), False)
+    if op == "importance_weights":
+        return (x, x, x.abs(), 0.0, 0.9, SIGMA, False)
+    return (x[:, :, None].contiguous(), x, None, number(5), ids, 3, SIGMA, 0, 1, False, False)
+
+
+@pytest.mark.parametrize(
+    "op",
+    [
+        "prelogit_perturb",
+        "control_update",
+        pytest.param("importance_weights", marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.parametrize("kernels", SCHEDULES[:1], indirect=True, ids=str)
+def test_more_rows_than_a_grid_has_lines(op: str, kernels: Kernels) -> None:
+    kernels.check(op, *many(op))
+
+
 @pytest.mark.parametrize("kind", ["nan", "inf", "none", "dot", "norm2"])
 def test_bad_rows_of_the_weights_have_one_name(kind: str, kernels: Kernels) -> None:
     args = (*weights_case(9, kind), 0.7, 0.9, SIGMA, True)

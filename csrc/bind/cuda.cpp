@@ -13,7 +13,8 @@ namespace bind {
 namespace {
 
 // Arrival counters, zero between the calls of a stream. Kernels of one stream run one after
-// another and leave them as they found them, so one tensor a stream serves all calls.
+// another and leave them as they found them, so one tensor a stream serves all calls. At most
+// kMostStreams of them are kept, 4 KiB each or more where a call has more rows.
 class Counters {
  public:
   // Whoever holds the tensor keeps it alive, also when another thread puts a larger one in its
@@ -26,6 +27,9 @@ class Counters {
     int64_t room = 1024;
     while (room < count) room *= 2;
     Tensor made = make(bytes(room));
+    // Streams come and go: nobody says which of them still live. What is let go returns to torch's
+    // allocator, which gives it to later work of the same stream only.
+    if (tensors_.size() >= kMostStreams) tensors_.clear();
     tensors_.insert_or_assign({device, stream}, made);
     return made;
   }
@@ -36,6 +40,7 @@ class Counters {
   static int64_t bytes(int64_t count) { return count * static_cast<int64_t>(sizeof(uint32_t)); }
 
  private:
+  static constexpr size_t kMostStreams = 256;
   std::mutex mutex_;
   std::map<std::pair<int, cudaStream_t>, Tensor> tensors_;
 };
@@ -53,6 +58,14 @@ int device_of(const Tensor& x, const char* name) {
 }
 
 int64_t cuda_version() { return kNativeVersion; }
+
+// Three blocks of 128 threads for each multiprocessor keep its memory busy.
+int64_t width_of(int device) {
+  int processors = 0;
+  check_cuda(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device),
+             "counting multiprocessors", device);
+  return 3 * static_cast<int64_t>(processors);
+}
 
 }  // namespace
 
@@ -130,6 +143,7 @@ bool Cuda::capturing() const {
 
 Cuda::Workspace::Workspace(const Cuda& call, const cuda::Need& need) : call_(call) {
   launch.stream = call.stream_;
+  launch.width = width_of(call.device_);
   if (need.bytes > 0) {
     scratch_ = call.allocate(need.bytes);
     launch.scratch = scratch_->mutable_data_ptr();

@@ -83,7 +83,11 @@ class Cuda {
   void run(const WeightsArgs& a) const {
     launch(cuda::importance_weights, a, "importance_weights");
   }
-  void run(const ControlArgs& a) const { launch(cuda::control_update, a, "control_update"); }
+  void run(const ControlArgs& a) const {
+    // Also what keeps the kernel's grid within its bounds.
+    STD_TORCH_CHECK(a.steps <= kWord, "mean has ", a.steps, " steps, expected at most 2**32");
+    launch(cuda::control_update, a, "control_update");
+  }
   void run(const MergeArgs& a) const { launch(cuda::control_merge, a, "control_merge"); }
   void run(const NormalArgs& a) const { launch(cuda::normal, a, "normal"); }
   void run(const PhiloxArgs& a) const { launch(cuda::philox, a, "philox"); }

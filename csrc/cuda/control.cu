@@ -9,7 +9,7 @@
 // skip or to pad, and neither threads nor blocks can change a bit; no atomics are used but for the
 // lowest invalid row.
 //
-// importance_weights: one block of 256 threads a prompt, scores and sums in float64. Four passes
+// importance_weights: one block of 128 threads a prompt, scores and sums in float64. Four passes
 //   over the prompt's rollouts, which stay in L1: checks and max r, max s, exp, w. Bytes: 16 P n.
 //   The tree: 32 neighbours by shuffles, then a warp's aligned run of such groups as a binary
 //   counter, level l in lane l, then the warps.
@@ -17,12 +17,12 @@
 // control_update: bound by arithmetic: P tau d n normals, four from a Philox block. Thread map: a
 //   warp has 128 dimensions of one (prompt, step), a lane 4 of them, and an aligned slice of the
 //   rollouts; 1, 2 or 4 warps of a block share the rollouts of one such task, the more the fewer
-//   tasks there are. A warp looks at 32 rollouts at a time: each lane reads one weight and length
-//   and works out which finished subtrees that leaf closes; the leaves that count are written out
-//   in order, so that rollouts of weight 0 or already ended cost nothing. Finished subtrees wait in
-//   shared memory, 16 bytes a thread each, at most 17 of them (2 + log2 of the slice places);
-//   nothing grows with n tau d. Registers hold the round keys and all products that no rollout
-//   changes. Bytes: 8 P tau d.
+//   tasks there are. A prompt has a line of blocks. A warp looks at 32 rollouts at a time: each
+//   lane reads one weight and length and works out which finished subtrees that leaf closes; the
+//   leaves that count are written out in order, so that rollouts of weight 0 or already ended cost
+//   nothing. Finished subtrees wait in shared memory, 16 bytes a thread each, at most 17 of them
+//   (2 + log2 of the slice places); nothing grows with n tau d. Registers hold the round keys and
+//   all products that no rollout changes. Bytes: 8 P tau d.
 //
 // control_merge: a thread an element (or four), all shards. Bytes: 4 count (shards + 2). Shards go
 //   eight at a time as a tree in registers; runs of eight wait in shared memory like the above.
@@ -132,8 +132,9 @@ __device__ __forceinline__ bool weights_row(const Prompt& p, int64_t best, doubl
 }
 
 __global__ void __launch_bounds__(kThreads)
-    importance_weights_kernel(WeightsArgs a, int64_t groups, double inv_lambda, double slack) {
-  const int64_t row = blockIdx.x, n = a.rollouts;
+    importance_weights_kernel(WeightsArgs a, int64_t first, int64_t groups, double inv_lambda,
+                              double slack) {
+  const int64_t row = first + blockIdx.y, n = a.rollouts;
   const Prompt p{a.reward + row * a.reward_stride,
                  a.dot + row * a.dot_stride,
                  a.norm2 + row * a.norm2_stride,
@@ -177,10 +178,11 @@ constexpr int kChunk = 32;         // rollouts a warp looks at together: one a l
 constexpr int kChunkLevels = 5;    // of the tree inside a chunk
 constexpr int64_t kSpan = 4 * 32;  // dimensions of a warp
 
-// How the work is cut. A task is kSpan dimensions of one (prompt, step); 2^slices warps of a block
-// share its rollouts, `slice` of them each, of `rollouts` in [start, stop).
+// How the work is cut. A task is kSpan dimensions of one step of a prompt; 2^slices warps of a
+// block share its rollouts, `slice` of them each, of `rollouts` in [start, stop).
 struct UpdateShape {
-  uint32_t tasks, spans;  // spans: tasks of a row
+  int64_t tasks;   // of a prompt: the caller sees to it that 32 bits number them
+  uint32_t spans;  // tasks of a step
   int slices;
   int start, slice, stop;
   int places;  // in shared memory, for each thread
@@ -192,12 +194,12 @@ UpdateShape update_shape(const ControlArgs& a) {
   constexpr int64_t kEnoughWarps = 4 * 528;
   UpdateShape s;
   s.spans = static_cast<uint32_t>((a.dim + kSpan - 1) / kSpan);
-  s.tasks = static_cast<uint32_t>(a.prompts * a.steps) * s.spans;
+  s.tasks = a.steps * s.spans;
   s.stop = static_cast<int>(a.stop < a.rollouts ? a.stop : a.rollouts);
   s.start = static_cast<int>(a.start < s.stop ? a.start : s.stop);
   const int64_t padded = padded_count(s.stop - s.start);
   s.slices = 0;
-  while ((1 << s.slices) < kUpdateWarps && (int64_t{s.tasks} << s.slices) < kEnoughWarps &&
+  while ((1 << s.slices) < kUpdateWarps && (a.prompts * s.tasks) << s.slices < kEnoughWarps &&
          padded >> s.slices >= 4)
     ++s.slices;
   s.slice = static_cast<int>(padded >> s.slices);
@@ -298,7 +300,7 @@ __device__ __forceinline__ void slice_sum(const ControlArgs& a, const NoiseStrea
 // kWhole: rows of mean and out are made of whole, aligned groups of four.
 template <bool kWhole>
 __global__ void __launch_bounds__(kUpdateThreads, 8)
-    control_update_kernel(ControlArgs a, UpdateShape shape) {
+    control_update_kernel(ControlArgs a, UpdateShape shape, int64_t first) {
   TTA_DYNAMIC_SHARED(float4, subtrees);
   TTA_SHARED_ARRAY(int4, leaves, kUpdateWarps * kChunk);
   const Places place{subtrees + threadIdx.x};
@@ -306,8 +308,8 @@ __global__ void __launch_bounds__(kUpdateThreads, 8)
   const uint32_t task =
       (blockIdx.x * kUpdateWarps + static_cast<uint32_t>(warp_id())) >> shape.slices;
   const bool active = task < shape.tasks;
-  const uint32_t row = task / shape.spans, steps = static_cast<uint32_t>(a.steps);
-  const int64_t prompt = active ? row / steps : 0;
+  const int64_t prompt = first + blockIdx.y;
+  const uint32_t step = task / shape.spans;
   const uint32_t block = (task % shape.spans) * 32 + static_cast<uint32_t>(lane_id());
 
   bool bad = false;
@@ -316,7 +318,7 @@ __global__ void __launch_bounds__(kUpdateThreads, 8)
   bad = __any_sync(kFullWarp, bad);
   if (active && !bad) {
     const NoiseStream stream =
-        noise_stream(a.seed, row % steps, static_cast<uint32_t>(a.sequence[prompt]));
+        noise_stream(a.seed, step, static_cast<uint32_t>(a.sequence[prompt]));
     const int begin = shape.start + slice * shape.slice;
     const int end = begin + shape.slice < shape.stop ? begin + shape.slice : shape.stop;
     slice_sum(a, stream, block, prompt, begin, end, leaves + warp_id() * kChunk, place);
@@ -331,7 +333,7 @@ __global__ void __launch_bounds__(kUpdateThreads, 8)
   const int64_t d = static_cast<int64_t>(block) * 4;
   if (d >= a.dim) return;
   float4 sum = add(place[0], same<float4>(0.0f));
-  const int64_t at = static_cast<int64_t>(row) * a.dim + d;
+  const int64_t at = (prompt * a.steps + step) * a.dim + d;
   if (!a.partial) sum = add(load4<kWhole>(a.mean + at, a.dim - d), mul(a.sigma, sum));
   store4<kWhole>(a.out + at, a.dim - d, bad ? same<float4>(kNaN) : sum);
 }
@@ -366,6 +368,7 @@ __global__ void __launch_bounds__(kThreads)
   out[at] = add(mean[at], mul(sigma, add(sum, zero)));
 }
 
+// 2^31 blocks, the most of a line, would be terabytes.
 template <class T>
 void launch_merge(const MergeArgs& a, cudaStream_t stream) {
   const int64_t count = a.count / static_cast<int64_t>(sizeof(T) / sizeof(float));
@@ -394,8 +397,9 @@ cudaError_t importance_weights(const WeightsArgs& a, const Launch& launch) {
   const int64_t groups = padded_count((a.rollouts + kThreads - 1) / kThreads);
   const double inv_lambda = a.lambda == 0.0 ? 0.0 : 1.0 / a.lambda;
   const double slack = a.sigma == 0.0 ? 0.0 : (1.0 - a.alpha) / a.sigma;
-  TTA_LAUNCH((importance_weights_kernel), static_cast<unsigned>(a.prompts), kThreads, 0,
-             launch.stream, a, groups, inv_lambda, slack);
+  for (int64_t first = 0; first < a.prompts; first += kMostRows)
+    TTA_LAUNCH((importance_weights_kernel), grid_of(1, a.prompts - first), kThreads, 0,
+               launch.stream, a, first, groups, inv_lambda, slack);
   return cudaGetLastError();
 }
 
@@ -405,15 +409,18 @@ cudaError_t control_update(const ControlArgs& a, const Launch& launch) {
   if (a.sigma == 0.0f && !a.partial) return copy(a.mean, a.out, count, launch.stream);
   const UpdateShape shape = update_shape(a);
   const bool whole = a.dim % 4 == 0 && aligned(a.mean, 16) && aligned(a.out, 16);
-  const unsigned tasks = kUpdateWarps >> shape.slices;  // of a block
-  const unsigned blocks = (shape.tasks + tasks - 1) / tasks;
+  const int64_t tasks = kUpdateWarps >> shape.slices;  // of a block
+  const int columns = static_cast<int>((shape.tasks + tasks - 1) / tasks);
   const size_t shared = static_cast<size_t>(shape.places) * kUpdateThreads * sizeof(float4);
-  if (whole) {
-    TTA_LAUNCH((control_update_kernel<true>), blocks, kUpdateThreads, shared, launch.stream, a,
-               shape);
-  } else {
-    TTA_LAUNCH((control_update_kernel<false>), blocks, kUpdateThreads, shared, launch.stream, a,
-               shape);
+  for (int64_t first = 0; first < a.prompts; first += kMostRows) {
+    const dim3 grid = grid_of(columns, a.prompts - first);
+    if (whole) {
+      TTA_LAUNCH((control_update_kernel<true>), grid, kUpdateThreads, shared, launch.stream, a,
+                 shape, first);
+    } else {
+      TTA_LAUNCH((control_update_kernel<false>), grid, kUpdateThreads, shared, launch.stream, a,
+                 shape, first);
+    }
   }
   return cudaGetLastError();
 }

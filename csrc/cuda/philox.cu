@@ -45,6 +45,7 @@ Need need_of(const PhiloxArgs&) { return {}; }
 
 cudaError_t philox(const PhiloxArgs& a, const Launch& launch) {
   if (a.blocks == 0) return cudaSuccess;
+  // 2^31 blocks, the most of a line, would be terabytes.
   const unsigned grid = static_cast<unsigned>((a.blocks + kPhiloxThreads - 1) / kPhiloxThreads);
   const bool is_aligned =
       (reinterpret_cast<uintptr_t>(a.counter) | reinterpret_cast<uintptr_t>(a.out)) % 16 == 0;

@@ -123,11 +123,11 @@ __device__ __forceinline__ float dot_of(const Products& tile, int quads) {
 // kWhole: rows of hidden, out and mean are made of whole, aligned groups of four.
 template <int kType, bool kWhole>
 __global__ void __launch_bounds__(kPerturbThreads, 2)
-    prelogit_perturb_kernel(PerturbArgs a, uint32_t tiles, double* sums, uint32_t* arrivals) {
+    prelogit_perturb_kernel(PerturbArgs a, int64_t first_row, double* sums, uint32_t* arrivals) {
   TTA_SHARED(Products, products);
   using Element = typename Four<kType, kWhole>::Element;
-  const int64_t row = blockIdx.x / tiles;
-  const int64_t first = static_cast<int64_t>(blockIdx.x % tiles) * kTile;
+  const int64_t row = first_row + blockIdx.y, tiles = gridDim.x;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kTile;
   const int dim = static_cast<int>(a.dim - first < kTile ? a.dim - first : kTile);
   const int quads = (dim + 3) / 4;
   const Element* hidden = static_cast<const Element*>(a.hidden) + row * a.hidden_stride + first;
@@ -169,32 +169,34 @@ __global__ void __launch_bounds__(kPerturbThreads, 2)
     if (threadIdx.x == 0) a.dot[row] = add_rn(a.dot[row], add_rn(sum, 0.0f));
     return;
   }
-  if (threadIdx.x == 0) sums[blockIdx.x] = static_cast<double>(sum);
-  if (!last_to_arrive(arrivals + row, tiles) || threadIdx.x != 0) return;
+  if (threadIdx.x == 0) sums[row * tiles + blockIdx.x] = static_cast<double>(sum);
+  if (!last_to_arrive(arrivals + row, gridDim.x) || threadIdx.x != 0) return;
   double total = 0.0;
 #pragma unroll 1
-  for (uint32_t t = 0; t < tiles; ++t) total = add_rn(total, __ldcg(sums + row * tiles + t));
+  for (int64_t t = 0; t < tiles; ++t) total = add_rn(total, __ldcg(sums + row * tiles + t));
   a.dot[row] = add_rn(a.dot[row], __double2float_rn(total));
 }
 
 template <int kType>
-void launch_perturb(const PerturbArgs& a, uint32_t tiles, const Launch& launch) {
+void launch_perturb(const PerturbArgs& a, const Launch& launch) {
   const int64_t quads = ((a.dim < kTile ? a.dim : kTile) + 3) / 4;
   const unsigned threads =
       quads < kPerturbThreads ? static_cast<unsigned>((quads + 31) / 32 * 32) : kPerturbThreads;
-  const unsigned grid = static_cast<unsigned>(a.rows) * tiles;
   double* sums = static_cast<double*>(launch.scratch);
   constexpr uintptr_t kBytes = kType == kFloat32 ? 16 : 8;
   const bool whole =
       (a.dim | a.hidden_stride | a.out_stride | a.mean_prompt_stride | a.mean_step_stride) % 4 ==
           0 &&
       aligned(a.hidden, kBytes) && aligned(a.out, kBytes) && aligned(a.mean, 16);
-  if (whole) {
-    TTA_LAUNCH((prelogit_perturb_kernel<kType, true>), grid, threads, 0, launch.stream, a, tiles,
-               sums, launch.arrivals);
-  } else {
-    TTA_LAUNCH((prelogit_perturb_kernel<kType, false>), grid, threads, 0, launch.stream, a, tiles,
-               sums, launch.arrivals);
+  for (int64_t first = 0; first < a.rows; first += kMostRows) {
+    const dim3 grid = grid_of(tiles_of(a.dim), a.rows - first);
+    if (whole) {
+      TTA_LAUNCH((prelogit_perturb_kernel<kType, true>), grid, threads, 0, launch.stream, a, first,
+                 sums, launch.arrivals);
+    } else {
+      TTA_LAUNCH((prelogit_perturb_kernel<kType, false>), grid, threads, 0, launch.stream, a, first,
+                 sums, launch.arrivals);
+    }
   }
 }
 
@@ -221,18 +223,18 @@ Need need_of(const NormalArgs&) { return {}; }
 
 cudaError_t prelogit_perturb(const PerturbArgs& a, const Launch& launch) {
   if (a.rows == 0 || a.dim == 0) return cudaSuccess;
-  const uint32_t tiles = static_cast<uint32_t>(tiles_of(a.dim));
   if (a.dtype == kFloat32)
-    launch_perturb<kFloat32>(a, tiles, launch);
+    launch_perturb<kFloat32>(a, launch);
   else if (a.dtype == kFloat16)
-    launch_perturb<kFloat16>(a, tiles, launch);
+    launch_perturb<kFloat16>(a, launch);
   else
-    launch_perturb<kBFloat16>(a, tiles, launch);
+    launch_perturb<kBFloat16>(a, launch);
   return cudaGetLastError();
 }
 
 cudaError_t normal(const NormalArgs& a, const Launch& launch) {
   if (a.count == 0) return cudaSuccess;
+  // 2^31 blocks, the most of a line, would be terabytes.
   const int64_t blocks = (a.count + 4 * kThreads - 1) / (4 * kThreads);
   if (a.count % 4 == 0 && aligned(a.out, 16)) {
     TTA_LAUNCH((normal_kernel<true>), static_cast<unsigned>(blocks), kThreads, 0, launch.stream, a);

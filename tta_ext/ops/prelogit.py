@@ -97,7 +97,8 @@ def prelogit_perturb(
         sigma: standard deviation of the noise, >= 0.
         seed: int, or int64 tensor of one element.
         dot: float32 ``[N]``, contiguous; the sum over d of u eps is added to it in place.
-        check: raise ``ValueError`` for indices out of range (default on the CPU).
+        check: raise ``ValueError`` for indices out of range (default on the CPU). Nothing looks for
+            NaN and inf: those of hidden pass into the result, those of mean into ``dot`` as well.
         out: contiguous tensor like hidden to write; may be hidden itself.
 
     Returns:

@@ -26,6 +26,10 @@ void sampling_cases(const Options&, Random*);
 void knapsack_cases(const Options&, Random*);
 void prelogit_cases(const Options&, Random*);
 void control_cases(const Options&, Random*);
+// Noise of `count` dimensions and `blocks` blocks of Philox, `skip` elements behind an aligned
+// address.
+void normal_case(int64_t count, int64_t skip, Random*);
+void philox_case(int64_t blocks, int64_t skip, Random*);
 // One call of `op` as a decoding loop makes it, for profiles. False: there is no such operator.
 bool common_case(const Options&, Random*);
 

@@ -8,7 +8,7 @@ namespace tta {
 namespace testing {
 namespace {
 
-constexpr int64_t kDim = 4096, kRollouts = 32, kSteps = 32, kDraft = 4;
+constexpr int64_t kDim = 4096, kRollouts = 32, kSteps = 32, kDraft = 4, kShards = 8;
 
 // Aligned rows of normal logits, not much different from a language model's.
 Twin<char> plain_rows(int64_t rows, int64_t vocab, int dtype, Random* random) {
@@ -69,7 +69,7 @@ struct Pair {
   }
 };
 
-void draw(const Options& o, int rule, double param, bool propose, bool is_deferred,
+void draw(const Options& o, int rule, double param, bool propose, bool do_sample, bool is_deferred,
           Random* random) {
   const Pair pair(o, o.batch, rule, param, random);
   const Keys keys(o.batch, random);
@@ -80,7 +80,7 @@ void draw(const Options& o, int rule, double param, bool propose, bool is_deferr
       [&](Side side) {
         SampleArgs a = pair.at<SampleArgs>(side);
         if (propose) a.proxy.data = nullptr;
-        a.key = keys.at(side, true);
+        a.key = keys.at(side, do_sample);
         a.propose = propose;
         a.token = token.at(side);
         a.deferred = deferred.at(side);
@@ -183,13 +183,14 @@ void verify(const Options& o, Random* random) {
 }
 
 // Proxy tuning: one expert against its anti-expert.
-void mixture(const Options& o, Random* random) {
+void mixture(const Options& o, bool probabilities, Random* random) {
   const Twin<char> base = plain_rows(o.batch, o.vocab, o.dtype, random);
   const Twin<char> expert = plain_rows(o.batch, o.vocab, o.dtype, random);
   const Twin<char> anti = plain_rows(o.batch, o.vocab, o.dtype, random);
   const Twin<float> beta = twin_of(std::vector<float>{0.5f});
   const Keys keys(o.batch, random);
   const Twin<int64_t> token(o.batch);
+  const Twin<float> out(probabilities ? o.batch * o.vocab : 0);
   call_both<MixtureArgs>(
       implicit_reward, cuda::implicit_reward,
       [&](Side side) {
@@ -201,11 +202,17 @@ void mixture(const Options& o, Random* random) {
         a.beta = beta.at(side);
         a.batch = o.batch;
         a.key = keys.at(side, true);
-        a.token = token.at(side);
+        if (probabilities) {
+          a.probs = out.at(side);
+          a.probs_stride = o.vocab;
+        } else {
+          a.token = token.at(side);
+        }
         return a;
       },
       o.op);
   compare("token", o.op, token);
+  compare("probs", o.op, out);
 }
 
 void knapsack(const Options& o, Random* random) {
@@ -313,6 +320,27 @@ void update(const Options& o, Random* random) {
   compare("update", o.op, out);
 }
 
+void merge(const Options& o, Random* random) {
+  const int64_t count = o.batch * kSteps * kDim;
+  const Twin<char> mean = plain_rows(o.batch * kSteps, kDim, kFloat32, random);
+  const Twin<char> partials = plain_rows(kShards * o.batch * kSteps, kDim, kFloat32, random);
+  const Twin<float> out(count);
+  call_both<MergeArgs>(
+      control_merge, cuda::control_merge,
+      [&](Side side) {
+        MergeArgs a;
+        a.mean = reinterpret_cast<const float*>(mean.at(side));
+        a.partials = reinterpret_cast<const float*>(partials.at(side));
+        a.out = out.at(side);
+        a.shards = kShards;
+        a.count = count;
+        a.sigma = 0.5f;
+        return a;
+      },
+      o.op);
+  compare("merge", o.op, out);
+}
+
 void weights(const Options& o, Random* random) {
   Twin<float> reward(o.batch * kRollouts), dot(reward.count()), norm2(reward.count());
   for (const Twin<float>* x : {&reward, &dot, &norm2}) {
@@ -351,23 +379,31 @@ struct Common {
 const Common kCommon[] = {
     {"categorical_sample", categorical},
     {"deferral_propose",
-     [](const Options& o, Random* r) { draw(o, kThreshold, 0.0, true, false, r); }},
-    {"deferral_sample",
-     [](const Options& o, Random* r) { draw(o, kThreshold, 0.0, false, false, r); }},
-    {"deferral_sample deferred",
-     [](const Options& o, Random* r) { draw(o, kThreshold, 1.5, false, true, r); }},
+     [](const Options& o, Random* r) { draw(o, kThreshold, 0.0, true, true, false, r); }},
+    {"deferral_propose greedy",
+     [](const Options& o, Random* r) { draw(o, kThreshold, 0.0, true, false, false, r); }},
     {"deferral_propose knapsack",
-     [](const Options& o, Random* r) { draw(o, kKnapsack, 1e-6, true, false, r); }},
+     [](const Options& o, Random* r) { draw(o, kKnapsack, 1e-6, true, true, false, r); }},
+    {"deferral_sample",
+     [](const Options& o, Random* r) { draw(o, kThreshold, 0.0, false, true, false, r); }},
+    {"deferral_sample greedy",
+     [](const Options& o, Random* r) { draw(o, kThreshold, 0.0, false, false, false, r); }},
+    {"deferral_sample deferred",
+     [](const Options& o, Random* r) { draw(o, kThreshold, 1.5, false, true, true, r); }},
     {"deferral_mask", [](const Options& o, Random* r) { mask(o, kThreshold, 0.001, r); }},
     {"deferral_mask knapsack", [](const Options& o, Random* r) { mask(o, kKnapsack, 0.4, r); }},
     {"deferral_probs", [](const Options& o, Random* r) { probs(o, kThreshold, 0.001, r); }},
     {"deferral_stats", [](const Options& o, Random* r) { stats(o, kThreshold, 0.001, r); }},
     {"deferral_verify", verify},
-    {"implicit_reward", mixture},
+    {"implicit_reward", [](const Options& o, Random* r) { mixture(o, false, r); }},
+    {"implicit_reward_probs", [](const Options& o, Random* r) { mixture(o, true, r); }},
     {"greedy_knapsack", knapsack},
     {"prelogit_perturb", perturb},
     {"importance_weights", weights},
-    {"control_update", update}};
+    {"control_update", update},
+    {"control_merge", merge},
+    {"normal", [](const Options& o, Random* r) { normal_case(o.batch * kSteps * kDim, 0, r); }},
+    {"philox", [](const Options& o, Random* r) { philox_case(o.batch * kSteps * kDim, 0, r); }}};
 
 }  // namespace
 

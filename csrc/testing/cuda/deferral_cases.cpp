@@ -1,27 +1,20 @@
 // deferral_mask, deferral_probs, deferral_stats, deferral_propose, deferral_sample.
-#include "testing/cuda/cases.h"
+#include "testing/cuda/deferral_cases.h"
 
 namespace tta {
 namespace testing {
 namespace {
 
-struct Problem {
-  const Rows& base;
-  const Rows& proxy;
-  const RandomRule& rule;
-  std::string where;
-
-  template <class Args>
-  Args at(Side side, const InvalidTwin& invalid) const {
-    Args a;
-    a.base = base.at(side, 1, 0);
-    a.proxy = proxy.at(side, 1, 0);
-    a.batch = base.rows();
-    a.rule = rule.at(side);
-    a.invalid = invalid.at(side);
-    return a;
-  }
-};
+template <class Args>
+Args arguments(const Problem& problem, Side side, const InvalidTwin& invalid) {
+  Args a;
+  a.base = problem.base.at(side, 1, 0);
+  a.proxy = problem.proxy.at(side, 1, 0);
+  a.batch = problem.base.rows();
+  a.rule = problem.rule.at(side);
+  a.invalid = invalid.at(side);
+  return a;
+}
 
 void mask_case(const Problem& problem) {
   const int64_t rows = problem.base.rows(), vocab = problem.base.vocab();
@@ -32,7 +25,7 @@ void mask_case(const Problem& problem) {
   call_both<MaskArgs>(
       deferral_mask, cuda::deferral_mask,
       [&](Side side) {
-        MaskArgs a = problem.at<MaskArgs>(side, invalid);
+        MaskArgs a = arguments<MaskArgs>(problem, side, invalid);
         a.mask = mask.at(side);
         a.mask_stride = vocab;
         a.critical_index = critical.at(side);
@@ -53,7 +46,7 @@ void probs_case(const Problem& problem) {
   call_both<ProbsArgs>(
       deferral_probs, cuda::deferral_probs,
       [&](Side side) {
-        ProbsArgs a = problem.at<ProbsArgs>(side, invalid);
+        ProbsArgs a = arguments<ProbsArgs>(problem, side, invalid);
         a.out = probs.at(side);
         a.out_stride = vocab;
         return a;
@@ -72,7 +65,7 @@ void stats_case(const Problem& problem) {
   call_both<StatsArgs>(
       deferral_stats, cuda::deferral_stats,
       [&](Side side) {
-        StatsArgs a = problem.at<StatsArgs>(side, invalid);
+        StatsArgs a = arguments<StatsArgs>(problem, side, invalid);
         a.deferred_mass = mass.at(side);
         a.critical_index = critical.at(side);
         a.cut_logit = cut.at(side);
@@ -98,7 +91,7 @@ void sample_case(const Problem& problem, bool propose, bool do_sample, Random* r
   call_both<SampleArgs>(
       deferral_sample, cuda::deferral_sample,
       [&](Side side) {
-        SampleArgs a = problem.at<SampleArgs>(side, invalid);
+        SampleArgs a = arguments<SampleArgs>(problem, side, invalid);
         if (propose) a.proxy.data = nullptr;
         a.key = keys.at(side, do_sample);
         a.propose = propose;
@@ -117,25 +110,15 @@ void sample_case(const Problem& problem, bool propose, bool do_sample, Random* r
 void deferral_cases(const Options& options, Random* random) {
   for (int64_t i = 0; i < options.repetitions; ++i) {
     const int64_t vocab = random_vocab(options.vocab, random), rows = 1 + random->below(4);
-    const int dtype = static_cast<int>(random->below(3));
-    Rows base(rows, vocab, dtype, random), proxy(rows, vocab, dtype, random);
-    if (random->below(6) == 0) base.spoil(random);
-    if (random->below(6) == 0) proxy.spoil(random);
-    for (int rule = kKnapsack; rule <= kProxyAbove; ++rule)
-      for (int critical = kExclude; critical <= (rule == kKnapsack ? kSplitItem : kExclude);
-           ++critical) {
-        const RandomRule random_rule(rule, critical, rows, random);
-        const Problem problem{base, proxy, random_rule,
-                              "repetition " + std::to_string(i) + ", V " + std::to_string(vocab) +
-                                  ", dtype " + std::to_string(dtype) + ", " + random_rule.text()};
-        mask_case(problem);
-        probs_case(problem);
-        stats_case(problem);
-        for (const bool do_sample : {true, false}) {
-          if (!rule_needs_proxy(rule)) sample_case(problem, true, do_sample, random);
-          sample_case(problem, false, do_sample, random);
-        }
+    each_rule(i, rows, vocab, random, [&](const Problem& problem) {
+      mask_case(problem);
+      probs_case(problem);
+      stats_case(problem);
+      for (const bool do_sample : {true, false}) {
+        if (!rule_needs_proxy(problem.rule.rule)) sample_case(problem, true, do_sample, random);
+        sample_case(problem, false, do_sample, random);
       }
+    });
   }
 }
 

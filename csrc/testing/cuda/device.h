@@ -144,6 +144,12 @@ inline const Parallel& serial() {
   return one_task;
 }
 
+// Launch::width of the calls that follow.
+inline int64_t& device_width() {
+  static int64_t width = cuda::Launch().width;
+  return width;
+}
+
 // A CUDA entry point with scratch memory of any content and counters that must come back zero.
 template <class Args>
 void call_cuda(cudaError_t (*entry)(const Args&, const cuda::Launch&), const Args& a,
@@ -155,6 +161,7 @@ void call_cuda(cudaError_t (*entry)(const Args&, const cuda::Launch&), const Arg
   cuda::Launch launch;
   launch.scratch = scratch.at(kDevice);
   launch.arrivals = arrivals.at(kDevice);
+  launch.width = device_width();
   const cudaError_t error = entry(a, launch);
   CHECK(error == cudaSuccess, "launch failed with code %d (%s)", static_cast<int>(error),
         where.c_str());

@@ -2,10 +2,11 @@
 // torch. Needs a CUDA device (or the SIMT layer); without one it ends with 77, "skipped".
 //
 //   kernels_test [all|deferral|verify|sampling|knapsack|prelogit|control]
-//                [--repetitions N] [--seed S] [--vocab LARGEST]
-//   kernels_test common OPERATOR [--batch B] [--vocab V] [--seed S]
+//                [--repetitions N] [--seed S] [--vocab LARGEST] [--width BLOCKS]
+//   kernels_test common OPERATOR [--batch B] [--vocab V] [--seed S] [--width BLOCKS]
 //                [--dtype float32|float16|bfloat16]
-// `common` takes the call of common_cases.cpp that has this name.
+// `common` takes the call of common_cases.cpp that has this name. Where no more than `width` blocks
+// fill the device (1: always), blocks take several tiles.
 #include <cstdlib>
 #include <cstring>
 
@@ -64,6 +65,8 @@ bool read_options(int argc, char** argv, Options* o) {
       o->seed = static_cast<uint64_t>(number);
     } else if (!std::strcmp(name, "--vocab")) {
       good = read_number(value, 1, &o->vocab);
+    } else if (!std::strcmp(name, "--width")) {
+      good = read_number(value, 1, &tta::testing::device_width());
     } else if (!std::strcmp(name, "--batch")) {
       good = read_number(value, 1, &o->batch);
     }
@@ -96,8 +99,9 @@ int main(int argc, char** argv) {
     std::fprintf(stderr,
                  "usage: kernels_test [all|deferral|verify|sampling|knapsack|prelogit|control]\n"
                  "                    [--repetitions N] [--seed S] [--vocab LARGEST]\n"
+                 "                    [--width BLOCKS]\n"
                  "       kernels_test common OPERATOR [--batch B] [--vocab V] [--seed S]\n"
-                 "                    [--dtype float32|float16|bfloat16]\n");
+                 "                    [--width BLOCKS] [--dtype float32|float16|bfloat16]\n");
     return kUsage;
   }
   return tta::testing::finish("kernels_test");

@@ -6,12 +6,14 @@ namespace tta {
 namespace testing {
 namespace {
 
-void perturb_case(int64_t dim, int dtype, float sigma, Random* random) {
+// `packed`: rows without padding, at aligned addresses.
+void perturb_case(int64_t dim, int dtype, bool packed, float sigma, Random* random) {
   constexpr int64_t kPrompts = 2, kSteps = 3;
-  const int64_t rows = 1 + random->below(4), stride = dim + random->below(4);
-  const int64_t skip = random->below(4), size = dtype == kFloat32 ? 4 : 2;
+  const int64_t rows = 1 + random->below(4), stride = dim + (packed ? 0 : random->below(4));
+  const int64_t skip = packed ? 0 : random->below(4), size = dtype == kFloat32 ? 4 : 2;
   const std::string where = "perturb " + std::to_string(rows) + " x " + std::to_string(dim) +
-                            ", dtype " + std::to_string(dtype) + ", sigma " + std::to_string(sigma);
+                            ", dtype " + std::to_string(dtype) + (packed ? ", packed" : "") +
+                            ", sigma " + std::to_string(sigma);
   const Twin<char> hidden(((rows - 1) * stride + dim) * size, skip * size);
   const Twin<char> out(rows * dim * size, skip * size);
   const Twin<float> mean(kPrompts * kSteps * dim, skip), dot(rows);
@@ -68,8 +70,10 @@ void perturb_case(int64_t dim, int dtype, float sigma, Random* random) {
   compare("dot", where, dot);
 }
 
-void normal_case(int64_t count, Random* random) {
-  const Twin<float> out(count, random->below(4));
+}  // namespace
+
+void normal_case(int64_t count, int64_t skip, Random* random) {
+  const Twin<float> out(count, skip);
   const int64_t seed = static_cast<int64_t>(random->next());
   const std::string where = "normal " + std::to_string(count);
   call_both<NormalArgs>(
@@ -88,8 +92,8 @@ void normal_case(int64_t count, Random* random) {
   compare("normal", where, out);
 }
 
-void philox_case(int64_t blocks, Random* random) {
-  const Twin<int64_t> counter(4 * blocks, random->below(3)), out(4 * blocks);
+void philox_case(int64_t blocks, int64_t skip, Random* random) {
+  const Twin<int64_t> counter(4 * blocks, skip), out(4 * blocks);
   for (int64_t i = 0; i < counter.count(); ++i) counter[i] = static_cast<int64_t>(random->next());
   counter.upload();
   const uint64_t key = random->next();
@@ -111,15 +115,18 @@ void philox_case(int64_t blocks, Random* random) {
   compare("philox", where, out);
 }
 
-}  // namespace
-
 void prelogit_cases(const Options& options, Random* random) {
   for (int64_t i = 0; i < options.repetitions; ++i) {
-    const int64_t dim = pick<int64_t>({1, 3, 4, 127, 128, 130, 2048, 4096, 4099, 8192}, random);
+    // By chance alone, hardly any are whole groups of four.
+    const bool packed = i % 2 != 0;
+    const int64_t dim =
+        packed ? pick<int64_t>({4, 128, 132, 4096, 8192}, random)
+               : pick<int64_t>({1, 3, 4, 127, 128, 130, 2048, 4096, 4099, 8192}, random);
     for (const int dtype : {kFloat32, kFloat16, kBFloat16})
-      perturb_case(dim, dtype, pick({0.0f, 0.37f, 1.5f}, random), random);
-    normal_case(1 + random->below(options.vocab), random);
-    philox_case(1 + random->below(300), random);
+      perturb_case(dim, dtype, packed, pick({0.0f, 0.37f, 1.5f}, random), random);
+    const int64_t count = 1 + random->below(options.vocab);
+    normal_case(packed ? (count + 3) / 4 * 4 : count, packed ? 0 : random->below(4), random);
+    philox_case(1 + random->below(300), packed ? 0 : random->below(3), random);
   }
 }
 

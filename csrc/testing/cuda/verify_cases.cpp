@@ -1,16 +1,16 @@
 // deferral_verify.
-#include "testing/cuda/cases.h"
+#include "testing/cuda/deferral_cases.h"
 
 namespace tta {
 namespace testing {
 namespace {
 
-void verify_case(const Rows& base, const Rows& proxy, const RandomRule& rule, int64_t batch,
-                 int64_t drafted, const std::string& problem, Random* random) {
-  const int64_t positions = drafted + 1, vocab = base.vocab();
+void verify_case(const Problem& problem, int64_t batch, int64_t drafted, Random* random) {
+  const Rows& proxy = problem.proxy;
+  const int64_t positions = drafted + 1, vocab = proxy.vocab();
   const bool bonus = random->below(2) != 0, do_sample = random->below(2) != 0;
   const bool return_mass = random->below(2) != 0;
-  const std::string where = problem + ", drafted " + std::to_string(drafted) +
+  const std::string where = problem.where + ", drafted " + std::to_string(drafted) +
                             (bonus ? ", bonus" : "") + (do_sample ? "" : ", greedy");
   const InvalidTwin invalid;
   const Keys keys(batch, random);
@@ -34,10 +34,10 @@ void verify_case(const Rows& base, const Rows& proxy, const RandomRule& rule, in
       deferral_verify, cuda::deferral_verify,
       [&](Side side) {
         VerifyArgs a;
-        a.base = base.at(side, positions, 1);
+        a.base = problem.base.at(side, positions, 1);
         a.proxy = proxy.at(side, positions, 1);
         a.batch = batch;
-        a.rule = rule.at(side);
+        a.rule = problem.rule.at(side);
         a.param_row_stride = positions;
         a.param_position_stride = 1;
         a.invalid = invalid.at(side);
@@ -68,20 +68,9 @@ void verify_case(const Rows& base, const Rows& proxy, const RandomRule& rule, in
 void verify_cases(const Options& options, Random* random) {
   for (int64_t i = 0; i < options.repetitions; ++i) {
     const int64_t vocab = random_vocab(options.vocab, random), batch = 1 + random->below(3);
-    const int64_t drafted = random->below(4), rows = batch * (drafted + 1);
-    const int dtype = static_cast<int>(random->below(3));
-    Rows base(rows, vocab, dtype, random), proxy(rows, vocab, dtype, random);
-    if (random->below(6) == 0) base.spoil(random);
-    if (random->below(6) == 0) proxy.spoil(random);
-    for (int rule = kKnapsack; rule <= kProxyAbove; ++rule)
-      for (int critical = kExclude; critical <= (rule == kKnapsack ? kSplitItem : kExclude);
-           ++critical) {
-        const RandomRule random_rule(rule, critical, rows, random);
-        verify_case(base, proxy, random_rule, batch, drafted,
-                    "repetition " + std::to_string(i) + ", V " + std::to_string(vocab) +
-                        ", dtype " + std::to_string(dtype) + ", " + random_rule.text(),
-                    random);
-      }
+    const int64_t drafted = random->below(4);
+    each_rule(i, batch * (drafted + 1), vocab, random,
+              [&](const Problem& problem) { verify_case(problem, batch, drafted, random); });
   }
 }
 
