@@ -1,11 +1,12 @@
 """Builds the wheel; the metadata is in pyproject.toml.
 
 The C++ sources always ship inside the package (as ``tta_ext._csrc``), to be compiled by the first
-native op. Where torch can be imported while building (``--no-build-isolation``) the CPU library is
-compiled now and the wheel carries it. ``TTA_EXT_NATIVE`` = auto (default: prebuild if torch and a
-compiler are here), 0 (never), 1 (prebuild or fail). ``TTA_EXT_CUDA=1`` prebuilds the CUDA library
-too, for ``TORCH_CUDA_ARCH_LIST`` or for all architectures; otherwise that is left to the first op
-on a GPU.
+op that needs them. Where torch is installed while building (``--no-build-isolation``) they are
+compiled now and the wheel carries the libraries. ``TTA_EXT_NATIVE`` for the CPU's, ``TTA_EXT_CUDA``
+for CUDA's = auto (default: prebuild if torch and a compiler are here, for CUDA a torch with CUDA
+and an nvcc of its major version; else one sentence says what is missing), 0 (never), 1 (prebuild or
+fail). The CUDA library is for ``TORCH_CUDA_ARCH_LIST``, else for the GPUs of this machine, else for
+all architectures.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import importlib
 import importlib.util
 import json
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
@@ -62,31 +65,72 @@ def needed_torch() -> Path:
     return root
 
 
-def prebuild_cuda() -> bool:
-    """Whether this build compiles the CUDA library."""
-    if switch("TTA_EXT_CUDA") != "1":
-        return False
-    try:
-        _compile_cuda.toolkit_for(*_compile_cuda.torch_cuda(needed_torch()))
-    except _compile.BuildError as error:
-        raise SystemExit(f"TTA_EXT_CUDA=1, but {error}") from None
-    return True
+def probe_cpu() -> None:
+    """``BuildError`` unless the CPU library can be compiled here."""
+    needed_torch()
+    _compile.find_compiler()
 
 
-def prebuild() -> bool:
-    """Whether this build compiles the CPU library."""
-    wanted = switch("TTA_EXT_NATIVE")
-    if wanted == "0":
-        return False
-    try:
-        needed_torch()
-        _compile.find_compiler()
-    except _compile.BuildError as error:
-        if wanted == "1":
-            raise SystemExit(f"TTA_EXT_NATIVE=1, but {error}") from None
-        print(f"tta_ext: the CPU library is left to the first native op: {error}", file=sys.stderr)
-        return False
-    return True
+def compile_cpu(output: Path) -> dict[str, object]:
+    """The CPU library; what its record shall say."""
+    compiler = _compile.build_cpu_library(output, needed_torch(), CSRC)
+    return {"digest": _compile.source_digest(CSRC), "compiler": compiler.version}
+
+
+def probe_cuda() -> None:
+    """``BuildError`` unless the CUDA library can be compiled here."""
+    _compile_cuda.plan(needed_torch())
+
+
+def compile_cuda(output: Path) -> dict[str, object]:
+    """The CUDA library; what its record shall say."""
+    root = needed_torch()
+    return _compile_cuda.build_library(_compile_cuda.plan(root), output, root, CSRC)
+
+
+@dataclass(frozen=True)
+class Library:
+    """A library that a wheel may carry: its device, its switch, and how it is compiled."""
+
+    device: str
+    variable: str
+    probe: Callable[[], None]
+    compile: Callable[[Path], dict[str, object]]
+
+
+LIBRARIES = {
+    "_C": Library("CPU", "TTA_EXT_NATIVE", probe_cpu, compile_cpu),
+    "_C_cuda": Library("CUDA", "TTA_EXT_CUDA", probe_cuda, compile_cuda),
+}
+
+
+def leave_out(devices: list[str], reason: str) -> None:
+    """Say that the libraries are compiled when they are first used."""
+    print(
+        f"tta_ext: the first op compiles the {' and the '.join(devices)} library: {reason}",
+        file=sys.stderr,
+    )
+
+
+def extensions() -> list[Extension]:
+    """The libraries that this build compiles."""
+    chosen = []
+    reasons: dict[str, list[str]] = {}
+    for name, library in LIBRARIES.items():
+        wanted = switch(library.variable)
+        if wanted == "0":
+            continue
+        try:
+            library.probe()
+        except _compile.BuildError as error:
+            if wanted == "1":
+                raise SystemExit(f"{library.variable}=1, but {error}") from None
+            reasons.setdefault(str(error), []).append(library.device)
+        else:
+            chosen.append(Extension(f"tta_ext.{name}", sources=[], optional=wanted == "auto"))
+    for reason, devices in reasons.items():
+        leave_out(devices, reason)
+    return chosen
 
 
 class BuildNative(build_ext):
@@ -97,8 +141,8 @@ class BuildNative(build_ext):
         return str(Path(*fullname.split("."))) + ".so"
 
     def get_outputs(self) -> list[str]:
-        library = super().get_outputs()
-        return [*library, *(str(Path(path).with_suffix(".json")) for path in library)]
+        libraries = [path for path in super().get_outputs() if Path(path).exists()]
+        return [*libraries, *(str(Path(path).with_suffix(".json")) for path in libraries)]
 
     def build_extension(self, ext: Extension) -> None:
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
@@ -106,14 +150,14 @@ class BuildNative(build_ext):
         folder.mkdir(parents=True, exist_ok=True)
         output.parent.mkdir(parents=True, exist_ok=True)
         built = folder / output.name
+        library = LIBRARIES[output.stem]
         try:
-            if output.name == _compile_cuda.LIBRARY_NAME:
-                record = _compile_cuda.build_library(built, needed_torch(), CSRC)
-            else:
-                compiler = _compile.build_cpu_library(built, needed_torch(), CSRC)
-                record = {"digest": _compile.source_digest(CSRC), "compiler": compiler.version}
+            record = library.compile(built)
         except _compile.BuildError as error:
-            raise SystemExit(f"tta_ext: {output.name} does not compile:\n{error}") from None
+            if not ext.optional:
+                raise SystemExit(f"tta_ext: {output.name} does not compile:\n{error}") from None
+            leave_out([library.device], f"it does not compile now:\n{error}")
+            return
         # A running process may have the old library mapped: replace the file, never write into it.
         output.unlink(missing_ok=True)
         self.move_file(str(built), str(output))
@@ -136,7 +180,6 @@ _PATTERNS = [
     *(f"*{suffix}" for suffix in _compile_cuda.HEADER_SUFFIXES),
     *("*.cpp", "*.cu"),
 ]
-_LIBRARIES = [name for name, wanted in (("_C", prebuild), ("_C_cuda", prebuild_cuda)) if wanted()]
 
 setup(
     packages=[
@@ -152,6 +195,6 @@ setup(
         "tta_ext": ["py.typed", "assets/**/*"],
         **{f"tta_ext._csrc{folder}": _PATTERNS for folder in _FOLDERS},
     },
-    ext_modules=[Extension(f"tta_ext.{name}", sources=[]) for name in _LIBRARIES],
+    ext_modules=extensions(),
     cmdclass={"build_ext": BuildNative, "bdist_wheel": AnyPythonWheel},
 )

@@ -416,7 +416,7 @@ def build_wheel(tree: Path, out: Path, native: str) -> list[str]:
         ],
         check=True,
         capture_output=True,
-        env={**os.environ, "TTA_EXT_NATIVE": native},
+        env={**os.environ, "TTA_EXT_NATIVE": native, "TTA_EXT_CUDA": "0"},
     )
     (wheel,) = out.glob("*.whl")
     return [wheel.name, *zipfile.ZipFile(wheel).namelist()]

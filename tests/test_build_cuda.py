@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import logging
+import os
 import re
 import shutil
+import subprocess
 import sys
 import warnings
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -33,14 +36,16 @@ def _clean(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_dispatch, "_cuda", None)
 
 
-def fake_nvcc(home: Path, release: str) -> Path:
-    """A program that answers as nvcc does when it is asked who it is."""
+def fake_nvcc(home: Path, release: str, compiles: bool = True) -> Path:
+    """A program that answers as nvcc does when it is asked who it is; what it compiles is empty."""
     path = home / "bin" / "nvcc"
     path.parent.mkdir(parents=True)
+    compiling = 'while [ "$1" != -o ]; do shift; done; : > "$2"'
     path.write_text(
         "#!/bin/sh\n"
         f'case "$1" in --version) echo "Cuda tools, release {release}, V{release}.1";;\n'
-        '--list-gpu-code) printf "sm_80\\nsm_90\\nsm_90a\\n";; *) exit 1;; esac\n'
+        '--list-gpu-code) printf "sm_80\\nsm_90\\nsm_90a\\n";;\n'
+        f"*) {compiling if compiles else 'echo planted error: >&2; exit 1'};; esac\n"
     )
     path.chmod(0o755)
     return path
@@ -195,8 +200,151 @@ def test_cmake_has_the_same_kernels() -> None:
     kernels = [path for path in _compile_cuda.sources(ROOT / "csrc") if path.suffix == ".cu"]
     assert sorted(ROOT.glob(pattern)) == kernels
     assert kernels
-    assert "--fmad=false" in text
-    assert "--fmad=false" in _compile_cuda.FLAGS
+    for flag in ("--fmad=false", "-lineinfo", "-ffp-contract=off", "-fno-math-errno"):
+        assert flag in text
+        assert any(flag in words for words in _compile_cuda.FLAGS)
+
+
+# ---------------------------------------------------------------------------- wheels
+
+
+class Wheel:
+    """setup.py's build of the libraries beside a torch and a CUDA toolkit that are made up."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.library = folder / "out" / "tta_ext" / "_C_cuda.so"
+
+    def torch(self, cuda: str | None) -> None:
+        package = self.folder / "site" / "torch"
+        package.mkdir(parents=True)
+        (package / "__init__.py").touch()
+        (package / "version.py").write_text(f"__version__ = '2.14.1'\ncuda = {cuda!r}\n")
+
+    def build(self, **variables: str) -> tuple[int, list[str]]:
+        """Exit code, and lines on stderr."""
+        base, temp = self.folder / "out", self.folder / "temp"
+        done = subprocess.run(
+            [
+                *(sys.executable, "setup.py", "-q", "build_ext"),
+                *("--build-lib", str(base), "--build-temp", str(temp)),
+            ],
+            cwd=ROOT,
+            env={
+                **os.environ,
+                "CUDA_HOME": str(self.folder / "home"),
+                "PYTHONPATH": str(self.folder / "site"),
+                "TTA_EXT_NATIVE": "0",
+                **variables,
+            },
+            capture_output=True,
+            text=True,
+        )
+        return done.returncode, done.stderr.splitlines()
+
+    def record(self) -> dict[str, object]:
+        return json.loads(self.library.with_suffix(".json").read_text())
+
+
+@pytest.fixture
+def wheel(tmp_path: Path) -> Wheel:
+    if shutil.which("c++") is None and shutil.which("g++") is None:
+        pytest.skip("no C++ compiler")
+    return Wheel(tmp_path)
+
+
+# A driver that shows one GPU of compute capability 8.0.
+DRIVER = """
+extern "C" {
+int cuInit(unsigned) { return 0; }
+int cuDeviceGetCount(int* count) { *count = 1; return 0; }
+int cuDeviceGet(int* device, int) { *device = 7; return 0; }
+int cuDeviceGetAttribute(int* value, int attribute, int device) {
+  *value = attribute == 75 ? 8 : 0;
+  return device != 7 || (attribute != 75 && attribute != 76);
+}
+}
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the driver's library is Linux's")
+@pytest.mark.parametrize("wanted", ["auto", "1"])
+def test_wheel_carries_kernels_for_the_gpus_of_the_machine(wheel: Wheel, wanted: str) -> None:
+    wheel.torch("13.0")
+    fake_nvcc(wheel.folder / "home", "13.2")
+    source = wheel.folder / "driver.cpp"
+    source.write_text(DRIVER)
+    compiler = _compile.find_compiler().command
+    subprocess.run(
+        [*compiler, "-shared", "-fPIC", source, "-o", wheel.folder / "libcuda.so.1"], check=True
+    )
+    gpu = {"LD_LIBRARY_PATH": str(wheel.folder), "TTA_EXT_CUDA": wanted}
+    assert wheel.build(**gpu) == (0, [])
+    assert wheel.library.exists()
+    assert wheel.record() == {
+        "digest": _compile_cuda.source_digest(ROOT / "csrc"),
+        "compiler": "nvcc V13.2.1",
+        "images": ["compute_80", "sm_80"],
+        "cuda": "13.0",
+    }
+    assert wheel.build(**gpu, TORCH_CUDA_ARCH_LIST="9.0") == (0, [])
+    assert wheel.record()["images"] == ["sm_90"]
+
+
+@pytest.mark.parametrize(
+    ("cuda", "release", "reason"),
+    [
+        (None, "13.0", "torch 2.14.1 is built without CUDA; install a CUDA build of torch"),
+        ("13.0", "12.4", "is of CUDA 12.4, torch of CUDA 13.0; mend it with: export CUDA_HOME="),
+        ("13.0", None, "no CUDA compiler: CUDA_HOME="),
+    ],
+)
+def test_wheel_says_why_it_has_no_kernels(
+    wheel: Wheel, cuda: str | None, release: str | None, reason: str
+) -> None:
+    """One sentence by default, an error where they are demanded, nothing where they are not."""
+    wheel.torch(cuda)
+    if release is not None:
+        fake_nvcc(wheel.folder / "home", release)
+    code, (line,) = wheel.build()
+    assert code == 0
+    assert line.startswith("tta_ext: the first op compiles the CUDA library: ")
+    assert reason in line
+    code, (line,) = wheel.build(TTA_EXT_CUDA="1")
+    assert code == 1
+    assert line.startswith("TTA_EXT_CUDA=1, but ")
+    assert reason in line
+    assert wheel.build(TTA_EXT_CUDA="0") == (0, [])
+    assert not wheel.library.exists()
+
+
+def test_wheel_survives_a_toolkit_that_does_not_compile(wheel: Wheel) -> None:
+    wheel.torch("13.0")
+    fake_nvcc(wheel.folder / "home", "13.0", compiles=False)
+    code, lines = wheel.build(TORCH_CUDA_ARCH_LIST="9.0")
+    assert code == 0
+    assert lines[0] == "tta_ext: the first op compiles the CUDA library: it does not compile now:"
+    assert "planted error:" in lines
+    code, lines = wheel.build(TORCH_CUDA_ARCH_LIST="9.0", TTA_EXT_CUDA="1")
+    assert code == 1
+    assert lines[0] == "tta_ext: _C_cuda.so does not compile:"
+    assert not wheel.library.exists()
+
+
+def test_isolated_build_is_quiet(wheel: Wheel) -> None:
+    """Without torch: one sentence for both libraries, and no toolkit is asked."""
+    site = wheel.folder / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(
+        "import importlib.util as util\n"
+        "find = util.find_spec\n"
+        "util.find_spec = lambda name, *more: None if name == 'torch' else find(name, *more)\n"
+    )
+    code, (line,) = wheel.build(TTA_EXT_NATIVE="auto")
+    assert code == 0
+    assert line.startswith(
+        "tta_ext: the first op compiles the CPU and the CUDA library: torch is not installed"
+    )
 
 
 # ---------------------------------------------------------------------------- loading
@@ -290,13 +438,34 @@ def test_recorded_kernels_are_clean(table: ModuleType) -> None:
     assert table.render(kernels, str(record["compiler"])) == table.TEXT.read_text()
 
 
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [({}, ""), ({"stack": 8}, "a stack of 8 bytes"), ({"registers": 1}, "not what nvcc gives")],
+)
+def test_without_cuobjdump_the_reports_of_ptxas_are_checked(
+    table: ModuleType, monkeypatch: pytest.MonkeyPatch, change: dict[str, int], problem: str
+) -> None:
+    record, kernels = table.recorded()
+    names = [field.name for field in dataclasses.fields(table.Assembled)]
+    reports = [table.Assembled(**{name: getattr(k, name) for name in names}) for k in kernels]
+    reports[0] = dataclasses.replace(reports[0], **change)
+
+    def measure(compile_file: object, toolkit: object, files: object) -> list[object]:
+        assert compile_file is table.assemble_one
+        return reports
+
+    monkeypatch.setattr(table, "measure", measure)
+    compiler = SimpleNamespace(version=record["compiler"])
+    found = table.check(SimpleNamespace(compiler=compiler), dumps=False)
+    assert [problem in line for line in found] == [True] * bool(problem)
+
+
 def test_local_memory_is_found(
     table: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """A planted array that no register can hold; the kernel beside it is clean."""
     try:
         toolkit = _compile_cuda.find_toolkit()
-        table.tool("cuobjdump")
     except BuildError as error:
         pytest.skip(str(error))
     source = tmp_path / "planted.cu"
@@ -316,6 +485,15 @@ def test_local_memory_is_found(
         "}\n"
     )
     monkeypatch.setattr(table, "CSRC", tmp_path)
+    # By what ptxas reports, and where its tools are with a look at the machine code.
+    reported = sorted(table.assemble_one(toolkit, source, "80"), key=lambda k: k.kernel)
+    assert [k.kernel for k in reported] == ["planted<64>", "wide"]
+    assert "a stack of 256 bytes" in reported[0].fault()
+    assert reported[1].fault() == ""
+    try:
+        table.tool("cuobjdump")
+    except BuildError as error:
+        pytest.skip(f"the reports of ptxas were looked at, not the machine code: {error}")
     planted, wide = sorted(table.compile_one(toolkit, source, "90"), key=lambda k: k.kernel)
     assert (planted.kernel, planted.threads) == ("planted<64>", 128)
     assert planted.stack >= 256

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import re
@@ -39,6 +40,9 @@ FLAGS = (
 )
 #: Environment that nvcc adds to its command line by itself.
 NVCC_VARIABLES = ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS", "NVCC_CCBIN")
+
+#: The driver's numbers of a GPU's compute capability, major and minor.
+_CAPABILITY = (75, 76)
 
 _ENTRY = re.compile(r"(\d+)\.(\d)([af]?)(\+PTX)?", re.IGNORECASE)
 
@@ -227,8 +231,11 @@ def images_to_build(known: frozenset[str], capabilities: Sequence[tuple[int, int
 
 
 def image_flags(images: Sequence[str]) -> list[str]:
-    """nvcc's options that put the images into the library."""
-    return [f"-gencode=arch=compute_{image.partition('_')[2]},code={image}" for image in images]
+    """nvcc's options that put the images into the library, compressed: a quarter of the size."""
+    return [
+        *(f"-gencode=arch=compute_{image.partition('_')[2]},code={image}" for image in images),
+        "-Xfatbin=-compress-all",
+    ]
 
 
 def runs_on(image: str, capability: tuple[int, int]) -> bool:
@@ -287,23 +294,63 @@ def toolkit_for(version: str, cuda: str | None) -> Toolkit:
     return toolkit
 
 
-def build_library(output: Path, torch_root: Path, root: Path) -> dict[str, object]:
-    """Compile the CUDA library into ``output``; what its record shall say."""
+def visible_gpus() -> list[tuple[int, int]]:
+    """Compute capability of every GPU that the driver shows this process; empty without one."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return []
+    count, device, value = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
+        return []
+    capabilities = []
+    for i in range(count.value):
+        numbers = []
+        for attribute in _CAPABILITY:
+            if driver.cuDeviceGet(ctypes.byref(device), i) or driver.cuDeviceGetAttribute(
+                ctypes.byref(value), attribute, device
+            ):
+                return []
+            numbers.append(value.value)
+        capabilities.append((numbers[0], numbers[1]))
+    return capabilities
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a wheel's library is compiled: toolkit, images, version of torch's CUDA."""
+
+    toolkit: Toolkit
+    images: list[str]
+    cuda: str
+
+
+def plan(torch_root: Path) -> Plan:
+    """What a build of the CUDA library beside this torch will do.
+
+    Raises:
+        BuildError: torch has no CUDA, no toolkit of its major version is here, or there is no
+            architecture to compile for.
+    """
     version, cuda = torch_cuda(torch_root)
     toolkit = toolkit_for(version, cuda)
-    images = images_to_build(toolkit.known, ())
+    return Plan(toolkit, images_to_build(toolkit.known, visible_gpus()), str(cuda))
+
+
+def build_library(plan: Plan, output: Path, torch_root: Path, root: Path) -> dict[str, object]:
+    """Compile the CUDA library into ``output``; what its record shall say."""
     _compile.compile_library(
-        toolkit.compiler,
+        plan.toolkit.compiler,
         sources(root),
         output,
         include_dirs=[root],
         torch_root=torch_root,
-        flags=(*FLAGS, *image_flags(images)),
+        flags=(*FLAGS, *image_flags(plan.images)),
         link=link_flags(torch_root),
     )
     return {
         "digest": source_digest(root),
-        "compiler": toolkit.compiler.version,
-        "images": images,
-        "cuda": cuda,
+        "compiler": plan.toolkit.compiler.version,
+        "images": plan.images,
+        "cuda": plan.cuda,
     }

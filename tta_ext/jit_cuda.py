@@ -1,9 +1,9 @@
 """Loading the CUDA library: prebuilt in the package, cached, or compiled on first use.
 
 The first operator on CUDA tensors calls :func:`load`. Environment: ``TTA_EXT_CUDA`` = auto
-(default: if torch has CUDA, a GPU is visible and nvcc is there), 0 (never), 1 (fail loudly;
-compiles also where no GPU is visible); ``TORCH_CUDA_ARCH_LIST``; ``CUDA_HOME``, ``CUDA_PATH``; the
-rest as in :mod:`tta_ext.jit`.
+(default: if torch has CUDA, a GPU is visible and the wheel carries the library or nvcc is there),
+0 (never), 1 (fail loudly; compiles also where no GPU is visible); ``TORCH_CUDA_ARCH_LIST``;
+``CUDA_HOME``, ``CUDA_PATH``; the rest as in :mod:`tta_ext.jit`.
 """
 
 from __future__ import annotations
