@@ -19,7 +19,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,14 +30,19 @@ if TYPE_CHECKING:
 MODES = ("plain", "hooks", "asan")
 
 # A build has one list of flags for all files; this compiler adds those of kernels (.cu, which are
-# C++ to g++), of the layer, of the binding to torch and of the link.
+# C++ to g++ and look for headers in their own tree first), of the layer, of the binding to torch
+# and of the link.
 _SCRIPT = """
 kind=layer
 for argument; do
-case $argument in *.cu) kind=kernel;; *module.cpp) kind=binding;; -shared) kind=link;; esac
+case $argument in
+*.cu) kind=kernel tree=${{argument%/cuda/*}};;
+*module.cpp) kind=binding;;
+-shared) kind=link;;
+esac
 done
 case $kind in
-kernel) exec {compiler} {kernel} "$@";;
+kernel) exec {compiler} {kernel} -I"$tree" "$@";;
 binding) exec {compiler} {binding} "$@";;
 link) exec {compiler} "$@" {sanitize};;
 layer) exec {compiler} {layer} "$@";;
@@ -123,7 +128,7 @@ def _build(
     flags = (*_FLAGS, *_fused_multiply_add())
     digest = hashlib.sha256()
     for path in (*sources, *headers):
-        digest.update(f"{path.relative_to(root).as_posix()}\0".encode())
+        digest.update(f"{path.parent.name}/{path.name}\0".encode())
         digest.update(path.read_bytes())
     for text in (script, *flags, plain.version, str(torch_root)):
         digest.update(text.encode() + b"\0")
@@ -311,13 +316,14 @@ class Kernels(Layer):
         return tuple(outputs.values())
 
 
-def build_kernels(mode: str, namespace: str, root: Path | None = None) -> Path:
+def build_kernels(mode: str, namespace: str, changed: Mapping[str, Path] | None = None) -> Path:
     """The library of csrc/cuda, compiled if the cache lacks it.
 
     Args:
         mode: one of ``MODES``.
         namespace: of its torch operators.
-        root: the C++ tree, this package's by default.
+        changed: for names such as ``verify.cu`` the tree whose ``cuda`` folder has the file and
+            those headers that it alone shall see.
 
     Raises:
         BuildError: compilation failed.
@@ -326,9 +332,15 @@ def build_kernels(mode: str, namespace: str, root: Path | None = None) -> Path:
 
     from tta_ext import _compile
 
-    root = root or _compile.source_root()
-    sources = [*_files(root, "cuda", suffixes=(".cu",)), *_layer(root, "module.cpp")]
+    root, trees = _compile.source_root(), changed or {}
+    units = [
+        trees[path.name] / "cuda" / path.name if path.name in trees else path
+        for path in _files(root, "cuda", suffixes=(".cu",))
+    ]
+    sources = [*units, *_layer(root, "module.cpp")]
     headers = _files(root, "bind", "core", "cuda", "testing/simt", suffixes=(".h", ".cuh"))
+    for name in sorted(trees):
+        headers += _files(trees[name], "cuda", suffixes=(".cuh",))
     torch_root = Path(torch.__file__).resolve().parent
     return _build("simt", mode, root, sources, headers, torch_root, namespace)
 
@@ -340,9 +352,9 @@ def kernels(mode: str) -> Kernels:
     return Kernels(namespace, build_kernels(mode, namespace))
 
 
-def changed_kernels(namespace: str, root: Path) -> Kernels:
-    """The hook build of another C++ tree."""
-    return Kernels(namespace, build_kernels("hooks", namespace, root))
+def changed_kernels(namespace: str, changed: Mapping[str, Path]) -> Kernels:
+    """The hook build with files of other trees, as in :func:`build_kernels`."""
+    return Kernels(namespace, build_kernels("hooks", namespace, changed))
 
 
 def asan_environment() -> dict[str, str] | None:

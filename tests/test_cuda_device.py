@@ -6,6 +6,7 @@ torch's own kernels: tensors are made on the CPU, copied, and compared on the CP
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -301,21 +302,119 @@ def test_another_stream() -> None:
         assert torch.equal(found.cpu(), want)
 
 
-@pytest.mark.skipif(FAKE, reason="the fake device captures no graphs")
-def test_graph() -> None:
-    """Captured once, replayed with other numbers in the same tensors."""
-    x = torch.randn(3, 50257, generator=generator(4))
-    there = x.to("cuda")
-    seed, position = torch.tensor([1], device="cuda"), torch.arange(3, device="cuda")
-    ops.categorical_sample(there, seed=seed, position=position, sequence=0)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = ops.categorical_sample(there, seed=seed, position=position, sequence=0)
-    for step in range(4):
-        seed.fill_(step)
-        position.copy_(torch.arange(3) + step)
-        graph.replay()
-        want = ops.categorical_sample(x, seed=step, position=torch.arange(3) + step, sequence=0)
+def test_more_streams_than_are_remembered() -> None:
+    """Of streams that the caller makes and ends, as a server may for each request."""
+    runtime = torch.cuda.cudart()
+    x = torch.randn(3, 37, generator=generator(4))
+    want, there = ops.categorical_sample(x, **KEY), x.to("cuda")
+    torch.cuda.synchronize()
+    for _ in range(300):
+        handle = ctypes.c_void_p()
+        assert int(runtime.cudaStreamCreate(ctypes.addressof(handle))) == 0
+        with torch.cuda.stream(torch.cuda.ExternalStream(handle.value)):
+            found = ops.categorical_sample(there, **KEY)
+        torch.cuda.synchronize()
         assert torch.equal(found.cpu(), want)
-    with pytest.raises(RuntimeError, match="pass check=False"), torch.cuda.graph(graph):
-        ops.categorical_sample(there, seed=seed, position=position, sequence=0, check=True)
+        assert int(runtime.cudaStreamDestroy(handle.value)) == 0
+
+
+needs_graphs = pytest.mark.skipif(FAKE, reason="the fake device captures no graphs")
+
+#: Rows of many tiles, whose blocks hand over through counters and scratch memory.
+WIDTHS = {37: 20011, 6: 4101}
+
+
+class Graph:
+    """A captured call of an operator, whose tensors get other contents between replays."""
+
+    def __init__(self, name: str, pool: Any = None, **changes: Any) -> None:
+        self.name = name
+        labels = [argument.split()[1] for argument in OPS[name].arguments.split(", ")]
+        self.arguments = [
+            False if label == "check" else changes.get(label, self.widened(value, place))
+            for place, (label, value) in enumerate(
+                zip(labels, operator_arguments(name), strict=True)
+            )
+        ]
+        self.outputs = operator_outputs(name, tuple(self.arguments))
+        self.there = moved(name, self.arguments, False)
+        self.written = {key: t.to("cuda") for key, t in self.outputs.items()}
+        self.call()  # what is made once shall not be made while capturing
+        torch.cuda.synchronize()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, pool=pool):
+            self.call()
+
+    @staticmethod
+    def widened(value: Any, seed: int) -> Any:
+        """Logits, weights and hidden rows with the lengths of :data:`WIDTHS`."""
+        if not isinstance(value, Tensor) or value.dim() < 2 or value.shape[-1] not in WIDTHS:
+            return value
+        shape = (*value.shape[:-1], WIDTHS[value.shape[-1]])
+        return torch.rand(shape, generator=generator(seed)).mul_(4)
+
+    def call(self) -> None:
+        getattr(torch.ops.tta_ext, self.name).out(*self.there, **self.written)
+
+    def check(self, turn: int) -> None:
+        """New contents in the captured tensors, a replay, and the bits of the CPU."""
+        for place, (old, there) in enumerate(zip(self.arguments, self.there, strict=True)):
+            if not isinstance(old, Tensor):
+                continue
+            if old.numel() > 1:
+                changed = old.roll(turn) if old.dim() == 1 else old.roll(1009 * turn, -1)
+            else:
+                changed = old + (0.01 if old.is_floating_point() else 1) * turn
+            self.arguments[place] = changed
+            there.copy_(changed)
+        for key, there in self.written.items():
+            there.copy_(self.outputs[key])
+        getattr(torch.ops.tta_ext, self.name).out(*self.arguments, **self.outputs)
+        self.graph.replay()
+        for key, want in self.outputs.items():
+            assert_same(want, self.written[key], f"{self.name}.{key} of replay {turn}")
+
+
+#: Each operator, and calls that take another way: a copy instead of a kernel, no draws.
+CAPTURED: list[tuple[str, dict[str, Any]]] = [
+    *((name, {}) for name in sorted(OPS)),
+    *((name, {"sigma": 0.0}) for name in ("control_merge", "control_update")),
+    *((name, {"do_sample": False}) for name in ("deferral_propose", "deferral_sample")),
+    *((name, {"do_sample": False}) for name in ("deferral_verify", "implicit_reward_sample")),
+]
+
+
+@needs_graphs
+@pytest.mark.parametrize(
+    ("name", "changes"), CAPTURED, ids=["-".join((name, *changes)) for name, changes in CAPTURED]
+)
+def test_graph(name: str, changes: dict[str, Any]) -> None:
+    """Captured once, replayed with other numbers in the same tensors."""
+    graph = Graph(name, **changes)
+    for turn in range(4):
+        graph.check(turn)
+
+
+@needs_graphs
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [("deferral_verify", "greedy_knapsack"), ("categorical_sample", "deferral_mask")],
+)
+def test_graphs_of_one_pool(first: str, second: str) -> None:
+    """Scratch memory and counters of one may lie where the other's did; calls go on between."""
+    pool = torch.cuda.graph_pool_handle()
+    graphs = [Graph(name, pool) for name in (first, second, first)]
+    for turn in range(3):
+        for graph in (*graphs, *reversed(graphs)):
+            graph.check(turn)
+            graph.call()
+
+
+@needs_graphs
+def test_graph_refuses_check() -> None:
+    x = torch.randn(3, 37, generator=generator(4)).to("cuda")
+    with (
+        pytest.raises(RuntimeError, match="pass check=False"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        ops.categorical_sample(x, check=True, **KEY)

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 import zlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -447,33 +447,76 @@ def test_sanitizers_are_clean() -> None:
     assert done.returncode == 0 and f"{len(ARGUMENTS)} passed" in done.stdout, report
 
 
-# A missing fence, missing barriers, an off-by-one tail: file of csrc/cuda, what to replace by what,
-# how often (0: everywhere), and the report.
-PLANTED = {
-    "fence": ("block.cuh", r"__threadfence\(\);", ";", 1, "race: .* global scratch"),
-    "barrier": ("tile.cuh", r"__syncthreads\(\);", ";", 0, "(race: .*|uninitialised: .*) shared"),
-    "tail": ("tile.cuh", r"< tile\.count", "<= tile.count", 0, "out of bounds: read .* at logits"),
-}
+@dataclass(frozen=True)
+class Bug:
+    """A bug of one translation unit: what is replaced in a file of csrc/cuda as this unit alone
+    sees it, in the first ``places`` of it (0: everywhere), and how a call of ``op`` is reported.
+    """
+
+    unit: str
+    op: str
+    file: str
+    old: str
+    new: str
+    report: str
+    places: int = 0
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("bug", sorted(PLANTED))
-def test_bugs_planted_in_the_kernels_are_found(bug: str, tmp_path: Path) -> None:
+BARRIER = r"__syncthreads\(\);"
+SHARED = "(race|uninitialised): .* shared"
+BUGS = (
+    Bug(
+        "sampling",
+        "categorical_sample",
+        "block.cuh",
+        r"__threadfence\(\);",
+        ";",
+        "race: .* global",
+        1,
+    ),
+    Bug("deferral", "deferral_sample", "tile.cuh", BARRIER, ";", SHARED),
+    Bug(
+        "verify",
+        "deferral_verify",
+        "tile.cuh",
+        r"< tile\.count",
+        "<= tile.count",
+        "out of bounds: read",
+    ),
+    Bug("knapsack", "greedy_knapsack", "knapsack.cu", BARRIER, ";", SHARED),
+    Bug("control", "control_update", "control.cu", r"__syncwarp\(\);", ";", SHARED),
+    Bug("prelogit", "normal", "noise.cuh", r"left > 3", "left >= 3", "out of bounds: write"),
+)
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> simt.Kernels:
+    """The hook build with all the bugs, each in a translation unit of its own."""
     kernels_of("hooks")  # or skip
-    name, old, new, count, expected = PLANTED[bug]
-    root = tmp_path / "csrc"
-    shutil.copytree(_compile.source_root(), root)
-    path = root / "cuda" / name
-    changed, places = re.subn(old, new, path.read_text(), count=count)
-    assert places, f"{name} no longer holds {old}: plant another bug"
-    path.write_text(changed)
-    kernels = simt.changed_kernels(f"tta_ext_simt_{bug}", root)
-    reports = []
+    source, trees = _compile.source_root() / "cuda", {}
+    for bug in BUGS:
+        tree = tmp_path_factory.mktemp(bug.unit)
+        (tree / "cuda").mkdir()
+        trees[f"{bug.unit}.cu"] = tree
+        for name in {f"{bug.unit}.cu", bug.file}:
+            text = (source / name).read_text()
+            if name == bug.file:
+                text, found = re.subn(bug.old, bug.new, text, count=bug.places)
+                assert found, f"{name} no longer holds {bug.old}: plant another bug"
+            (tree / "cuda" / name).write_text(text)
+    return simt.changed_kernels("tta_ext_simt_planted", trees)
+
+
+@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: f"{bug.op}-{bug.file}")
+def test_bugs_planted_in_the_kernels_are_found(bug: Bug, planted: simt.Kernels) -> None:
+    reports = set()
     for number in range(40):
-        kernels.configure(seed=number % 4)
-        args = categorical_sample(Draw("planted", number, MEDIUM))
-        reports.append(run(kernels, "categorical_sample", *args))
-    assert any(isinstance(r, str) and re.match("SIMT: " + expected, r) for r in reports), reports
+        planted.configure(seed=number % 4)
+        report = run(planted, bug.op, *ARGUMENTS[bug.op](Draw(bug.op, number, MEDIUM)))
+        if isinstance(report, str) and re.match("SIMT: " + bug.report, report):
+            return
+        reports.add(report if isinstance(report, str) else "no fault")
+    pytest.fail(f"not found in 40 calls: {sorted(reports)}")
 
 
 def test_every_operator_is_compared() -> None:
