@@ -18,8 +18,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 RECORD = ROOT / ".ci" / "full.json"
 
-# What the long checks are about: the kernels and the operators. A change to anything else cannot
-# change how they end.
+# What the long checks are about: the kernels and the operators, and for some the tests they run
+# (TESTS). A change to anything else cannot change how they end.
 SOURCES = (
     "CMakeLists.txt",
     "csrc/**/*",
@@ -30,6 +30,16 @@ SOURCES = (
     "tta_ext/ops/*.py",
     "tta_ext/backends/**/*.py",
 )
+TESTS = {
+    "grid": ("tests/*.py",),
+    "device": (
+        ".ci/fake_device",
+        "tests/cases.py",
+        "tests/conftest.py",
+        "tests/test_bits.py",
+        "tests/test_cuda_device.py",
+    ),
+}
 CHECKS = ("sanitizers", "exhaustive", "grid", "device")
 # Those that need what not every machine has.
 OPTIONAL = ("device",)
@@ -38,9 +48,10 @@ OPTIONAL = ("device",)
 SUMMARY = re.compile(r"\d+% tests passed|\d+ passed|^(exp|log|normal_pair): ")
 
 
-def digest() -> str:
-    """SHA-256 of the names and contents of the sources."""
-    found = sorted({p for pattern in SOURCES for p in ROOT.glob(pattern) if p.is_file()})
+def digest(name: str) -> str:
+    """SHA-256 of the names and contents of a check's sources."""
+    patterns = (*SOURCES, *TESTS.get(name, ()))
+    found = sorted({p for pattern in patterns for p in ROOT.glob(pattern) if p.is_file()})
     text = hashlib.sha256()
     for path in found:
         if path.suffix != ".pyc":
@@ -55,7 +66,7 @@ def load() -> dict[str, dict[str, object]]:
 
 def run(name: str, command: list[str]) -> int:
     """Run a check, show its output, record its end."""
-    before, start = digest(), time.monotonic()
+    before, start = digest(name), time.monotonic()
     summary: list[str] = []
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -65,7 +76,7 @@ def run(name: str, command: list[str]) -> int:
             print(line, end="", flush=True)
             if SUMMARY.search(line):
                 summary.append(re.sub(r" in [\d.]+s.*", "", line.strip("= \n")))
-    passed = process.returncode == 0 and digest() == before
+    passed = process.returncode == 0 and digest(name) == before
     record = load()
     record[name] = {
         "passed": passed,
@@ -83,7 +94,7 @@ def skip(name: str, reason: str) -> int:
     record = load()
     record[name] = {
         "passed": True,
-        "sources": digest(),
+        "sources": digest(name),
         "seconds": 0,
         "summary": f"skipped: {reason}",
     }
@@ -93,11 +104,11 @@ def skip(name: str, reason: str) -> int:
 
 def check() -> int:
     """0 if every long check passed on these sources, or says why it could not run."""
-    record, now = load(), digest()
+    record = load()
     stale = [
         name
         for name in CHECKS
-        if not record.get(name, {}).get("passed") or record[name].get("sources") != now
+        if not record.get(name, {}).get("passed") or record[name].get("sources") != digest(name)
     ]
     if stale:
         print(

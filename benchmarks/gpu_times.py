@@ -1,17 +1,20 @@
 """Measured times of the CUDA operators beside the predicted ones. Needs a GPU and triton.
 
-    python -m benchmarks.gpu_times [--json PATH] [--batch B ...] [--vocab V ...]
+    python -m benchmarks.gpu_times [--json PATH] [--batch B ...] [--vocab V ...] [--dim D ...]
 
 Every operator is called through ``tta_ext.ops`` inside a CUDA graph (triton's
 ``do_bench_cudagraph``: median of many replays, after warming up), so what Python costs is left
 out, as it is in a captured decoding step. Inputs of up to the size of L2 are read from L2 on
-replay: such lines can beat the prediction, which reads them from DRAM.
+replay: such lines can beat the prediction, which reads them from DRAM. Two of roofline.py's
+constants are measured beside what it assumes: what a kernel costs that does nothing, and the
+bandwidth that a copy gets.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -62,11 +65,14 @@ def logits_calls(
     def rule(name: str, param: float) -> dict[str, Any]:
         return {"rule": name, "param": param}
 
+    greedy = {**key, "do_sample": False}
     keep, defer, some = (rule("threshold", p) for p in (0.0, 1.5, 0.001))
     knapsack, small = (rule("knapsack", p) for p in (0.4, 1e-6))
     yield "categorical_sample", lambda: ops.categorical_sample(base, **key)
     yield "deferral_propose", lambda: ops.deferral_propose(base, **keep, **key)
+    yield "deferral_propose greedy", lambda: ops.deferral_propose(base, **keep, **greedy)
     yield "deferral_sample", lambda: ops.deferral_sample(base, proxy, **keep, **key)
+    yield "deferral_sample greedy", lambda: ops.deferral_sample(base, proxy, **keep, **greedy)
     yield "deferral_sample deferred", lambda: ops.deferral_sample(base, proxy, **defer, **key)
     yield "deferral_propose knapsack", lambda: ops.deferral_propose(base, **small, **key)
     yield "deferral_mask", lambda: ops.deferral_mask(base, **some, **plain)
@@ -75,6 +81,10 @@ def logits_calls(
     yield "deferral_stats", lambda: ops.deferral_stats(base, **some, **plain)
     expert = proxy.unsqueeze(0)
     yield "implicit_reward", lambda: ops.implicit_reward_sample(base, expert, anti, beta, **key)
+    yield (
+        "implicit_reward_probs",
+        lambda: ops.implicit_reward_probs(base, expert, anti, beta, **plain),
+    )
     if dtype == torch.float32:
         profit = torch.rand(batch, vocab, generator=generator).to(device)
         weight = torch.rand(batch, vocab, generator=generator).to(device)
@@ -111,14 +121,31 @@ def dimensional_calls(
             hidden, mean, step=0, row=row, sequence=row, rollout=rollout, dot=dot, **noise
         ),
     )
-    if dtype == torch.float32:
-        weights = torch.rand(prompts, n, generator=generator).to(device)
-        sequence = torch.arange(prompts, device=device)
-        yield (
-            "control_update",
-            prompts * steps,
-            lambda: ops.control_update(mean, weights, sequence=sequence, **noise),
-        )
+    if dtype != torch.float32:
+        return
+    weights = torch.rand(prompts, n, generator=generator).to(device)
+    sequence = torch.arange(prompts, device=device)
+    partials = torch.randn(roofline.SHARDS, prompts, steps, dim, generator=generator).to(device)
+    rows = prompts * steps
+    counter = torch.arange(4 * rows * dim, device=device).view(-1, 4)
+    words = torch.tensor([SEED, 0], device=device)
+    yield (
+        "control_update",
+        rows,
+        lambda: ops.control_update(mean, weights, sequence=sequence, **noise),
+    )
+    yield "control_merge", rows, lambda: ops.control_merge(mean, partials, 0.5)
+    yield "normal", rows, lambda: ops.normal(rows * dim, seed=seed)
+    yield "philox", rows, lambda: ops.philox(counter, words)
+
+
+def rollouts_call(prompts: int, device: str) -> Call:
+    """The weights of the rollouts of each prompt."""
+    generator = torch.Generator().manual_seed(SEED)
+    reward, dot, norm2 = torch.rand(3, prompts, roofline.ROLLOUTS, generator=generator).to(device)
+    return lambda: ops.importance_weights(
+        reward, dot, norm2, lam=0.3, alpha=0.9, sigma=0.5, check=False
+    )
 
 
 def calls(
@@ -131,16 +158,40 @@ def calls(
             for vocab in vocabularies:
                 for op, call in logits_calls(batch, vocab, dtype, device):
                     yield Measured(op, name, batch, vocab, call)
+            if dtype == torch.float32:
+                n = roofline.ROLLOUTS
+                yield Measured("importance_weights", name, batch, n, rollouts_call(batch, device))
             for dim in dimensions:
                 for op, rows, call in dimensional_calls(batch, dim, dtype, device):
                     yield Measured(op, name, rows, dim, call)
 
 
-def predicted(gpu: str) -> dict[tuple[str, str, int, int], roofline.Prediction]:
-    """The predictions for the GPU of that name; none where the model does not know it."""
-    known = [g.name for key, g in roofline.GPUS.items() if key in gpu]
+def known(gpu: str) -> roofline.Gpu | None:
+    """The GPU of that name, where the model knows it: parts in SXM form only."""
+    if re.search("pcie|nvl|40GB", gpu, re.IGNORECASE):
+        return None
+    names = re.split("[ -]", gpu)
+    return next((found for key, found in roofline.GPUS.items() if key in names), None)
+
+
+def predicted(gpu: roofline.Gpu | None) -> dict[tuple[str, str, int, int], roofline.Prediction]:
+    """The predictions for a GPU."""
     return {
-        (p.op, p.dtype, p.rows, p.columns): p for p in roofline.recorded() if p.gpu in known[:1]
+        (p.op, p.dtype, p.rows, p.columns): p
+        for p in roofline.recorded()
+        if gpu and p.gpu == gpu.name
+    }
+
+
+def constants(bench: Callable[..., float]) -> dict[str, float]:
+    """What roofline.py assumes, measured: microseconds of a kernel of one element, bytes/s."""
+    one = torch.zeros(1, device="cuda")
+    source = torch.zeros(1 << 28, device="cuda")
+    target = torch.empty_like(source)
+    copy = 1e-3 * bench(lambda: target.copy_(source), return_mode="median")
+    return {
+        "kernel_us": 1e3 * bench(lambda: one.add_(1.0), return_mode="median"),
+        "copy_bytes_per_s": 2 * source.nbytes / copy,
     }
 
 
@@ -149,12 +200,22 @@ def measure(arguments: argparse.Namespace) -> int:
     try:
         from triton.testing import do_bench_cudagraph
     except ImportError:
-        print("gpu_times: skipped, triton is not installed (pip install triton)")
-        return 0
+        print("gpu_times: nothing was measured, triton is not installed (pip install triton)")
+        return 1
     gpu = torch.cuda.get_device_name()
-    expected = predicted(gpu)
-    if not expected:
+    model = known(gpu)
+    expected = predicted(model)
+    if model is None:
         print(f"gpu_times: there is no prediction for {gpu}; measuring all the same")
+    else:
+        print(f"gpu_times: predictions are those for {model.name}")
+    found = constants(do_bench_cudagraph)
+    assumed = f" (assumed {1e-9 * model.efficiency * model.dram:.0f})" if model else ""
+    print(
+        f"{gpu}: a kernel of one element {found['kernel_us']:.2f} us (assumed "
+        f"{1e6 * roofline.FIRST_LAUNCH:.2f}, after another {1e6 * roofline.NEXT_LAUNCH:.2f}), "
+        f"a copy {1e-9 * found['copy_bytes_per_s']:.0f} GB/s{assumed}"
+    )
     rows = []
     print(f"{gpu}: times in us")
     print(
@@ -172,7 +233,13 @@ def measure(arguments: argparse.Namespace) -> int:
             f"{case.op:27}{case.dtype:10}{case.rows:>6}{case.columns:>9}{time:>10.2f}{beside}",
             flush=True,
         )
-    record = {"gpu": gpu, "torch": torch.__version__, "tta_ext": tta_ext.__version__, "rows": rows}
+    record = {
+        "gpu": gpu,
+        "torch": torch.__version__,
+        "tta_ext": tta_ext.__version__,
+        "constants": found,
+        "rows": rows,
+    }
     if arguments.json:
         arguments.json.write_text(json.dumps(record, indent=1) + "\n")
     return 0

@@ -3,81 +3,177 @@
     python -m benchmarks.roofline                table of H100, all figures to results/roofline.json
     python -m benchmarks.roofline --gpu A100     another table
     python -m benchmarks.roofline --check        are those figures of these sources, within bounds?
+    python -m benchmarks.roofline --bounds       print NO_WORSE as those figures would have it
 
-Instructions come from benchmarks/results/emulation.json (nvcc's PTX, executed; a PTX instruction
-counts as one machine instruction), bytes from the formulas below, which are those at the head of
-each .cu file. With B rows of V elements of s bytes, all times in seconds:
+Instructions and paths come from benchmarks/results/emulation.json (nvcc's machine code for sm_90,
+counted by machine_code.py; other GPUs are taken to execute as many), bytes from the formulas below,
+which are those at the head of each .cu file. With B rows of V elements of s bytes, all times in
+seconds:
 
     blocks = rows * tiles of 4096          busy = min(SMs, blocks)
-    memory = bytes / (0.9 * DRAM)          at most 64 bytes a clock and busy SM
+    span   = rows * tiles / (3 * SMs), as 1, 2 or 4: tiles that a block takes where rows are shared
+             (csrc/cuda/launch.h); turns were counted with 1 and with 4, and are linear in the
+             number of blocks between
+    memory = bytes / (efficiency * DRAM)   at most 64 bytes a clock and busy SM
            + again / (32 bytes * clock * SMs)     what is read again, while it fits L2; else DRAM
-    unit   = instructions * share / (0.8 * lanes of the unit * clock * busy),  for float, integer,
-             double and for the issue of all of them (128 lanes)
-    time   = first launch + (launches - 1) * next launch + stages * latency + max(memory, units)
-    least  = first launch + bytes / (0.9 * DRAM):  a kernel that only moves the bytes
-    ratio  = time / least
+    unit   = turns / (0.8 * lanes of the unit * clock * busy),  for fp32 (which integer
+             multiplications take too), imad, alu, fp64, xu, lsu, uniform, and for the issue of all
+    stream = max(memory, units)
+    path   = for each launch, the cycles of a block with an SM to itself / clock:
+             the path at LONG tiles + (tiles - LONG) * path per tile
+    fill   = what the first loads wait for DRAM, beyond the wait for L2 that is in the path
+    time   = first launch + (launches - 1) * next launch + fill + stream + path
+    least  = first launch + DRAM latency + bytes / (efficiency * DRAM):  a kernel that only moves
+             the bytes
+    ratio  = time / least                  strict = time / (bytes / (efficiency * DRAM))
+    flow   = (time - path) / least:  what bytes, instructions and launches alone make of it
 
-A stage is a launch in which the last block of a row to arrive goes on alone: a fence, a counter,
-the tiles' sums and mostly one tile again, one after the other. The four constants and the two
-efficiencies are assumptions, written below; nothing here was measured on a GPU
-(benchmarks/gpu_check.sh prints measured times beside these).
+A path is what is left of a launch when the last bytes have arrived: its last block takes its
+tile's maximum, exponentials and sum, counts itself in, and where it is the last of its row reads
+the tiles' sums from L2, adds them up in float64 one after the other, chooses a tile, reads it
+again, and draws. All of that is dependent steps of a few warps, listed with the cycles each waits
+for in emulation.json (``path``: L2, shuffles, barriers, float64, ...). It is exposed once a launch:
+the other rows' paths are beside the stream of rows that come later, as are the other tiles of a
+block that has several.
+
+That as many blocks are resident as it takes to keep memory or a unit busy is taken for granted:
+the occupancy is in kernels.md. Nothing here was measured on a GPU; benchmarks/gpu_times.py prints
+measured times beside these.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from . import emulate
+from . import emulate, machine_code
 
 RESULT = Path(__file__).resolve().parent / "results" / "roofline.json"
 
-# Assumptions.
-FIRST_LAUNCH = 2.0e-6  # a kernel of a CUDA graph with nothing in it, start to end
-NEXT_LAUNCH = 1.3e-6  # one more that depends on it
-LATENCY = 2.0e-6  # of a stage
-DRAM_EFFICIENCY = 0.9  # of the data sheet's bandwidth
-ISSUE_EFFICIENCY = 0.8  # of the cycles
-ISSUE_LANES = 128  # of an SM: four warp schedulers
+# Assumptions, each with what it rests on.
+#
+# A graph of one empty kernel, start to end.
+FIRST_LAUNCH = 2.0e-6
+# One more kernel that depends on it: the grid before it drains and its writes become visible. Nodes
+# that do nothing take 0.6 us (github.com/ahrefs/ocannl, issue 488, sm_120); what "Getting Started
+# with CUDA Graphs" (NVIDIA's technical blog) leaves between kernels of a graph is 0.5 us (V100).
+# Twice that, for a drain.
+NEXT_LAUNCH = 1.3e-6
+# Of the cycles of a unit: what Nsight Compute's rules call a unit that is fully used begins at 80%.
+ISSUE_EFFICIENCY = 0.8
+# From L2 to an SM: 4472 bytes a clock on an H800 of 114 SMs are 39 each (Luo et al.,
+# arXiv:2501.12084, table 5); the next smaller power of two. A sector fits a port of 64 bytes twice.
+L2_BYTES, PORT_BYTES = 32, 64
+# Cycles to DRAM, and to L2 (machine_code.LATENCY); Luo et al., table 3.
+DRAM_LATENCY = 656
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """Data sheets, and the CUDA programming guide's table of arithmetic throughput."""
+    """A GPU.
+
+    Attributes:
+        sms, l2: data sheet; L2 in bytes.
+        clock: boost, 1/s; the data sheet's float32 peak is 2 * sms * lanes of fp32 * clock.
+        dram: bytes/s, data sheet.
+        efficiency: of that, what a kernel that only reads gets.
+        lanes: results a clock and SM ("Throughput of Native Arithmetic Instructions", CUDA C++
+            Best Practices Guide), of the units that machine_code.py names.
+    """
 
     name: str
     sms: int
-    clock: float  # boost, 1/s
-    dram: float  # bytes/s
-    l2: int  # bytes
-    lanes: dict[str, int]  # results a clock and SM
+    clock: float
+    dram: float
+    efficiency: float
+    l2: int
+    lanes: dict[str, int]
 
 
+# Efficiency: 0.91 was measured on an H800 (Luo et al., table 5), 6.75 TB/s on a B200
+# ("Reverse-engineered Blackwell: what microbenchmark papers have measured"); A100 and H200 as H100.
 GPUS = {
-    "A100": Gpu("A100 SXM 80GB", 108, 1.410e9, 2.039e12, 40 << 20,
-                {"float": 64, "integer": 64, "double": 32}),
-    "H100": Gpu("H100 SXM", 132, 1.980e9, 3.350e12, 50 << 20,
-                {"float": 128, "integer": 64, "double": 64}),
-    "H200": Gpu("H200 SXM", 132, 1.980e9, 4.800e12, 50 << 20,
-                {"float": 128, "integer": 64, "double": 64}),
-    "B200": Gpu("B200", 148, 1.965e9, 8.000e12, 126 << 20,
-                {"float": 128, "integer": 64, "double": 64}),
+    "A100": Gpu("A100 SXM 80GB", 108, 1.410e9, 2.039e12, 0.9, 40 << 20,
+                {**machine_code.LANES, "fp32": 64, "fp64": 32}),
+    "H100": Gpu("H100 SXM", 132, 1.980e9, 3.350e12, 0.9, 50 << 20, machine_code.LANES),
+    "H200": Gpu("H200 SXM", 132, 1.980e9, 4.800e12, 0.9, 50 << 20, machine_code.LANES),
+    "B200": Gpu("B200", 148, 1.965e9, 8.000e12, 0.84, 126 << 20, machine_code.LANES),
 }  # fmt: skip
 
 SIZES = {"float32": 4, "bfloat16": 2}
 BATCHES = (1, 8, 64)
 VOCABULARIES = (32000, 128256, 256000)
 DIMENSIONS = (2048, 4096, 8192)
-ROLLOUTS, STEPS, DRAFT = emulate.ROLLOUTS, emulate.STEPS, emulate.DRAFT
+ROLLOUTS, STEPS = emulate.ROLLOUTS, emulate.STEPS
+DRAFT, SHARDS = emulate.DRAFT, emulate.SHARDS
+BLOCKS_EACH = 3  # of a multiprocessor before blocks take several tiles (csrc/bind/cuda.cpp)
 
-# What the gate looks at.
-GATED_OPS = ("categorical_sample", "deferral_propose", "deferral_sample")
-GATED_GPU, GATED_BATCH, GATED_VOCAB, GATED_DTYPE = "H100", 64, 128256, "float32"
+# What the gate looks at: the flow of the operators that read every byte once, in every dtype.
+GATED_OPS = (
+    "categorical_sample",
+    "deferral_propose",
+    "deferral_sample",
+    "deferral_sample deferred",
+    "implicit_reward",
+    "prelogit_perturb",
+)
+GATED_GPU, GATED_BATCH = "H100", 64
+GATED_VOCABULARIES, GATED_DIMENSIONS = (128256, 256000), (4096, 8192)
 MOST_RATIO = 1.3
+# Out of reach of 16-bit rows so far. deferral_sample has a second launch, for the rows that want
+# the proxy; prelogit_perturb is bound by the arithmetic of the noise.
+NOT_GATED = (
+    ("deferral_sample", "bfloat16"),
+    ("deferral_sample deferred", "bfloat16"),
+    ("prelogit_perturb", "bfloat16"),
+)
+# No operator must become worse: the ratio, path and all, on that GPU at the first of those columns,
+# SLACK times what it was last (--bounds).
+SLACK = 1.03
+NO_WORSE = {
+    ("categorical_sample", "float32"): 1.29,
+    ("categorical_sample", "bfloat16"): 1.69,
+    ("deferral_propose", "float32"): 1.34,
+    ("deferral_propose", "bfloat16"): 1.82,
+    ("deferral_sample", "float32"): 1.45,
+    ("deferral_sample", "bfloat16"): 2.04,
+    ("deferral_sample deferred", "float32"): 1.41,
+    ("deferral_sample deferred", "bfloat16"): 2.03,
+    ("deferral_propose greedy", "float32"): 2.21,
+    ("deferral_propose greedy", "bfloat16"): 3.84,
+    ("deferral_sample greedy", "float32"): 2.54,
+    ("deferral_sample greedy", "bfloat16"): 4.47,
+    ("deferral_propose knapsack", "float32"): 2.02,
+    ("deferral_propose knapsack", "bfloat16"): 2.72,
+    ("deferral_mask", "float32"): 1.66,
+    ("deferral_mask", "bfloat16"): 1.86,
+    ("deferral_mask knapsack", "float32"): 4.08,
+    ("deferral_mask knapsack", "bfloat16"): 6.44,
+    ("deferral_probs", "float32"): 2.42,
+    ("deferral_probs", "bfloat16"): 2.56,
+    ("deferral_stats", "float32"): 2.95,
+    ("deferral_stats", "bfloat16"): 5.33,
+    ("deferral_verify", "float32"): 2.23,
+    ("deferral_verify", "bfloat16"): 3.23,
+    ("implicit_reward", "float32"): 1.17,
+    ("implicit_reward", "bfloat16"): 1.3,
+    ("implicit_reward_probs", "float32"): 1.9,
+    ("implicit_reward_probs", "bfloat16"): 1.8,
+    ("greedy_knapsack", "float32"): 4.5,
+    ("prelogit_perturb", "float32"): 1.14,
+    ("prelogit_perturb", "bfloat16"): 2.09,
+    ("importance_weights", "float32"): 2.01,
+    ("control_update", "float32"): 25.74,
+    ("control_merge", "float32"): 1.04,
+    ("normal", "float32"): 1.51,
+    ("philox", "float32"): 1.03,
+}
 
 
 @dataclass(frozen=True)
@@ -87,48 +183,63 @@ class Op:
     Attributes:
         bytes: (elements of a row, bytes of an element) -> bytes a row that must move.
         formula: the same in words, for the table.
-        again: bytes a row that later passes read once more.
-        stages: launches that end with a block going on alone.
+        again: bytes a row that are read once more.
         models: rows of logits that a row of the batch has blocks for in its first launch.
+        positions: rows that a row of the batch stands for when tiles are shared.
     """
 
     bytes: Callable[[int, int], float]
     formula: str
-    stages: int
     again: Callable[[int, int], float] = lambda v, s: 0.0
     models: int = 1
+    positions: int = 1
 
 
 LOGITS = {
-    "categorical_sample": Op(lambda v, s: s * v, "s V", 1),
-    "deferral_propose": Op(lambda v, s: s * v, "s V", 1),
-    "deferral_sample": Op(lambda v, s: s * v, "s V", 1),
-    "deferral_sample deferred": Op(lambda v, s: 2 * s * v, "2 s V", 2),
-    "deferral_propose knapsack": Op(lambda v, s: s * v, "s V", 2, lambda v, s: s * v),
-    "deferral_mask": Op(lambda v, s: s * v + v, "s V + V", 1, lambda v, s: s * v),
-    "deferral_mask knapsack": Op(lambda v, s: s * v + v, "s V + V", 3, lambda v, s: 3 * s * v),
-    "deferral_probs": Op(lambda v, s: 2 * s * v + 4 * v, "2 s V + 4 V", 2,
+    "categorical_sample": Op(lambda v, s: s * v, "s V"),
+    "deferral_propose": Op(lambda v, s: s * v, "s V"),
+    "deferral_propose greedy": Op(lambda v, s: s * v, "s V", lambda v, s: s * v),
+    "deferral_sample": Op(lambda v, s: s * v, "s V"),
+    "deferral_sample greedy": Op(lambda v, s: 2 * s * v, "2 s V", lambda v, s: 2 * s * v, models=2),
+    "deferral_sample deferred": Op(lambda v, s: 2 * s * v, "2 s V"),
+    "deferral_propose knapsack": Op(lambda v, s: s * v, "s V", lambda v, s: s * v),
+    "deferral_mask": Op(lambda v, s: s * v + v, "s V + V", lambda v, s: s * v),
+    "deferral_mask knapsack": Op(lambda v, s: s * v + v, "s V + V", lambda v, s: 3 * s * v),
+    "deferral_probs": Op(lambda v, s: 2 * s * v + 4 * v, "2 s V + 4 V",
                          lambda v, s: 3 * s * v, models=2),
-    "deferral_stats": Op(lambda v, s: s * v, "s V", 3, lambda v, s: 2 * s * v),
-    "deferral_verify": Op(lambda v, s: (2 * DRAFT + 1) * s * v, "(2 K + 1) s V", 3,
-                          lambda v, s: (2 * DRAFT + 1) * s * v, models=2 * DRAFT + 1),
-    "implicit_reward": Op(lambda v, s: 3 * s * v, "(1 + 2 E) s V", 1, models=3),
-    "greedy_knapsack": Op(lambda v, s: 9 * v, "8 V + V", 4, lambda v, s: 24 * v),
+    "deferral_stats": Op(lambda v, s: s * v, "s V", lambda v, s: 2 * s * v),
+    "deferral_verify": Op(lambda v, s: (2 * DRAFT + 1) * s * v, "(2 K + 1) s V",
+                          lambda v, s: (2 * DRAFT + 1) * s * v, models=2 * DRAFT + 1,
+                          positions=DRAFT + 1),
+    "implicit_reward": Op(lambda v, s: 3 * s * v, "(1 + 2 E) s V", models=3),
+    "implicit_reward_probs": Op(lambda v, s: 3 * s * v + 4 * v, "(1 + 2 E) s V + 4 V",
+                                lambda v, s: 3 * s * v, models=3),
+    "greedy_knapsack": Op(lambda v, s: 9 * v, "8 V + V", lambda v, s: 24 * v),
 }  # fmt: skip
-# Rows of `dim` elements: of hidden states, or of one step of one prompt.
+# Rows of `dim` elements: of hidden states, or of one step of one prompt; of a block of Philox's
+# words each. importance_weights: of one rollout each.
 DIMENSIONAL = {
-    "prelogit_perturb": Op(lambda d, s: d * (2 * s + 4), "d (2 s + 4)", 0),
-    "control_update": Op(lambda d, s: 8 * d, "8 d", 0),
-}
+    # The mean's row serves all rollouts of its prompt, from L2 and beside the stream.
+    "prelogit_perturb": Op(lambda d, s: d * (2 * s + 4 / ROLLOUTS), "d (2 s + 4 / n)"),
+    "control_update": Op(lambda d, s: 8 * d, "8 d"),
+    "control_merge": Op(lambda d, s: 4 * (SHARDS + 2) * d, "4 (S + 2) d"),
+    "normal": Op(lambda d, s: 4 * d, "4 d"),
+    "philox": Op(lambda d, s: 64 * d, "64 d"),
+    "importance_weights": Op(lambda n, s: 16 * n + 4, "16 n + 4"),
+}  # fmt: skip
+
+
+# Elements that a block has, of operators without tiles. control_update: a warp or more for 128.
+BLOCK_ELEMENTS = {"control_update": 512, "control_merge": 512, "normal": 512, "philox": 256}
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """A line of the table. ``time`` and ``least`` in microseconds, predicted.
+    """A line of the table. ``time``, ``path`` and ``least`` in microseconds, predicted.
 
-    ``instructions_allowed`` are those an element for which the ratio would be ``MOST_RATIO``, all
-    else as it is; ``bound`` names what takes longest: memory, issue, float, integer, double, or
-    launches (with the latency of stages).
+    ``instructions_allowed`` are those an element for which the flow would be ``MOST_RATIO``;
+    ``path_allowed`` is the path for which the ratio would, if memory set the pace. ``bound`` names
+    what takes longest: memory, issue, a unit, or latency (launches, paths).
     """
 
     gpu: str
@@ -140,10 +251,14 @@ class Prediction:
     launches: int
     instructions_per_element: float
     bound: str
+    path: float
     time: float
     least: float
+    flow: float
     ratio: float
+    ratio_strict: float
     instructions_allowed: float
+    path_allowed: float
 
 
 def op_of(name: str) -> Op:
@@ -151,104 +266,195 @@ def op_of(name: str) -> Op:
     return LOGITS.get(name) or DIMENSIONAL[name]
 
 
-def shares(profile: emulate.Profile) -> dict[str, float]:
-    """Shares of the instructions by unit, launches weighted by what they execute."""
-    total = sum(launch.instructions for launch in profile.launches)
-    units = {unit for launch in profile.launches for unit in launch.mix}
-    return {
-        unit: sum(x.instructions * x.mix.get(unit, 0.0) for x in profile.launches) / total
-        for unit in units
-    }
+def rows_of(op: str) -> int:
+    """Rows that an operator of DIMENSIONAL has for each of the batch."""
+    return {"prelogit_perturb": ROLLOUTS, "importance_weights": 1}.get(op, STEPS)
 
 
 def base_elements(op: str) -> int:
     """Rows times columns of the call that was profiled, as ``predict`` counts them."""
-    if op == "prelogit_perturb":
-        return ROLLOUTS * emulate.DIM
-    if op == "control_update":
-        return STEPS * emulate.DIM
-    return emulate.PROFILE_VOCAB
+    if op == "importance_weights":
+        return ROLLOUTS
+    return rows_of(op) * emulate.DIM if op in DIMENSIONAL else emulate.PROFILE_VOCAB
+
+
+def span_of(gpu: Gpu, op: str, rows: int, columns: int) -> int:
+    """Tiles that a block takes: span_of in csrc/cuda/launch.h."""
+    tiles = rows * op_of(op).positions * -(-columns // emulate.TILE)
+    spare = tiles // (BLOCKS_EACH * gpu.sms)
+    return emulate.SPAN if spare >= emulate.SPAN else 2 if spare >= 2 else 1
+
+
+@dataclass(frozen=True)
+class Work:
+    """Machine instructions, and turns of the units, of the call that was profiled."""
+
+    instructions: float
+    units: dict[str, float]
+
+
+def work_of(profile: emulate.Profile, span: int) -> Work:
+    """With so many tiles a block."""
+    units: Counter[str] = Counter()
+    for kernel in profile.machine:
+        units.update(kernel.units)
+    instructions = sum(kernel.instructions for kernel in profile.machine)
+    if profile.spanned is None:
+        return Work(instructions, dict(units))
+    # Of the blocks that are fewer with SPAN tiles each, the part that is fewer with these.
+    part = (1 - 1 / span) / (1 - 1 / emulate.SPAN)
+    most = profile.spanned
+    return Work(
+        instructions + part * (most.instructions - instructions),
+        {unit: n + part * (most.units.get(unit, 0) - n) for unit, n in units.items()},
+    )
+
+
+def unit_times(gpu: Gpu, work: Work, factor: float, busy: int) -> dict[str, float]:
+    """Seconds that each unit, and the issue of instructions, is busy with so much of the work."""
+    turns = Counter(work.units)
+    turns["fp32"] += turns["imad"]
+    cycles = {unit: turns[unit] / lanes for unit, lanes in gpu.lanes.items()}
+    cycles["issue"] = work.instructions / machine_code.ISSUE_LANES
+    return {unit: factor * n / (ISSUE_EFFICIENCY * gpu.clock * busy) for unit, n in cycles.items()}
+
+
+def path_time(gpu: Gpu, profile: emulate.Profile, columns: int) -> float:
+    """Seconds of the paths of all launches."""
+    tiles = -(-columns // emulate.TILE)
+    return (
+        sum(
+            kernel.launches
+            * max(sum(kernel.path.values()) + (tiles - emulate.LONG) * kernel.path_per_tile, 0.0)
+            for kernel in profile.machine
+        )
+        / gpu.clock
+    )
+
+
+def memory_time(gpu: Gpu, size: float, again: float, busy: int) -> float:
+    """Seconds to move ``size`` bytes, and ``again`` once more."""
+    dram = gpu.efficiency * gpu.dram
+    rest = again / (L2_BYTES * gpu.clock * busy if size <= gpu.l2 else dram)
+    return size / min(dram, PORT_BYTES * gpu.clock * busy) + rest
 
 
 def predict(gpu: Gpu, profile: emulate.Profile, rows: int, columns: int) -> Prediction:
     """The model at the head of this file."""
     op = op_of(profile.op)
-    size = SIZES[profile.dtype]
-    total = sum(launch.instructions for launch in profile.launches)
-    instructions = total / base_elements(profile.op) * rows * columns
-    size_in_bytes = op.bytes(columns, size) * rows
-    again = op.again(columns, size) * rows
+    size = op.bytes(columns, SIZES[profile.dtype]) * rows
+    again = op.again(columns, SIZES[profile.dtype]) * rows
     busy = min(gpu.sms, rows * op.models * -(-columns // emulate.TILE))
-    if profile.op == "control_update":  # a warp or more for 128 dimensions
-        busy = min(gpu.sms, -(-rows * columns // 512))
-    dram = DRAM_EFFICIENCY * gpu.dram
-    memory = size_in_bytes / min(dram, 64 * gpu.clock * busy)
-    fits = size_in_bytes <= gpu.l2
-    memory += again / (32 * gpu.clock * busy if fits else dram)
-    cycle = 1 / (ISSUE_EFFICIENCY * gpu.clock * busy)
-    share = shares(profile)
-    units = {unit: instructions * share.get(unit, 0.0) / lanes * cycle
-             for unit, lanes in gpu.lanes.items()}  # fmt: skip
-    units["issue"] = instructions / ISSUE_LANES * cycle
-    launches = len(profile.launches)
-    fixed = FIRST_LAUNCH + (launches - 1) * NEXT_LAUNCH + op.stages * LATENCY
-    work = max(memory, *units.values())
-    least = FIRST_LAUNCH + size_in_bytes / dram
-    bound = max({**units, "memory": memory, "launches": fixed}.items(), key=lambda x: x[1])[0]
-    slowest = max(units.values())
-    room = max(MOST_RATIO * least - fixed, 0.0) / slowest
+    if profile.op in BLOCK_ELEMENTS:
+        busy = min(gpu.sms, -(-rows * columns // BLOCK_ELEMENTS[profile.op]))
+    memory = memory_time(gpu, size, again, busy)
+    work = work_of(profile, span_of(gpu, profile.op, rows, columns))
+    units = unit_times(gpu, work, rows * columns / base_elements(profile.op), busy)
+    per_element = work.instructions / profile.elements
+    path = path_time(gpu, profile, columns)
+    launches = sum(kernel.launches for kernel in profile.machine)
+    fixed = FIRST_LAUNCH + (launches - 1) * NEXT_LAUNCH
+    fixed += (DRAM_LATENCY - machine_code.LATENCY["l2"]) / gpu.clock
+    stream = max(memory, *units.values())
+    alone = size / (gpu.efficiency * gpu.dram)
+    least = FIRST_LAUNCH + DRAM_LATENCY / gpu.clock + alone
+    time = fixed + stream + path
+    limits = {**units, "memory": memory, "latency": fixed + path}
+    left = MOST_RATIO * least - fixed
     return Prediction(
         gpu=gpu.name,
         op=profile.op,
         dtype=profile.dtype,
         rows=rows,
         columns=columns,
-        bytes=round(size_in_bytes),
+        bytes=round(size),
         launches=launches,
-        instructions_per_element=profile.instructions_per_element,
-        bound=bound,
-        time=round(1e6 * (fixed + work), 2),
+        instructions_per_element=round(per_element, 2),
+        bound=max(limits, key=limits.__getitem__),
+        path=round(1e6 * path, 2),
+        time=round(1e6 * time, 2),
         least=round(1e6 * least, 2),
-        ratio=round((fixed + work) / least, 3),
-        instructions_allowed=round(profile.instructions_per_element * room, 1),
+        flow=round((fixed + stream) / least, 3),
+        ratio=round(time / least, 3),
+        ratio_strict=round(time / alone, 3),
+        instructions_allowed=round(per_element * max(memory, left) / max(units.values()), 1),
+        path_allowed=round(1e6 * max(left - memory, 0.0), 2),
     )
+
+
+def columns_of(op: str) -> tuple[int, ...]:
+    """Those of an operator's table."""
+    if op == "importance_weights":
+        return (ROLLOUTS,)
+    return DIMENSIONS if op in DIMENSIONAL else VOCABULARIES
+
+
+def shapes_of(op: str, batches: Iterable[int], columns: Iterable[int]) -> list[tuple[int, int]]:
+    """(rows, columns) of an operator."""
+    each = rows_of(op) if op in DIMENSIONAL else 1
+    return [(batch * each, n) for batch in batches for n in columns]
 
 
 def predictions() -> list[Prediction]:
     """Every GPU, operator, dtype and shape."""
-    found = []
-    for gpu in GPUS.values():
-        for p in emulate.recorded()[1]:
-            if p.op in LOGITS:
-                shapes = [(b, v) for b in BATCHES for v in VOCABULARIES]
-            elif p.op in DIMENSIONAL:
-                rows = ROLLOUTS if p.op == "prelogit_perturb" else STEPS
-                shapes = [(b * rows, d) for b in BATCHES for d in DIMENSIONS]
-            else:
-                continue  # importance_weights: a few kilobytes, launch and latency
-            found += [predict(gpu, p, rows, columns) for rows, columns in shapes]
-    return found
+    profiles = emulate.recorded()[1]
+    return [
+        predict(gpu, p, rows, columns)
+        for gpu in GPUS.values()
+        for p in profiles
+        for rows, columns in shapes_of(p.op, BATCHES, columns_of(p.op))
+    ]
 
 
-def gated(found: Iterable[Prediction], dtype: str = GATED_DTYPE) -> list[Prediction]:
-    """The lines that the gate looks at."""
+def looked_at(p: Prediction) -> list[tuple[int, int]]:
+    """The shapes of an operator that the gate looks at, none on another GPU."""
+    wanted = {*GATED_VOCABULARIES, *GATED_DIMENSIONS}
+    columns = [n for n in columns_of(p.op) if n in wanted] or columns_of(p.op)
+    return shapes_of(p.op, [GATED_BATCH], columns) if p.gpu == GPUS[GATED_GPU].name else []
+
+
+def gated(found: Iterable[Prediction]) -> list[Prediction]:
+    """The lines whose flow must be at most MOST_RATIO."""
     return [
         p
         for p in found
-        if p.gpu == GPUS[GATED_GPU].name
-        and p.op in GATED_OPS
-        and (p.rows, p.columns, p.dtype) == (GATED_BATCH, GATED_VOCAB, dtype)
+        if p.op in GATED_OPS
+        and (p.op, p.dtype) not in NOT_GATED
+        and (p.rows, p.columns) in looked_at(p)
     ]
+
+
+def kept(found: Iterable[Prediction]) -> list[Prediction]:
+    """The lines whose ratio must not become worse."""
+    return [p for p in found if (p.rows, p.columns) in looked_at(p)[:1]]
 
 
 def faults(found: Iterable[Prediction]) -> list[str]:
     """What the gate does not let pass, a line each."""
-    return [
-        f"{p.op} {p.dtype} on {p.gpu}: predicted {p.time} us, {p.ratio} times the bytes' "
-        f"{p.least} us > {MOST_RATIO}; {p.instructions_allowed} instructions an element would do"
+    found = list(found)
+    slow = [
+        f"{p.op} {p.dtype}, {p.columns} columns on {p.gpu}: a flow of {p.flow} times the bytes' "
+        f"{p.least} us > {MOST_RATIO}; {p.instructions_allowed} instructions an element would do "
+        f"(now {p.instructions_per_element})"
         for p in gated(found)
-        if p.ratio > MOST_RATIO
+        if p.flow > MOST_RATIO
     ]
+    worse = [
+        f"{p.op} {p.dtype} on {p.gpu}: predicted {p.ratio} times the bytes' time > "
+        f"{NO_WORSE.get((p.op, p.dtype), 0.0)}"
+        for p in kept(found)
+        if p.ratio > NO_WORSE.get((p.op, p.dtype), 0.0)
+    ]
+    return slow + worse
+
+
+def bounds(found: Iterable[Prediction]) -> str:
+    """NO_WORSE for these figures, as it stands in this file."""
+    lines = [
+        f'    ("{p.op}", "{p.dtype}"): {math.ceil(100 * SLACK * p.ratio) / 100},'
+        for p in kept(found)
+    ]
+    return "\n".join(["NO_WORSE = {", *lines, "}"])
 
 
 def document(found: Iterable[Prediction]) -> str:
@@ -259,9 +465,10 @@ def document(found: Iterable[Prediction]) -> str:
         "assumptions": {
             "first_launch_us": 1e6 * FIRST_LAUNCH,
             "next_launch_us": 1e6 * NEXT_LAUNCH,
-            "stage_latency_us": 1e6 * LATENCY,
-            "dram_efficiency": DRAM_EFFICIENCY,
             "issue_efficiency": ISSUE_EFFICIENCY,
+            "l2_bytes_a_clock_and_sm": L2_BYTES,
+            "dram_latency_cycles": DRAM_LATENCY,
+            "latency_cycles": machine_code.LATENCY,
         },
         "gpus": [asdict(gpu) for gpu in GPUS.values()],
         "columns": [field.name for field in fields(Prediction)],
@@ -275,38 +482,45 @@ def recorded() -> list[Prediction]:
     return [Prediction(*line) for line in json.loads(RESULT.read_text())["predicted"]]
 
 
+def stale() -> list[str]:
+    """Are the checked-in figures what the model makes of the checked-in profiles?"""
+    if RESULT.exists() and RESULT.read_text() == document(predictions()):
+        return []
+    return ["benchmarks/results/roofline.json is stale: run python -m benchmarks.roofline"]
+
+
 def check() -> list[str]:
     """Why the checked-in figures do not stand; empty if they do."""
-    found = predictions()
-    problems = emulate.check() + faults(found)
-    if not RESULT.exists() or RESULT.read_text() != document(found):
-        problems.append(
-            "benchmarks/results/roofline.json is stale: run python -m benchmarks.roofline"
-        )
-    return problems
+    return emulate.check() + faults(predictions()) + stale()
 
 
 def show(found: Iterable[Prediction], gpu: Gpu) -> None:
     """The table of a GPU, as plain text."""
     print(f"{gpu.name}: times in us, predicted, not measured")
     print(
-        f"{'operator':27}{'dtype':10}{'rows':>6}{'columns':>9}{'bytes':>11}  {'a row':14}"
-        f"{'launches':>9}{'PTX/el':>8}{'bound':>10}{'time':>9}{'least':>9}{'ratio':>7}"
+        f"{'operator':27}{'dtype':10}{'rows':>6}{'columns':>9}{'bytes':>11}  {'a row':15}"
+        f"{'launches':>9}{'instr/el':>9}{'bound':>9}{'path':>7}{'time':>9}{'least':>9}{'flow':>7}"
+        f"{'ratio':>7}{'strict':>8}"
     )
     for p in found:
         if p.gpu == gpu.name:
             print(
                 f"{p.op:27}{p.dtype:10}{p.rows:>6}{p.columns:>9}{p.bytes:>11}"
-                f"  {op_of(p.op).formula:14}{p.launches:>9}{p.instructions_per_element:>8.1f}"
-                f"{p.bound:>10}{p.time:>9.2f}{p.least:>9.2f}{p.ratio:>7.2f}"
+                f"  {op_of(p.op).formula:15}{p.launches:>9}{p.instructions_per_element:>9.1f}"
+                f"{p.bound:>9}{p.path:>7.2f}{p.time:>9.2f}{p.least:>9.2f}{p.flow:>7.2f}"
+                f"{p.ratio:>7.2f}{p.ratio_strict:>8.2f}"
             )
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="compare with the checked-in figures")
+    parser.add_argument("--bounds", action="store_true", help="print NO_WORSE anew")
     parser.add_argument("--gpu", choices=GPUS, default=GATED_GPU, help="whose table to print")
     arguments = parser.parse_args()
+    if arguments.bounds:
+        print(bounds(predictions()))
+        return 0
     if arguments.check:
         problems = check()
     else:

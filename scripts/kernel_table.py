@@ -3,8 +3,10 @@
     python scripts/kernel_table.py           compile and write benchmarks/results/kernels.json, .md
     python scripts/kernel_table.py --check   fail on a spill, on local memory, or on a stale table
 
-Needs nvcc (found as the extension's build finds it), cuobjdump (PATH, ``CUOBJDUMP`` or the triton
-package) and c++filt. Without them ``--check`` compares the hash of the sources alone.
+Needs nvcc (found as the extension's build finds it) with its ptxas, c++filt, and cuobjdump (PATH,
+``CUOBJDUMP`` or the triton package). Without cuobjdump ``--check`` compiles all the same and goes
+by what ptxas reports: registers, shared memory, stack, spills. Without nvcc it compares the hash
+of the sources alone.
 
 Occupancy is theoretical: blocks of the launch bound's size that registers, static shared memory,
 warps and block slots allow, as a part of the warps an SM holds. Shared memory that a launch adds
@@ -24,9 +26,10 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import TypeVar
 
 from tta_ext import _compile, _compile_cuda
 from tta_ext._compile import BuildError
@@ -63,18 +66,36 @@ SHARED_RESERVED = 1024
 
 
 @dataclass(frozen=True)
-class Kernel:
-    """One kernel on one architecture; counts of instructions are static."""
+class Assembled:
+    """One kernel on one architecture as ptxas reports it; memory in bytes."""
 
     file: str
     kernel: str
     arch: str
-    threads: int
     registers: int
     shared: int
     stack: int
     spill_stores: int
     spill_loads: int
+
+    def fault(self) -> str:
+        """What forbids the kernel, empty if nothing does."""
+        spilled = self.spill_stores + self.spill_loads
+        return ", ".join(
+            text
+            for text, bad in (
+                (f"{spilled} bytes of spills", spilled),
+                (f"a stack of {self.stack} bytes", self.stack),
+            )
+            if bad
+        )
+
+
+@dataclass(frozen=True)
+class Kernel(Assembled):
+    """The same, with what its machine code shows; counts of instructions are static."""
+
+    threads: int
     local_accesses: int
     loads_128: int
     loads_64: int
@@ -86,16 +107,11 @@ class Kernel:
 
     def fault(self) -> str:
         """What forbids the kernel, empty if nothing does."""
-        spilled = self.spill_stores + self.spill_loads
-        return ", ".join(
-            text
-            for text, bad in (
-                (f"{spilled} bytes of spills", spilled),
-                (f"a stack of {self.stack} bytes", self.stack),
-                (f"{self.local_accesses} accesses to local memory", self.local_accesses),
-            )
-            if bad
-        )
+        accesses = f"{self.local_accesses} accesses to local memory" if self.local_accesses else ""
+        return ", ".join(filter(None, (super().fault(), accesses)))
+
+
+T = TypeVar("T", bound=Assembled)
 
 
 def sources() -> list[Path]:
@@ -202,50 +218,72 @@ def count(opcodes: Counter[str], kind: str, width: str = "") -> int:
     )
 
 
+def assemble(
+    toolkit: _compile_cuda.Toolkit, source: Path, arch: str, cubin: Path
+) -> dict[str, Assembled]:
+    """Compile a file for an architecture; what ptxas reports, by mangled name."""
+    log = output_of(
+        *toolkit.compiler.command,
+        *_compile_cuda.FLAGS,
+        f"-gencode=arch=compute_{arch},code=sm_{arch}",
+        "-Xptxas=-v",
+        "-cubin",
+        f"-I{CSRC}",
+        str(source),
+        "-o",
+        str(cubin),
+    )
+    parts = {part.split("'")[0]: part for part in log.split("Compiling entry function '")[1:]}
+    if not parts:
+        sys.exit(f"kernel_table: ptxas reports no kernel of {source.name}")
+    names = readable(sorted(parts))
+
+    def number(part: str, pattern: str) -> int:
+        return int(match[1]) if (match := re.search(pattern, part)) else 0
+
+    return {
+        mangled: Assembled(
+            file=source.name,
+            kernel=names[mangled],
+            arch=f"sm_{arch}",
+            registers=number(part, r"Used (\d+) registers"),
+            shared=number(part, r"(\d+) bytes smem"),
+            # Of the kernel, and of what it calls.
+            stack=max(
+                number(part, r"(\d+) bytes stack frame"),
+                number(part, r"(\d+) bytes cumulative stack size"),
+            ),
+            spill_stores=number(part, r"(\d+) bytes spill stores"),
+            spill_loads=number(part, r"(\d+) bytes spill loads"),
+        )
+        for mangled, part in parts.items()
+    }
+
+
+def assemble_one(toolkit: _compile_cuda.Toolkit, source: Path, arch: str) -> list[Assembled]:
+    """The kernels of a file on an architecture, without a look at their machine code."""
+    with tempfile.TemporaryDirectory() as folder:
+        return list(assemble(toolkit, source, arch, Path(folder) / "kernels.cubin").values())
+
+
 def compile_one(toolkit: _compile_cuda.Toolkit, source: Path, arch: str) -> list[Kernel]:
     """The kernels of a file on an architecture."""
     with tempfile.TemporaryDirectory() as folder:
-        cubin = str(Path(folder) / "kernels.cubin")
-        log = output_of(
-            *toolkit.compiler.command,
-            *_compile_cuda.FLAGS,
-            f"-gencode=arch=compute_{arch},code=sm_{arch}",
-            "-Xptxas=-v",
-            "-cubin",
-            f"-I{CSRC}",
-            str(source),
-            "-o",
-            cubin,
-        )
-        opcodes = instructions(output_of(tool("cuobjdump"), "-sass", cubin))
-        threads = bounds(output_of(tool("cuobjdump"), "-elf", cubin))
-    reports = {}
-    for part in log.split("Compiling entry function '")[1:]:
-        numbers = {
-            key: int(match[1]) if (match := re.search(pattern, part)) else 0
-            for key, pattern in (
-                ("registers", r"Used (\d+) registers"),
-                ("shared", r"(\d+) bytes smem"),
-                ("stack", r"(\d+) bytes stack frame"),
-                ("spill_stores", r"(\d+) bytes spill stores"),
-                ("spill_loads", r"(\d+) bytes spill loads"),
-            )
-        }
-        reports[part.split("'")[0]] = numbers
-    if reports.keys() != opcodes.keys() or not reports:
+        cubin = Path(folder) / "kernels.cubin"
+        reports = assemble(toolkit, source, arch, cubin)
+        opcodes = instructions(output_of(tool("cuobjdump"), "-sass", str(cubin)))
+        threads = bounds(output_of(tool("cuobjdump"), "-elf", str(cubin)))
+    if reports.keys() != opcodes.keys():
         sys.exit(f"kernel_table: ptxas and cuobjdump name other kernels of {source.name}")
     kernels = []
-    for mangled, name in readable(sorted(reports)).items():
-        numbers, mix = reports[mangled], opcodes[mangled]
+    for mangled, report in reports.items():
+        mix = opcodes[mangled]
         size = threads.get(mangled, THREADS)
-        blocks, share, limit = occupancy(arch, size, numbers["registers"], numbers["shared"])
+        blocks, share, limit = occupancy(arch, size, report.registers, report.shared)
         kernels.append(
             Kernel(
-                file=source.name,
-                kernel=name,
-                arch=f"sm_{arch}",
+                **asdict(report),
                 threads=size,
-                **numbers,
                 local_accesses=count(mix, "LDL") + count(mix, "STL"),
                 loads_128=count(mix, "LDG", "128"),
                 loads_64=count(mix, "LDG", "64"),
@@ -259,15 +297,19 @@ def compile_one(toolkit: _compile_cuda.Toolkit, source: Path, arch: str) -> list
     return kernels
 
 
-def measure(toolkit: _compile_cuda.Toolkit, files: Sequence[Path]) -> list[Kernel]:
+def measure(
+    compile_file: Callable[[_compile_cuda.Toolkit, Path, str], list[T]],
+    toolkit: _compile_cuda.Toolkit,
+    files: Sequence[Path],
+) -> list[T]:
     """The kernels of files on all architectures, sorted."""
     jobs = [(source, arch) for arch in _compile_cuda.ARCHITECTURES for source in files]
     with concurrent.futures.ThreadPoolExecutor(_compile.job_count(len(jobs))) as pool:
-        found = list(pool.map(lambda job: compile_one(toolkit, *job), jobs))
+        found = list(pool.map(lambda job: compile_file(toolkit, *job), jobs))
     return in_order(kernel for part in found for kernel in part)
 
 
-def in_order(kernels: Iterable[Kernel]) -> list[Kernel]:
+def in_order(kernels: Iterable[T]) -> list[T]:
     """By file, name and architecture."""
     return sorted(kernels, key=lambda k: (k.file, k.kernel, int(k.arch[3:])))
 
@@ -317,22 +359,35 @@ def recorded() -> tuple[dict[str, object], list[Kernel]]:
     return record, [Kernel(**kernel) for kernel in record.pop("kernels")]
 
 
-def faults(kernels: list[Kernel]) -> list[str]:
+def faults(kernels: Sequence[Assembled]) -> list[str]:
     """One line for each kernel that must not ship."""
     return [f"{k.file} {k.kernel} {k.arch}: {k.fault()}" for k in kernels if k.fault()]
 
 
-def check(toolkit: _compile_cuda.Toolkit | None) -> list[str]:
-    """Why the checked-in table does not stand; empty if it does."""
+def check(toolkit: _compile_cuda.Toolkit | None, dumps: bool = True) -> list[str]:
+    """Why the checked-in table does not stand; empty if it does.
+
+    Args:
+        toolkit: what to compile with; without one the hash of the sources must do.
+        dumps: cuobjdump is there, to look at the machine code too.
+    """
     record, kernels = recorded()
     if record.get("sources") != digests():
         return ["benchmarks/results/kernels.json is stale: run python scripts/kernel_table.py"]
     if toolkit is None:
         return faults(kernels)
-    found = measure(toolkit, sources())
+    known: Sequence[Assembled] = kernels
+    found: Sequence[Assembled]
+    if dumps:
+        compiled = measure(compile_one, toolkit, sources())
+        found = compiled
+    else:
+        found = measure(assemble_one, toolkit, sources())
+        names = [field.name for field in fields(Assembled)]
+        known = [Assembled(**{name: getattr(k, name) for name in names}) for k in kernels]
     problems = faults(found)
     # Another nvcc may use other registers; what it must not do is spill.
-    if not problems and toolkit.compiler.version == record.get("compiler") and found != kernels:
+    if not problems and toolkit.compiler.version == record.get("compiler") and found != known:
         problems = ["benchmarks/results/kernels.json is not what nvcc gives: write it again"]
     return problems
 
@@ -345,7 +400,7 @@ def write(toolkit: _compile_cuda.Toolkit) -> list[Kernel]:
         known = {}
     changed = [path for path in sources() if known.get(path.name) != before[path.name]]
     kept = [k for k in kernels if before.get(k.file, "") == known.get(k.file)]
-    kernels = in_order((*kept, *measure(toolkit, changed)))
+    kernels = in_order((*kept, *measure(compile_one, toolkit, changed)))
     # Of a file that changed under way, nobody knows which version was compiled.
     after = digests()
     steady = {name: text for name, text in before.items() if after.get(name) == text}
@@ -368,14 +423,22 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         toolkit = _compile_cuda.find_toolkit()
-        tool("cuobjdump")
     except BuildError as error:
         if not arguments.check:
             sys.exit(f"kernel_table: {error}")
         print(f"the hash of the sources alone: {error}")
         toolkit = None
+    dumps = True
+    try:
+        tool("cuobjdump")
+    except BuildError as error:
+        if not arguments.check:
+            sys.exit(f"kernel_table: {error}")
+        if toolkit:
+            print(f"by the reports of ptxas alone: {error}")
+        dumps = False
     if arguments.check:
-        problems = check(toolkit)
+        problems = check(toolkit, dumps)
     else:
         assert toolkit is not None
         problems = faults(write(toolkit))
