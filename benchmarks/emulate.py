@@ -48,6 +48,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
+from scripts import kernel_table
 from tta_ext import _compile, _compile_cuda
 
 from . import machine_code
@@ -656,7 +657,7 @@ def main() -> int:
             return 0
         try:
             _compile_cuda.find_toolkit()
-            nvdisasm = machine_code.find_nvdisasm()
+            nvdisasm = kernel_table.tool("nvdisasm")
         except _compile.BuildError as error:
             print(f"emulate: skipped, {error}")
             return 0

@@ -31,19 +31,14 @@ iteration of a loop around it, are counted once.
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import os
 import pathlib
 import re
-import shutil
 import statistics
 import subprocess
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-
-from tta_ext._compile import BuildError
 
 WARP = 32
 WARPS = 32  # of a block, at most
@@ -338,21 +333,6 @@ class Block:
 _MACHINE = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(@!?\w+\s+)?([A-Z]\w*(?:\.\w+)*)\s*([^;]*);")
 _MACHINE_LINE = re.compile(r'File "\.nv_debug_ptx_txt", line (\d+)')
 _TARGET = re.compile(r"`\(([^)]+)\)")
-
-
-def find_nvdisasm() -> str:
-    """nvdisasm of the environment variable NVDISASM, the PATH, or the triton package."""
-    spec = importlib.util.find_spec("triton")
-    inside = (
-        pathlib.Path(spec.origin if spec and spec.origin else "").parent / "backends/nvidia/bin"
-    )
-    for path in (os.environ.get("NVDISASM"), shutil.which("nvdisasm"), inside / "nvdisasm"):
-        if path and pathlib.Path(path).is_file():
-            return str(path)
-    raise BuildError(
-        "no nvdisasm: looked on the PATH and in the triton package; mend it with: "
-        "export NVDISASM=<its path>, or pip install triton"
-    )
 
 
 def disassemble(nvdisasm: str, cubin: pathlib.Path) -> str:

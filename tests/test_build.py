@@ -395,10 +395,10 @@ def test_fork_gets_a_fresh_lock() -> None:
     code = """
 import os, threading
 from tta_ext import jit
-jit._lock.acquire()
+jit._once._lock.acquire()
 child = os.fork()
 if child == 0:
-    os._exit(0 if jit._lock.acquire(timeout=5) else 1)
+    os._exit(0 if jit._once._lock.acquire(timeout=5) else 1)
 raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

@@ -32,7 +32,7 @@ def _clean(monkeypatch: pytest.MonkeyPatch) -> None:
     """No toolkit or architecture named from outside, nothing loaded before."""
     for name in ("CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST", "TTA_EXT_CUDA", "NVCC_CCBIN"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(jit_cuda, "_result", None)
+    monkeypatch.setattr(jit_cuda._once, "result", None)
     monkeypatch.setattr(_dispatch, "_cuda", None)
 
 
@@ -353,7 +353,7 @@ def test_isolated_build_is_quiet(wheel: Wheel) -> None:
 def test_switches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TTA_EXT_CUDA", "0")
     assert jit_cuda.load().reason == "switched off by TTA_EXT_CUDA=0"
-    monkeypatch.setattr(jit_cuda, "_result", None)
+    monkeypatch.setattr(jit_cuda._once, "result", None)
     monkeypatch.setenv("TTA_EXT_CUDA", "yes")
     with pytest.raises(ValueError, match="TTA_EXT_CUDA='yes' is not one of auto, 0, 1"):
         jit_cuda.load()
@@ -368,7 +368,7 @@ def test_torch_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not result.loaded
     assert "is built without CUDA" in result.reason
     assert _dispatch.serves("philox", "cuda") == ("reference", result.reason)
-    monkeypatch.setattr(jit_cuda, "_result", None)
+    monkeypatch.setattr(jit_cuda._once, "result", None)
     monkeypatch.setenv("TTA_EXT_CUDA", "1")
     with pytest.raises(RuntimeError, match=r"^TTA_EXT_CUDA=1, but torch .* built without CUDA"):
         jit_cuda.load()

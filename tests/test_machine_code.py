@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import emulate, machine_code
+from scripts import kernel_table
 from tta_ext import _compile_cuda
 from tta_ext._compile import BuildError
 
@@ -68,7 +69,7 @@ def emulator(tmp_path_factory: pytest.TempPathFactory) -> emulate.Emulator:
         pytest.skip("TTA_EXT_PTXEMU does not name the emulator's folder")
     try:
         _compile_cuda.find_toolkit()
-        nvdisasm = machine_code.find_nvdisasm()
+        nvdisasm = kernel_table.tool("nvdisasm")
     except BuildError as error:
         pytest.skip(str(error))
     folder = tmp_path_factory.mktemp("machine_code")
@@ -90,7 +91,7 @@ def test_a_straight_kernel_is_its_listing_once_a_warp(
     emulator: emulate.Emulator, counted: dict[str, machine_code.Executed]
 ) -> None:
     listing = machine_code.disassemble(
-        machine_code.find_nvdisasm(), emulator.folder / "tiny" / "tiny.sm_90.cubin"
+        kernel_table.tool("nvdisasm"), emulator.folder / "tiny" / "tiny.sm_90.cubin"
     )
     body = listing.split(".text._Z8straightPf:")[1].split("EXIT")[0]
     by_hand = sum("/*0" in line for line in body.splitlines()) + 1

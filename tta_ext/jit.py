@@ -65,18 +65,32 @@ class NativeWarning(RuntimeWarning):
     """The native library is not there and the slower reference serves instead."""
 
 
-_lock = threading.Lock()
-_result: LoadResult | None = None
+class Once:
+    """A library's one try at loading in a process, whichever thread asks first.
 
+    Attributes:
+        result: what came of it; None before.
+    """
 
-def _fresh_lock() -> None:
-    # A fork may copy the lock while another thread holds it; nobody would release it in the child.
-    global _lock
-    _lock = threading.Lock()
+    def __init__(self, attempt: Callable[[], LoadResult]) -> None:
+        self.result: LoadResult | None = None
+        self._attempt = attempt
+        self._fresh_lock()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._fresh_lock)
 
+    def _fresh_lock(self) -> None:
+        # A fork may copy the lock while another thread holds it; nobody would release it in the
+        # child.
+        self._lock = threading.Lock()
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_fresh_lock)
+    def __call__(self) -> LoadResult:
+        if self.result is not None:
+            return self.result
+        with self._lock:
+            if self.result is None:
+                self.result = self._attempt()
+        return self.result
 
 
 def cache_dir() -> Path:
@@ -360,13 +374,7 @@ def load() -> LoadResult:
         RuntimeError: ``TTA_EXT_NATIVE=1`` and the library cannot be had.
         ValueError: ``TTA_EXT_NATIVE`` has another value than auto, 0, 1.
     """
-    global _result
-    if _result is not None:
-        return _result
-    with _lock:
-        if _result is None:
-            _result = _attempt()
-    return _result
+    return _once()
 
 
 def attempt(
@@ -403,7 +411,7 @@ def attempt(
             raise RuntimeError(f"{variable}=1, but {reason}") from error
         if wanted_here():
             # Named after whoever called load().
-            warnings.warn(f"{loss}, which is much slower: {reason}", NativeWarning, stacklevel=4)
+            warnings.warn(f"{loss}, which is much slower: {reason}", NativeWarning, stacklevel=5)
         return LoadResult(False, reason, None, time.perf_counter() - start, False)
     return LoadResult(True, reason, path, time.perf_counter() - start, built)
 
@@ -412,3 +420,6 @@ def _attempt() -> LoadResult:
     return attempt(
         "TTA_EXT_NATIVE", lambda wanted: _load(), loss="tta_ext runs on its PyTorch reference"
     )
+
+
+_once = Once(_attempt)

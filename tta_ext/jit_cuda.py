@@ -9,27 +9,13 @@ The first operator on CUDA tensors calls :func:`load`. Environment: ``TTA_EXT_CU
 from __future__ import annotations
 
 import json
-import os
 import sys
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 
 from tta_ext import _compile, _compile_cuda, jit
 from tta_ext._compile import BuildError
-from tta_ext.jit import LoadResult
-
-_lock = threading.Lock()
-_result: LoadResult | None = None
-
-
-def _fresh_lock() -> None:
-    global _lock
-    _lock = threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_fresh_lock)
+from tta_ext.jit import LoadResult, Once
 
 
 def gpus() -> list[tuple[str, tuple[int, int]]]:
@@ -152,13 +138,7 @@ def load() -> LoadResult:
         RuntimeError: ``TTA_EXT_CUDA=1`` and the library cannot be had.
         ValueError: ``TTA_EXT_CUDA`` has another value than auto, 0, 1.
     """
-    global _result
-    if _result is not None:
-        return _result
-    with _lock:
-        if _result is None:
-            _result = _attempt()
-    return _result
+    return _once()
 
 
 def _attempt() -> LoadResult:
@@ -169,3 +149,6 @@ def _attempt() -> LoadResult:
         mend="export CUDA_HOME=<the folder of another CUDA toolkit>",
         wanted_here=lambda: bool(gpus()),
     )
+
+
+_once = Once(_attempt)
