@@ -48,14 +48,13 @@
 
 #if TTA_X86_64
 #if defined(__clang__)
-#define TTA_BEGIN_TARGET_512                                                    \
-  _Pragma(                                                                      \
-      "clang attribute push(__attribute__((target(\"avx512f,avx512bw,avx512dq," \
-      "avx512vl,avx2,fma,f16c,bmi,bmi2\"))), apply_to = function)")
-#define TTA_BEGIN_TARGET_256                                                       \
-  _Pragma(                                                                         \
-      "clang attribute push(__attribute__((target(\"avx2,fma,f16c,bmi,bmi2\"))), " \
-      "apply_to = function)")
+// A pragma takes one literal: the targets are put into it as it is made a string.
+#define TTA_PRAGMA(text) _Pragma(#text)
+#define TTA_BEGIN_TARGET(targets) \
+  TTA_PRAGMA(clang attribute push(__attribute__((target(targets))), apply_to = function))
+#define TTA_BEGIN_TARGET_512 \
+  TTA_BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi,bmi2")
+#define TTA_BEGIN_TARGET_256 TTA_BEGIN_TARGET("avx2,fma,f16c,bmi,bmi2")
 #define TTA_END_TARGET _Pragma("clang attribute pop")
 #else
 #define TTA_BEGIN_TARGET_512  \

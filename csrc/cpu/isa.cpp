@@ -5,16 +5,26 @@
 #include <cstring>
 
 #include "core/config.h"
+#if TTA_X86_64
+#include <cpuid.h>
+#endif
 
 namespace tta {
 namespace {
+
+#if TTA_X86_64
+// Not by __builtin_cpu_supports, to which Clang 14 has no such name.
+bool has_f16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
 
 int machine_isa() {
 #if TTA_X86_64
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                    __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
-                    __builtin_cpu_supports("f16c");
+                    __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") && has_f16c();
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");
