@@ -59,31 +59,35 @@ TTA_INLINE F exp(F x) {
   return x;
 }
 
-// Natural logarithm of x 2^-kScale for positive normal x. x 2^-kScale = 2^k (1 + f) with
-// sqrt(1/2) <= 1 + f < sqrt(2).
-template <int N, int kScale = 0>
+// kTimes ln x for positive normal x; kTimes is plus or minus a power of two, which changes no
+// rounding. x = 2^k (1 + f) with sqrt(1/2) <= 1 + f < sqrt(2); k stands in the exponent's place, as
+// k 2^23.
+template <int N, int kTimes = 1>
 TTA_INLINE void log_pack(F* x) {
+  constexpr float kOf = kTimes, kOfExponent = kTimes * 0x1p-23f;
   F k[N], f[N], p[N];
   for (int i = 0; i < N; ++i) {
-    const I offset = sub(bits(x[i]), set1i(0x3f3504f3 + kScale * 0x00800000));  // sqrt(1/2)
-    k[i] = to_float(shift_right_signed<23>(offset));
-    const I mantissa = add(bit_and(offset, set1i(0x007fffff)), set1i(0x3f3504f3));
-    f[i] = sub(from_bits(mantissa), set1(1.0f));
+    const I offset = sub(bits(x[i]), set1i(0x3f3504f3));  // sqrt(1/2)
+    const I exponent = bit_and(offset, set1i(-0x00800000));
+    k[i] = to_float(exponent);
+    f[i] = sub(from_bits(sub(bits(x[i]), exponent)), set1(1.0f));
   }
-  for (int i = 0; i < N; ++i) p[i] = fma(set1(0x1.1b42d0p-4f), f[i], set1(-0x1.e2e99cp-4f));
-  for (int i = 0; i < N; ++i) p[i] = fma(p[i], f[i], set1(0x1.e6508ep-4f));
-  for (int i = 0; i < N; ++i) p[i] = fma(p[i], f[i], set1(-0x1.fb432ep-4f));
-  for (int i = 0; i < N; ++i) p[i] = fma(p[i], f[i], set1(0x1.2332c2p-3f));
-  for (int i = 0; i < N; ++i) p[i] = fma(p[i], f[i], set1(-0x1.5562e4p-3f));
-  for (int i = 0; i < N; ++i) p[i] = fma(p[i], f[i], set1(0x1.99a546p-3f));
-  for (int i = 0; i < N; ++i) p[i] = fma(p[i], f[i], set1(-0x1.ffffeep-3f));
-  for (int i = 0; i < N; ++i) p[i] = fma(p[i], f[i], set1(0x1.555546p-2f));
+  for (int i = 0; i < N; ++i)
+    p[i] = fma(set1(kOf * 0x1.1b42d0p-4f), f[i], set1(kOf * -0x1.e2e99cp-4f));
+  for (int i = 0; i < N; ++i) p[i] = fma(p[i], f[i], set1(kOf * 0x1.e6508ep-4f));
+  for (int i = 0; i < N; ++i) p[i] = fma(p[i], f[i], set1(kOf * -0x1.fb432ep-4f));
+  for (int i = 0; i < N; ++i) p[i] = fma(p[i], f[i], set1(kOf * 0x1.2332c2p-3f));
+  for (int i = 0; i < N; ++i) p[i] = fma(p[i], f[i], set1(kOf * -0x1.5562e4p-3f));
+  for (int i = 0; i < N; ++i) p[i] = fma(p[i], f[i], set1(kOf * 0x1.99a546p-3f));
+  for (int i = 0; i < N; ++i) p[i] = fma(p[i], f[i], set1(kOf * -0x1.ffffeep-3f));
+  for (int i = 0; i < N; ++i) p[i] = fma(p[i], f[i], set1(kOf * 0x1.555546p-2f));
   for (int i = 0; i < N; ++i) {
     const F f2 = mul(f[i], f[i]);
     F tail = mul(mul(f2, f[i]), p[i]);
-    tail = fma(k[i], set1(0x1.0bfbe8p-15f), tail);
-    tail = fma(f2, set1(-0.5f), tail);
-    x[i] = fma(k[i], set1(0x1.62e000p-1f), add(f[i], tail));
+    tail = fma(k[i], set1(kOfExponent * 0x1.0bfbe8p-15f), tail);
+    tail = fma(f2, set1(kOf * -0.5f), tail);
+    tail = kTimes == 1 ? add(f[i], tail) : fma(f[i], set1(kOf), tail);
+    x[i] = fma(k[i], set1(kOfExponent * 0x1.62e000p-1f), tail);
   }
 }
 
@@ -95,20 +99,21 @@ TTA_INLINE F log(F x) {
 // Box-Muller: two 32-bit words -> two independent standard normals, N vectors of them at a time.
 // u1 = (2 (a >> 9) + 1) 2^-24 in (0, 1), u2 likewise from b; radius = sqrt(-2 ln u1), angle 2 pi
 // u2. The angle is reduced to a quadrant and an exact remainder in [-1/2, 1/2] before any rounding:
-// b with its low bits replaced is u2 2^32, so its top two bits, rounded, are the quadrant, and what
-// they leave, shifted to the top, is the signed remainder.
+// u2 2^32, with an eighth of a turn added, has the quadrant in its top two bits and the remainder
+// plus 1/2 in those below. Numbers between 0 and 1 come as the fraction of a float between 1 and 2.
 template <int N>
 TTA_INLINE void normal_pack(const I* a, const I* b, F* cosine, F* sine) {
   F radius[N], f[N], z[N], s[N], c[N];
   I turn[N];
   for (int i = 0; i < N; ++i) {
-    radius[i] = to_float(bit_or(shift_right<8>(a[i]), set1i(1)));  // u1 2^24
-    const I u2 = bit_or(bit_and(b[i], set1i(-512)), set1i(256));
-    turn[i] = add(u2, set1i(1 << 29));
-    f[i] = mul(to_float(shift_left<2>(u2)), set1(0x1p-32f));
+    const I one = set1i(0x3f800000);
+    radius[i] = sub(from_bits(add(shift_right<9>(a[i]), one)), set1(1.0f - 0x1p-24f));  // u1
+    turn[i] = add(b[i], set1i(1 << 29));
+    const I fraction = shift_right<7>(bit_and(turn[i], set1i(0x3ffffe00)));
+    f[i] = sub(from_bits(add(fraction, one)), set1(1.5f - 0x1p-22f));
     z[i] = mul(f[i], f[i]);
   }
-  log_pack<N, 24>(radius);
+  log_pack<N, -2>(radius);
   for (int i = 0; i < N; ++i) s[i] = fma(set1(0x1.4bc820p-13f), z[i], set1(-0x1.32ca9cp-8f));
   for (int i = 0; i < N; ++i) c[i] = fma(set1(0x1.d9f6eep-11f), z[i], set1(-0x1.55c662p-6f));
   for (int i = 0; i < N; ++i) s[i] = fma(s[i], z[i], set1(0x1.466bbap-4f));
@@ -118,15 +123,14 @@ TTA_INLINE void normal_pack(const I* a, const I* b, F* cosine, F* sine) {
   for (int i = 0; i < N; ++i) s[i] = fma(s[i], z[i], set1(0x1.921fb6p+0f));
   for (int i = 0; i < N; ++i) c[i] = fma(c[i], z[i], set1(1.0f));
   for (int i = 0; i < N; ++i) {
-    radius[i] = sqrt(mul(set1(-2.0f), radius[i]));
     s[i] = mul(s[i], f[i]);
     // Quadrant q, the top bits of turn: (cos, sin) = (c, s), (-s, c), (-c, -s), (s, -c).
-    const M swap = has_bit(turn[i], set1i(1 << 30));
     const I sign = set1i(-0x7fffffff - 1);
-    const I cos_sign = bit_and(add(turn[i], set1i(1 << 30)), sign);
-    const I sin_sign = bit_and(turn[i], sign);
-    cosine[i] = mul(radius[i], from_bits(bit_xor(bits(select(swap, s[i], c[i])), cos_sign)));
-    sine[i] = mul(radius[i], from_bits(bit_xor(bits(select(swap, c[i], s[i])), sin_sign)));
+    const I half_turn = bit_and(turn[i], sign);
+    radius[i] = from_bits(bit_xor(bits(sqrt(radius[i])), half_turn));
+    const M swap = has_bit(turn[i], set1i(1 << 30));
+    cosine[i] = mul(radius[i], select(swap, negate(s[i]), c[i]));
+    sine[i] = mul(radius[i], select(swap, c[i], s[i]));
   }
 }
 

@@ -189,9 +189,9 @@ struct UpdateShape {
 };
 
 UpdateShape update_shape(const ControlArgs& a) {
-  // Four warps for each scheduler of the largest GPUs, if the rollouts give as much; more slices
+  // Three warps for each scheduler of the largest GPUs, if the rollouts give as much; more slices
   // than that only add prologues and unevenness.
-  constexpr int64_t kEnoughWarps = 4 * 528;
+  constexpr int64_t kEnoughWarps = 3 * 528;
   UpdateShape s;
   s.spans = static_cast<uint32_t>((a.dim + kSpan - 1) / kSpan);
   s.tasks = a.steps * s.spans;
@@ -217,6 +217,8 @@ struct Places {
 // Leaf `i` of a chunk whose leaves are `mask`: it closes its meetings with subtrees to the left
 // that are lower than its meeting with the next leaf, or all of them if it is the last one.
 __device__ __forceinline__ int merges_of(uint32_t mask, int i) {
+  if ((mask & (mask + 1u)) == 0)  // none is missing before the last one, as is usual
+    return mask >> i == 1u ? __popc(static_cast<unsigned>(i)) : __ffs(~i) - 1;
   const uint32_t later = mask & ~((2u << i) - 1u);
   const int levels = later ? 31 - __clz(i ^ (__ffs(static_cast<int>(later)) - 1)) : kChunkLevels;
   int merges = 0;
@@ -231,24 +233,30 @@ __device__ __forceinline__ int merges_of(uint32_t mask, int i) {
 constexpr int kChunkPlaces = 1;
 constexpr int kUpperPlaces = kChunkPlaces + kChunkLevels + 1;
 
-// The sum over the `count` leaves of one chunk.
+// The sum over the `count` leaves of one chunk. The rightmost subtree is in registers: a leaf joins
+// it, or lays it down and takes its place.
 __device__ __forceinline__ float4 chunk_sum(const NoiseStream& stream, uint32_t block,
                                             const int4* leaf, int count, const Places& place) {
   float4* top = &place[kChunkPlaces];
-  float4 x = same<float4>(0.0f);
+  float4 sum = same<float4>(0.0f);  // laid down too, by the first leaf
 #pragma unroll 1
   for (const int4* end = leaf + count; leaf != end; ++leaf) {
     const int4 raw = *leaf;
-    x = mul(__int_as_float(raw.x), noise(stream, block, static_cast<uint32_t>(raw.y)));
-#pragma unroll 1
-    for (int merges = raw.z; merges != 0; --merges) {
-      top -= kUpdateThreads;
-      x = add(*top, x);
+    const float4 x = mul(__int_as_float(raw.x), noise(stream, block, static_cast<uint32_t>(raw.y)));
+    if (raw.z == 0) {
+      *top = sum;
+      top += kUpdateThreads;
+      sum = x;
+      continue;
     }
-    *top = x;
-    top += kUpdateThreads;
+    sum = add(sum, x);
+#pragma unroll 1
+    for (int merges = raw.z; merges != 1; --merges) {
+      top -= kUpdateThreads;
+      sum = add(*top, sum);
+    }
   }
-  return x;
+  return sum;
 }
 
 // place[0] and the subtrees of chunks at `levels`, which all lie to its left, from the lowest up.
@@ -313,6 +321,7 @@ __global__ void __launch_bounds__(kUpdateThreads, 8)
   const uint32_t block = (task % shape.spans) * 32 + static_cast<uint32_t>(lane_id());
 
   bool bad = false;
+#pragma unroll 4
   for (int i = lane_id(); i < static_cast<int>(a.rollouts); i += 32)
     bad |= !finite(a.weights[prompt * a.rollouts + i]);
   bad = __any_sync(kFullWarp, bad);

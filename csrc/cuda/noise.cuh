@@ -43,10 +43,14 @@ struct Wide {
 };
 
 // One instruction. Given a 64-bit product and its shift, as in philox4x32, nvcc goes on in 64 bits
-// and pays for it.
+// and pays for it; given two halves, it may take them for two products.
 TTA_INLINE Wide multiply(uint32_t a, uint32_t b) {
 #if defined(__CUDA_ARCH__)
-  return {a * b, __umulhi(a, b)};
+  Wide product;
+  asm("{\n\t.reg .b64 both;\n\tmul.wide.u32 both, %2, %3;\n\tmov.b64 {%0, %1}, both;\n\t}"
+      : "=r"(product.low), "=r"(product.high)
+      : "r"(a), "r"(b));
+  return product;
 #else
   const uint64_t product = static_cast<uint64_t>(a) * b;
   return {static_cast<uint32_t>(product), static_cast<uint32_t>(product >> 32)};

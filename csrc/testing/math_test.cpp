@@ -171,6 +171,21 @@ void walk_log(int64_t stride) {
   CHECK(worst <= 1.0, "log is %.4f ulp off at %a", worst, worst_at);
 }
 
+// A root by an approximation of its inverse, which a GPU may have a few units off either way. A
+// factor of 4 changes exponents alone.
+void walk_roots(int64_t stride) {
+  constexpr int kOff = 8;
+  for (int64_t rank = rank_of(1.0f); rank < rank_of(4.0f); rank += stride) {
+    const float x = float_at(rank), want = std::sqrt(x);
+    const int64_t inverse = rank_of(static_cast<float>(1.0 / std::sqrt(static_cast<double>(x))));
+    for (int off = -kOff; off <= kOff; ++off) {
+      const float got = scalar::sqrt_by(x, float_at(inverse + off));
+      CHECK(bits_of(got) == bits_of(want), "the root of %a by its inverse and %d units is %a", x,
+            off, got);
+    }
+  }
+}
+
 // The pair factors into a radius (first word) and an angle (second), each of 2^23 values.
 void walk_normals(const Functions& f, const Functions& reference, int64_t stride) {
   std::vector<uint32_t> a(kBlock), b(kBlock);
@@ -269,6 +284,7 @@ int main(int argc, char** argv) {
   walk_exp(rank_of(kTiny) - 100000, rank_of(kTiny) + 100000, 1);
   walk_seams();
   walk_log(exhaustive ? 1 : 769);
+  walk_roots(exhaustive ? 1 : 61);
   for (int level = 0; level <= best_level(); ++level) {
     exp_special(functions(level), exhaustive ? 1 : 61);
     walk_exp_terms(functions(level), rank_of(-kInf), exhaustive ? 1 : 769);
