@@ -73,7 +73,7 @@ __device__ __forceinline__ T block_scan(T value) {
 // Counts this block in; true in the block that arrives last of `expected`, which then sees
 // everything the others wrote. Leaves the counter at zero for the next launch.
 __device__ __forceinline__ bool last_to_arrive(uint32_t* counter, uint32_t expected) {
-  TTA_SHARED(int, last);
+  int last = 0;
   __syncthreads();
   if (threadIdx.x == 0) {
     __threadfence();
@@ -83,8 +83,7 @@ __device__ __forceinline__ bool last_to_arrive(uint32_t* counter, uint32_t expec
       __threadfence();
     }
   }
-  __syncthreads();
-  return last;
+  return __syncthreads_or(last);
 }
 
 }  // namespace cuda

@@ -2,8 +2,8 @@
 //
 // 1. `cut_histogram`: the mass of 4096 bands of depth below the row's maximum, in integers, so that
 //    blocks may add in any order. Bands that surely fit the capacity, and those that surely do not,
-//    leave a bracket of one or two.
-// 2. `cut_collect`: what lies below the bracket is added up, what lies inside is listed.
+//    leave a bracket of one or two, with the mass below it.
+// 2. `cut_collect`: what lies inside the bracket is listed.
 // 3. The last block bisects the list. Approximate masses answer wherever they clear the capacity by
 //    more than their error bound; otherwise the canonical sum S of the candidate decides, so the
 //    result is the one the definition gives.
@@ -11,7 +11,8 @@
 // of the row, which the last block bisects by S alone, then by what lies between two neighbours of
 // the sample: exact, for 10 to 35 readings of the row by that block.
 //
-// Passes: the base row twice, from L2 where it fits. Bytes a row: 2 s V + the bands a tile touches.
+// Passes: the base row twice, from L2 where it fits. Bytes a row: 2 s V + the bands a block
+// touches.
 #pragma once
 
 #include "cuda/kad.cuh"
@@ -20,12 +21,14 @@ namespace tta {
 namespace cuda {
 
 constexpr float kBandsPerNat = static_cast<float>(kBuckets) / 88.0f;  // exp(-88) is 0
-constexpr double kBandUnit = 0x1p-19;  // of a band's integers: 4096 weights < 1.02 fit 32 bits
-// Bounds of the relative error of a band's mass: rounding to the unit, and of the exponents'
-// arguments near 88, these and the canonical ones.
-constexpr double kBandSlack = 0x1p-14;
-// Of a sum of canonical weights added in another order, against S.
-constexpr double kListSlack = 0x1p-17;
+constexpr int kMostSpan = 4;           // tiles that a block takes at most (launch.h)
+constexpr double kBandUnit = 0x1p-17;  // of a band's integers: 16384 weights < 1.02 fit 32 bits
+static_assert(kMostSpan * kTile * 1.02 / kBandUnit < 0x1p32, "a block's counters");
+// Bounds of the error of a band's mass against the canonical weights', relative, at a depth d:
+// 2^-18 for the rounding to the unit, 2^-20 for polynomials, 5 d 2^-24 for the exponents' arguments
+// on both sides. With the canonical sum's own 38 additions, up to a depth of 24, and of any.
+constexpr double kShallowSlack = 0x1p-16, kBandSlack = 0x1p-14;
+constexpr int kShallowBands = kBuckets * 24 / 88;
 
 constexpr int kLastBand = kBuckets - 1;  // everything from there on
 constexpr float kBandZero = 0x1.8p23f;   // floats around it are the integers
@@ -48,13 +51,11 @@ __device__ __forceinline__ float band_depth(int band) {
   return mul_rn(static_cast<float>(band), 1.0f / kBandsPerNat);
 }
 
-// One tile's share. `counts` (shared, kBuckets) is left dirty.
-__device__ __forceinline__ void band_masses(const Kad& a, int64_t row, int t, uint32_t* counts) {
-  const SlotNumbers p = a.s.state(row).slot[a.base_rule_slot()];
-  for (int i = static_cast<int>(threadIdx.x); i < kBuckets; i += kThreads) counts[i] = 0;
-  __syncthreads();
-  const Source base(a.base_row(row), t);
-  const Tile map = map_of(a.base.vocab, t, base.aligned());
+// Adds a tile's weights to `counts` (shared, kBuckets); true: this thread saw the last band.
+__device__ __forceinline__ bool count_tile(const Row& row, int t, const SlotNumbers& p,
+                                           uint32_t* counts) {
+  const Source base(row, t);
+  const Tile map = map_of(row.vocab, t, base.aligned());
   bool last = false;  // this thread saw the last band
   each_four(map, base, true, [&](auto, int, const float* x) {
     float depth[4], place[4];
@@ -67,7 +68,7 @@ __device__ __forceinline__ void band_masses(const Kad& a, int64_t row, int t, ui
       // exp(r) relative to the band's middle, |r| < 0.011: 1 + r + r^2 / 2, to 3e-7. In units,
       // beside 2^23, whose low bits are then the integer.
       const float r = fma_rn(sub_rn(place[k], kBandZero), 1.0f / kBandsPerNat, -depth[k]);
-      const float units = fma_rn(fma_rn(r, 0x1p18f, 0x1p19f), r, 0x1p19f + 0x1p23f);
+      const float units = fma_rn(fma_rn(r, 0x1p16f, 0x1p17f), r, 0x1p17f + 0x1p23f);
       atomicAdd(&counts[float_bits(place[k]) - float_bits(kBandZero)],
                 float_bits(units) - float_bits(0x1p23f));
     };
@@ -84,65 +85,97 @@ __device__ __forceinline__ void band_masses(const Kad& a, int64_t row, int t, ui
         last = last || depth[k] < kInfinity;
     }
   });
+  return last;
+}
+
+// The share of this block's tiles.
+__device__ __forceinline__ void band_masses(const Kad& a, int64_t row, uint4* counts4) {
+  uint32_t* counts = reinterpret_cast<uint32_t*>(counts4);
+  const SlotNumbers p = a.s.state(row).slot[a.base_rule_slot()];
+  const Row base = a.base_row(row);
+  const int me = static_cast<int>(threadIdx.x);
+#pragma unroll
+  for (int i = me; i < kBuckets / 4; i += kThreads) counts4[i] = make_uint4(0, 0, 0, 0);
+  __syncthreads();
+  bool last = false;
+  const int end = a.end_tile();
+#pragma unroll 1
+  for (int t = a.first_tile(); t < end; ++t) last = count_tile(base, t, p, counts) || last;
   // All that is asked of the last band is whether it is empty.
   if (last) atomicAdd(&counts[kLastBand], 1u);
   __syncthreads();
   uint64_t* total = a.s.histogram(row);
-  for (int i = static_cast<int>(threadIdx.x); i < kBuckets; i += kThreads)
-    if (counts[i])
-      atomicAdd(reinterpret_cast<unsigned long long*>(total + i),
-                static_cast<unsigned long long>(counts[i]));
+#pragma unroll
+  for (int i = me; i < kBuckets / 4; i += kThreads) {
+    const uint4 four = counts4[i];
+    const uint32_t count[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+    for (int k = 0; k < 4; ++k)
+      if (count[k])
+        atomicAdd(reinterpret_cast<unsigned long long*>(total + i * 4 + k),
+                  static_cast<unsigned long long>(count[k]));
+  }
 }
 
-// Brackets the critical item by the bands' masses, deepest first. For a whole block.
+// Brackets the critical item by the bands' masses, deepest first. Leaves the mass below the bracket
+// in RowState::mass, and in `kept` what it may be wrong by, besides kShallowSlack of all sums of
+// it. For a whole block.
 __device__ __forceinline__ void bracket_bands(const Kad& a, int64_t row) {
   constexpr int kEach = kBuckets / kThreads;
   RowState& r = a.s.state(row);
   const uint64_t* total = a.s.histogram(row);
   // This thread's bands, from the deepest thread 0 on.
   const int first = kBuckets - 1 - static_cast<int>(threadIdx.x) * kEach;
-  double sum = 0.0;
+  const auto mass_of = [&](int band) {
+    return static_cast<double>(total[band]) *
+           (static_cast<double>(exp_of(-band_depth(band))) * kBandUnit);
+  };
+  double sum = 0.0, deep_sum = 0.0;
+  bool tail = false;
+#pragma unroll 8
   for (int k = 0; k < kEach; ++k) {
     const int band = first - k;
-    const double unit = static_cast<double>(exp_of(-band_depth(band))) * kBandUnit;
-    sum += static_cast<double>(total[band]) * unit;
+    const double mass = mass_of(band);
+    sum += mass;
+    deep_sum += band >= kShallowBands ? mass : 0.0;
+    tail = tail || (band >= kBuckets * 86 / 88 && total[band] != 0);
   }
   const double scanned = block_scan(sum);
   // Beyond a depth of 86, where weights near 2^-126 become 0, canonical ones differ from these: by
   // less than 2^20 exp(-86).
-  bool tail = false;
-  for (int k = 0; k < kEach; ++k)
-    tail = tail || (first - k >= kBuckets * 86 / 88 && total[first - k] != 0);
   const double vague = __syncthreads_or(tail) ? 1e-31 : 0.0;
   int low = kBuckets, high = -1;
-  double mass = scanned;
+  double mass = scanned, below = 0.0;
+#pragma unroll 8
   for (int k = 0; k < kEach; ++k) {
     const int band = first - k;
-    const double unit = static_cast<double>(exp_of(-band_depth(band))) * kBandUnit;
-    mass += static_cast<double>(total[band]) * unit;
-    if (mass * (1.0 + kBandSlack) + vague <= r.bound) low = band < low ? band : low;
+    mass += mass_of(band);
+    if (mass * (1.0 + kBandSlack) + vague <= r.bound) {
+      low = band;
+      below = mass;
+    }
     if (mass * (1.0 - kBandSlack) - vague > r.bound) high = band > high ? band : high;
   }
-  low = block_reduce(low, Min());    // the shallowest band that surely fits
-  high = block_reduce(high, Max());  // the deepest one that surely does not
+  low = block_reduce(low, Min());      // the shallowest band that surely fits
+  high = block_reduce(high, Max());    // the deepest one that surely does not
+  below = block_reduce(below, Max());  // through `low`
+  deep_sum = block_reduce(deep_sum, Sum());
   if (threadIdx.x == 0) {
     r.bracket_low = high < 0 ? 0 : high;                        // shallow end of the bracket
     r.bracket_high = low >= kBuckets ? kBuckets - 1 : low - 1;  // deep end
     r.listed = 0;
+    r.mass = below;
+    r.kept = vague + deep_sum * kBandSlack;
   }
 }
 
-// Appends every stride-th of a tile's elements to the row's list, where there is room: bit i of
-// `inside` is a thread's element i. Counts them all. For a whole block.
-__device__ __forceinline__ void list_elements(const Kad& a, int64_t row, int t, const Tile& map,
-                                              uint32_t inside, uint32_t stride) {
-  TTA_SHARED(uint32_t, begin);
-  const uint32_t mine = static_cast<uint32_t>(__popc(inside));
-  const uint32_t earlier = block_scan(mine);
-  if (threadIdx.x == kThreads - 1) begin = atomicAdd(&a.s.state(row).listed, earlier + mine);
-  __syncthreads();
-  const Row base = a.base_row(row);
-  for (uint32_t i = begin + earlier; inside; inside &= inside - 1, ++i) {
+// Appends every stride-th of a thread's elements of a tile to the row's list, where there is room:
+// bit i of `inside` is element i. Counts them all.
+__device__ __forceinline__ void append(const Kad& a, int64_t row, int t, const Row& base,
+                                       const Tile& map, uint32_t inside, uint32_t stride) {
+  if (!inside) return;
+  uint32_t i = atomicAdd(&a.s.state(row).listed, static_cast<uint32_t>(__popc(inside)));
+  for (; inside; inside &= inside - 1, ++i) {
     const uint32_t to = i / stride;
     if (to >= kListed) return;
     if (i % stride) continue;
@@ -152,41 +185,42 @@ __device__ __forceinline__ void list_elements(const Kad& a, int64_t row, int t, 
   }
 }
 
-// One tile: the mass below the bracket, roughly, and the list of what is inside.
-// A thread adds its 32 weights in float32: with the canonical sum's own 38 additions an element
-// passes through at most 69 roundings, 2^-17.8 of the sum.
-__device__ __forceinline__ void collect(const Kad& a, int64_t row, int t) {
+// Lists what this block's tiles have inside the bracket.
+__device__ __forceinline__ void collect(const Kad& a, int64_t row) {
   const RowState& r = a.s.state(row);
-  const int slot = a.base_rule_slot();
-  const SlotNumbers p = r.slot[slot];
+  const SlotNumbers p = r.slot[a.base_rule_slot()];
+  const bool endless = r.bracket_high == kLastBand;
   const float shallow = kBandZero + static_cast<float>(r.bracket_low);
-  const float deep =
-      r.bracket_high < kLastBand ? kBandZero + static_cast<float>(r.bracket_high) : kLastPlace;
-  const float m = a.s.tile_max(row, 0)[t];
-  double* mass = a.s.mass(row, 0) + t;
-  if (band_place(depth_of(m, p)) > deep) {  // wholly below
-    if (threadIdx.x == 0)
-      *mass = mul_rn(static_cast<double>(a.s.tile_sum(row, slot)[t]), a.s.scale(row, slot)[t]);
-    return;
-  }
-  const Source base(a.base_row(row), t);
-  const Tile map = map_of(a.base.vocab, t, base.aligned());
-  float below = 0.0f;
-  uint32_t inside = 0;
-  each_four(map, base, true, [&](auto, int, const float* x) {
-    float w[4];
-    weigh_four(x, m, p.inv_temperature, w);
-    inside >>= 4;
+  const float deep = endless ? kLastPlace : kBandZero + static_cast<float>(r.bracket_high);
+  // The logits between which all of that lies: the bracket and half a band on either side.
+  const auto logit_of = [&](int band) {
+    const double depth = static_cast<double>(band) * (1.0 / static_cast<double>(kBandsPerNat));
+    return static_cast<float>(static_cast<double>(p.max) -
+                              depth / static_cast<double>(p.inv_temperature));
+  };
+  const float most = r.bracket_low > 0 ? logit_of(r.bracket_low - 1) : kInfinity;
+  const float least = endless ? -kInfinity : logit_of(r.bracket_high + 1);
+  const Row base_row = a.base_row(row);
+  const int end = a.end_tile();
+#pragma unroll 1
+  for (int t = a.first_tile(); t < end; ++t) {
+    if (a.s.tile_max(row, 0)[t] < least) continue;
+    const Source base(base_row, t);
+    const Tile map = map_of(a.base.vocab, t, base.aligned());
+    uint32_t inside = 0;
+    each_four(map, base, true, [&](auto, int i, const float* x) {
+      bool any = false;
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      const float place = band_place(depth_of(x[k], p));
-      below = add_rn(below, place > deep ? w[k] : 0.0f);
-      inside |= place >= shallow && place <= deep ? 1u << (28 + k) : 0u;
-    }
-  });
-  list_elements(a, row, t, map, inside, 1);
-  const double sum = block_reduce(static_cast<double>(below), Sum());
-  if (threadIdx.x == 0) *mass = mul_rn(sum, a.s.scale(row, slot)[t]);
+      for (int k = 0; k < 4; ++k) any |= (x[k] >= least) & (x[k] <= most);
+      if (!any) return;
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const float place = band_place(depth_of(x[k], p));
+        if (place >= shallow && place <= deep) inside |= 1u << (i + k);
+      }
+    });
+    append(a, row, t, base_row, map, inside, 1);
+  }
 }
 
 // What is known of the critical item: it lies behind what is taken, and is the first that is not
@@ -194,6 +228,7 @@ __device__ __forceinline__ void collect(const Kad& a, int64_t row, int t) {
 struct Search {
   Cut taken, open;
   double below;  // mass of what is taken, roughly
+  double vague;  // what that may be wrong by, besides kShallowSlack
   int64_t critical;
   float critical_x;
 
@@ -242,7 +277,7 @@ __device__ __forceinline__ void bisect_list(const Kad& a, int64_t row, int count
         if (!search->taken.admits(x[i], id[i]) && cut.admits(x[i], id[i]))
           sum += canonical_weight(a.s, row, slot, inv_temperature, x[i], id[i]);
       through = search->below + block_reduce(sum, Sum());
-      slack = through * kListSlack;
+      slack = through * kShallowSlack + search->vague;
     }
     bool fits = complete && through + slack <= r.bound;
     if (!fits && (!complete || through - slack <= r.bound)) {
@@ -267,9 +302,10 @@ __device__ __forceinline__ uint32_t list_row(const Kad& a, int64_t row, const Se
   __syncthreads();  // every thread has read what was listed before
   if (threadIdx.x == 0) a.s.state(row).listed = 0;
   __syncthreads();
+  const Row base_row = a.base_row(row);
 #pragma unroll 1
   for (int t = 0; t < a.s.tiles; ++t) {
-    const Source base(a.base_row(row), t);
+    const Source base(base_row, t);
     const Tile map = map_of(a.base.vocab, t, base.aligned());
     uint32_t inside = 0;
 #pragma unroll 1
@@ -281,7 +317,7 @@ __device__ __forceinline__ uint32_t list_row(const Kad& a, int64_t row, const Se
         if (search.asks(x[k], static_cast<int64_t>(t) * kTile + map.at(i + k)))
           inside |= 1u << (i + k);
     }
-    list_elements(a, row, t, map, inside, stride);
+    append(a, row, t, base_row, map, inside, stride);
   }
   __syncthreads();
   return a.s.state(row).listed;
@@ -291,9 +327,13 @@ __device__ __forceinline__ uint32_t list_row(const Kad& a, int64_t row, const Se
 __device__ __forceinline__ Search find_critical(const Kad& a, int64_t row, float* weights,
                                                 double* shared) {
   // Impossible tokens weigh nothing and are in no list.
-  Search search = {Cut::through(-kInfinity, kNoLimit - 1), Cut::all(), 0.0, -1, kInfinity};
-  uint32_t count = a.s.state(row).listed, stride = 1;
-  if (count <= kListed) search.below = sum_of_masses(a.s, row, 0, shared);
+  Search search = {Cut::through(-kInfinity, kNoLimit - 1), Cut::all(), 0.0, 0.0, -1, kInfinity};
+  const RowState& r = a.s.state(row);
+  uint32_t count = r.listed, stride = 1;
+  if (count <= kListed) {
+    search.below = r.mass;
+    search.vague = r.kept;
+  }
   for (;;) {
     if (count > kListed) {
       count = list_row(a, row, search, 1);
@@ -312,10 +352,10 @@ __device__ __forceinline__ Search find_critical(const Kad& a, int64_t row, float
 // Op: a Kad whose seeks_cut(row) tells which rows are searched.
 template <class Op>
 __global__ void __launch_bounds__(kThreads, 6) cut_histogram_kernel(const Op a) {
-  TTA_SHARED_ARRAY(uint32_t, counts, kBuckets);
+  TTA_SHARED_ARRAY(uint4, counts, kBuckets / 4);
   const uint32_t row = a.row();
   if (!a.seeks_cut(row)) return;
-  band_masses(a, row, a.tile(), counts);
+  band_masses(a, row, counts);
   if (last_to_arrive(a.arrivals + row, gridDim.x)) bracket_bands(a, row);
 }
 
@@ -325,7 +365,7 @@ __global__ void __launch_bounds__(kThreads, 3) cut_collect_kernel(const Op a) {
   TTA_SHARED_ARRAY(double, shared, kMaxTiles);
   const uint32_t row = a.row();
   if (!a.seeks_cut(row)) return;
-  collect(a, row, a.tile());
+  collect(a, row);
   if (!last_to_arrive(a.arrivals + row, gridDim.x)) return;
   const Search found = find_critical(a, row, reinterpret_cast<float*>(weights4), shared);
   if (threadIdx.x) return;

@@ -4,13 +4,17 @@
 // in the order of one model's logits. Thread map: in every stage a block of 128 threads a tile of
 // 4096 elements, the last block to arrive at a row deciding for the row (row.cuh), so one row of
 // 128256 logits occupies 32 blocks and no thread sees more than 32 elements of a tile at a time.
-// Statistics of rows enough to fill the device take up to four tiles a block, one after another.
+// Where rows are enough to fill the device a block of most stages has up to four tiles: one after
+// another, or, in the statistics of 16-bit elements, at a time, a warp each.
 //
 // Stages, one launch each; blocks whose row needs nothing return at once.
 //   sample, propose   base statistics, draw, judge          [knapsack: masked sums of the drawn
 //                     token's prefix]  [sample: statistics of the proxy where the draw is deferred]
 //   the others        statistics, cut by a search over the floats [knapsack: cut.cuh, two stages]
-//                     masses   then the mask, pi, or the best tokens, tile by tile
+//                     masses, by nodes (kad.cuh) where few tokens of a tile are above the cut; with
+//                     them the statistics' results or the greedy choice without q
+//                     the mask, pi, or the best token, of which tiles that cannot have it are not
+//                     read
 //
 // Bytes a row, s bytes an element, from DRAM where L2 holds what is read again:
 //   propose, or sample kept  s V        sample deferred   2 s V       mask    s V + V
@@ -73,7 +77,7 @@ __global__ void __launch_bounds__(kThreads, 4) resolve_kernel(const Resolved giv
   const uint32_t row = a.row();
   const int model = a.model();
   if (model == 0) clear_bands(a, row);
-  row_statistics(a, row, model, true, weights);
+  row_statistics(a, row, model, true, weights, true);
   if (!last_to_arrive(a.arrivals + row, gridDim.x)) return;
   SlotNumbers slot[kSlots] = {};
   bool valid = !a.token || a.valid_param(row);
@@ -84,45 +88,55 @@ __global__ void __launch_bounds__(kThreads, 4) resolve_kernel(const Resolved giv
   prepare_row(a, row, slot, valid);
 }
 
-// The deferred mass at the sampling temperature and, where they are wanted, at the rule's.
+// The deferred mass at the sampling temperature and, where they are wanted, at the rule's; kLowest:
+// the lowest kept logit. The last block also makes the greedy choice that needs no q.
+template <bool kLowest>
 __global__ void __launch_bounds__(kThreads, 5) masses_kernel(const Resolved given) {
   const Resolved a = single(given);
   TTA_SHARED_ARRAY(float4, weights4, kTile / 4);
   TTA_SHARED_ARRAY(double, shared, kMaxTiles);
   float* weights = reinterpret_cast<float*>(weights4);
   const uint32_t row = a.row();
-  const int t = a.tile();
   RowState& r = a.s.state(row);
   if (!r.valid) return;
-  const Deferral set = r.deferral;
-#pragma unroll 1
-  for (int query = 0; query < (a.same_temperature ? 1 : 2); ++query) {
-    tile_mass<false>(a, row, t, query, set, query ? kBaseRuleSlot : kBaseSlot, weights);
-    __syncthreads();
+  {
+    const Deferral set = r.deferral;
+    block_masses<false, kLowest>(a, row, set, weights);
+    if (!a.same_temperature) block_masses_at_rule(a, row, 1, set, weights);
   }
   if (!last_to_arrive(a.arrivals + row, gridDim.x)) return;
   double sum = sum_of_masses(a.s, row, 0, shared);
   double rule_sum = a.same_temperature ? sum : sum_of_masses(a.s, row, 1, shared);
+  if (kLowest) {
+    float lowest = kInfinity;  // nothing is kept
+    for (int t = static_cast<int>(threadIdx.x) * a.span; t < a.s.tiles; t += kThreads * a.span)
+      lowest = fminf(lowest, static_cast<float>(a.s.mass(row, 2)[t]));
+    lowest = block_reduce(lowest, Min());
+    if (threadIdx.x == 0) a.cut_logit[row] = -sub_rn(0.0f, lowest);
+  }
+  if (threadIdx.x == 0) {
+    const Share share = split(a, row, rule_sum);
+    sum = add_rn(sum, share.sampled);
+    rule_sum = add_rn(rule_sum, share.at_rule);
+    r.mass = div_rn(sum, r.slot[kBaseSlot].z);
+    if (a.task == kStatsTask) {
+      a.deferred_mass[row] = r.mass;
+      a.used[row] = a.same_temperature ? r.mass : div_rn(rule_sum, r.slot[kBaseRuleSlot].z);
+      a.critical_index[row] = r.deferral.critical;
+      if (!kLowest) a.cut_logit[row] = r.deferral.critical_x;
+    }
+  }
+  if (a.task != kProposeTask) return;
+  __syncthreads();
+  const Choice choice = choose_kept(a, r, row);
   if (threadIdx.x) return;
-  const Share share = split(a, row, rule_sum);
-  sum = add_rn(sum, share.sampled);
-  rule_sum = add_rn(rule_sum, share.at_rule);
-  r.mass = div_rn(sum, r.slot[kBaseSlot].z);
-  if (a.task != kStatsTask) return;
-  a.deferred_mass[row] = r.mass;
-  a.used[row] = a.same_temperature ? r.mass : div_rn(rule_sum, r.slot[kBaseRuleSlot].z);
-  a.critical_index[row] = r.deferral.critical;
-  if (a.rule.rule == kKnapsack) a.cut_logit[row] = r.deferral.critical_x;
+  a.token[row] = choice.token;
+  a.deferred[row] = choice.needs_proxy;
 }
 
-__global__ void __launch_bounds__(kThreads, 6) mask_kernel(const Resolved given) {
-  const Resolved a = single(given);
-  const uint32_t row = a.row();
-  const int t = a.tile();
-  const RowState& r = a.s.state(row);
-  const Deferral d = r.deferral;  // none of a row that is invalid
-  bool* out = a.mask + row * a.mask_stride + static_cast<int64_t>(t) * kTile;
-  const bool words = reinterpret_cast<uintptr_t>(out) % 4 == 0;
+// A tile of the mask: `words` where its start allows to write fours.
+__device__ __forceinline__ void mask_tile(const TileTest& test, const Row& judged_row, int t,
+                                          bool words, bool* out) {
   const auto write = [&](const Tile& map, int i, uint32_t word, bool plain) {
     if (plain || (words && map.vector && map.at(i) + 4 <= map.count)) {
       *reinterpret_cast<uint32_t*>(out + map.at(i)) = word;
@@ -132,25 +146,39 @@ __global__ void __launch_bounds__(kThreads, 6) mask_kernel(const Resolved given)
     for (int k = 0; k < 4; ++k)
       if (map.at(i + k) < map.count) out[map.at(i + k)] = (word >> 8 * k & 1u) != 0;
   };
-  const TileTest test(d, t, a.s.tile_max(row, d.by_proxy)[t]);
   if (test.uniform) {
-    const Tile map = map_of(a.base.vocab, t, words);
+    const Tile map = map_of(judged_row.vocab, t, words);
 #pragma unroll 2
     for (int i = 0; i < kPerThread; i += 4) write(map, i, test.all ? 0x01010101u : 0u, false);
-  } else {
-    const Source judged(d.by_proxy ? a.proxy_row(row) : a.base_row(row), t);
-    const Tile map = map_of(a.base.vocab, t, judged.aligned());
-    each_four(map, judged, words && !test.parted, [&](auto read, int i, const float* x) {
-      bool in[4];
-      test.four<decltype(read)::kPlain>(x, map, i, in);
-      uint32_t word = 0;
-#pragma unroll
-      for (int k = 0; k < 4; ++k)
-        if (in[k]) word |= 1u << 8 * k;
-      write(map, i, word, read.kPlain);
-    });
+    return;
   }
-  if (t || threadIdx.x || !r.valid) return;
+  const Source judged(judged_row, t);
+  const Tile map = map_of(judged_row.vocab, t, judged.aligned());
+  each_four(map, judged, words && !test.parted, [&](auto read, int i, const float* x) {
+    bool in[4];
+    test.four<decltype(read)::kPlain>(x, map, i, in);
+    uint32_t word = 0;
+#pragma unroll
+    for (int k = 0; k < 4; ++k)
+      if (in[k]) word |= 1u << 8 * k;
+    write(map, i, word, read.kPlain);
+  });
+}
+
+__global__ void __launch_bounds__(kThreads, 6) mask_kernel(const Resolved given) {
+  const Resolved a = single(given);
+  const uint32_t row = a.row();
+  const RowState& r = a.s.state(row);
+  const Deferral d = r.deferral;  // none of a row that is invalid
+  const Row judged = d.by_proxy ? a.proxy_row(row) : a.base_row(row);
+  bool* out = a.mask + row * a.mask_stride;
+  const bool words = reinterpret_cast<uintptr_t>(out) % 4 == 0;
+  const int first = a.first_tile(), end = a.end_tile();
+#pragma unroll 1
+  for (int t = first; t < end; ++t)
+    mask_tile(TileTest(d, t, a.s.tile_max(row, d.by_proxy)[t]), judged, t, words,
+              out + static_cast<int64_t>(t) * kTile);
+  if (first || threadIdx.x || !r.valid) return;
   a.critical_index[row] = d.critical;
   a.fraction[row] = d.critical < 0                ? 0.0f
                     : a.rule.critical == kInclude ? 1.0f
@@ -190,71 +218,15 @@ __global__ void __launch_bounds__(kThreads, 5) probs_kernel(const Resolved given
 __global__ void __launch_bounds__(kThreads, 5) best_kernel(const Resolved given) {
   const Resolved a = single(given);
   const uint32_t row = a.row();
-  const int t = a.tile();
   const RowState& r = a.s.state(row);
   if (!r.valid) return;
-  uint64_t best = best_of_tile(a, r, row, t);
-  if (threadIdx.x == 0) reinterpret_cast<uint64_t*>(a.s.mass(row, 0))[t] = best;
+  put_best(a, r, row);
   if (!last_to_arrive(a.arrivals + row, gridDim.x)) return;
-  best = best_of_row(a, row);
+  const uint64_t best = best_of_row(a, row);
   if (threadIdx.x) return;
   const int64_t v = ranked_id(best);
   a.token[row] = v;
   a.deferred[row] = mu_of(a, r.deferral, row, v) == 1.0;
-}
-
-// Greedy choice without q: the most probable kept token, and whether q could still change it.
-__global__ void __launch_bounds__(kThreads, 6) kept_kernel(const Resolved given) {
-  const Resolved a = single(given);
-  const uint32_t row = a.row();
-  const int t = a.tile();
-  const RowState& r = a.s.state(row);
-  if (!r.valid) return;
-  put_tile_best(a.s, row, t, kept_of_tile(a, r, row, t));
-  if (!last_to_arrive(a.arrivals + row, gridDim.x)) return;
-  const Choice choice = choose_kept(a, r, row);
-  if (threadIdx.x) return;
-  a.token[row] = choice.token;
-  a.deferred[row] = choice.needs_proxy;
-}
-
-// The lowest kept logit, for statistics.
-__global__ void __launch_bounds__(kThreads, 6) lowest_kernel(const Resolved given) {
-  const Resolved a = single(given);
-  const uint32_t row = a.row();
-  const int t = a.tile();
-  const RowState& r = a.s.state(row);
-  if (!r.valid) return;
-  const Deferral d = r.deferral;
-  const TileTest test(d, t, a.s.tile_max(row, d.by_proxy)[t]);
-  float lowest = kInfinity;  // nothing is kept
-  if (!test.uniform || !test.all) {
-    const Source base(a.base_row(row), t);
-    const Source judged = d.by_proxy ? Source(a.proxy_row(row), t) : base;
-    const Tile map = map_of(a.base.vocab, t, base.aligned() && judged.aligned());
-    each_four(map, base, judged, !test.parted, [&](auto read, int i, const float* x) {
-      bool in[4];
-      if (d.by_proxy) {
-        float y[4];
-        read(judged, map, i, y);
-        test.four<decltype(read)::kPlain>(y, map, i, in);
-      } else {
-        test.four<decltype(read)::kPlain>(x, map, i, in);
-      }
-#pragma unroll
-      for (int k = 0; k < 4; ++k)
-        if (read.kPlain || map.at(i + k) < map.count)
-          lowest = fminf(lowest, in[k] ? kInfinity : x[k]);
-    });
-  }
-  lowest = block_reduce(lowest, Min());
-  if (threadIdx.x == 0) a.s.mass(row, 0)[t] = static_cast<double>(lowest);
-  if (!last_to_arrive(a.arrivals + row, gridDim.x)) return;
-  lowest = kInfinity;
-  for (int i = static_cast<int>(threadIdx.x); i < a.s.tiles; i += kThreads)
-    lowest = fminf(lowest, static_cast<float>(a.s.mass(row, 0)[i]));
-  lowest = block_reduce(lowest, Min());
-  if (threadIdx.x == 0) a.cut_logit[row] = -sub_rn(0.0f, lowest);
 }
 
 // ---- draws -------------------------------------------------------------------------------------
@@ -270,11 +242,14 @@ struct Drawn : Kad {
 __global__ void __launch_bounds__(kThreads, 5) draw_kernel(const Drawn a) {
   TTA_SHARED_ARRAY(float4, weights4, kTile / 4);
   TTA_SHARED_ARRAY(double, cum, kMaxTiles);
+  TTA_SHARED(double, coin);
   float* weights = reinterpret_cast<float*>(weights4);
   const bool needs_proxy = rule_needs_proxy(a.rule.rule);
   const uint32_t row = a.row();
   row_statistics(single(a), row, a.model(), true, weights);
   if (!last_to_arrive(a.arrivals + row, gridDim.x)) return;
+  // By a warp that has nothing else to do while the tiles are added up.
+  if (threadIdx.x == kThreads - 1) coin = uniform_of(a.key, row, 0, kBase);
   RowState& r = a.s.state(row);
   SlotNumbers slot[kSlots] = {};
   bool valid = a.valid_param(row);
@@ -289,18 +264,16 @@ __global__ void __launch_bounds__(kThreads, 5) draw_kernel(const Drawn a) {
   int step = kDone;
   if (valid) {
     v = draw(a.base_row(row), a.s, row, kBaseSlot, 0, a.rule.inv_temperature, slot[kBaseSlot].z,
-             uniform_of(a.key, row, 0, kBase), cum, weights);
+             coin, cum, weights);
+    if (threadIdx.x && !needs_proxy) return;
     if (a.rule.rule == kKnapsack) {
       const double z = slot[kBaseRuleSlot].z, bound = mul_rn(a.param(row), z);
-      if (z <= bound) {
-        deferred = true;
-      } else {
+      deferred = z <= bound;
+      if (!deferred) {
         step = kOpen;
-        if (threadIdx.x == 0) {
-          r.bound = bound;
-          r.token = v;
-          r.deferral.critical_x = a.base_row(row).at(v);
-        }
+        r.bound = bound;
+        r.token = v;
+        r.deferral.critical_x = a.base_row(row).at(v);
       }
     } else {
       deferred = judge(a, row, slot[kBaseRuleSlot], slot[kProxyRuleSlot], a.base_row(row).at(v),
@@ -363,18 +336,19 @@ __global__ void __launch_bounds__(kThreads, 5) replace_kernel(const Drawn given)
   const Drawn a = single(given);
   TTA_SHARED_ARRAY(float4, weights4, kTile / 4);
   TTA_SHARED_ARRAY(double, cum, kMaxTiles);
+  TTA_SHARED(double, coin);
   float* weights = reinterpret_cast<float*>(weights4);
   const uint32_t row = a.row();
-  const int t = a.tile();
   if (a.s.state(row).step != kWantsProxy) return;
-  tile_statistics(a.proxy_row(row), a.tile(), numbers_of(a, row, 1, false), weights);
+  row_statistics(a, row, 1, false, weights);
   if (!last_to_arrive(a.arrivals + row, gridDim.x)) return;
+  if (threadIdx.x == kThreads - 1) coin = uniform_of(a.key, row, 0, kProxy);
   SlotNumbers slot[kSlots];
   const bool valid = finish_or_note(a, row, 1, false, cum, slot);
   int64_t v = -1;
   if (valid)
     v = draw(a.proxy_row(row), a.s, row, kProxySlot, 1, a.rule.inv_temperature, slot[kProxySlot].z,
-             uniform_of(a.key, row, 0, kProxy), cum, weights);
+             coin, cum, weights);
   if (threadIdx.x) return;
   a.token[row] = v;
   a.deferred[row] = valid;
@@ -384,43 +358,33 @@ __global__ void __launch_bounds__(kThreads, 5) replace_kernel(const Drawn given)
 
 bool wants_cut(const DeferralArgs& a) { return a.rule.rule == kKnapsack; }
 
-Need need_of_rows(const DeferralArgs& a, bool with_cut) {
-  const int tiles = tiles_of(a.base.vocab);
-  return {static_cast<size_t>(a.batch) * Scratch::bytes_of_row(tiles, with_cut), a.batch};
-}
-
-// The last stage, by what the operator writes.
-void launch_task(const Resolved& a, dim3 grid, cudaStream_t stream) {
-  switch (a.task) {
-    case kMaskTask:
-      TTA_LAUNCH((mask_kernel), grid, kThreads, 0, stream, a);
-      break;
-    case kProbsTask:
-      TTA_LAUNCH((probs_kernel), grid, kThreads, 0, stream, a);
-      break;
-    case kSampleTask:
-      TTA_LAUNCH((best_kernel), grid, kThreads, 0, stream, a);
-      break;
-    case kProposeTask:
-      TTA_LAUNCH((kept_kernel), grid, kThreads, 0, stream, a);
-      break;
-    default:
-      if (a.rule.rule != kKnapsack) TTA_LAUNCH((lowest_kernel), grid, kThreads, 0, stream, a);
-  }
+Need need_of_rows(const DeferralArgs& a, bool with_cut, bool with_nodes) {
+  return {scratch_of(a, a.batch, with_cut, with_nodes), a.batch};
 }
 
 cudaError_t run(Resolved a, int64_t rows, const Launch& launch) {
   share_tiles(&a, rows, launch);
   const bool masses =
       a.task != kMaskTask || (a.rule.rule == kKnapsack && a.rule.critical == kSplitItem);
+  if (a.task != kMaskTask) place_nodes(&a, rows);
   for (int64_t first = 0; first < rows; first += kMostRows) {
     a.first_row = static_cast<uint32_t>(first);
     const dim3 statistics = grid_of(a.with_proxy ? 2 * a.columns : a.columns, rows - first);
+    const dim3 shared = grid_of(a.columns, rows - first);
     const dim3 tiles = grid_of(a.s.tiles, rows - first);
     TTA_LAUNCH((resolve_kernel), statistics, kThreads, 0, launch.stream, a);
-    if (a.s.with_cut) launch_cut<Kad>(a, tiles, launch.stream);
-    if (masses) TTA_LAUNCH((masses_kernel), tiles, kThreads, 0, launch.stream, a);
-    launch_task(a, tiles, launch.stream);
+    if (a.s.with_cut) launch_cut<Kad>(a, shared, launch.stream);
+    // The knapsack's lowest kept logit is the critical item's.
+    if (a.task == kStatsTask && a.rule.rule != kKnapsack)
+      TTA_LAUNCH((masses_kernel<true>), shared, kThreads, 0, launch.stream, a);
+    else if (masses)
+      TTA_LAUNCH((masses_kernel<false>), shared, kThreads, 0, launch.stream, a);
+    if (a.task == kMaskTask)
+      TTA_LAUNCH((mask_kernel), shared, kThreads, 0, launch.stream, a);
+    else if (a.task == kProbsTask)
+      TTA_LAUNCH((probs_kernel), tiles, kThreads, 0, launch.stream, a);
+    else if (a.task == kSampleTask)
+      TTA_LAUNCH((best_kernel), shared, kThreads, 0, launch.stream, a);
   }
   return cudaGetLastError();
 }
@@ -434,19 +398,21 @@ cudaError_t run(Drawn a, int64_t rows, const Launch& launch) {
     const dim3 tiles = grid_of(a.s.tiles, rows - first);
     TTA_LAUNCH((draw_kernel), statistics, kThreads, 0, launch.stream, a);
     if (a.rule.rule == kKnapsack) TTA_LAUNCH((judge_kernel), tiles, kThreads, 0, launch.stream, a);
-    // A block a tile: how many rows want the proxy is not known here.
     if (!a.propose && !needs_proxy)
-      TTA_LAUNCH((replace_kernel), tiles, kThreads, 0, launch.stream, a);
+      TTA_LAUNCH((replace_kernel), statistics, kThreads, 0, launch.stream, a);
   }
   return cudaGetLastError();
 }
 
 }  // namespace
 
-Need need_of(const MaskArgs& a) { return need_of_rows(a, wants_cut(a)); }
-Need need_of(const ProbsArgs& a) { return need_of_rows(a, wants_cut(a)); }
-Need need_of(const StatsArgs& a) { return need_of_rows(a, wants_cut(a)); }
-Need need_of(const SampleArgs& a) { return need_of_rows(a, !a.key.do_sample && wants_cut(a)); }
+Need need_of(const MaskArgs& a) { return need_of_rows(a, wants_cut(a), false); }
+Need need_of(const ProbsArgs& a) { return need_of_rows(a, wants_cut(a), true); }
+Need need_of(const StatsArgs& a) { return need_of_rows(a, wants_cut(a), true); }
+Need need_of(const SampleArgs& a) {
+  const bool greedy = !a.key.do_sample;
+  return need_of_rows(a, greedy && wants_cut(a), greedy);
+}
 
 cudaError_t deferral_mask(const MaskArgs& a, const Launch& launch) {
   Resolved op;

@@ -17,9 +17,10 @@ struct Kad {
   InvalidRow* invalid = nullptr;
   Scratch s;
   uint32_t* arrivals = nullptr;
-  int64_t rows = 0;       // batch rows times positions
-  int64_t positions = 1;  // K + 1 in verification
-  uint32_t inverse = 0;   // 2^32 / positions, rounded up; 0 for one position
+  float* nodes = nullptr;  // of the base's tiles; null: masked sums go by all elements
+  int64_t rows = 0;        // batch rows times positions
+  int64_t positions = 1;   // K + 1 in verification
+  uint32_t inverse = 0;    // 2^32 / positions, rounded up; 0 for one position
   int64_t param_row_stride = 1, param_position_stride = 0;
   bool same_temperature = true;
   // Of the launch: the row of its first line of blocks, and how the statistics share a row's tiles.
@@ -29,6 +30,11 @@ struct Kad {
   // This block's.
   __device__ __forceinline__ uint32_t row() const { return first_row + blockIdx.y; }
   __device__ __forceinline__ int tile() const { return static_cast<int>(blockIdx.x); }
+  // Of a stage whose blocks share a row's tiles.
+  __device__ __forceinline__ int first_tile() const { return column() * span; }
+  __device__ __forceinline__ int end_tile() const {
+    return first_tile() + span < s.tiles ? first_tile() + span : s.tiles;
+  }
   // Of a statistics stage.
   __device__ __forceinline__ int model() const { return tile() >= columns; }
   __device__ __forceinline__ int column() const { return tile() - model() * columns; }
@@ -58,11 +64,11 @@ struct Kad {
   __device__ __forceinline__ int base_rule_slot() const {
     return same_temperature ? kBaseSlot : kBaseRuleSlot;
   }
-  __device__ __forceinline__ int proxy_rule_slot() const {
-    return same_temperature ? kProxySlot : kProxyRuleSlot;
-  }
   __device__ __forceinline__ bool seeks_cut(int64_t row) const {
     return s.state(row).valid && s.state(row).step == kOpen;
+  }
+  __device__ __forceinline__ float* nodes_of(int64_t row, int t) const {
+    return nodes + (row * s.tiles + t) * kNodes;
   }
   __device__ __forceinline__ void note(int64_t row, int64_t tensor) const {
     report(invalid, row, tensor);
@@ -189,20 +195,24 @@ __device__ __forceinline__ double split_fraction(double bound, double before, do
 
 // ---- statistics --------------------------------------------------------------------------------
 
-// Where a model's statistics go, at the temperatures the rule wants.
+// Where a model's statistics go, at the temperatures the rule wants; with_nodes: the base's nodes
+// too, where the call keeps them.
 __device__ __forceinline__ TileNumbers numbers_of(const Kad& a, int64_t row, int model,
-                                                  bool for_rule) {
-  return {a.s.tile_max(row, model),     a.s.tile_sum(row, model),
-          a.s.tile_sum(row, model + 2), a.rule.inv_temperature,
-          a.rule.inv_rule_temperature,  for_rule && !a.same_temperature ? 2 : 1};
+                                                  bool for_rule, bool with_nodes = false) {
+  return {a.s.tile_max(row, model),
+          a.s.tiles,
+          a.rule.inv_temperature,
+          a.rule.inv_rule_temperature,
+          for_rule && !a.same_temperature ? 2 : 1,
+          with_nodes && model == 0 && a.nodes ? a.nodes_of(row, 0) : nullptr};
 }
 
 // This block's tiles of one model's row: the base has the first `columns` columns of blocks, the
 // proxy the next.
 __device__ __forceinline__ void row_statistics(const Kad& a, int64_t row, int model, bool for_rule,
-                                               float* weights) {
+                                               float* weights, bool with_nodes = false) {
   block_statistics(model ? a.proxy_row(row) : a.base_row(row), a.column(), a.span, a.s.tiles,
-                   numbers_of(a, row, model, for_rule), weights);
+                   numbers_of(a, row, model, for_rule, with_nodes), weights);
 }
 
 // Merges a model's row into its slots; false if it is invalid. `cum` is left for a draw from the
@@ -339,7 +349,7 @@ struct TileTest {
   float cut;
   int ties;  // where the tile is parted: those at smaller places are before the cut
   bool parted;
-  bool upper;
+  bool upper;         // the cut's upper side is deferred, not the lower one
   bool uniform, all;  // all elements are deferred, or none is
 
   __device__ __forceinline__ TileTest(const Deferral& d, int t, float tile_max)
@@ -354,16 +364,36 @@ struct TileTest {
     uniform = whole || end == -kInfinity;
     all = whole != upper;
   }
-  // Elements i .. i + 3 of a thread; kPlain: of a tile that is not parted.
+  // No element below this number is on the cut's upper side.
+  __device__ __forceinline__ float end() const { return upper ? from : below; }
+  // The element at a place of the tile; kPlain: of one that is not parted.
+  template <bool kPlain>
+  __device__ __forceinline__ bool one(float x, int place) const {
+    if (!kPlain && parted && x == cut) return (place < ties) != upper;
+    return x >= from && x < below;
+  }
+  // Elements i .. i + 3 of a thread.
   template <bool kPlain>
   __device__ __forceinline__ void four(const float* x, const Tile& map, int i, bool* in) const {
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      in[k] = x[k] >= from && x[k] < below;
-      if (!kPlain && parted && x[k] == cut) in[k] = (map.at(i + k) < ties) != upper;
-    }
+    for (int k = 0; k < 4; ++k) in[k] = one<kPlain>(x[k], map.at(i + k));
   }
 };
+
+// Which of elements i .. i + 3 of a thread, whose base logits are x, a test defers; `judged`: the
+// row it looks at, another one where `by_proxy`.
+template <class Read>
+__device__ __forceinline__ void judge_four(const TileTest& test, bool by_proxy,
+                                           const Source& judged, Read read, const Tile& map, int i,
+                                           const float* x, bool* in) {
+  if (by_proxy) {
+    float y[4];
+    read(judged, map, i, y);
+    test.four<Read::kPlain>(y, map, i, in);
+  } else {
+    test.four<Read::kPlain>(x, map, i, in);
+  }
+}
 
 // ---- masked sums -------------------------------------------------------------------------------
 
@@ -382,23 +412,183 @@ __device__ __forceinline__ float canonical_sum_of_sign(const float* weights, int
   return fold(lane);
 }
 
+// ---- masked sums by nodes ----------------------------------------------------------------------
+//
+// Few tokens are likely, and of most rules these are all that lies on one side of the cut in a
+// tile. Of the tree that adds a tile's 128 virtual lanes, the first sums (nodes: lanes l and l +
+// 64) are kept from the statistics; a masked sum then makes those anew that hold one of the few,
+// and takes the others as they are.
+
+constexpr int kMostNodes = kNodes / 2;  // that are made anew; all elements where there are more
+constexpr int kNodeStride =
+    2 * kMostNodes + 1;  // of 32 elements of each lane: odd, against conflicts
+static_assert(kGroups * kNodeStride <= kTile, "in the place of a tile's weights");
+
+// The nodes of a tile with an element on the cut's upper side, in the order they were found in.
+struct FoundNodes {
+  uint32_t marks[2];  // a bit each
+  uint32_t count;
+  int32_t node[kNodes];
+
+  __device__ __forceinline__ bool has(int n) const { return (marks[n / 32] >> n % 32 & 1) != 0; }
+  // Nodes 32 word + i for the bits i.
+  __device__ __forceinline__ void add(int word, uint32_t bits) {
+    for (bits &= ~atomicOr(marks + word, bits); bits; bits &= bits - 1)
+      node[atomicAdd(&count, 1u)] = word * 32 + __ffs(static_cast<int>(bits)) - 1;
+  }
+};
+
+// Finds them in a whole aligned tile, for this thread's elements: those not below `end`.
+template <int kType>
+__device__ __forceinline__ void find_nodes(const Source& judged, const Tile& map, float end,
+                                           FoundNodes* found) {
+  Stored<kType> stored(judged.data, map.first);
+  float m[4];  // the largest of each of the thread's four virtual lanes
+  if constexpr (kType == kFloat32) {
+    stored.four(0, m);
+#pragma unroll
+    for (int g = 1; g < kPerThread / 4; ++g) {
+      float x[4];
+      stored.four(g, x);
+#pragma unroll
+      for (int c = 0; c < 4; ++c) m[c] = fmaxf(m[c], x[c]);
+    }
+  } else {
+#pragma unroll
+    for (int g = 1; g < kPerThread / 4; ++g)
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        stored.word[0][i] = max_or_nan_of_pairs<kType>(stored.word[0][i], stored.word[g][i]);
+    stored.four(0, m);
+  }
+  uint32_t bits = 0;
+#pragma unroll
+  for (int c = 0; c < 4; ++c)
+    if (m[c] >= end) bits |= 1u << c;
+  const int first = map.first % kNodes;
+  if (bits) found->add(first / 32, bits << first % 32);
+}
+
+__device__ __forceinline__ void find_nodes(const Source& judged, const Tile& map, float end,
+                                           FoundNodes* found) {
+  if (map.vector && map.count == kTile) {
+    if (judged.dtype == kFloat32) return find_nodes<kFloat32>(judged, map, end, found);
+    if (judged.dtype == kFloat16) return find_nodes<kFloat16>(judged, map, end, found);
+    return find_nodes<kBFloat16>(judged, map, end, found);
+  }
+#pragma unroll 1
+  for (int i = 0; i < kPerThread; i += 4) {
+    float x[4];
+    read_part(judged.data, judged.dtype, map, i, x);
+    for (int k = 0; k < 4; ++k) {
+      const int node = map.at(i + k) % kNodes;
+      if (x[k] >= end && map.at(i + k) < map.count) found->add(node / 32, 1u << node % 32);
+    }
+  }
+}
+
+// Makes the nodes that were found anew in `weights`: node i in lanes 2 i and 2 i + 1, a lane's 32
+// elements kNodeStride apart; negative: kept. For a whole block, followed by a barrier. Returns the
+// lowest kept logit that this thread saw.
+__device__ __forceinline__ float weigh_nodes(const Source& base, const Source& judged,
+                                             const Tile& map, const TileTest& test, bool by_proxy,
+                                             const FoundNodes& found, float reference,
+                                             float inv_temperature, float* weights) {
+  float lowest = kInfinity;
+  const int count = static_cast<int>(found.count);
+#pragma unroll 1
+  for (int i = warp_id(); i < count; i += kWarps) {
+    const int first = lane_id() * kLanes + found.node[i];
+    device::F w[2];
+    bool in[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int place = first + half * kNodes;
+      const bool inside = place < map.count;
+      const float x = inside ? read_one(base.data, base.dtype, place) : -kInfinity;
+      const float y = inside && by_proxy ? read_one(judged.data, judged.dtype, place) : x;
+      in[half] = test.one<false>(y, place);
+      lowest = in[half] ? lowest : fminf(lowest, x);
+      w[half].v = fmaxf(mul_rn(sub_rn(x, reference), inv_temperature), device::kExpTermLow);
+    }
+    device::exp_term_pack<2>(w);
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+      weights[lane_id() * kNodeStride + 2 * i + half] = in[half] ? w[half].v : -w[half].v;
+  }
+  __syncthreads();
+  return lowest;
+}
+
+// The canonical sums of a tile whose nodes were weighed where they were found; the others are as
+// `nodes` has them on one side and hold nothing on the other. For one warp; the deferred sum is its
+// first thread's, the kept one, where it is wanted, the 17th's.
+template <bool kWithKept>
+__device__ __forceinline__ float sum_of_nodes(const float* weights, const float* nodes,
+                                              const FoundNodes& found, bool upper) {
+  TTA_SHARED_ARRAY(float, made, 2 * kNodes);  // deferred, then kept
+  const int lanes = 2 * static_cast<int>(found.count);
+  const bool kept = lane_id() >= 16;
+  const int first = lane_id() % 16 * 4;
+  const float4 as_it_was = *reinterpret_cast<const float4*>(nodes + first);
+#pragma unroll 1
+  for (int base = 0; base < lanes; base += 32) {
+    const int l = base + lane_id();
+    float deferred_sum = 0.0f, kept_sum = 0.0f;
+    if (l < lanes) {
+#pragma unroll 8
+      for (int g = 0; g < kGroups; ++g) {
+        const float w = weights[g * kNodeStride + l];
+        deferred_sum = add_flush(deferred_sum, fmaxf(w, 0.0f));
+        if (kWithKept) kept_sum = add_flush(kept_sum, fmaxf(-w, 0.0f));
+      }
+    }
+    deferred_sum = add_rn(deferred_sum, __shfl_down_sync(kFullWarp, deferred_sum, 1));
+    if (kWithKept) kept_sum = add_rn(kept_sum, __shfl_down_sync(kFullWarp, kept_sum, 1));
+    if (l < lanes && l % 2 == 0) {
+      made[found.node[l / 2]] = deferred_sum;
+      made[kNodes + found.node[l / 2]] = kept_sum;
+    }
+  }
+  __syncwarp();
+  const bool most = kept == upper;  // this side has what is below the cut
+  float node[4] = {most ? as_it_was.x : 0.0f, most ? as_it_was.y : 0.0f, most ? as_it_was.z : 0.0f,
+                   most ? as_it_was.w : 0.0f};
+#pragma unroll
+  for (int c = 0; c < 4; ++c)
+    if (found.has(first + c)) node[c] = made[(kept ? kNodes : 0) + first + c];
+#pragma unroll
+  for (int n = 8; n >= 1; n /= 2)
+#pragma unroll
+    for (int c = 0; c < 4; ++c) node[c] = add_rn(node[c], __shfl_down_sync(kFullWarp, node[c], n));
+  return add_rn(add_rn(node[0], node[2]), add_rn(node[1], node[3]));
+}
+
+// The mass of a tile that counts whole, or not at all: it is not read. False: another.
+template <bool kWithKept>
+__device__ __forceinline__ bool whole_mass(const Kad& a, int64_t row, int t, int query, int slot,
+                                           const TileTest& test) {
+  const double scale = a.s.scale(row, slot)[t];
+  if (!test.uniform && scale != 0.0) return false;
+  if (threadIdx.x == 0) {
+    const double all = mul_rn(static_cast<double>(a.s.tile_sum(row, slot)[t]), scale);
+    a.s.mass(row, query)[t] = test.all ? all : 0.0;
+    if (kWithKept) a.s.mass(row, query + 1)[t] = test.all ? 0.0 : all;
+  }
+  return true;
+}
+
 // The base's canonical mass, at one slot's temperature, of what a set defers in a tile, into
 // `query` of the scratch memory; and of what it keeps, the critical item included, into the next.
-// A tile that counts whole, or not at all, is not read. For a whole block.
+// For a whole block.
 template <bool kWithKept>
 __device__ __forceinline__ void tile_mass(const Kad& a, int64_t row, int t, int query,
                                           const Deferral& set, int slot, float* weights) {
+  const TileTest test(set, t, a.s.tile_max(row, set.by_proxy)[t]);
+  if (whole_mass<kWithKept>(a, row, t, query, slot, test)) return;
   const double scale = a.s.scale(row, slot)[t];
   double* deferred_mass = a.s.mass(row, query) + t;
   double* kept_mass = a.s.mass(row, query + kWithKept) + t;
-  const TileTest test(set, t, a.s.tile_max(row, set.by_proxy)[t]);
-  if (test.uniform || scale == 0.0) {
-    const double all = mul_rn(static_cast<double>(a.s.tile_sum(row, slot)[t]), scale);
-    if (threadIdx.x) return;
-    *deferred_mass = test.all ? all : 0.0;
-    if (kWithKept) *kept_mass = test.all ? 0.0 : all;
-    return;
-  }
   const float m = a.s.tile_max(row, 0)[t];
   const float inv = slot < 2 ? a.rule.inv_temperature : a.rule.inv_rule_temperature;
   const Source base(a.base_row(row), t);
@@ -408,13 +598,7 @@ __device__ __forceinline__ void tile_mass(const Kad& a, int64_t row, int t, int 
     float w[4];
     bool in[4];
     weigh_four(x, m, inv, w);
-    if (set.by_proxy) {
-      float y[4];
-      read(judged, map, i, y);
-      test.four<decltype(read)::kPlain>(y, map, i, in);
-    } else {
-      test.four<decltype(read)::kPlain>(x, map, i, in);
-    }
+    judge_four(test, set.by_proxy, judged, read, map, i, x, in);
     // With kept ones wanted too, the sign tells them apart.
 #pragma unroll
     for (int k = 0; k < 4; ++k) w[k] = in[k] ? w[k] : kWithKept ? -w[k] : 0.0f;
@@ -428,6 +612,91 @@ __device__ __forceinline__ void tile_mass(const Kad& a, int64_t row, int t, int 
   } else if (kWithKept && warp_id() == 1) {
     const float sum = canonical_sum_of_sign<true>(weights, map.count);
     if (lane_id() == 0) *kept_mass = mul_rn(static_cast<double>(sum), scale);
+  }
+}
+
+// The same into queries 0 and 1, at the sampling temperature, by nodes where there are any and few
+// elements lie above the cut; true if so. `lowest`: of the kept logits that this thread saw then.
+template <bool kWithKept>
+__device__ __forceinline__ bool tile_mass_by_nodes(const Kad& a, int64_t row, int t,
+                                                   const Deferral& set, const Row& base_row,
+                                                   const Row& judged_row, float* weights,
+                                                   float* lowest) {
+  TTA_SHARED(FoundNodes, found);
+  const TileTest test(set, t, a.s.tile_max(row, set.by_proxy)[t]);
+  if (whole_mass<kWithKept>(a, row, t, 0, kBaseSlot, test)) return false;
+  if (a.nodes) {
+    const Source judged(judged_row, t);
+    const Tile map = map_of(a.base.vocab, t, judged.aligned());
+    if (threadIdx.x == 0) found.marks[0] = found.marks[1] = found.count = 0;
+    __syncthreads();
+    find_nodes(judged, map, test.end(), &found);
+    __syncthreads();
+    if (found.count <= kMostNodes) {
+      *lowest = weigh_nodes(Source(base_row, t), judged, map, test, set.by_proxy, found,
+                            a.s.tile_max(row, 0)[t], a.rule.inv_temperature, weights);
+      if (warp_id() != summing_warp(t)) return true;
+      const float sum = sum_of_nodes<kWithKept>(weights, a.nodes_of(row, t), found, test.upper);
+      const double mass = mul_rn(static_cast<double>(sum), a.s.scale(row, kBaseSlot)[t]);
+      if (lane_id() % 16 == 0 && (kWithKept || lane_id() == 0))
+        a.s.mass(row, lane_id() / 16)[t] = mass;
+      return true;
+    }
+  }
+  tile_mass<kWithKept>(a, row, t, 0, set, kBaseSlot, weights);
+  return false;
+}
+
+// The lowest kept logit of this thread's elements of a tile.
+__device__ __forceinline__ float lowest_kept(const Kad& a, int64_t row, int t, const Deferral& set,
+                                             const Row& base_row, const Row& judged_row) {
+  float lowest = kInfinity;
+  const TileTest test(set, t, a.s.tile_max(row, set.by_proxy)[t]);
+  if (test.uniform && test.all) return lowest;
+  const Source base(base_row, t), judged(judged_row, t);
+  const Tile map = map_of(a.base.vocab, t, base.aligned() && judged.aligned());
+  each_four(map, base, judged, !test.parted, [&](auto read, int i, const float* x) {
+    bool in[4];
+    judge_four(test, set.by_proxy, judged, read, map, i, x, in);
+#pragma unroll
+    for (int k = 0; k < 4; ++k)
+      if (read.kPlain || map.at(i + k) < map.count)
+        lowest = fminf(lowest, in[k] ? kInfinity : x[k]);
+  });
+  return lowest;
+}
+
+// The masses of the tiles of this block, followed by a barrier. kLowest: its lowest kept logit,
+// into query 2 of its first tile.
+template <bool kWithKept, bool kLowest>
+__device__ __forceinline__ void block_masses(const Kad& a, int64_t row, const Deferral& set,
+                                             float* weights) {
+  const Row base = a.base_row(row);
+  const Row judged = set.by_proxy ? a.proxy_row(row) : base;
+  const int first = a.first_tile(), end = a.end_tile();
+  float lowest = kInfinity;
+#pragma unroll 1
+  for (int t = first; t < end; ++t) {
+    float here = kInfinity;
+    const bool seen = tile_mass_by_nodes<kWithKept>(a, row, t, set, base, judged, weights, &here);
+    if (kLowest && (!seen || set.by_proxy)) here = lowest_kept(a, row, t, set, base, judged);
+    if (kLowest) lowest = fminf(lowest, here);
+    __syncthreads();
+  }
+  if (kLowest) {
+    lowest = block_reduce(lowest, Min());
+    if (threadIdx.x == 0) a.s.mass(row, 2)[first] = static_cast<double>(lowest);
+  }
+}
+
+// The deferred masses of the tiles of this block at the rule's temperature.
+__device__ __forceinline__ void block_masses_at_rule(const Kad& a, int64_t row, int query,
+                                                     const Deferral& set, float* weights) {
+  const int end = a.end_tile();
+#pragma unroll 1
+  for (int t = a.first_tile(); t < end; ++t) {
+    tile_mass<false>(a, row, t, query, set, kBaseRuleSlot, weights);
+    __syncthreads();
   }
 }
 
@@ -467,6 +736,15 @@ __device__ __forceinline__ Share split(const Kad& a, int64_t row, double rule_su
 
 // ---- launches ----------------------------------------------------------------------------------
 
+// Scratch memory of rows: with nodes, where sampling and rule have one temperature.
+inline size_t scratch_of(const DeferralArgs& a, int64_t rows, bool with_cut, bool with_nodes) {
+  const int tiles = tiles_of(a.base.vocab);
+  with_nodes = with_nodes && a.rule.inv_temperature == a.rule.inv_rule_temperature;
+  return static_cast<size_t>(rows) *
+         (Scratch::bytes_of_row(tiles, with_cut) +
+          (with_nodes ? static_cast<size_t>(tiles) * kNodes * sizeof(float) : 0));
+}
+
 inline void fill(Kad* k, const DeferralArgs& a, const Launch& launch, bool with_cut) {
   k->base = a.base;
   k->proxy = a.proxy;
@@ -478,6 +756,11 @@ inline void fill(Kad* k, const DeferralArgs& a, const Launch& launch, bool with_
   k->s.tiles = tiles_of(a.base.vocab);
   k->s.with_cut = with_cut;
   k->s.row_bytes = static_cast<int64_t>(Scratch::bytes_of_row(k->s.tiles, with_cut));
+}
+
+// Behind the rows of the scratch memory, as scratch_of counts them.
+inline void place_nodes(Kad* k, int64_t rows) {
+  if (k->same_temperature) k->nodes = reinterpret_cast<float*>(k->s.base + rows * k->s.row_bytes);
 }
 
 // Shares the tiles of `rows` rows among blocks.

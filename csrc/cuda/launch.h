@@ -38,8 +38,9 @@ inline dim3 grid_of(int columns, int64_t rows_left) {
               static_cast<unsigned>(rows_left < kMostRows ? rows_left : kMostRows));
 }
 
-// Tiles that a block takes one after another: one, so that a few rows spread over the device, or up
-// to four where there are blocks enough without; what a block does once is then done less often.
+// Tiles that a block takes, one after another or a warp each: one, so that a few rows spread over
+// the device, or up to four where there are blocks enough without; what a block does once is then
+// done less often.
 inline int span_of(int tiles, int64_t rows, int64_t width) {
   const int64_t spare = tiles * rows / width;
   return spare >= 4 ? 4 : spare >= 2 ? 2 : 1;

@@ -3,8 +3,8 @@
 //
 // Problem: B rows of V logits, one draw from softmax(x / T) of each by inverse CDF, or its largest
 // logit. Thread map: a block of 128 threads a tile of 4096, or up to four of them where rows enough
-// fill the device without; the block that arrives last at a row merges its tiles, chooses the tile
-// the draw falls into and reads that tile again.
+// fill the device without (a warp each, if four of 16-bit elements); the block that arrives last at
+// a row merges its tiles, chooses the tile the draw falls into and reads that tile again.
 // Passes: every logits row once from DRAM, one tile of each again from L2; probabilities read the
 // row a second time (L2 permitting) and write 4 V bytes. Mixtures compute their scores from
 // (1 + 2 E) rows, in shared memory, and never store them.
@@ -92,13 +92,16 @@ template <class Op>
 __global__ void __launch_bounds__(kThreads, Op::kResident) draw_kernel(const Op op) {
   TTA_SHARED_ARRAY(float4, weights4, kTile / 4);
   TTA_SHARED_ARRAY(double, cum, kMaxTiles);
+  TTA_SHARED(double, coin);
   float* weights = reinterpret_cast<float*>(weights4);
   const uint32_t row = op.first_row + blockIdx.y;
   const auto reader = op.reader(row);
-  const TileNumbers to = {
-      op.s.tile_max(row, 0), op.s.tile_sum(row, 0), nullptr, op.inv_temperature(), 1.0f, 1};
+  const TileNumbers to = {op.s.tile_max(row, 0), op.s.tiles, op.inv_temperature(), 1.0f, 1};
   block_statistics(reader, static_cast<int>(blockIdx.x), op.span, op.s.tiles, to, weights);
   if (!last_to_arrive(op.arrivals + row, gridDim.x)) return;
+  // By a warp that has nothing else to do while the tiles are added up.
+  if (threadIdx.x == kThreads - 1 && op.token() && op.key().do_sample)
+    coin = uniform_of(op.key(), row, 0, op.stream(), op.number());
   SlotNumbers numbers;
   const bool valid = finish_slot(op.s, row, 0, 0, op.inv_temperature(), cum, &numbers);
   if (!valid) op.invalid(row);
@@ -111,8 +114,7 @@ __global__ void __launch_bounds__(kThreads, Op::kResident) draw_kernel(const Op 
   }
   int64_t token = -1;
   if (valid && op.key().do_sample)
-    token = draw(reader, op.s, row, 0, 0, op.inv_temperature(), numbers.z,
-                 uniform_of(op.key(), row, 0, op.stream(), op.number()), cum, weights);
+    token = draw(reader, op.s, row, 0, 0, op.inv_temperature(), numbers.z, coin, cum, weights);
   else if (valid)
     token = first_of_max(reader, op.s, row, 0, numbers.max);
   if (threadIdx.x == 0) op.token()[row] = token;

@@ -1,4 +1,5 @@
-// One tile of a row and the block that works on it: 128 threads, 32 elements each.
+// One tile of a row and the block that works on it: 128 threads, 32 elements each. (A tile a warp,
+// where blocks have several: row.cuh.)
 //
 // Thread map. Where the row is aligned to four elements, warp w owns the groups 8 w .. 8 w + 7 of
 // 128 elements and lane l the elements 4 l .. 4 l + 3 of each: loads of 16 bytes (8 for 16-bit
@@ -22,6 +23,7 @@ namespace cuda {
 
 constexpr int kPerThread = kTile / kThreads;
 constexpr int kGroups = kTile / kLanes;
+constexpr int kNodes = kLanes / 2;  // see fold
 constexpr int kGroupsOfWarp = kGroups / kWarps;
 static_assert(kPerThread == 4 * kGroupsOfWarp, "a thread owns four elements of each group");
 
@@ -149,14 +151,27 @@ __device__ __forceinline__ void put_four(const Tile& tile, int i, const float* w
   }
 }
 
-// The 128 lanes to one number, in the first thread of the warp.
+// The 128 lanes to one number, in the first thread of the warp. A thread that has an addend of two
+// sums keeps one and gives away the other, so that no thread adds what another one adds as well.
+// `nodes`: where the first additions' sums, of lanes l and l + 64, are kept.
 template <class T>
-__device__ __forceinline__ T fold(T* lane) {
+__device__ __forceinline__ T fold(const T* lane, T* nodes = nullptr) {
+  const auto given = [](T keep, T give, int n) {
+    return add_rn(keep, __shfl_xor_sync(kFullWarp, give, n));
+  };
+  const bool upper = lane_id() & 16, odd = lane_id() & 8;
+  const T even_sum = given(upper ? lane[2] : lane[0], upper ? lane[0] : lane[2], 16);
+  const T odd_sum = given(upper ? lane[3] : lane[1], upper ? lane[1] : lane[3], 16);
+  if (nodes) {
+    T* const mine = nodes + lane_id() % 16 * 4 + (upper ? 2 : 0);
+    mine[0] = even_sum;
+    mine[1] = odd_sum;
+  }
+  T sum = given(odd ? odd_sum : even_sum, odd ? even_sum : odd_sum, 8);
 #pragma unroll
-  for (int n = 16; n >= 1; n /= 2)
-#pragma unroll
-    for (int c = 0; c < 4; ++c) lane[c] = add_rn(lane[c], __shfl_down_sync(kFullWarp, lane[c], n));
-  return add_rn(add_rn(lane[0], lane[2]), add_rn(lane[1], lane[3]));
+  for (int n = 4; n >= 1; n /= 2) sum = given(sum, sum, n);
+  sum = given(sum, sum, 16);  // virtual lanes 0 and 2, 1 and 3
+  return given(sum, sum, 8);
 }
 
 // The warp that adds up a tile for its block.
@@ -165,10 +180,11 @@ __device__ __forceinline__ int summing_warp(int t) { return t % kWarps; }
 // The canonical sum of a tile's weights, in the first thread of the one warp that calls it, after a
 // barrier. kTerms: the weights are those of terms_of_four.
 template <bool kTerms = false>
-__device__ __forceinline__ float canonical_sum(const float* weights, int count) {
+__device__ __forceinline__ float canonical_sum(const float* weights, int count,
+                                               float* nodes = nullptr) {
   float lane[4] = {0.0f, 0.0f, 0.0f, 0.0f};
   const int groups = (count + kLanes - 1) / kLanes;
-#pragma unroll 8
+#pragma unroll 4
   for (int g = 0; g < groups; ++g) {
     const float4 w = *reinterpret_cast<const float4*>(weights + g * kLanes + lane_id() * 4);
     lane[0] = kTerms ? add_flush(lane[0], w.x) : add_rn(lane[0], w.x);
@@ -176,12 +192,13 @@ __device__ __forceinline__ float canonical_sum(const float* weights, int count) 
     lane[2] = kTerms ? add_flush(lane[2], w.z) : add_rn(lane[2], w.z);
     lane[3] = kTerms ? add_flush(lane[3], w.w) : add_rn(lane[3], w.w);
   }
-  return fold(lane);
+  return fold(lane, nodes);
 }
 
 // weigh_four as terms of a canonical sum or a draw: subnormal where the exponential is 0. For
-// elements without NaN, none above the reference.
-template <bool kUnitTemperature>
+// elements without NaN, none above the reference and, without kClamp, none whose exponent is less
+// than kExpTermLow.
+template <bool kUnitTemperature, bool kClamp = true>
 __device__ __forceinline__ void terms_of_four(const float* x, float reference,
                                               float inv_temperature, float* w) {
   device::F y[4];
@@ -189,7 +206,7 @@ __device__ __forceinline__ void terms_of_four(const float* x, float reference,
   for (int k = 0; k < 4; ++k) {
     y[k].v = sub_rn(x[k], reference);
     if (!kUnitTemperature) y[k].v = mul_rn(y[k].v, inv_temperature);
-    y[k].v = fmaxf(y[k].v, device::kExpTermLow);
+    if (kClamp) y[k].v = fmaxf(y[k].v, device::kExpTermLow);
   }
   device::exp_term_pack<4>(y);
 #pragma unroll
@@ -197,6 +214,24 @@ __device__ __forceinline__ void terms_of_four(const float* x, float reference,
 }
 
 // ---- tiles in registers ------------------------------------------------------------------------
+
+__device__ __forceinline__ float as_float(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+// Numbers 0 and 1 of a pair of 16-bit numbers.
+template <int kType>
+__device__ __forceinline__ void widen(uint32_t pair, float* x) {
+  if constexpr (kType == kFloat16) {
+    x[0] = half_to_float(static_cast<uint16_t>(pair & 0xffffu));
+    x[1] = half_to_float(static_cast<uint16_t>(pair >> 16));
+  } else {
+    x[0] = as_float(pair << 16);
+    x[1] = as_float(pair & 0xffff0000u);
+  }
+}
 
 // A whole tile, aligned: 32 elements a thread as they are stored.
 template <int kType>
@@ -219,29 +254,13 @@ struct Stored {
     }
   }
 
-  __device__ __forceinline__ static float as_float(uint32_t bits) {
-    float x;
-    std::memcpy(&x, &bits, sizeof x);
-    return x;
-  }
-  // Numbers 0 and 1 of a pair.
-  __device__ __forceinline__ static void widen(uint32_t pair, float* x) {
-    if constexpr (kType == kFloat16) {
-      x[0] = half_to_float(static_cast<uint16_t>(pair & 0xffffu));
-      x[1] = half_to_float(static_cast<uint16_t>(pair >> 16));
-    } else {
-      x[0] = as_float(pair << 16);
-      x[1] = as_float(pair & 0xffff0000u);
-    }
-  }
-
   __device__ __forceinline__ void four(int g, float* x) const {
     if constexpr (kWide) {
 #pragma unroll
       for (int k = 0; k < 4; ++k) x[k] = as_float(word[g][k]);
     } else {
-      widen(word[g][0], x);
-      widen(word[g][1], x + 2);
+      widen<kType>(word[g][0], x);
+      widen<kType>(word[g][1], x + 2);
     }
   }
 
@@ -261,19 +280,25 @@ struct Stored {
       for (int i = 1; i < kPerThread / 2; ++i)
         m = max_or_nan_of_pairs<kType>(m, word[i / 2][i % 2]);
       float x[2];
-      widen(m, x);
+      widen<kType>(m, x);
       return max_or_nan(x[0], x[1]);
     }
   }
 };
 
-// The largest of one number a thread, NaN if there is one, in every thread.
+// The largest of one number a lane, NaN if there is one, in every lane.
+__device__ __forceinline__ float warp_max_or_nan(float m) {
+#pragma unroll
+  for (int n = 16; n >= 1; n /= 2) m = max_or_nan(m, __shfl_xor_sync(kFullWarp, m, n));
+  return m;
+}
+
+// The same of a block.
 __device__ __forceinline__ float block_max_or_nan(float m) {
   TTA_SHARED(float4, parts);
   float* part = reinterpret_cast<float*>(&parts);
   static_assert(kWarps == 4, "a number a warp");
-#pragma unroll
-  for (int n = 16; n >= 1; n /= 2) m = max_or_nan(m, __shfl_xor_sync(kFullWarp, m, n));
+  m = warp_max_or_nan(m);
   if (lane_id() == 0) part[warp_id()] = m;
   __syncthreads();
   const float4 all = parts;
@@ -365,7 +390,7 @@ __device__ __forceinline__ void weigh_staged(const Tile& tile, float reference,
     put_four(tile, i, x, weights);
   };
   if (tile.vector) {
-#pragma unroll
+#pragma unroll 4
     for (int i = 0; i < kPerThread; i += 4) four(i);
   } else {
 #pragma unroll 2

@@ -7,7 +7,8 @@
 // once, and one thread then walks along the verdicts. What lies behind the first rejection has no
 // effect: not on the outputs, and an invalid row there is not reported.
 //
-// Stages, one launch each, a block of 128 threads a tile of 4096 elements of a position:
+// Stages, one launch each, a block of 128 threads a tile of 4096 elements of a position, or up to
+// four where positions are enough to fill the device:
 //   statistics of base and proxy; resolve the rule; draw the bonus token
 //   [knapsack: the cut, two stages, cut.cuh]
 //   masses: D and 1 - D where a token does not stand without; accept or not; the last position of
@@ -60,7 +61,7 @@ __device__ __forceinline__ bool stands(const Verify& a, int64_t row, double mass
   return q > 0.0 && mul_rn(a.coin(row, kVerify), q) < add_rn(kept_p, mul_rn(mass, q));
 }
 
-__global__ void __launch_bounds__(kThreads, 5) statistics_kernel(const Verify a) {
+__global__ void __launch_bounds__(kThreads, 4) statistics_kernel(const Verify a) {
   TTA_SHARED_ARRAY(float4, weights4, kTile / 4);
   TTA_SHARED_ARRAY(double, cum, kMaxTiles);
   float* weights = reinterpret_cast<float*>(weights4);
@@ -70,7 +71,7 @@ __global__ void __launch_bounds__(kThreads, 5) statistics_kernel(const Verify a)
   const bool with_proxy = a.reads_proxy(k, n);
   if (k > n || (model && !with_proxy)) return;
   if (model == 0) clear_bands(a, row);
-  row_statistics(a, row, model, true, weights);
+  row_statistics(a, row, model, true, weights, true);
   const int blocks = with_proxy ? 2 * a.columns : a.columns;
   if (!last_to_arrive(a.arrivals + row, static_cast<uint32_t>(blocks))) return;
   SlotNumbers slot[kSlots] = {};
@@ -164,7 +165,6 @@ __global__ void __launch_bounds__(kThreads, 5) masses_kernel(const Verify a) {
   TTA_SHARED_ARRAY(double, shared, kMaxTiles);
   float* weights = reinterpret_cast<float*>(weights4);
   const uint32_t row = a.row();
-  const int t = a.tile();
   const int64_t b = a.batch_row(row), k = a.position(row), n = a.length(b);
   if (k > n) return;
   RowState& r = a.s.state(row);
@@ -175,11 +175,8 @@ __global__ void __launch_bounds__(kThreads, 5) masses_kernel(const Verify a) {
       valid && !r.stands && (k < n || splits || a.v.return_mass || !a.v.key.do_sample);
   if (masses) {
     const Deferral set = r.deferral;
-    tile_mass<true>(a, row, t, 0, set, kBaseSlot, weights);
-    if (splits && !a.same_temperature) {
-      __syncthreads();
-      tile_mass<false>(a, row, t, 2, set, kBaseRuleSlot, weights);
-    }
+    block_masses<true, false>(a, row, set, weights);
+    if (splits && !a.same_temperature) block_masses_at_rule(a, row, 2, set, weights);
   }
   if (!last_to_arrive(a.arrivals + row, gridDim.x)) return;
   if (valid) {
@@ -210,17 +207,11 @@ __global__ void __launch_bounds__(kThreads, 5) masses_kernel(const Verify a) {
 // token, and whether the proxy could still change it.
 __global__ void __launch_bounds__(kThreads, 3) best_kernel(const Verify a) {
   const uint32_t row = a.row();
-  const int t = a.tile();
   const int64_t b = a.batch_row(row), k = a.position(row), n = a.length(b);
   if (k > n) return;
   RowState& r = a.s.state(row);
   const bool valid = r.valid && (r.proxy_valid || k == n), with_proxy = r.proxy_valid;
-  if (valid && with_proxy) {
-    const uint64_t best = best_of_tile(a, r, row, t);
-    if (threadIdx.x == 0) reinterpret_cast<uint64_t*>(a.s.mass(row, 0))[t] = best;
-  } else if (valid) {
-    put_tile_best(a.s, row, t, kept_of_tile(a, r, row, t));
-  }
+  if (valid && with_proxy) put_best(a, r, row);
   if (!last_to_arrive(a.arrivals + row, gridDim.x)) return;
   const int i = static_cast<int>(threadIdx.x);
   if (valid && with_proxy) {
@@ -254,7 +245,12 @@ __device__ __forceinline__ double residual_weights(const Verify& a, int64_t row,
   if (policy.all_deferred) return 0.0;
   const double kept_mass = r.kept;
   float top = 0.0f;
-  policy.each(true, [&](auto, int i, const double* kept, const double* moved) {
+#pragma unroll
+  for (int i = 0; i < kPerThread; i += 4) {
+    const float nothing[4] = {};
+    put_four(map, i, nothing, weights);
+  }
+  policy.each_kept([&](int i, const double* kept, const double* moved) {
     float w[4];
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
@@ -268,10 +264,10 @@ __device__ __forceinline__ double residual_weights(const Verify& a, int64_t row,
   if (!(top > 0.0f)) return 0.0;
   int exponent;
   std::frexp(top, &exponent);
-  const double shrink = std::ldexp(1.0, -exponent);
-  const auto shrunk = [shrink](float w) {
-    return static_cast<float>(mul_rn(static_cast<double>(w), shrink));
-  };
+  // In two factors: 2^149 is no float. Exact, but for what is halved.
+  const int part = -exponent / 2;
+  const float first = std::ldexp(1.0f, part), second = std::ldexp(1.0f, -exponent - part);
+  const auto shrunk = [=](float w) { return mul_rn(mul_rn(w, first), second); };
 #pragma unroll 4
   for (int j = static_cast<int>(threadIdx.x) * 4; j < kTile; j += kThreads * 4) {
     float4* at = reinterpret_cast<float4*>(weights + j);
@@ -382,9 +378,7 @@ __global__ void __launch_bounds__(kThreads, 2) emit_kernel(const Verify a) {
 
 Need need_of(const VerifyArgs& a) {
   const int64_t rows = a.batch * (a.draft_capacity + 1);
-  const bool with_cut = a.rule.rule == kKnapsack;
-  return {static_cast<size_t>(rows) * Scratch::bytes_of_row(tiles_of(a.base.vocab), with_cut),
-          rows + a.batch};
+  return {scratch_of(a, rows, a.rule.rule == kKnapsack, true), rows + a.batch};
 }
 
 cudaError_t deferral_verify(const VerifyArgs& v, const Launch& launch) {
@@ -397,6 +391,7 @@ cudaError_t deferral_verify(const VerifyArgs& v, const Launch& launch) {
   a.param_row_stride = v.param_row_stride;
   a.param_position_stride = v.param_position_stride;
   a.needs_proxy = rule_needs_proxy(v.rule.rule);
+  place_nodes(&a, v.batch * a.positions);
   share_tiles(&a, v.batch * a.positions, launch);
   if (a.positions > kMostRows) return cudaErrorInvalidValue;
   // Whole batch rows a launch: the last stage has a line of blocks for each.
@@ -406,14 +401,15 @@ cudaError_t deferral_verify(const VerifyArgs& v, const Launch& launch) {
     a.first_batch_row = static_cast<uint32_t>(first);
     a.first_row = static_cast<uint32_t>(first * a.positions);
     const dim3 statistics = grid_of(2 * a.columns, batch * a.positions);
+    const dim3 shared = grid_of(a.columns, batch * a.positions);
     const dim3 tiles = grid_of(a.s.tiles, batch * a.positions);
     TTA_LAUNCH((statistics_kernel), statistics, kThreads, 0, launch.stream, a);
-    if (a.s.with_cut) launch_cut(a, tiles, launch.stream);
-    TTA_LAUNCH((masses_kernel), tiles, kThreads, 0, launch.stream, a);
+    if (a.s.with_cut) launch_cut(a, shared, launch.stream);
+    TTA_LAUNCH((masses_kernel), shared, kThreads, 0, launch.stream, a);
     if (v.key.do_sample)
       TTA_LAUNCH((emit_kernel), grid_of(a.s.tiles, batch), kThreads, 0, launch.stream, a);
     else
-      TTA_LAUNCH((best_kernel), tiles, kThreads, 0, launch.stream, a);
+      TTA_LAUNCH((best_kernel), shared, kThreads, 0, launch.stream, a);
   }
   return cudaGetLastError();
 }
