@@ -11,10 +11,21 @@ namespace {
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
-int64_t bytes_of(int dtype) { return dtype == kFloat32 ? 4 : 2; }
 int64_t padding(Random* random) { return random->below(3) ? 0 : random->below(5); }
 
 }  // namespace
+
+int64_t bytes_of(int dtype) { return dtype == kFloat32 ? 4 : 2; }
+
+void store(char* data, int dtype, int64_t i, float x) {
+  char* p = data + i * bytes_of(dtype);
+  if (dtype == kFloat32) {
+    std::memcpy(p, &x, 4);
+    return;
+  }
+  const uint16_t h = dtype == kFloat16 ? float_to_half(x) : float_to_bfloat16(x);
+  std::memcpy(p, &h, 2);
+}
 
 double random_normal(Random* random) {
   const double r = std::sqrt(-2.0 * std::log(1.0 - random->uniform()));
@@ -51,13 +62,7 @@ Rows::Rows(int64_t rows, int64_t vocab, int dtype, Random* random)
 }
 
 void Rows::set(int64_t row, int64_t v, float value) {
-  char* p = data_.at(kHost) + (row * stride_ + v) * bytes_of(dtype_);
-  if (dtype_ == kFloat32) {
-    std::memcpy(p, &value, 4);
-    return;
-  }
-  const uint16_t h = dtype_ == kFloat16 ? float_to_half(value) : float_to_bfloat16(value);
-  std::memcpy(p, &h, 2);
+  store(data_.at(kHost), dtype_, row * stride_ + v, value);
 }
 
 float Rows::get(int64_t row, int64_t v) const {

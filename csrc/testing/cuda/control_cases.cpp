@@ -37,7 +37,7 @@ void weights_case(int64_t rollouts, Random* random) {
                             std::to_string(rollouts) + ", lambda " + std::to_string(lambda) +
                             ", alpha " + std::to_string(alpha) + ", sigma " + std::to_string(sigma);
   const InvalidTwin invalid;
-  const Twin<float> weights(prompts * rollouts), ess(prompts);
+  const WeightsOutputs out(prompts, rollouts);
   call_both<WeightsArgs>(
       importance_weights_serial, cuda::importance_weights,
       [&](Side side) {
@@ -52,14 +52,12 @@ void weights_case(int64_t rollouts, Random* random) {
         a.lambda = lambda;
         a.alpha = alpha;
         a.sigma = sigma;
-        a.weights = weights.at(side);
-        a.ess = ess.at(side);
+        out.at(side, &a);
         a.invalid = invalid.at(side);
         return a;
       },
       where);
-  compare("weights", where, weights);
-  compare("ess", where, ess);
+  out.compare_in(where);
   compare("weights invalid", where, invalid);
 }
 

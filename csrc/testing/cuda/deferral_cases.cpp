@@ -19,64 +19,47 @@ Args arguments(const Problem& problem, Side side, const InvalidTwin& invalid) {
 void mask_case(const Problem& problem) {
   const int64_t rows = problem.base.rows(), vocab = problem.base.vocab();
   const InvalidTwin invalid;
-  const Twin<bool> mask(rows * vocab, rows % 2);
-  const Twin<int64_t> critical(rows);
-  const Twin<float> fraction(rows);
+  const MaskOutputs out(rows, vocab, rows % 2);
   call_both<MaskArgs>(
       deferral_mask, cuda::deferral_mask,
       [&](Side side) {
         MaskArgs a = arguments<MaskArgs>(problem, side, invalid);
-        a.mask = mask.at(side);
-        a.mask_stride = vocab;
-        a.critical_index = critical.at(side);
-        a.fraction = fraction.at(side);
+        out.at(side, &a);
         return a;
       },
       problem.where);
-  compare("mask", problem.where, mask);
-  compare("mask critical", problem.where, critical);
-  compare("mask fraction", problem.where, fraction);
+  out.compare_in(problem.where);
   compare("mask invalid", problem.where, invalid);
 }
 
 void probs_case(const Problem& problem) {
   const int64_t rows = problem.base.rows(), vocab = problem.base.vocab();
   const InvalidTwin invalid;
-  const Twin<float> probs(rows * vocab, rows % 2);
+  const ProbsOutputs out(rows, vocab, rows % 2);
   call_both<ProbsArgs>(
       deferral_probs, cuda::deferral_probs,
       [&](Side side) {
         ProbsArgs a = arguments<ProbsArgs>(problem, side, invalid);
-        a.out = probs.at(side);
-        a.out_stride = vocab;
+        out.at(side, &a);
         return a;
       },
       problem.where);
-  compare("probs", problem.where, probs);
+  out.compare_in(problem.where);
   compare("probs invalid", problem.where, invalid);
 }
 
 void stats_case(const Problem& problem) {
-  const int64_t rows = problem.base.rows();
   const InvalidTwin invalid;
-  const Twin<double> mass(rows), used(rows);
-  const Twin<int64_t> critical(rows);
-  const Twin<float> cut(rows);
+  const StatsOutputs out(problem.base.rows());
   call_both<StatsArgs>(
       deferral_stats, cuda::deferral_stats,
       [&](Side side) {
         StatsArgs a = arguments<StatsArgs>(problem, side, invalid);
-        a.deferred_mass = mass.at(side);
-        a.critical_index = critical.at(side);
-        a.cut_logit = cut.at(side);
-        a.used = used.at(side);
+        out.at(side, &a);
         return a;
       },
       problem.where);
-  compare("stats mass", problem.where, mass);
-  compare("stats critical", problem.where, critical);
-  compare("stats cut", problem.where, cut);
-  compare("stats used", problem.where, used);
+  out.compare_in(problem.where);
   compare("stats invalid", problem.where, invalid);
 }
 
@@ -86,8 +69,7 @@ void sample_case(const Problem& problem, bool propose, bool do_sample, Random* r
       problem.where + (propose ? ", propose" : ", sample") + (do_sample ? "" : ", greedy");
   const InvalidTwin invalid;
   const Keys keys(rows, random);
-  const Twin<int64_t> token(rows);
-  const Twin<bool> deferred(rows);
+  const SampleOutputs out(rows);
   call_both<SampleArgs>(
       deferral_sample, cuda::deferral_sample,
       [&](Side side) {
@@ -95,13 +77,11 @@ void sample_case(const Problem& problem, bool propose, bool do_sample, Random* r
         if (propose) a.proxy.data = nullptr;
         a.key = keys.at(side, do_sample);
         a.propose = propose;
-        a.token = token.at(side);
-        a.deferred = deferred.at(side);
+        out.at(side, &a);
         return a;
       },
       where);
-  compare("token", where, token);
-  compare("deferred", where, deferred);
+  out.compare_in(where);
   compare("draw invalid", where, invalid);
 }
 

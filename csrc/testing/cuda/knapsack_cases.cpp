@@ -43,9 +43,7 @@ void knapsack_cases(const Options& options, Random* random) {
     weight.upload();
     capacity.upload();
     const InvalidTwin invalid;
-    const Twin<bool> selected(batch * items, skip);
-    const Twin<double> used(batch), value(batch), bound(batch);
-    const Twin<int64_t> critical(batch);
+    const KnapsackOutputs out(batch, items, skip);
     call_both<KnapsackArgs>(
         greedy_knapsack, cuda::greedy_knapsack,
         [&](Side side) {
@@ -56,21 +54,12 @@ void knapsack_cases(const Options& options, Random* random) {
           a.batch = batch;
           a.items = items;
           a.capacity = {capacity.at(side), 1};
-          a.selected = selected.at(side);
-          a.selected_stride = items;
-          a.used = used.at(side);
-          a.value = value.at(side);
-          a.critical_index = critical.at(side);
-          a.upper_bound = bound.at(side);
+          out.at(side, &a);
           a.invalid = invalid.at(side);
           return a;
         },
         where);
-    compare("selected", where, selected);
-    compare("used", where, used);
-    compare("value", where, value);
-    compare("critical", where, critical);
-    compare("upper bound", where, bound);
+    out.compare_in(where);
     compare("invalid", where, invalid);
   }
 }

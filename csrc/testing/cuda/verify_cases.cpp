@@ -27,9 +27,7 @@ void verify_case(const Problem& problem, int64_t batch, int64_t drafted, Random*
   }
   draft.upload();
   length.upload();
-  const Twin<int64_t> accepted(batch), token(batch);
-  const Twin<bool> deferred(batch);
-  const Twin<double> mass(batch * positions);
+  const VerifyOutputs out(batch, positions);
   call_both<VerifyArgs>(
       deferral_verify, cuda::deferral_verify,
       [&](Side side) {
@@ -49,17 +47,11 @@ void verify_case(const Problem& problem, int64_t batch, int64_t drafted, Random*
         a.draft_row_stride = drafted;
         a.draft_position_stride = 1;
         a.draft_length = length.at(side);
-        a.accepted = accepted.at(side);
-        a.token = token.at(side);
-        a.deferred = deferred.at(side);
-        a.mass = mass.at(side);
+        out.at(side, &a);
         return a;
       },
       where);
-  compare("accepted", where, accepted);
-  compare("verified token", where, token);
-  compare("verified deferred", where, deferred);
-  compare("verified mass", where, mass);
+  out.compare_in(where);
   compare("verify invalid", where, invalid);
 }
 
