@@ -129,6 +129,26 @@ def install_hint() -> str:
     return "conda install -y -c conda-forge cxx-compiler"
 
 
+def answer_of(command: Sequence[str], name: str, remedy: str) -> str:
+    """What a program prints.
+
+    Raises:
+        BuildError: it does not run; the message calls it ``name`` and says what mends it.
+    """
+    try:
+        answer = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+            stdin=subprocess.DEVNULL,
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        raise BuildError(f"{name} does not run ({error}); mend it with: {remedy}") from error
+    return answer.stdout
+
+
 def find_compiler() -> Compiler:
     """The C++ compiler of ``CXX``, else the first of c++, g++, clang++ on the PATH.
 
@@ -140,22 +160,10 @@ def find_compiler() -> Compiler:
     for command in candidates:
         if shutil.which(command[0]) is None:
             continue
-        try:
-            answer = subprocess.run(
-                [*command, "--version"],
-                capture_output=True,
-                text=True,
-                timeout=60,
-                check=True,
-                stdin=subprocess.DEVNULL,
-            )
-        except (OSError, subprocess.SubprocessError) as error:
-            raise BuildError(
-                f"the C++ compiler {shlex.join(command)!r} does not run ({error}); "
-                f"mend it with: {install_hint()}"
-            ) from error
-        lines = answer.stdout.splitlines()
-        return Compiler(command, lines[0] if lines else shlex.join(command))
+        text = answer_of(
+            [*command, "--version"], f"the C++ compiler {shlex.join(command)!r}", install_hint()
+        )
+        return Compiler(command, text.partition("\n")[0] or shlex.join(command))
     if named:
         raise BuildError(
             f"no C++ compiler: CXX={named!r} is not on the PATH; "

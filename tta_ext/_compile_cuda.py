@@ -7,7 +7,6 @@ import logging
 import os
 import re
 import shutil
-import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,24 +91,6 @@ def _nvcc_path() -> Path:
     return Path(found)
 
 
-def _ask(command: Sequence[str]) -> str:
-    try:
-        done = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=True,
-            stdin=subprocess.DEVNULL,
-        )
-    except (OSError, subprocess.SubprocessError) as error:
-        raise BuildError(
-            f"the CUDA compiler {command[0]} does not run ({error}); "
-            "mend it with: export CUDA_HOME=<the folder of a CUDA toolkit>"
-        ) from error
-    return done.stdout
-
-
 def find_toolkit() -> Toolkit:
     """The nvcc of ``CUDA_HOME``, else of ``CUDA_PATH``, else of the PATH.
 
@@ -117,17 +98,16 @@ def find_toolkit() -> Toolkit:
         BuildError: none was found, or it does not run; the message says what was looked for.
     """
     path = str(_nvcc_path())
-    text = _ask([path, "--version"])
+    name, remedy = f"the CUDA compiler {path}", "export CUDA_HOME=<the folder of a CUDA toolkit>"
+    text = _compile.answer_of([path, "--version"], name, remedy)
     release = re.search(r"release (\d+\.\d+)", text)
     version = re.search(r"V\d+\.\d+\.\d+", text)
     if release is None:
-        raise BuildError(
-            f"the CUDA compiler {path} does not say its release; "
-            "mend it with: export CUDA_HOME=<the folder of a CUDA toolkit>"
-        )
-    known = frozenset(re.findall(r"sm_(\d+[af]?)", _ask([path, "--list-gpu-code"])))
-    name = f"nvcc {version[0] if version else release[1]}"
-    return Toolkit(Compiler((path, *host_compiler()), name), release[1], known)
+        raise BuildError(f"{name} does not say its release; mend it with: {remedy}")
+    codes = _compile.answer_of([path, "--list-gpu-code"], name, remedy)
+    known = frozenset(re.findall(r"sm_(\d+[af]?)", codes))
+    compiler = Compiler((path, *host_compiler()), f"nvcc {version[0] if version else release[1]}")
+    return Toolkit(compiler, release[1], known)
 
 
 def host_compiler() -> tuple[str, ...]:

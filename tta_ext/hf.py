@@ -138,13 +138,13 @@ def kad(
 
 def _check_cache(cache: Any, implementation: str | None) -> None:
     """Refuse a cache with tokens in it, and say that another one is not used."""
-    passed = getattr(cache, "_is_user_defined", False)
-    if passed and cache.get_seq_length():
+    if cache is not None and cache.get_seq_length():
         raise ValueError(
             "past_key_values already holds tokens; "
             "tta_ext.KnapsackDeferral.chat keeps caches between turns"
         )
-    if passed:
+    # Early releases of transformers 5 do not tell whose cache it is.
+    if getattr(cache, "_is_user_defined", False):
         what = f"past_key_values ({type(cache).__name__})"
     elif implementation not in (None, "dynamic"):
         what = f"cache_implementation={implementation!r}"

@@ -43,6 +43,11 @@ class Plan:
     fresh: bool = False
 
 
+def _count(queries: int | Tensor) -> int:
+    # Early releases of transformers 5 give the queries' positions.
+    return queries.shape[0] if isinstance(queries, Tensor) else queries
+
+
 class RaggedLayer(CacheLayerMixin):
     """Keys and values of one layer."""
 
@@ -112,15 +117,17 @@ class RaggedLayer(CacheLayerMixin):
         for before, after in zip(old, (self.key_view, self.value_view), strict=True):
             after[:, :width] = before[:, :width]
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+    def get_mask_sizes(self, queries: int | Tensor) -> tuple[int, int]:
         """Length and offset for masks that the model builds itself: only fresh plans ask."""
-        return query_length, 0
+        return _count(queries), 0
 
     def get_seq_length(self) -> int:
         return self.cache.get_seq_length()
 
     def get_max_length(self) -> int:
         return -1
+
+    get_max_cache_shape = get_max_length  # its name in early releases of transformers 5
 
 
 class RaggedCache(Cache):
@@ -157,8 +164,8 @@ class RaggedCache(Cache):
             return 0
         return plan.width - plan.slots.shape[0] // plan.count
 
-    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        return query_length, 0
+    def get_mask_sizes(self, queries: int | Tensor, layer_idx: int = 0) -> tuple[int, int]:
+        return _count(queries), 0
 
     def copy_rows(self, source: Tensor, target: Tensor, width: int) -> None:
         """Copy the first ``width`` positions between rows, in every layer."""

@@ -341,22 +341,6 @@ def rule_arguments(
 _rules: dict[tuple[object, ...], RuleArguments] = {}
 
 
-def _cached_rule(
-    like: Tensor,
-    rule: str,
-    param: float | Tensor | None,
-    critical: str,
-    temperature: float,
-    rule_temperature: float | None,
-) -> RuleArguments:
-    made = rule_arguments(like, rule, param, critical, temperature, rule_temperature)
-    if type(param) is float and type(made[0]) is Tensor and not _compiling():
-        if len(_rules) >= _CACHE_LIMIT:
-            _rules.clear()
-        _rules[rule, param, critical, temperature, rule_temperature] = made
-    return made
-
-
 def quick_rule_arguments(
     like: Tensor,
     rule: str,
@@ -366,14 +350,20 @@ def quick_rule_arguments(
     rule_temperature: float | None,
 ) -> RuleArguments:
     """:func:`rule_arguments`, remembered for numbers: a decoding loop asks the same every step."""
-    if type(param) is float and not _compiling():
-        try:
-            made = _rules.get((rule, param, critical, temperature, rule_temperature))
-        except TypeError:  # something unhashable: let the checks name it
-            made = None
-        if made is not None:
-            return made
-    return _cached_rule(like, rule, param, critical, temperature, rule_temperature)
+    if type(param) is not float or _compiling():
+        return rule_arguments(like, rule, param, critical, temperature, rule_temperature)
+    key = rule, param, critical, temperature, rule_temperature
+    try:
+        made = _rules.get(key)
+    except TypeError:  # something unhashable: let the checks name it
+        made = None
+    if made is None:
+        made = rule_arguments(like, *key)
+        if type(made[0]) is Tensor:
+            if len(_rules) >= _CACHE_LIMIT:
+                _rules.clear()
+            _rules[key] = made
+    return made
 
 
 def refuse_proxy_rule(name: str, rule: str, code: int) -> None:
