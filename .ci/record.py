@@ -32,6 +32,7 @@ SOURCES = (
 )
 TESTS = {
     "grid": ("tests/*.py",),
+    "oldest": (".ci/oldest", "tta_ext/decoding/*.py", "tta_ext/hf.py", "tests/*.py"),
     "device": (
         ".ci/fake_device",
         "tests/cases.py",
@@ -40,9 +41,9 @@ TESTS = {
         "tests/test_cuda_device.py",
     ),
 }
-CHECKS = ("sanitizers", "exhaustive", "grid", "device")
+CHECKS = ("sanitizers", "aarch64", "exhaustive", "grid", "oldest", "device")
 # Those that need what not every machine has.
-OPTIONAL = ("device",)
+OPTIONAL = ("aarch64", "device")
 
 # The lines of a check that sum it up.
 SUMMARY = re.compile(r"\d+% tests passed|\d+ passed|^(exp|log|normal_pair): ")
