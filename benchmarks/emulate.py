@@ -26,8 +26,9 @@ the first launch, and what the rest reads is in roofline.py (``again``). ARITHME
 ``ptx`` are PTX instructions of all threads of all blocks; ``machine`` is what machine_code.py makes
 of the same call: machine instructions of all warps (32 a warp), the units that execute them, and
 the path of a block, at rows of LONG and of SHORT whole tiles. Where blocks are plenty they take
-SPAN tiles one after another (span_of in csrc/cuda/launch.h) and do less for each: ``spanned`` has
-the counts of the same call with such blocks.
+SPAN tiles, one after another or a warp each (span_of in csrc/cuda/launch.h; of the noise's kernels:
+fewer warps a block, more work a thread), and do less for each: ``spanned`` has the same of the call
+with such blocks.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from scripts import kernel_table
 from tta_ext import _compile, _compile_cuda
@@ -72,6 +73,7 @@ DIM, ROLLOUTS, STEPS, DRAFT, SHARDS = 4096, 32, 32, 4, 8  # as in common_cases.c
 TILE = 4096  # elements of a row that a block has
 SPAN = 4  # tiles that a block takes at most, where operators share them (launch.h)
 BANDS_BYTES = 4096 * 8  # counters of a row's bands, which the blocks of the first launch clear
+NODES_BYTES = 64 * 4  # of a tile of the base: sums that masked ones are made of (kad.cuh)
 SECTOR = 32
 MOST_DRAM_RATIO = 1.05
 
@@ -81,26 +83,28 @@ LONG, SHORT = 32, 8  # tiles of the rows that the path is looked at with
 # not exceed, with one tile a block and with SPAN: SLACK times what was counted last (--bounds).
 SLACK = 1.03
 MOST_INSTRUCTIONS: dict[str, tuple[float, float]] = {
-    "categorical_sample": (25.3, 23.9),
-    "deferral_propose": (26.7, 24.7),
-    "deferral_sample": (27.2, 25.2),
-    "deferral_sample deferred": (51.1, 49.1),
-    "deferral_propose greedy": (54.5, 52.7),
-    "deferral_sample greedy": (138.5, 134.8),
-    "deferral_propose knapsack": (33.4, 31.4),
-    "deferral_mask": (37.5, 35.6),
-    "deferral_mask knapsack": (116.4, 113.0),
-    "deferral_probs": (139.9, 136.1),
-    "deferral_stats": (79.4, 77.6),
-    "deferral_verify": (55.6, 51.6),
-    "implicit_reward": (14.7, 14.2),
-    "implicit_reward_probs": (28.0, 27.5),
-    "greedy_knapsack": (111.5, 111.5),
-    "prelogit_perturb": (80.1, 80.1),
+    "categorical_sample": (25.2, 23.1),
+    "deferral_propose": (26.3, 23.8),
+    "deferral_sample": (26.8, 23.9),
+    "deferral_sample deferred": (51.7, 46.8),
+    "deferral_propose greedy": (32.6, 27.0),
+    "deferral_sample greedy": (64.1, 51.7),
+    "deferral_propose knapsack": (33.0, 30.4),
+    "deferral_mask": (38.5, 32.9),
+    "deferral_mask knapsack": (89.5, 67.5),
+    "deferral_probs": (119.3, 108.0),
+    "deferral_stats": (44.0, 36.8),
+    "deferral_verify": (33.3, 26.8),
+    "deferral_verify mass": (35.4, 28.3),
+    "deferral_verify unrelated": (41.2, 34.0),
+    "implicit_reward": (14.9, 14.4),
+    "implicit_reward_probs": (28.2, 27.8),
+    "greedy_knapsack": (110.2, 110.2),
+    "prelogit_perturb": (56.1, 47.9),
     "importance_weights": (1654.7, 1654.7),
-    "control_update": (62.6, 62.6),
+    "control_update": (47.7, 47.7),
     "control_merge": (52.3, 52.3),
-    "normal": (56.4, 56.4),
+    "normal": (47.6, 41.1),
     "philox": (68.0, 68.0),
 }
 # Those that read each row once: the ratio counts all their launches.
@@ -116,7 +120,17 @@ ONE_PASS = (
 )
 # A block has a few words of memory only.
 ARITHMETIC = ("importance_weights", "control_update")
-# Those that read a row of logits with blocks of SPAN tiles, where those are enough.
+# Those whose first launch writes the nodes of its tiles.
+WITH_NODES = (
+    "deferral_propose greedy",
+    "deferral_sample greedy",
+    "deferral_probs",
+    "deferral_stats",
+    "deferral_verify",
+    "deferral_verify mass",
+    "deferral_verify unrelated",
+)
+# Those whose blocks have more to do, where they are plenty.
 SPANNED = (
     "categorical_sample",
     "deferral_propose",
@@ -130,12 +144,23 @@ SPANNED = (
     "deferral_probs",
     "deferral_stats",
     "deferral_verify",
+    "deferral_verify mass",
+    "deferral_verify unrelated",
     "implicit_reward",
     "implicit_reward_probs",
+    "prelogit_perturb",
+    "normal",
 )
 # Wavefronts that the first blocks of all launches may lose to bank conflicts: of operators that
 # count into shared memory by the data's own values. The others have none.
-MOST_CONFLICTS = {"deferral_mask knapsack": 324, "greedy_knapsack": 600}
+MOST_CONFLICTS = {
+    "deferral_mask knapsack": 1278,
+    "deferral_probs": 7,
+    "deferral_stats": 7,
+    "deferral_verify mass": 3,
+    "deferral_verify unrelated": 7,
+    "greedy_knapsack": 600,
+}
 FLOAT32_ONLY = (
     "greedy_knapsack",
     "importance_weights",
@@ -186,8 +211,7 @@ class Spanned:
     bank_conflicts: int
     ptx_per_element: float
     instructions_per_element: float
-    instructions: int
-    units: dict[str, int]
+    machine: list[Machine]
 
 
 @dataclass(frozen=True)
@@ -424,8 +448,9 @@ def elements_of(op: str) -> int:
         return ROLLOUTS
     if op in ("normal", "philox", "control_merge"):
         return STEPS * DIM
-    models = 3 if op.startswith("implicit_reward") else 1
-    return PROFILE_VOCAB * {"deferral_verify": 2 * DRAFT + 1}.get(op, models)
+    if op.startswith("deferral_verify"):
+        return PROFILE_VOCAB * (2 * DRAFT + 1)
+    return PROFILE_VOCAB * (3 if op.startswith("implicit_reward") else 1)
 
 
 def block_bytes(op: str, size: int, span: int) -> int:
@@ -435,12 +460,13 @@ def block_bytes(op: str, size: int, span: int) -> int:
         "deferral_mask knapsack": span * TILE * size + BANDS_BYTES // blocks,
         "greedy_knapsack": TILE * 8 + BANDS_BYTES // blocks,
         "prelogit_perturb": TILE * (2 * size + 4),
-        "normal": 4 * 128 * 4,  # four elements a thread
+        "normal": span * 64 * 2 * 16,  # two Philox blocks a thread, or SPAN times as many
         "philox": 2 * 256 * 64,  # 32 bytes a thread, in halves: L1 has the second one's sector
         "control_merge": 4 * 128 * (SHARDS + 2) * 4,
     }
     models = 3 if op.startswith("implicit_reward") else 1
-    return special.get(op, models * span * TILE * size)
+    nodes = span * NODES_BYTES if op in WITH_NODES else 0
+    return special.get(op, models * span * TILE * size + nodes)
 
 
 def dram_ratio(op: str, dtype: str, launches: list[Launch], span: int) -> float | None:
@@ -456,11 +482,14 @@ def conflicts(launches: list[Launch]) -> int:
     return sum(x.wavefronts - x.ideal_wavefronts for x in launches)
 
 
-def machine_of(emulator: Emulator, op: str, dtype: str, launches: list[Launch]) -> list[Machine]:
+def machine_of(
+    emulator: Emulator, op: str, dtype: str, launches: list[Launch], *options: object
+) -> list[Machine]:
     """The kernels of a common case as machine code, in the order of their first launches."""
     vocabularies = PROFILE_VOCAB, LONG * TILE, SHORT * TILE
     common, long, short = (
-        emulator.count("common", op, "--vocab", vocab, "--dtype", dtype) for vocab in vocabularies
+        emulator.count("common", op, "--vocab", vocab, "--dtype", dtype, *options)
+        for vocab in vocabularies
     )
     found = []
     for kernel in dict.fromkeys(launch.kernel for launch in launches):
@@ -491,19 +520,14 @@ def spanned(emulator: Emulator, op: str, dtype: str) -> Spanned:
     """The call with SPAN tiles a block, as on a device that one block fills."""
     options = "--width", 1
     launches = launches_of(emulator, op, dtype, *options)
-    ran = emulator.count("common", op, "--vocab", PROFILE_VOCAB, "--dtype", dtype, *options)
-    instructions = sum(x.instructions for x in ran.values())
-    units: Counter[str] = Counter()
-    for kernel in ran.values():
-        units.update(kernel.units)
+    machine = machine_of(emulator, op, dtype, launches, *options)
     elements = elements_of(op)
     return Spanned(
         dram_ratio=dram_ratio(op, dtype, launches, SPAN),
         bank_conflicts=conflicts(launches),
         ptx_per_element=round(sum(x.ptx for x in launches) / elements, 2),
-        instructions_per_element=round(instructions / elements, 2),
-        instructions=round(instructions),
-        units={unit: round(units[unit]) for unit in machine_code.UNIT_NAMES if units[unit]},
+        instructions_per_element=round(sum(x.instructions for x in machine) / elements, 2),
+        machine=machine,
     )
 
 
@@ -562,14 +586,20 @@ def faults(profiles: Iterable[Profile]) -> list[str]:
 
 def recorded() -> tuple[str, list[Profile]]:
     """The hash and the profiles that are checked in."""
+
+    def machine(part: dict[str, list[dict[str, Any]]]) -> list[Machine]:
+        return [Machine(**kernel) for kernel in part["machine"]]
+
     record = json.loads(RESULT.read_text())
     profiles = [
         Profile(
             **{
                 **p,
                 "launches": [Launch(**launch) for launch in p["launches"]],
-                "machine": [Machine(**kernel) for kernel in p["machine"]],
-                "spanned": Spanned(**p["spanned"]) if p["spanned"] else None,
+                "machine": machine(p),
+                "spanned": Spanned(**{**p["spanned"], "machine": machine(p["spanned"])})
+                if p["spanned"]
+                else None,
             }
         )
         for p in record["profile"]

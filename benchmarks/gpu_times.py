@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import tta_ext
 from tta_ext import ops
@@ -91,14 +92,30 @@ def logits_calls(
         capacity = 0.2 * vocab
         yield "greedy_knapsack", lambda: ops.greedy_knapsack(profit, weight, capacity, **plain)
     if batch * vocab <= 1 << 23:  # 10 rows of each of the batch
-        positions = roofline.DRAFT + 1
+        positions, drafted = roofline.DRAFT + 1, roofline.DRAFT
         bases, proxies = logits(batch, positions), logits(batch, positions)
-        draft = torch.randint(vocab, (batch, roofline.DRAFT), generator=generator).to(device)
-        length = torch.full((batch,), roofline.DRAFT, device=device)
-        yield (
-            "deferral_verify",
-            lambda: ops.deferral_verify(bases, proxies, draft, length, **some, **key),
+        length = torch.full((batch,), drafted, device=device)
+        random = torch.randint(vocab, (batch, drafted), generator=generator).to(device)
+
+        def verify(base: Tensor, proxy: Tensor, draft: Tensor, return_mass: bool) -> Call:
+            more = {**some, **key, "return_mass": return_mass}
+            return lambda: ops.deferral_verify(base, proxy, draft, length, **more)
+
+        yield "deferral_verify unrelated", verify(bases, proxies, random, False)
+        # A few tokens with most of the mass, more or less the same of both models.
+        favourites = torch.randint(vocab, (batch, positions, 8), generator=generator).to(device)
+        likely = (18 + torch.randn(favourites.shape, generator=generator)).to(device)
+        likely_bases, likely_proxies = (
+            rows.scatter(-1, favourites, (likely + 0.3 * torch.randn_like(likely)).to(dtype))
+            for rows in (bases, proxies)
         )
+        draws = [
+            ops.categorical_sample(likely_proxies[:, k].contiguous(), **{**key, "position": k})
+            for k in range(drafted)
+        ]
+        draft = torch.stack(draws, 1)
+        yield "deferral_verify", verify(likely_bases, likely_proxies, draft, False)
+        yield "deferral_verify mass", verify(likely_bases, likely_proxies, draft, True)
 
 
 def dimensional_calls(

@@ -12,8 +12,8 @@ seconds:
 
     blocks = rows * tiles of 4096          busy = min(SMs, blocks)
     span   = rows * tiles / (3 * SMs), as 1, 2 or 4: tiles that a block takes where rows are shared
-             (csrc/cuda/launch.h); turns were counted with 1 and with 4, and are linear in the
-             number of blocks between
+             (csrc/cuda/launch.h); the noise's kernels: how far blocks are from the most that a few
+             rows have. Turns were counted with 1 and with 4; 2 is taken to cost as much as 1
     memory = bytes / (efficiency * DRAM)   at most 64 bytes a clock and busy SM
            + again / (32 bytes * clock * SMs)     what is read again, while it fits L2; else DRAM
     unit   = turns / (0.8 * lanes of the unit * clock * busy),  for fp32 (which integer
@@ -27,6 +27,7 @@ seconds:
              the bytes
     ratio  = time / least                  strict = time / (bytes / (efficiency * DRAM))
     flow   = (time - path) / least:  what bytes, instructions and launches alone make of it
+    moved  = the same beside a kernel that also moves ``again``: flow, for operators of one pass
 
 A path is what is left of a launch when the last bytes have arrived: its last block takes its
 tile's maximum, exponentials and sum, counts itself in, and where it is the last of its row reads
@@ -114,64 +115,61 @@ ROLLOUTS, STEPS = emulate.ROLLOUTS, emulate.STEPS
 DRAFT, SHARDS = emulate.DRAFT, emulate.SHARDS
 BLOCKS_EACH = 3  # of a multiprocessor before blocks take several tiles (csrc/bind/cuda.cpp)
 
-# What the gate looks at: the flow of the operators that read every byte once, in every dtype.
-GATED_OPS = (
-    "categorical_sample",
-    "deferral_propose",
-    "deferral_sample",
-    "deferral_sample deferred",
-    "implicit_reward",
-    "prelogit_perturb",
-)
+# The gate: on this GPU, at these sizes, no operator but NOT_GATED takes more than MOST_RATIO of the
+# time of the bytes that it moves (``moved``).
 GATED_GPU, GATED_BATCH = "H100", 64
 GATED_VOCABULARIES, GATED_DIMENSIONS = (128256, 256000), (4096, 8192)
 MOST_RATIO = 1.3
-# Out of reach of 16-bit rows so far. deferral_sample has a second launch, for the rows that want
-# the proxy; prelogit_perturb is bound by the arithmetic of the noise.
+# control_update makes a normal for 4 / n bytes: arithmetic, whatever the kernel. The others are
+# bound by it where elements have 16 bits: two or more looks at an element that is half as long.
 NOT_GATED = (
-    ("deferral_sample", "bfloat16"),
-    ("deferral_sample deferred", "bfloat16"),
-    ("prelogit_perturb", "bfloat16"),
+    ("control_update", "float32"),
+    ("deferral_mask knapsack", "bfloat16"),
+    ("deferral_stats", "bfloat16"),
 )
 # No operator must become worse: the ratio, path and all, on that GPU at the first of those columns,
 # SLACK times what it was last (--bounds).
 SLACK = 1.03
 NO_WORSE = {
-    ("categorical_sample", "float32"): 1.29,
-    ("categorical_sample", "bfloat16"): 1.69,
-    ("deferral_propose", "float32"): 1.34,
-    ("deferral_propose", "bfloat16"): 1.82,
+    ("categorical_sample", "float32"): 1.28,
+    ("categorical_sample", "bfloat16"): 1.63,
+    ("deferral_propose", "float32"): 1.33,
+    ("deferral_propose", "bfloat16"): 1.74,
     ("deferral_sample", "float32"): 1.45,
-    ("deferral_sample", "bfloat16"): 2.04,
-    ("deferral_sample deferred", "float32"): 1.41,
-    ("deferral_sample deferred", "bfloat16"): 2.03,
-    ("deferral_propose greedy", "float32"): 2.21,
-    ("deferral_propose greedy", "bfloat16"): 3.84,
-    ("deferral_sample greedy", "float32"): 2.54,
-    ("deferral_sample greedy", "bfloat16"): 4.47,
+    ("deferral_sample", "bfloat16"): 1.95,
+    ("deferral_sample deferred", "float32"): 1.4,
+    ("deferral_sample deferred", "bfloat16"): 1.93,
+    ("deferral_propose greedy", "float32"): 2.03,
+    ("deferral_propose greedy", "bfloat16"): 2.6,
+    ("deferral_sample greedy", "float32"): 2.45,
+    ("deferral_sample greedy", "bfloat16"): 2.3,
     ("deferral_propose knapsack", "float32"): 2.02,
-    ("deferral_propose knapsack", "bfloat16"): 2.72,
-    ("deferral_mask", "float32"): 1.66,
-    ("deferral_mask", "bfloat16"): 1.86,
-    ("deferral_mask knapsack", "float32"): 4.08,
-    ("deferral_mask knapsack", "bfloat16"): 6.44,
-    ("deferral_probs", "float32"): 2.42,
-    ("deferral_probs", "bfloat16"): 2.56,
-    ("deferral_stats", "float32"): 2.95,
-    ("deferral_stats", "bfloat16"): 5.33,
-    ("deferral_verify", "float32"): 2.23,
-    ("deferral_verify", "bfloat16"): 3.23,
-    ("implicit_reward", "float32"): 1.17,
+    ("deferral_propose knapsack", "bfloat16"): 2.65,
+    ("deferral_mask", "float32"): 1.67,
+    ("deferral_mask", "bfloat16"): 1.91,
+    ("deferral_mask knapsack", "float32"): 3.11,
+    ("deferral_mask knapsack", "bfloat16"): 4.42,
+    ("deferral_probs", "float32"): 2.36,
+    ("deferral_probs", "bfloat16"): 2.38,
+    ("deferral_stats", "float32"): 2.01,
+    ("deferral_stats", "bfloat16"): 2.86,
+    ("deferral_verify", "float32"): 1.28,
+    ("deferral_verify", "bfloat16"): 1.53,
+    ("deferral_verify mass", "float32"): 1.75,
+    ("deferral_verify mass", "bfloat16"): 1.89,
+    ("deferral_verify unrelated", "float32"): 1.87,
+    ("deferral_verify unrelated", "bfloat16"): 2.02,
+    ("implicit_reward", "float32"): 1.18,
     ("implicit_reward", "bfloat16"): 1.3,
     ("implicit_reward_probs", "float32"): 1.9,
-    ("implicit_reward_probs", "bfloat16"): 1.8,
+    ("implicit_reward_probs", "bfloat16"): 1.81,
     ("greedy_knapsack", "float32"): 4.5,
-    ("prelogit_perturb", "float32"): 1.14,
-    ("prelogit_perturb", "bfloat16"): 2.09,
+    ("prelogit_perturb", "float32"): 1.18,
+    ("prelogit_perturb", "bfloat16"): 1.54,
     ("importance_weights", "float32"): 2.01,
-    ("control_update", "float32"): 25.74,
+    ("control_update", "float32"): 19.7,
     ("control_merge", "float32"): 1.04,
-    ("normal", "float32"): 1.51,
+    ("normal", "float32"): 1.23,
     ("philox", "float32"): 1.03,
 }
 
@@ -207,10 +205,17 @@ LOGITS = {
     "deferral_mask knapsack": Op(lambda v, s: s * v + v, "s V + V", lambda v, s: 3 * s * v),
     "deferral_probs": Op(lambda v, s: 2 * s * v + 4 * v, "2 s V + 4 V",
                          lambda v, s: 3 * s * v, models=2),
-    "deferral_stats": Op(lambda v, s: s * v, "s V", lambda v, s: 2 * s * v),
+    "deferral_stats": Op(lambda v, s: s * v, "s V", lambda v, s: s * v),
+    # A position in doubt has its mass added up; all of them, where masses are returned; of models
+    # that have nothing in common every drafted one, and the rejected one's rows give the residual.
     "deferral_verify": Op(lambda v, s: (2 * DRAFT + 1) * s * v, "(2 K + 1) s V",
-                          lambda v, s: (2 * DRAFT + 1) * s * v, models=2 * DRAFT + 1,
-                          positions=DRAFT + 1),
+                          lambda v, s: s * v, models=2 * DRAFT + 1, positions=DRAFT + 1),
+    "deferral_verify mass": Op(lambda v, s: (2 * DRAFT + 1) * s * v, "(2 K + 1) s V",
+                               lambda v, s: (DRAFT + 1) * s * v, models=2 * DRAFT + 1,
+                               positions=DRAFT + 1),
+    "deferral_verify unrelated": Op(lambda v, s: (2 * DRAFT + 1) * s * v, "(2 K + 1) s V",
+                                    lambda v, s: (DRAFT + 2) * s * v, models=2 * DRAFT + 1,
+                                    positions=DRAFT + 1),
     "implicit_reward": Op(lambda v, s: 3 * s * v, "(1 + 2 E) s V", models=3),
     "implicit_reward_probs": Op(lambda v, s: 3 * s * v + 4 * v, "(1 + 2 E) s V + 4 V",
                                 lambda v, s: 3 * s * v, models=3),
@@ -229,6 +234,16 @@ DIMENSIONAL = {
 }  # fmt: skip
 
 
+# Kernels whose blocks have a warp for each tile of 16-bit elements, or few warps where they are
+# plenty.
+A_WARP_EACH = (
+    "draw_kernel",
+    "replace_kernel",
+    "resolve_kernel",
+    "statistics_kernel",
+    "prelogit_perturb_kernel",
+    "normal_kernel",
+)
 # Elements that a block has, of operators without tiles. control_update: a warp or more for 128.
 BLOCK_ELEMENTS = {"control_update": 512, "control_merge": 512, "normal": 512, "philox": 256}
 
@@ -237,7 +252,7 @@ BLOCK_ELEMENTS = {"control_update": 512, "control_merge": 512, "normal": 512, "p
 class Prediction:
     """A line of the table. ``time``, ``path`` and ``least`` in microseconds, predicted.
 
-    ``instructions_allowed`` are those an element for which the flow would be ``MOST_RATIO``;
+    ``instructions_allowed`` are those an element for which ``moved`` would be ``MOST_RATIO``;
     ``path_allowed`` is the path for which the ratio would, if memory set the pace. ``bound`` names
     what takes longest: memory, issue, a unit, or latency (launches, paths).
     """
@@ -255,6 +270,7 @@ class Prediction:
     time: float
     least: float
     flow: float
+    moved: float
     ratio: float
     ratio_strict: float
     instructions_allowed: float
@@ -279,9 +295,18 @@ def base_elements(op: str) -> int:
 
 
 def span_of(gpu: Gpu, op: str, rows: int, columns: int) -> int:
-    """Tiles that a block takes: span_of in csrc/cuda/launch.h."""
-    tiles = rows * op_of(op).positions * -(-columns // emulate.TILE)
-    spare = tiles // (BLOCKS_EACH * gpu.sms)
+    """Tiles that a block takes (span_of in csrc/cuda/launch.h), or what stands for them."""
+    width = BLOCKS_EACH * gpu.sms
+    tiles = -(-columns // emulate.TILE)
+    if op == "prelogit_perturb":  # warps_of in csrc/cuda/prelogit.cu
+        warps = 8
+        while warps > 2 and rows * tiles * warps >= 16 * width:
+            warps //= 2
+        return 8 // warps
+    if op == "normal":  # blocks of 64 threads with two Philox blocks each
+        spare = -(-rows * columns // 512) // width
+    else:
+        spare = rows * op_of(op).positions * tiles // width
     return emulate.SPAN if spare >= emulate.SPAN else 2 if spare >= 2 else 1
 
 
@@ -293,21 +318,19 @@ class Work:
     units: dict[str, float]
 
 
+def machine_of(profile: emulate.Profile, span: int) -> list[emulate.Machine]:
+    """The kernels as blocks with so many tiles have them."""
+    most = profile.spanned
+    return most.machine if most and span == emulate.SPAN else profile.machine
+
+
 def work_of(profile: emulate.Profile, span: int) -> Work:
     """With so many tiles a block."""
     units: Counter[str] = Counter()
-    for kernel in profile.machine:
+    machine = machine_of(profile, span)
+    for kernel in machine:
         units.update(kernel.units)
-    instructions = sum(kernel.instructions for kernel in profile.machine)
-    if profile.spanned is None:
-        return Work(instructions, dict(units))
-    # Of the blocks that are fewer with SPAN tiles each, the part that is fewer with these.
-    part = (1 - 1 / span) / (1 - 1 / emulate.SPAN)
-    most = profile.spanned
-    return Work(
-        instructions + part * (most.instructions - instructions),
-        {unit: n + part * (most.units.get(unit, 0) - n) for unit, n in units.items()},
-    )
+    return Work(sum(kernel.instructions for kernel in machine), dict(units))
 
 
 def unit_times(gpu: Gpu, work: Work, factor: float, busy: int) -> dict[str, float]:
@@ -319,14 +342,27 @@ def unit_times(gpu: Gpu, work: Work, factor: float, busy: int) -> dict[str, floa
     return {unit: factor * n / (ISSUE_EFFICIENCY * gpu.clock * busy) for unit, n in cycles.items()}
 
 
-def path_time(gpu: Gpu, profile: emulate.Profile, columns: int) -> float:
-    """Seconds of the paths of all launches."""
+def paths_of(profile: emulate.Profile, span: int) -> list[emulate.Machine]:
+    """The kernels as the paths of blocks with so many tiles are seen: of tiles that follow each
+    other that of the last one, but of tiles that have a warp each the warp's.
+    """
+    mixture, wide = profile.op.startswith("implicit_reward"), profile.dtype == "float32"
+    several = {
+        kernel.kernel: kernel
+        for kernel in machine_of(profile, span)
+        if kernel.kernel in A_WARP_EACH and not (profile.op in LOGITS and (mixture or wide))
+    }
+    return [several.get(kernel.kernel, kernel) for kernel in profile.machine]
+
+
+def path_time(gpu: Gpu, profile: emulate.Profile, columns: int, span: int = 1) -> float:
+    """Seconds of the paths of all launches, with so many tiles a block."""
     tiles = -(-columns // emulate.TILE)
     return (
         sum(
             kernel.launches
             * max(sum(kernel.path.values()) + (tiles - emulate.LONG) * kernel.path_per_tile, 0.0)
-            for kernel in profile.machine
+            for kernel in paths_of(profile, span)
         )
         / gpu.clock
     )
@@ -348,19 +384,21 @@ def predict(gpu: Gpu, profile: emulate.Profile, rows: int, columns: int) -> Pred
     if profile.op in BLOCK_ELEMENTS:
         busy = min(gpu.sms, -(-rows * columns // BLOCK_ELEMENTS[profile.op]))
     memory = memory_time(gpu, size, again, busy)
-    work = work_of(profile, span_of(gpu, profile.op, rows, columns))
+    span = span_of(gpu, profile.op, rows, columns)
+    work = work_of(profile, span)
     units = unit_times(gpu, work, rows * columns / base_elements(profile.op), busy)
     per_element = work.instructions / profile.elements
-    path = path_time(gpu, profile, columns)
+    path = path_time(gpu, profile, columns, span)
     launches = sum(kernel.launches for kernel in profile.machine)
     fixed = FIRST_LAUNCH + (launches - 1) * NEXT_LAUNCH
     fixed += (DRAM_LATENCY - machine_code.LATENCY["l2"]) / gpu.clock
     stream = max(memory, *units.values())
     alone = size / (gpu.efficiency * gpu.dram)
-    least = FIRST_LAUNCH + DRAM_LATENCY / gpu.clock + alone
+    start = FIRST_LAUNCH + DRAM_LATENCY / gpu.clock
+    least, moving = start + alone, start + memory
     time = fixed + stream + path
     limits = {**units, "memory": memory, "latency": fixed + path}
-    left = MOST_RATIO * least - fixed
+    left = max(MOST_RATIO * moving - fixed, memory)
     return Prediction(
         gpu=gpu.name,
         op=profile.op,
@@ -375,10 +413,11 @@ def predict(gpu: Gpu, profile: emulate.Profile, rows: int, columns: int) -> Pred
         time=round(1e6 * time, 2),
         least=round(1e6 * least, 2),
         flow=round((fixed + stream) / least, 3),
+        moved=round((fixed + stream) / moving, 3),
         ratio=round(time / least, 3),
         ratio_strict=round(time / alone, 3),
-        instructions_allowed=round(per_element * max(memory, left) / max(units.values()), 1),
-        path_allowed=round(1e6 * max(left - memory, 0.0), 2),
+        instructions_allowed=round(per_element * left / max(units.values()), 1),
+        path_allowed=round(1e6 * max(MOST_RATIO * least - fixed - memory, 0.0), 2),
     )
 
 
@@ -414,13 +453,9 @@ def looked_at(p: Prediction) -> list[tuple[int, int]]:
 
 
 def gated(found: Iterable[Prediction]) -> list[Prediction]:
-    """The lines whose flow must be at most MOST_RATIO."""
+    """The lines whose ``moved`` must be at most MOST_RATIO."""
     return [
-        p
-        for p in found
-        if p.op in GATED_OPS
-        and (p.op, p.dtype) not in NOT_GATED
-        and (p.rows, p.columns) in looked_at(p)
+        p for p in found if (p.op, p.dtype) not in NOT_GATED and (p.rows, p.columns) in looked_at(p)
     ]
 
 
@@ -433,11 +468,11 @@ def faults(found: Iterable[Prediction]) -> list[str]:
     """What the gate does not let pass, a line each."""
     found = list(found)
     slow = [
-        f"{p.op} {p.dtype}, {p.columns} columns on {p.gpu}: a flow of {p.flow} times the bytes' "
-        f"{p.least} us > {MOST_RATIO}; {p.instructions_allowed} instructions an element would do "
-        f"(now {p.instructions_per_element})"
+        f"{p.op} {p.dtype}, {p.columns} columns on {p.gpu}: {p.moved} times the time of the bytes "
+        f"> {MOST_RATIO}; {p.instructions_allowed} instructions an element would do (now "
+        f"{p.instructions_per_element})"
         for p in gated(found)
-        if p.flow > MOST_RATIO
+        if p.moved > MOST_RATIO
     ]
     worse = [
         f"{p.op} {p.dtype} on {p.gpu}: predicted {p.ratio} times the bytes' time > "
@@ -500,7 +535,7 @@ def show(found: Iterable[Prediction], gpu: Gpu) -> None:
     print(
         f"{'operator':27}{'dtype':10}{'rows':>6}{'columns':>9}{'bytes':>11}  {'a row':15}"
         f"{'launches':>9}{'instr/el':>9}{'bound':>9}{'path':>7}{'time':>9}{'least':>9}{'flow':>7}"
-        f"{'ratio':>7}{'strict':>8}"
+        f"{'moved':>7}{'ratio':>7}{'strict':>8}"
     )
     for p in found:
         if p.gpu == gpu.name:
@@ -508,7 +543,7 @@ def show(found: Iterable[Prediction], gpu: Gpu) -> None:
                 f"{p.op:27}{p.dtype:10}{p.rows:>6}{p.columns:>9}{p.bytes:>11}"
                 f"  {op_of(p.op).formula:15}{p.launches:>9}{p.instructions_per_element:>9.1f}"
                 f"{p.bound:>9}{p.path:>7.2f}{p.time:>9.2f}{p.least:>9.2f}{p.flow:>7.2f}"
-                f"{p.ratio:>7.2f}{p.ratio_strict:>8.2f}"
+                f"{p.moved:>7.2f}{p.ratio:>7.2f}{p.ratio_strict:>8.2f}"
             )
 
 
