@@ -35,7 +35,8 @@ the tiles' sums from L2, adds them up in float64 one after the other, chooses a 
 again, and draws. All of that is dependent steps of a few warps, listed with the cycles each waits
 for in emulation.json (``path``: L2, shuffles, barriers, float64, ...). It is exposed once a launch:
 the other rows' paths are beside the stream of rows that come later, as are the other tiles of a
-block that has several.
+block that takes several one after another. Where tiles have a warp each, or blocks few warps
+(A_WARP_EACH), it is the path of such a block.
 
 That as many blocks are resident as it takes to keep memory or a unit busy is taken for granted:
 the occupancy is in kernels.md. Nothing here was measured on a GPU; benchmarks/gpu_times.py prints
