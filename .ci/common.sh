@@ -4,13 +4,16 @@ exec </dev/null
 
 ci_say() { printf '\n== %s (%s)\n' "$1" "$(date -u +%T)"; }
 
+# ci_packages NAME...: of the system, also on a machine that has no lists of them yet.
+ci_packages() { apt-get update -q && apt-get install -y -q --no-install-recommends "$@"; }
+
 # A fresh virtual environment and build cache outside the tree, removed at the end.
 ci_environment() {
   ci_say "environment"
   CI_FOLDER=$(mktemp -d)
   trap 'rm -rf "$CI_FOLDER"' EXIT
   if ! command -v c++ >/dev/null; then
-    apt-get update -q && apt-get install -y -q --no-install-recommends g++
+    ci_packages g++
   fi
   python3 -m venv "$CI_FOLDER/venv"
   source "$CI_FOLDER/venv/bin/activate"

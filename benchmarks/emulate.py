@@ -516,14 +516,15 @@ def launches_of(emulator: Emulator, op: str, dtype: str, *options: object) -> li
     return read_profile(result.stderr)
 
 
-def spanned(emulator: Emulator, op: str, dtype: str) -> Spanned:
-    """The call with SPAN tiles a block, as on a device that one block fills."""
-    options = "--width", 1
+def blocks_of(emulator: Emulator, op: str, dtype: str, span: int) -> tuple[list[Launch], Spanned]:
+    """The launches and figures of the common case with ``span`` tiles a block, 1 or SPAN."""
+    # As on a device that one block fills, blocks take as many tiles as they may.
+    options = ("--width", 1) if span == SPAN else ()
     launches = launches_of(emulator, op, dtype, *options)
     machine = machine_of(emulator, op, dtype, launches, *options)
     elements = elements_of(op)
-    return Spanned(
-        dram_ratio=dram_ratio(op, dtype, launches, SPAN),
+    return launches, Spanned(
+        dram_ratio=dram_ratio(op, dtype, launches, span),
         bank_conflicts=conflicts(launches),
         ptx_per_element=round(sum(x.ptx for x in launches) / elements, 2),
         instructions_per_element=round(sum(x.instructions for x in machine) / elements, 2),
@@ -533,21 +534,15 @@ def spanned(emulator: Emulator, op: str, dtype: str) -> Spanned:
 
 def profile(emulator: Emulator, op: str, dtype: str) -> Profile:
     """An operator's common case, with one tile a block and with SPAN."""
-    launches = launches_of(emulator, op, dtype)
-    machine = machine_of(emulator, op, dtype, launches)
-    elements = elements_of(op)
+    launches, one = blocks_of(emulator, op, dtype, 1)
     return Profile(
         op=op,
         dtype=dtype,
         batch=1,
-        elements=elements,
-        dram_ratio=dram_ratio(op, dtype, launches, 1),
-        bank_conflicts=conflicts(launches),
-        ptx_per_element=round(sum(x.ptx for x in launches) / elements, 2),
-        instructions_per_element=round(sum(x.instructions for x in machine) / elements, 2),
+        elements=elements_of(op),
         launches=[replace(x, kernel=plain(x.kernel)) for x in launches],
-        machine=machine,
-        spanned=spanned(emulator, op, dtype) if op in SPANNED else None,
+        spanned=blocks_of(emulator, op, dtype, SPAN)[1] if op in SPANNED else None,
+        **vars(one),
     )
 
 
