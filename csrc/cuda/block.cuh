@@ -56,14 +56,15 @@ __device__ __forceinline__ T warp_scan(T value) {
   return value;
 }
 
-// The sum of the values of the threads before this one.
+// The sum of the values of the threads before this one; without a difference, which would cancel.
 template <class T>
 __device__ __forceinline__ T block_scan(T value) {
   TTA_SHARED_ARRAY(T, part, kWarps);
   const T sum = warp_scan(value);
   if (lane_id() == 31) part[warp_id()] = sum;
   __syncthreads();
-  T before = sum - value;
+  T before = __shfl_up_sync(kFullWarp, sum, 1);
+  if (lane_id() == 0) before = T(0);
   for (int w = 0; w < kWarps; ++w)
     if (w < warp_id()) before += part[w];
   __syncthreads();

@@ -11,6 +11,8 @@
 // of the row, which the last block bisects by S alone, then by what lies between two neighbours of
 // the sample: exact, for 10 to 35 readings of the row by that block.
 //
+// Thread map: a block's tiles one after another, four elements a thread at a time; of 16-bit
+// elements, where a block has four, a warp each, eight elements a thread at a time.
 // Passes: the base row twice, from L2 where it fits. Bytes a row: 2 s V + the bands a block
 // touches.
 #pragma once
@@ -21,7 +23,6 @@ namespace tta {
 namespace cuda {
 
 constexpr float kBandsPerNat = static_cast<float>(kBuckets) / 88.0f;  // exp(-88) is 0
-constexpr int kMostSpan = 4;           // tiles that a block takes at most (launch.h)
 constexpr double kBandUnit = 0x1p-17;  // of a band's integers: 16384 weights < 1.02 fit 32 bits
 static_assert(kMostSpan * kTile * 1.02 / kBandUnit < 0x1p32, "a block's counters");
 // Bounds of the error of a band's mass against the canonical weights', relative, at a depth d:
@@ -29,63 +30,48 @@ static_assert(kMostSpan * kTile * 1.02 / kBandUnit < 0x1p32, "a block's counters
 // on both sides. With the canonical sum's own 38 additions, up to a depth of 24, and of any.
 constexpr double kShallowSlack = 0x1p-16, kBandSlack = 0x1p-14;
 constexpr int kShallowBands = kBuckets * 24 / 88;
+// And absolute: beyond a depth of 86, where weights near 2^-126 become 0 and, in the end, none is
+// counted, canonical masses differ from the bands' by less than 2^20 exp(-86).
+constexpr double kVague = 1e-31;
 
-constexpr int kLastBand = kBuckets - 1;  // everything from there on
-constexpr float kBandZero = 0x1.8p23f;   // floats around it are the integers
+constexpr int kLastBand = kBuckets - 1;
+constexpr int kCounters = kBuckets + 32;
+// Places of bands are floats from 2 on, whose last bits are the band's number: four times their
+// bits is four times that number, as 2^32 are dropped.
+constexpr float kBandZero = 2.0f, kBandStep = 0x1p-22f;
 constexpr float kLastPlace = std::numeric_limits<float>::max();  // of what weighs anything
 
 __device__ __forceinline__ float depth_of(float x, const SlotNumbers& p) {
   return mul_rn(sub_rn(p.max, x), p.inv_temperature);
 }
-// kBandZero + the nearest band; rises as the logit falls, beyond the last band too.
-__device__ __forceinline__ float band_place(float depth) {
-  return fma_rn(depth, kBandsPerNat, kBandZero);
-}
-__device__ __forceinline__ uint32_t float_bits(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  return bits;
-}
-
 __device__ __forceinline__ float band_depth(int band) {
   return mul_rn(static_cast<float>(band), 1.0f / kBandsPerNat);
 }
+// Of the nearest band; rises as the logit falls, beyond the last band too.
+__device__ __forceinline__ float band_place(float depth) {
+  return fma_rn(depth, kBandsPerNat * kBandStep, kBandZero);
+}
+__device__ __forceinline__ float place_of(int band) {
+  return kBandZero + static_cast<float>(band) * kBandStep;
+}
 
-// Adds a tile's weights to `counts` (shared, kBuckets); true: this thread saw the last band.
-__device__ __forceinline__ bool count_tile(const Row& row, int t, const SlotNumbers& p,
-                                           uint32_t* counts) {
-  const Source base(row, t);
-  const Tile map = map_of(row.vocab, t, base.aligned());
-  bool last = false;  // this thread saw the last band
-  each_four(map, base, true, [&](auto, int, const float* x) {
-    float depth[4], place[4];
+// Adds some weights to `counts` (shared, kCounters); those beyond the last band (kVague) to
+// counters that nobody reads, one for each lane of the warps: rows may have many impossible tokens.
+template <int kCount>
+__device__ __forceinline__ void count_bands(const float* x, const SlotNumbers& p,
+                                            uint32_t* counts) {
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      depth[k] = depth_of(x[k], p);
-      place[k] = band_place(depth[k]);
-    }
-    const auto count = [&](int k) {
-      // exp(r) relative to the band's middle, |r| < 0.011: 1 + r + r^2 / 2, to 3e-7. In units,
-      // beside 2^23, whose low bits are then the integer.
-      const float r = fma_rn(sub_rn(place[k], kBandZero), 1.0f / kBandsPerNat, -depth[k]);
-      const float units = fma_rn(fma_rn(r, 0x1p16f, 0x1p17f), r, 0x1p17f + 0x1p23f);
-      atomicAdd(&counts[float_bits(place[k]) - float_bits(kBandZero)],
-                float_bits(units) - float_bits(0x1p23f));
-    };
-    constexpr float kEnd = kBandZero + kLastBand;
-    if (fmaxf(fmaxf(place[0], place[1]), fmaxf(place[2], place[3])) < kEnd) {
-#pragma unroll
-      for (int k = 0; k < 4; ++k) count(k);
-      return;
-    }
-    for (int k = 0; k < 4; ++k) {
-      if (place[k] < kEnd)
-        count(k);
-      else
-        last = last || depth[k] < kInfinity;
-    }
-  });
-  return last;
+  for (int k = 0; k < kCount; ++k) {
+    const float depth = depth_of(x[k], p);
+    const float place = fminf(band_place(depth), place_of(kBuckets + lane_id()));
+    // exp(r) relative to the band's middle, |r| < 0.011: 1 + r + r^2 / 2, to 3e-7. In units of
+    // 2^-149: the bits of so small a number are the integer (subnormal: nothing may flush it).
+    const float r = fma_rn(sub_rn(place, kBandZero), 1.0f / (kBandsPerNat * kBandStep), -depth);
+    constexpr float kOne = static_cast<float>(0x1p-149 / kBandUnit);
+    const float units = fma_rn(fma_rn(r, kOne / 2.0f, kOne), r, kOne);
+    atomicAdd(&counts[device::scalar_bits(place) - device::scalar_bits(kBandZero)],
+              device::scalar_bits(units));
+  }
 }
 
 // The share of this block's tiles.
@@ -95,14 +81,24 @@ __device__ __forceinline__ void band_masses(const Kad& a, int64_t row, uint4* co
   const Row base = a.base_row(row);
   const int me = static_cast<int>(threadIdx.x);
 #pragma unroll
-  for (int i = me; i < kBuckets / 4; i += kThreads) counts4[i] = make_uint4(0, 0, 0, 0);
+  for (int i = me; i < kCounters / 4; i += kThreads) counts4[i] = make_uint4(0, 0, 0, 0);
   __syncthreads();
-  bool last = false;
-  const int end = a.end_tile();
-#pragma unroll 1
-  for (int t = a.first_tile(); t < end; ++t) last = count_tile(base, t, p, counts) || last;
-  // All that is asked of the last band is whether it is empty.
-  if (last) atomicAdd(&counts[kLastBand], 1u);
+  each_tile(
+      a, base, a.by_warps(base),
+      [&](auto type, int t, int count) {
+#pragma unroll 2
+        for (int j = lane_id() * kWide; j < count; j += 32 * kWide) {
+          float x[kWide];
+          widen<type.value>(wide_at(base.begin(t), j), x);
+          count_bands<kWide>(x, p, counts);
+        }
+      },
+      [&](int t) {
+        const Source source(base, t);
+        const Tile map = map_of(base.vocab, t, source.aligned());
+        each_four(map, source, true,
+                  [&](auto, int, const float* x) { count_bands<4>(x, p, counts); });
+      });
   __syncthreads();
   uint64_t* total = a.s.histogram(row);
 #pragma unroll
@@ -121,106 +117,147 @@ __device__ __forceinline__ void band_masses(const Kad& a, int64_t row, uint4* co
 // in RowState::mass, and in `kept` what it may be wrong by, besides kShallowSlack of all sums of
 // it. For a whole block.
 __device__ __forceinline__ void bracket_bands(const Kad& a, int64_t row) {
-  constexpr int kEach = kBuckets / kThreads;
+  constexpr int kEach = kBuckets / kThreads, kAtOnce = 8;
   RowState& r = a.s.state(row);
   const uint64_t* total = a.s.histogram(row);
   // This thread's bands, from the deepest thread 0 on.
   const int first = kBuckets - 1 - static_cast<int>(threadIdx.x) * kEach;
-  const auto mass_of = [&](int band) {
-    return static_cast<double>(total[band]) *
+  const auto mass_of = [&](int band, uint64_t units) {
+    return static_cast<double>(units) *
            (static_cast<double>(exp_of(-band_depth(band))) * kBandUnit);
   };
   double sum = 0.0, deep_sum = 0.0;
-  bool tail = false;
-#pragma unroll 8
-  for (int k = 0; k < kEach; ++k) {
-    const int band = first - k;
-    const double mass = mass_of(band);
-    sum += mass;
-    deep_sum += band >= kShallowBands ? mass : 0.0;
-    tail = tail || (band >= kBuckets * 86 / 88 && total[band] != 0);
+#pragma unroll 1
+  for (int band = first; band > first - kEach; band -= kAtOnce) {
+    uint64_t units[kAtOnce], any = 0;
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) any |= units[k] = total[band - k];
+    if (!any) continue;  // like most of them
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) {
+      const double mass = mass_of(band - k, units[k]);
+      sum += mass;
+      deep_sum += band - k >= kShallowBands ? mass : 0.0;
+    }
   }
   const double scanned = block_scan(sum);
-  // Beyond a depth of 86, where weights near 2^-126 become 0, canonical ones differ from these: by
-  // less than 2^20 exp(-86).
-  const double vague = __syncthreads_or(tail) ? 1e-31 : 0.0;
   int low = kBuckets, high = -1;
-  double mass = scanned, below = 0.0;
-#pragma unroll 8
-  for (int k = 0; k < kEach; ++k) {
-    const int band = first - k;
-    mass += mass_of(band);
-    if (mass * (1.0 + kBandSlack) + vague <= r.bound) {
-      low = band;
+  double below = 0.0;
+  // `mass` lies in all bands from the deepest to any of `from` .. `to`.
+  const auto judge = [&](double mass, int from, int to) {
+    if (mass * (1.0 + kBandSlack) + kVague <= r.bound) {
+      low = to;
       below = mass;
     }
-    if (mass * (1.0 - kBandSlack) - vague > r.bound) high = band > high ? band : high;
+    if (mass * (1.0 - kBandSlack) - kVague > r.bound) high = from > high ? from : high;
+  };
+  if (sum == 0.0) {
+    judge(scanned, first, first - kEach + 1);
+  } else {
+    double mass = scanned;
+#pragma unroll kAtOnce
+    for (int band = first; band > first - kEach; --band) {
+      mass += mass_of(band, total[band]);
+      judge(mass, band, band);
+    }
   }
   low = block_reduce(low, Min());      // the shallowest band that surely fits
   high = block_reduce(high, Max());    // the deepest one that surely does not
   below = block_reduce(below, Max());  // through `low`
   deep_sum = block_reduce(deep_sum, Sum());
   if (threadIdx.x == 0) {
-    r.bracket_low = high < 0 ? 0 : high;                        // shallow end of the bracket
-    r.bracket_high = low >= kBuckets ? kBuckets - 1 : low - 1;  // deep end
+    const SlotNumbers& p = r.slot[a.base_rule_slot()];
+    const auto logit_of = [&](int band) {
+      const double depth = static_cast<double>(band) * (1.0 / static_cast<double>(kBandsPerNat));
+      return static_cast<float>(static_cast<double>(p.max) -
+                                depth / static_cast<double>(p.inv_temperature));
+    };
+    const int shallow = high < 0 ? 0 : high, deep = low >= kBuckets ? kLastBand : low - 1;
+    r.bracket_low = shallow;
+    r.bracket_high = deep;
+    r.bracket_most = shallow > 0 ? logit_of(shallow - 1) : kInfinity;
+    r.bracket_least = deep == kLastBand ? -kInfinity : logit_of(deep + 1);
     r.listed = 0;
     r.mass = below;
-    r.kept = vague + deep_sum * kBandSlack;
+    r.kept = kVague + deep_sum * kBandSlack;
   }
 }
 
-// Appends every stride-th of a thread's elements of a tile to the row's list, where there is room:
-// bit i of `inside` is element i. Counts them all.
-__device__ __forceinline__ void append(const Kad& a, int64_t row, int t, const Row& base,
-                                       const Tile& map, uint32_t inside, uint32_t stride) {
+// Appends every stride-th of a thread's elements of a row to its list, where there is room: bit i
+// of `inside` is element id_of(i). Counts them all.
+template <class IdOf>
+__device__ __forceinline__ void append(const Kad& a, int64_t row, const Row& base, uint32_t inside,
+                                       uint32_t stride, const IdOf& id_of) {
   if (!inside) return;
   uint32_t i = atomicAdd(&a.s.state(row).listed, static_cast<uint32_t>(__popc(inside)));
   for (; inside; inside &= inside - 1, ++i) {
     const uint32_t to = i / stride;
     if (to >= kListed) return;
     if (i % stride) continue;
-    const int32_t v = t * kTile + map.at(__ffs(static_cast<int>(inside)) - 1);
+    const int32_t v = id_of(__ffs(static_cast<int>(inside)) - 1);
     a.s.list_x(row)[to] = base.at(v);
     a.s.list_id(row)[to] = v;
   }
 }
 
-// Lists what this block's tiles have inside the bracket.
+// The bracket as a range of places, and the logits between which all of that lies.
+struct Bracket {
+  SlotNumbers p;
+  float shallow, deep;
+  float most, least;
+
+  __device__ __forceinline__ Bracket(const RowState& r, const SlotNumbers& numbers)
+      : p(numbers), shallow(place_of(r.bracket_low)), most(r.bracket_most), least(r.bracket_least) {
+    deep = r.bracket_high == kLastBand ? kLastPlace : place_of(r.bracket_high);
+  }
+  // Bits of the elements inside.
+  template <int kCount>
+  __device__ __forceinline__ uint32_t inside(const float* x) const {
+    bool any = false;
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) any |= (x[k] >= least) & (x[k] <= most);
+    uint32_t found = 0;
+    if (!any) return found;
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+      const float place = band_place(depth_of(x[k], p));
+      if (place >= shallow && place <= deep) found |= 1u << k;
+    }
+    return found;
+  }
+};
+
+// Lists what this block's tiles have inside the bracket. Few elements are as likely: where a warp
+// looks at eight at a time, their largest tells most eights apart.
 __device__ __forceinline__ void collect(const Kad& a, int64_t row) {
   const RowState& r = a.s.state(row);
-  const SlotNumbers p = r.slot[a.base_rule_slot()];
-  const bool endless = r.bracket_high == kLastBand;
-  const float shallow = kBandZero + static_cast<float>(r.bracket_low);
-  const float deep = endless ? kLastPlace : kBandZero + static_cast<float>(r.bracket_high);
-  // The logits between which all of that lies: the bracket and half a band on either side.
-  const auto logit_of = [&](int band) {
-    const double depth = static_cast<double>(band) * (1.0 / static_cast<double>(kBandsPerNat));
-    return static_cast<float>(static_cast<double>(p.max) -
-                              depth / static_cast<double>(p.inv_temperature));
-  };
-  const float most = r.bracket_low > 0 ? logit_of(r.bracket_low - 1) : kInfinity;
-  const float least = endless ? -kInfinity : logit_of(r.bracket_high + 1);
-  const Row base_row = a.base_row(row);
-  const int end = a.end_tile();
-#pragma unroll 1
-  for (int t = a.first_tile(); t < end; ++t) {
-    if (a.s.tile_max(row, 0)[t] < least) continue;
-    const Source base(base_row, t);
-    const Tile map = map_of(a.base.vocab, t, base.aligned());
-    uint32_t inside = 0;
-    each_four(map, base, true, [&](auto, int i, const float* x) {
-      bool any = false;
-#pragma unroll
-      for (int k = 0; k < 4; ++k) any |= (x[k] >= least) & (x[k] <= most);
-      if (!any) return;
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        const float place = band_place(depth_of(x[k], p));
-        if (place >= shallow && place <= deep) inside |= 1u << (i + k);
-      }
-    });
-    append(a, row, t, base_row, map, inside, 1);
-  }
+  const Bracket bracket(r, r.slot[a.base_rule_slot()]);
+  const Row base = a.base_row(row);
+  const auto impossible = [&](int t) { return a.s.tile_max(row, 0)[t] < bracket.least; };
+  each_tile(
+      a, base, a.by_warps(base),
+      [&](auto type, int t, int count) {
+        if (impossible(t)) return;
+#pragma unroll 4
+        for (int j = lane_id() * kWide; j < count; j += 32 * kWide) {
+          const uint4 wide = wide_at(base.begin(t), j);
+          float x[kWide];
+          max_of_wide<type.value>(wide, x);
+          if (fmaxf(x[0], x[1]) < bracket.least) continue;
+          widen<type.value>(wide, x);
+          append(a, row, base, bracket.inside<kWide>(x), 1,
+                 [&](int i) { return t * kTile + j + i; });
+        }
+      },
+      [&](int t) {
+        if (impossible(t)) return;
+        const Source source(base, t);
+        const Tile map = map_of(base.vocab, t, source.aligned());
+        uint32_t inside = 0;
+        each_four(map, source, true,
+                  [&](auto, int i, const float* x) { inside |= bracket.inside<4>(x) << i; });
+        append(a, row, base, inside, 1, [&](int i) { return t * kTile + map.at(i); });
+      });
 }
 
 // What is known of the critical item: it lies behind what is taken, and is the first that is not
@@ -317,7 +354,7 @@ __device__ __forceinline__ uint32_t list_row(const Kad& a, int64_t row, const Se
         if (search.asks(x[k], static_cast<int64_t>(t) * kTile + map.at(i + k)))
           inside |= 1u << (i + k);
     }
-    append(a, row, t, base_row, map, inside, stride);
+    append(a, row, base_row, inside, stride, [&](int i) { return t * kTile + map.at(i); });
   }
   __syncthreads();
   return a.s.state(row).listed;
@@ -349,10 +386,12 @@ __device__ __forceinline__ Search find_critical(const Kad& a, int64_t row, float
 
 // ---- stages ------------------------------------------------------------------------------------
 
-// Op: a Kad whose seeks_cut(row) tells which rows are searched.
+// Op: a Kad whose seeks_cut(row) tells which rows are searched; kSingle: batch rows have one
+// position.
 template <class Op>
-__global__ void __launch_bounds__(kThreads, 6) cut_histogram_kernel(const Op a) {
-  TTA_SHARED_ARRAY(uint4, counts, kBuckets / 4);
+__global__ void __launch_bounds__(kThreads, 6) cut_histogram_kernel(const Op given) {
+  const Op a = Op::kSingle ? single(given) : given;
+  TTA_SHARED_ARRAY(uint4, counts, kCounters / 4);
   const uint32_t row = a.row();
   if (!a.seeks_cut(row)) return;
   band_masses(a, row, counts);
@@ -360,7 +399,8 @@ __global__ void __launch_bounds__(kThreads, 6) cut_histogram_kernel(const Op a) 
 }
 
 template <class Op>
-__global__ void __launch_bounds__(kThreads, 3) cut_collect_kernel(const Op a) {
+__global__ void __launch_bounds__(kThreads, 3) cut_collect_kernel(const Op given) {
+  const Op a = Op::kSingle ? single(given) : given;
   TTA_SHARED_ARRAY(float4, weights4, kTile / 4);
   TTA_SHARED_ARRAY(double, shared, kMaxTiles);
   const uint32_t row = a.row();

@@ -5,7 +5,8 @@
 // 4096 elements, the last block to arrive at a row deciding for the row (row.cuh), so one row of
 // 128256 logits occupies 32 blocks and no thread sees more than 32 elements of a tile at a time.
 // Where rows are enough to fill the device a block of most stages has up to four tiles: one after
-// another, or, in the statistics of 16-bit elements, at a time, a warp each.
+// another, or at a time, a warp each (masked sums by nodes; of 16-bit elements statistics, the
+// mask, and the stages of the cut as well).
 //
 // Stages, one launch each; blocks whose row needs nothing return at once.
 //   sample, propose   base statistics, draw, judge          [knapsack: masked sums of the drawn
@@ -98,9 +99,9 @@ __global__ void __launch_bounds__(kThreads, 5) masses_kernel(const Resolved give
   float* weights = reinterpret_cast<float*>(weights4);
   const uint32_t row = a.row();
   RowState& r = a.s.state(row);
-  if (!r.valid) return;
   {
-    const Deferral set = r.deferral;
+    const Deferral set = r.deferral;  // one wait for both
+    if (!r.valid) return;
     block_masses<false, kLowest>(a, row, set, weights);
     if (!a.same_temperature) block_masses_at_rule(a, row, 1, set, weights);
   }
@@ -165,6 +166,31 @@ __device__ __forceinline__ void mask_tile(const TileTest& test, const Row& judge
   });
 }
 
+// A tile by one warp (Kad::by_warps), where `out` is aligned to 8 bytes.
+template <int kType>
+__device__ __forceinline__ void mask_tile_by_warp(const TileTest& test, const char* data, int count,
+                                                  bool* out) {
+  constexpr uint32_t kAll = 0x01010101u;
+  const uint32_t deferred = test.all ? kAll : 0u;
+#pragma unroll 4
+  for (int j = lane_id() * kWide; j < count; j += 32 * kWide) {
+    uint32_t word[2] = {deferred, deferred};
+    if (!test.uniform) {
+      float x[kWide];
+      widen<kType>(wide_at(data, j), x);
+      word[0] = word[1] = test.upper ? kAll : 0u;
+#pragma unroll
+      for (int k = 0; k < kWide; ++k)
+        if (x[k] < test.end) word[k / 4] ^= 1u << 8 * (k % 4);
+      if (test.parted)
+#pragma unroll
+        for (int k = 0; k < kWide; ++k)
+          if (x[k] == test.cut && j + k < test.ties) word[k / 4] ^= 1u << 8 * (k % 4);
+    }
+    *reinterpret_cast<uint2*>(out + j) = make_uint2(word[0], word[1]);
+  }
+}
+
 __global__ void __launch_bounds__(kThreads, 6) mask_kernel(const Resolved given) {
   const Resolved a = single(given);
   const uint32_t row = a.row();
@@ -172,13 +198,18 @@ __global__ void __launch_bounds__(kThreads, 6) mask_kernel(const Resolved given)
   const Deferral d = r.deferral;  // none of a row that is invalid
   const Row judged = d.by_proxy ? a.proxy_row(row) : a.base_row(row);
   bool* out = a.mask + row * a.mask_stride;
-  const bool words = reinterpret_cast<uintptr_t>(out) % 4 == 0;
-  const int first = a.first_tile(), end = a.end_tile();
-#pragma unroll 1
-  for (int t = first; t < end; ++t)
-    mask_tile(TileTest(d, t, a.s.tile_max(row, d.by_proxy)[t]), judged, t, words,
-              out + static_cast<int64_t>(t) * kTile);
-  if (first || threadIdx.x || !r.valid) return;
+  const uintptr_t start = reinterpret_cast<uintptr_t>(out);
+  const auto test_of = [&](int t) { return TileTest(d, t, a.s.tile_max(row, d.by_proxy)[t]); };
+  each_tile(
+      a, judged, a.by_warps(judged) && start % 8 == 0,
+      [&](auto type, int t, int count) {
+        mask_tile_by_warp<type.value>(test_of(t), judged.begin(t), count,
+                                      out + static_cast<int64_t>(t) * kTile);
+      },
+      [&](int t) {
+        mask_tile(test_of(t), judged, t, start % 4 == 0, out + static_cast<int64_t>(t) * kTile);
+      });
+  if (a.column() || threadIdx.x || !r.valid) return;
   a.critical_index[row] = d.critical;
   a.fraction[row] = d.critical < 0                ? 0.0f
                     : a.rule.critical == kInclude ? 1.0f

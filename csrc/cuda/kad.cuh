@@ -12,6 +12,7 @@ enum Step : int32_t { kDone, kOpen, kWantsProxy, kResidualDraw, kProxyDraw };  /
 
 // What every stage of the KAD family is given.
 struct Kad {
+  static constexpr bool kSingle = true;  // a batch row has one position: see single
   Logits base, proxy;
   RuleSpec rule;
   InvalidRow* invalid = nullptr;
@@ -34,6 +35,11 @@ struct Kad {
   __device__ __forceinline__ int first_tile() const { return column() * span; }
   __device__ __forceinline__ int end_tile() const {
     return first_tile() + span < s.tiles ? first_tile() + span : s.tiles;
+  }
+  // Whether warps take the tiles of this block, in wide loads (tile.cuh).
+  __device__ __forceinline__ bool by_warps(const Row& logits) const {
+    return span == kWarps && logits.dtype != kFloat32 && logits.vocab % kWide == 0 &&
+           reinterpret_cast<uintptr_t>(logits.data) % sizeof(uint4) == 0;
   }
   // Of a statistics stage.
   __device__ __forceinline__ int model() const { return tile() >= columns; }
@@ -337,15 +343,35 @@ __device__ __forceinline__ void each_four(const Tile& map, const Source& source,
   each_four(map, source, source, plain, use);
 }
 
-// The least float greater than x.
+// The tiles of this block: by_warp(type, t, elements) by a warp each, where there are
+// Kad::by_warps, or by_block(t) one after another.
+template <class ByWarp, class ByBlock>
+__device__ __forceinline__ void each_tile(const Kad& a, const Row& row, bool warps,
+                                          const ByWarp& by_warp, const ByBlock& by_block) {
+  const int first = a.first_tile(), end = a.end_tile();
+  if (!warps) {
+#pragma unroll 1
+    for (int t = first; t < end; ++t) by_block(t);
+    return;
+  }
+  const int t = first + warp_id();
+  if (t >= end) return;
+  const int count = map_of(row.vocab, t, true).count;
+  if (row.dtype == kFloat16)
+    by_warp(Type<kFloat16>(), t, count);
+  else
+    by_warp(Type<kBFloat16>(), t, count);
+}
+
+// The least float greater than x; +inf is its own.
 __device__ __forceinline__ float next_above(float x) {
   return x == kInfinity ? x : from_ordered_bits(ordered_bits(add_rn(x, 0.0f)) + 1);  // -0 as +0
 }
 
-// A deferral's test of one tile's elements: between two numbers, unless the cut's id lies in the
-// tile and parts its ties.
+// A deferral's test of one tile's elements: by one number, unless the cut's id lies in the tile and
+// parts its ties.
 struct TileTest {
-  float from, below;  // deferred: from <= x < below
+  float end;  // what is less lies on the cut's lower side, the rest on its upper one
   float cut;
   int ties;  // where the tile is parted: those at smaller places are before the cut
   bool parted;
@@ -357,20 +383,16 @@ struct TileTest {
     const int64_t left = d.cut.id - static_cast<int64_t>(t) * kTile;
     parted = left >= 0 && left < kTile;
     ties = static_cast<int>(parted ? left : 0);
-    const float end = left < kTile ? cut : next_above(cut);
-    from = upper ? end : -kInfinity;
-    below = upper ? kInfinity : end;
+    end = left < kTile ? cut : next_above(cut);
     const bool whole = tile_max < end;
     uniform = whole || end == -kInfinity;
     all = whole != upper;
   }
-  // No element below this number is on the cut's upper side.
-  __device__ __forceinline__ float end() const { return upper ? from : below; }
   // The element at a place of the tile; kPlain: of one that is not parted.
   template <bool kPlain>
   __device__ __forceinline__ bool one(float x, int place) const {
     if (!kPlain && parted && x == cut) return (place < ties) != upper;
-    return x >= from && x < below;
+    return (x < end) != upper;
   }
   // Elements i .. i + 3 of a thread.
   template <bool kPlain>
@@ -397,19 +419,11 @@ __device__ __forceinline__ void judge_four(const TileTest& test, bool by_proxy,
 
 // ---- masked sums -------------------------------------------------------------------------------
 
-// Adds up a tile's positive weights, or its negative ones' sizes, like canonical_sum.
+// The canonical sum of a tile's positive weights, or of its negative ones' sizes.
 template <bool kNegative>
 __device__ __forceinline__ float canonical_sum_of_sign(const float* weights, int count) {
-  float lane[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-  const int groups = (count + kLanes - 1) / kLanes;
-#pragma unroll 4
-  for (int g = 0; g < groups; ++g) {
-    const float4 v = *reinterpret_cast<const float4*>(weights + g * kLanes + lane_id() * 4);
-    const float w[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-    for (int c = 0; c < 4; ++c) lane[c] = add_rn(lane[c], fmaxf(kNegative ? -w[c] : w[c], 0.0f));
-  }
-  return fold(lane);
+  const auto add = [](float sum, float w) { return add_rn(sum, fmaxf(kNegative ? -w : w, 0.0f)); };
+  return canonical_sum_by<float>(add, weights, count);
 }
 
 // ---- masked sums by nodes ----------------------------------------------------------------------
@@ -417,160 +431,190 @@ __device__ __forceinline__ float canonical_sum_of_sign(const float* weights, int
 // Few tokens are likely, and of most rules these are all that lies on one side of the cut in a
 // tile. Of the tree that adds a tile's 128 virtual lanes, the first sums (nodes: lanes l and l +
 // 64) are kept from the statistics; a masked sum then makes those anew that hold one of the few,
-// and takes the others as they are.
+// and takes the others as they are. By a warp a tile, whose lanes have two nodes each (fold_nodes).
 
 constexpr int kMostNodes = kNodes / 2;  // that are made anew; all elements where there are more
-constexpr int kNodeStride =
-    2 * kMostNodes + 1;  // of 32 elements of each lane: odd, against conflicts
-static_assert(kGroups * kNodeStride <= kTile, "in the place of a tile's weights");
+constexpr int kNodesAtOnce = 16;        // a virtual lane a thread
+static_assert(2 * kNodesAtOnce * kGroups * kWarps == kTile, "in the place of a tile's weights");
 
-// The nodes of a tile with an element on the cut's upper side, in the order they were found in.
-struct FoundNodes {
-  uint32_t marks[2];  // a bit each
-  uint32_t count;
-  int32_t node[kNodes];
+// Nodes of a tile: bit 16 i + l is node i of lane l in a fold, or of lane 16 + l.
+struct Nodes {
+  uint32_t lower, upper;
 
-  __device__ __forceinline__ bool has(int n) const { return (marks[n / 32] >> n % 32 & 1) != 0; }
-  // Nodes 32 word + i for the bits i.
-  __device__ __forceinline__ void add(int word, uint32_t bits) {
-    for (bits &= ~atomicOr(marks + word, bits); bits; bits &= bits - 1)
-      node[atomicAdd(&count, 1u)] = word * 32 + __ffs(static_cast<int>(bits)) - 1;
+  __device__ __forceinline__ bool any() const { return (lower | upper) != 0; }
+  __device__ __forceinline__ int count() const { return __popc(lower) + __popc(upper); }
+  __device__ __forceinline__ bool has(int i) const {
+    const uint32_t mine = lane_id() < 16 ? lower : upper;
+    return (mine >> (16 * i + lane_id() % 16) & 1u) != 0;
+  }
+  // How many are taken before this lane's i-th.
+  __device__ __forceinline__ int before(int i) const {
+    const uint32_t below = (1u << (16 * i + lane_id() % 16)) - 1;
+    return lane_id() < 16 ? __popc(lower & below) : __popc(lower) + __popc(upper & below);
+  }
+  // Removes the first: its virtual lanes are the number returned and kNodes more.
+  __device__ __forceinline__ int take() {
+    const bool low = lower != 0;
+    const int bit = __ffs(static_cast<int>(low ? lower : upper)) - 1;
+    if (low)
+      lower &= lower - 1;
+    else
+      upper &= upper - 1;
+    return bit % 16 * 4 + bit / 16 + (low ? 0 : 2);
   }
 };
 
-// Finds them in a whole aligned tile, for this thread's elements: those not below `end`.
+// Those with an element that is not below `end`, in a tile of `count` elements. For a warp, a lane
+// of which has the four virtual lanes that it adds up in the canonical sum.
 template <int kType>
-__device__ __forceinline__ void find_nodes(const Source& judged, const Tile& map, float end,
-                                           FoundNodes* found) {
-  Stored<kType> stored(judged.data, map.first);
-  float m[4];  // the largest of each of the thread's four virtual lanes
-  if constexpr (kType == kFloat32) {
-    stored.four(0, m);
+__device__ __forceinline__ Nodes find_nodes(const char* data, int count, float end) {
+  float m[4];  // the largest of each virtual lane
+  const int first = lane_id() * 4;
+  if (count < kTile || !aligned_to_four(data, kType)) {
 #pragma unroll
-    for (int g = 1; g < kPerThread / 4; ++g) {
-      float x[4];
-      stored.four(g, x);
+    for (int c = 0; c < 4; ++c) m[c] = -kInfinity;
+#pragma unroll 4
+    for (int place = first; place < count; place += kLanes)
 #pragma unroll
-      for (int c = 0; c < 4; ++c) m[c] = fmaxf(m[c], x[c]);
+      for (int c = 0; c < 4; ++c)
+        if (place + c < count) m[c] = fmaxf(m[c], read_one<kType>(data, place + c));
+  } else if constexpr (kType == kFloat32) {
+    constexpr int kAtOnce = 16;
+#pragma unroll
+    for (int c = 0; c < 4; ++c) m[c] = -kInfinity;
+#pragma unroll 1
+    for (int j = first; j < kTile; j += kAtOnce * kLanes) {
+      float x[kAtOnce][4];
+#pragma unroll
+      for (int g = 0; g < kAtOnce; ++g) read_four<kType>(data, j + g * kLanes, x[g]);
+#pragma unroll
+      for (int g = 0; g < kAtOnce; ++g)
+#pragma unroll
+        for (int c = 0; c < 4; ++c) m[c] = fmaxf(m[c], x[g][c]);
     }
   } else {
-#pragma unroll
-    for (int g = 1; g < kPerThread / 4; ++g)
-#pragma unroll
-      for (int i = 0; i < 2; ++i)
-        stored.word[0][i] = max_or_nan_of_pairs<kType>(stored.word[0][i], stored.word[g][i]);
-    stored.four(0, m);
+    const uint2* const mine = reinterpret_cast<const uint2*>(data) + lane_id();
+    uint2 most = __ldg(mine);
+#pragma unroll 16
+    for (int g = 1; g < kGroups; ++g) {
+      const uint2 word = __ldg(mine + g * 32);
+      most.x = max_or_nan_of_pairs<kType>(most.x, word.x);
+      most.y = max_or_nan_of_pairs<kType>(most.y, word.y);
+    }
+    widen<kType>(most.x, m);
+    widen<kType>(most.y, m + 2);
   }
-  uint32_t bits = 0;
+  uint32_t lanes[4];
 #pragma unroll
-  for (int c = 0; c < 4; ++c)
-    if (m[c] >= end) bits |= 1u << c;
-  const int first = map.first % kNodes;
-  if (bits) found->add(first / 32, bits << first % 32);
+  for (int c = 0; c < 4; ++c) lanes[c] = __ballot_sync(kFullWarp, m[c] >= end);
+  const auto folded = [&](int c) { return lanes[c] | lanes[c] >> 16 | lanes[c] << 16; };
+  return {(folded(0) & 0xffffu) | (folded(1) & 0xffff0000u),
+          (folded(2) & 0xffffu) | (folded(3) & 0xffff0000u)};
 }
 
-__device__ __forceinline__ void find_nodes(const Source& judged, const Tile& map, float end,
-                                           FoundNodes* found) {
-  if (map.vector && map.count == kTile) {
-    if (judged.dtype == kFloat32) return find_nodes<kFloat32>(judged, map, end, found);
-    if (judged.dtype == kFloat16) return find_nodes<kFloat16>(judged, map, end, found);
-    return find_nodes<kBFloat16>(judged, map, end, found);
-  }
-#pragma unroll 1
-  for (int i = 0; i < kPerThread; i += 4) {
-    float x[4];
-    read_part(judged.data, judged.dtype, map, i, x);
-    for (int k = 0; k < 4; ++k) {
-      const int node = map.at(i + k) % kNodes;
-      if (x[k] >= end && map.at(i + k) < map.count) found->add(node / 32, 1u << node % 32);
+// Where the weight of an element of group g in the c-th virtual lane lies, so that neither warps
+// that write a virtual lane nor threads that read one each, in fours, meet in a bank.
+__device__ __forceinline__ int node_place(int c, int g) { return c * kGroups + (g ^ c % 8 * 4); }
+
+// This lane's elements of a node, one of each of its virtual lanes; -inf beyond the row.
+template <int kType>
+struct NodePair {
+  int place[2];
+  float x[2], y[2];  // base and judged
+
+  __device__ __forceinline__ NodePair(const Source& base, const Source& judged, int count,
+                                      bool by_proxy, int node) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      place[half] = lane_id() * kLanes + half * kNodes + node;
+      const bool inside = place[half] < count;
+      x[half] = inside ? read_one<kType>(base.data, place[half]) : -kInfinity;
+      y[half] = inside && by_proxy ? read_one<kType>(judged.data, place[half]) : x[half];
     }
   }
-}
+};
 
-// Makes the nodes that were found anew in `weights`: node i in lanes 2 i and 2 i + 1, a lane's 32
-// elements kNodeStride apart; negative: kept. For a whole block, followed by a barrier. Returns the
-// lowest kept logit that this thread saw.
-__device__ __forceinline__ float weigh_nodes(const Source& base, const Source& judged,
-                                             const Tile& map, const TileTest& test, bool by_proxy,
-                                             const FoundNodes& found, float reference,
-                                             float inv_temperature, float* weights) {
-  float lowest = kInfinity;
-  const int count = static_cast<int>(found.count);
+// Takes kNodesAtOnce nodes or fewer and weighs their elements, a group a lane; kept ones are
+// negative, or nothing where they are not wanted. Returns how many nodes; followed by a barrier of
+// the warp. `lowest`: of the kept logits.
+template <int kType, bool kWithKept>
+__device__ __forceinline__ int weigh_nodes(const Source& base, const Source& judged, int count,
+                                           const TileTest& test, bool by_proxy, Nodes* left,
+                                           float reference, float inv_temperature, float* weights,
+                                           float* lowest) {
+  const int made = left->count() < kNodesAtOnce ? left->count() : kNodesAtOnce;
+  NodePair<kType> next(base, judged, count, by_proxy, left->take());
 #pragma unroll 1
-  for (int i = warp_id(); i < count; i += kWarps) {
-    const int first = lane_id() * kLanes + found.node[i];
+  for (int i = 0; i < made; ++i) {
+    const NodePair<kType> now = next;
+    if (i + 1 < made)  // underway while these are used
+      next = NodePair<kType>(base, judged, count, by_proxy, left->take());
     device::F w[2];
     bool in[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int place = first + half * kNodes;
-      const bool inside = place < map.count;
-      const float x = inside ? read_one(base.data, base.dtype, place) : -kInfinity;
-      const float y = inside && by_proxy ? read_one(judged.data, judged.dtype, place) : x;
-      in[half] = test.one<false>(y, place);
-      lowest = in[half] ? lowest : fminf(lowest, x);
-      w[half].v = fmaxf(mul_rn(sub_rn(x, reference), inv_temperature), device::kExpTermLow);
+      in[half] = test.one<false>(now.y[half], now.place[half]);
+      if (!in[half] && now.place[half] < count) *lowest = fminf(*lowest, now.x[half]);
+      w[half].v =
+          fmaxf(mul_rn(sub_rn(now.x[half], reference), inv_temperature), device::kExpTermLow);
     }
     device::exp_term_pack<2>(w);
 #pragma unroll
     for (int half = 0; half < 2; ++half)
-      weights[lane_id() * kNodeStride + 2 * i + half] = in[half] ? w[half].v : -w[half].v;
-  }
-  __syncthreads();
-  return lowest;
-}
-
-// The canonical sums of a tile whose nodes were weighed where they were found; the others are as
-// `nodes` has them on one side and hold nothing on the other. For one warp; the deferred sum is its
-// first thread's, the kept one, where it is wanted, the 17th's.
-template <bool kWithKept>
-__device__ __forceinline__ float sum_of_nodes(const float* weights, const float* nodes,
-                                              const FoundNodes& found, bool upper) {
-  TTA_SHARED_ARRAY(float, made, 2 * kNodes);  // deferred, then kept
-  const int lanes = 2 * static_cast<int>(found.count);
-  const bool kept = lane_id() >= 16;
-  const int first = lane_id() % 16 * 4;
-  const float4 as_it_was = *reinterpret_cast<const float4*>(nodes + first);
-#pragma unroll 1
-  for (int base = 0; base < lanes; base += 32) {
-    const int l = base + lane_id();
-    float deferred_sum = 0.0f, kept_sum = 0.0f;
-    if (l < lanes) {
-#pragma unroll 8
-      for (int g = 0; g < kGroups; ++g) {
-        const float w = weights[g * kNodeStride + l];
-        deferred_sum = add_flush(deferred_sum, fmaxf(w, 0.0f));
-        if (kWithKept) kept_sum = add_flush(kept_sum, fmaxf(-w, 0.0f));
-      }
-    }
-    deferred_sum = add_rn(deferred_sum, __shfl_down_sync(kFullWarp, deferred_sum, 1));
-    if (kWithKept) kept_sum = add_rn(kept_sum, __shfl_down_sync(kFullWarp, kept_sum, 1));
-    if (l < lanes && l % 2 == 0) {
-      made[found.node[l / 2]] = deferred_sum;
-      made[kNodes + found.node[l / 2]] = kept_sum;
-    }
+      weights[node_place(2 * i + half, lane_id())] = in[half]    ? w[half].v
+                                                     : kWithKept ? -w[half].v
+                                                                 : 0.0f;
   }
   __syncwarp();
-  const bool most = kept == upper;  // this side has what is below the cut
-  float node[4] = {most ? as_it_was.x : 0.0f, most ? as_it_was.y : 0.0f, most ? as_it_was.z : 0.0f,
-                   most ? as_it_was.w : 0.0f};
-#pragma unroll
-  for (int c = 0; c < 4; ++c)
-    if (found.has(first + c)) node[c] = made[(kept ? kNodes : 0) + first + c];
-#pragma unroll
-  for (int n = 8; n >= 1; n /= 2)
-#pragma unroll
-    for (int c = 0; c < 4; ++c) node[c] = add_rn(node[c], __shfl_down_sync(kFullWarp, node[c], n));
-  return add_rn(add_rn(node[0], node[2]), add_rn(node[1], node[3]));
+  return made;
 }
 
-// The mass of a tile that counts whole, or not at all: it is not read. False: another.
+// What this lane has in the folds of what is deferred and of what is kept.
+struct NodeSums {
+  float deferred[2], kept[2];
+};
+
+// Adds up the virtual lanes of the `made` nodes that were weighed last, a virtual lane a thread,
+// and gives them to the lanes that fold them; `earlier` were weighed before them.
+template <bool kWithKept>
+__device__ __forceinline__ void sum_nodes(const float* weights, const Nodes& found, int earlier,
+                                          int made, NodeSums* to) {
+  float deferred = 0.0f, kept = 0.0f;
+  if (lane_id() < 2 * made) {
+#pragma unroll
+    for (int g = 0; g < kGroups; g += 4) {
+      const float4 v = *reinterpret_cast<const float4*>(weights + node_place(lane_id(), g));
+      const float w[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        deferred = add_flush(deferred, kWithKept ? fmaxf(w[k], 0.0f) : w[k]);
+        if (kWithKept) kept = add_flush(kept, fmaxf(-w[k], 0.0f));
+      }
+    }
+  }
+  deferred = add_rn(deferred, __shfl_down_sync(kFullWarp, deferred, 1));
+  if (kWithKept) kept = add_rn(kept, __shfl_down_sync(kFullWarp, kept, 1));
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int at = found.before(i) - earlier;
+    const bool mine = found.has(i) && at >= 0 && at < made;
+    const float deferred_sum = __shfl_sync(kFullWarp, deferred, 2 * at & 31);
+    if (mine) to->deferred[i] = deferred_sum;
+    if (!kWithKept) continue;
+    const float kept_sum = __shfl_sync(kFullWarp, kept, 2 * at & 31);
+    if (mine) to->kept[i] = kept_sum;
+  }
+  __syncwarp();
+}
+
+// The mass of a tile that counts whole, or not at all, by the one thread that `writes`: it is not
+// read. False: another.
 template <bool kWithKept>
 __device__ __forceinline__ bool whole_mass(const Kad& a, int64_t row, int t, int query, int slot,
-                                           const TileTest& test) {
+                                           const TileTest& test, bool writes) {
   const double scale = a.s.scale(row, slot)[t];
   if (!test.uniform && scale != 0.0) return false;
-  if (threadIdx.x == 0) {
+  if (writes) {
     const double all = mul_rn(static_cast<double>(a.s.tile_sum(row, slot)[t]), scale);
     a.s.mass(row, query)[t] = test.all ? all : 0.0;
     if (kWithKept) a.s.mass(row, query + 1)[t] = test.all ? 0.0 : all;
@@ -585,7 +629,7 @@ template <bool kWithKept>
 __device__ __forceinline__ void tile_mass(const Kad& a, int64_t row, int t, int query,
                                           const Deferral& set, int slot, float* weights) {
   const TileTest test(set, t, a.s.tile_max(row, set.by_proxy)[t]);
-  if (whole_mass<kWithKept>(a, row, t, query, slot, test)) return;
+  if (whole_mass<kWithKept>(a, row, t, query, slot, test, threadIdx.x == 0)) return;
   const double scale = a.s.scale(row, slot)[t];
   double* deferred_mass = a.s.mass(row, query) + t;
   double* kept_mass = a.s.mass(row, query + kWithKept) + t;
@@ -615,36 +659,59 @@ __device__ __forceinline__ void tile_mass(const Kad& a, int64_t row, int t, int 
   }
 }
 
-// The same into queries 0 and 1, at the sampling temperature, by nodes where there are any and few
-// elements lie above the cut; true if so. `lowest`: of the kept logits that this thread saw then.
-template <bool kWithKept>
-__device__ __forceinline__ bool tile_mass_by_nodes(const Kad& a, int64_t row, int t,
-                                                   const Deferral& set, const Row& base_row,
-                                                   const Row& judged_row, float* weights,
-                                                   float* lowest) {
-  TTA_SHARED(FoundNodes, found);
-  const TileTest test(set, t, a.s.tile_max(row, set.by_proxy)[t]);
-  if (whole_mass<kWithKept>(a, row, t, 0, kBaseSlot, test)) return false;
-  if (a.nodes) {
-    const Source judged(judged_row, t);
-    const Tile map = map_of(a.base.vocab, t, judged.aligned());
-    if (threadIdx.x == 0) found.marks[0] = found.marks[1] = found.count = 0;
-    __syncthreads();
-    find_nodes(judged, map, test.end(), &found);
-    __syncthreads();
-    if (found.count <= kMostNodes) {
-      *lowest = weigh_nodes(Source(base_row, t), judged, map, test, set.by_proxy, found,
-                            a.s.tile_max(row, 0)[t], a.rule.inv_temperature, weights);
-      if (warp_id() != summing_warp(t)) return true;
-      const float sum = sum_of_nodes<kWithKept>(weights, a.nodes_of(row, t), found, test.upper);
-      const double mass = mul_rn(static_cast<double>(sum), a.s.scale(row, kBaseSlot)[t]);
-      if (lane_id() % 16 == 0 && (kWithKept || lane_id() == 0))
-        a.s.mass(row, lane_id() / 16)[t] = mass;
-      return true;
-    }
+// The same by nodes, into queries 0 and 1 at the sampling temperature, and the lowest kept logit.
+// For a warp; false where too many nodes hold an element of the cut's upper side. Rows of one type.
+template <int kType, bool kWithKept>
+__device__ __forceinline__ bool mass_by_nodes(const Kad& a, int64_t row, int t,
+                                              const TileTest& test, bool by_proxy,
+                                              const Source& base, const Source& judged,
+                                              float* weights, float* lowest) {
+  const int count = map_of(a.base.vocab, t, true).count;
+  const Nodes found = find_nodes<kType>(judged.data, count, test.end);
+  if (found.count() > kMostNodes) return false;
+  // Of a node without such an element everything is on the lower side.
+  const float2 whole = *reinterpret_cast<const float2*>(a.nodes_of(row, t) + first_node());
+  const float2 none = make_float2(0.0f, 0.0f);
+  const float2 deferred = test.upper ? none : whole, kept = test.upper ? whole : none;
+  NodeSums sums = {{deferred.x, deferred.y}, {kept.x, kept.y}};
+  const float reference = a.s.tile_max(row, 0)[t];
+  Nodes left = found;
+  for (int earlier = 0; left.any(); earlier += kNodesAtOnce) {
+    const int made =
+        weigh_nodes<kType, kWithKept>(base, judged, count, test, by_proxy, &left, reference,
+                                      a.rule.inv_temperature, weights, lowest);
+    sum_nodes<kWithKept>(weights, found, earlier, made, &sums);
   }
-  tile_mass<kWithKept>(a, row, t, 0, set, kBaseSlot, weights);
-  return false;
+  const double scale = a.s.scale(row, kBaseSlot)[t];
+  const auto put = [&](int query, const float* of_lane) {
+    const float sum = fold_nodes(of_lane[0], of_lane[1]);
+    if (lane_id() == 0) a.s.mass(row, query)[t] = mul_rn(static_cast<double>(sum), scale);
+  };
+  put(0, sums.deferred);
+  if (kWithKept) put(1, sums.kept);
+  return true;
+}
+
+enum Left : int { kMassLeft = 1, kLowestLeft = 2 };
+
+// What a warp does of a tile's masses and its lowest kept logit; the rest is left to the block.
+template <bool kWithKept>
+__device__ __forceinline__ int warp_mass(const Kad& a, int64_t row, int t, const Deferral& set,
+                                         const Row& base_row, const Row& judged_row, float* weights,
+                                         float* lowest) {
+  const TileTest test(set, t, a.s.tile_max(row, set.by_proxy)[t]);
+  const int lowest_left = test.uniform && test.all ? 0 : kLowestLeft;
+  if (whole_mass<kWithKept>(a, row, t, 0, kBaseSlot, test, lane_id() == 0)) return lowest_left;
+  bool done = false;
+  if (a.nodes && judged_row.dtype == base_row.dtype) {
+    const Source base(base_row, t), judged(judged_row, t);
+    done = of_type(base.dtype, [&](auto type) {
+      return mass_by_nodes<type.value, kWithKept>(a, row, t, test, set.by_proxy, base, judged,
+                                                  weights, lowest);
+    });
+  }
+  if (!done) return kMassLeft | lowest_left;
+  return set.by_proxy ? lowest_left : 0;
 }
 
 // The lowest kept logit of this thread's elements of a tile.
@@ -666,22 +733,31 @@ __device__ __forceinline__ float lowest_kept(const Kad& a, int64_t row, int t, c
   return lowest;
 }
 
-// The masses of the tiles of this block, followed by a barrier. kLowest: its lowest kept logit,
-// into query 2 of its first tile.
+// The masses of the tiles of this block: by a warp each, and what these leave by all of them.
+// kLowest: its lowest kept logit, into query 2 of its first tile.
 template <bool kWithKept, bool kLowest>
 __device__ __forceinline__ void block_masses(const Kad& a, int64_t row, const Deferral& set,
                                              float* weights) {
+  static_assert(kMostSpan <= kWarps, "a warp a tile");
+  TTA_SHARED_ARRAY(int, left, kWarps);
   const Row base = a.base_row(row);
   const Row judged = set.by_proxy ? a.proxy_row(row) : base;
-  const int first = a.first_tile(), end = a.end_tile();
+  const int first = a.first_tile(), end = a.end_tile(), mine = first + warp_id();
   float lowest = kInfinity;
+  if (mine < end) {
+    const int open = warp_mass<kWithKept>(a, row, mine, set, base, judged,
+                                          weights + warp_id() * (kTile / kWarps), &lowest);
+    if (lane_id() == 0) left[warp_id()] = open;
+  }
+  __syncthreads();
 #pragma unroll 1
   for (int t = first; t < end; ++t) {
-    float here = kInfinity;
-    const bool seen = tile_mass_by_nodes<kWithKept>(a, row, t, set, base, judged, weights, &here);
-    if (kLowest && (!seen || set.by_proxy)) here = lowest_kept(a, row, t, set, base, judged);
-    if (kLowest) lowest = fminf(lowest, here);
-    __syncthreads();
+    if (left[t - first] & kMassLeft) {
+      tile_mass<kWithKept>(a, row, t, 0, set, kBaseSlot, weights);
+      __syncthreads();
+    }
+    if (kLowest && (left[t - first] & kLowestLeft))
+      lowest = fminf(lowest, lowest_kept(a, row, t, set, base, judged));
   }
   if (kLowest) {
     lowest = block_reduce(lowest, Min());

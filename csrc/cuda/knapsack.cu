@@ -48,11 +48,6 @@ constexpr uint32_t kTopKey = 0x7f800000u;        // of an infinite quotient
 constexpr uint32_t kIdKeys = 1u << 20;           // above all ids
 constexpr int kCoarseBits = 19, kFineBits = 19;  // of a weight in units
 
-__device__ __forceinline__ uint32_t bits_of(float x) { return device::scalar_bits(x); }
-__device__ __forceinline__ float float_of(uint32_t bits) {
-  return __int_as_float(static_cast<int>(bits));
-}
-
 // Where an item stands: falling code, then rising id. A code is the density's bit pattern, which
 // rises with it: positive quotients of float32 numbers are normal float64 numbers.
 struct alignas(16) Place {
@@ -188,7 +183,7 @@ struct Sack : KnapsackArgs {
 // The largest float32 number that is not above the capacity: w fits iff w <= limit.
 __device__ __forceinline__ float limit_of(double capacity) {
   const float near = __double2float_rn(capacity);
-  return static_cast<double>(near) > capacity ? float_of(bits_of(near) - 1) : near;
+  return static_cast<double>(near) > capacity ? as_float(device::scalar_bits(near) - 1) : near;
 }
 
 __device__ __forceinline__ void spread(const float4& v, float* x) {
@@ -303,8 +298,9 @@ struct Items {
     constexpr float kInteger = 0x1p23f, kSigned = 0x1.8p23f;  // their ulp is 1
     const float whole_part = fma_rn(w, coarse, kInteger);
     const float rest = fma_rn(w, coarse, sub_rn(kInteger, whole_part));
-    return {bits_of(whole_part) - bits_of(kInteger),
-            static_cast<int32_t>(bits_of(fma_rn(rest, fine, kSigned)) - bits_of(kSigned))};
+    const float fine_part = fma_rn(rest, fine, kSigned);
+    return {device::scalar_bits(whole_part) - device::scalar_bits(kInteger),
+            static_cast<int32_t>(device::scalar_bits(fine_part) - device::scalar_bits(kSigned))};
   }
   // Bound of |S - units| in units, for a sum S near the capacity: half a unit an item, and the
   // rounding of float64 sums.
@@ -320,9 +316,9 @@ struct Prefix {
 
   __device__ __forceinline__ explicit Prefix(const Place& place) : end(place) {
     const double density = __longlong_as_double(static_cast<long long>(place.code));
-    const uint32_t key = bits_of(__double2float_rn(density));
-    above = float_of(key < kTopKey ? key + 1 : kTopKey);
-    below = float_of(key ? key - 1 : 0);
+    const uint32_t key = device::scalar_bits(__double2float_rn(density));
+    above = as_float(key < kTopKey ? key + 1 : kTopKey);
+    below = as_float(key ? key - 1 : 0);
   }
   // Which of the items id, id + step .. it holds. Two products answer, but for those whose
   // densities are next to the last.
@@ -358,25 +354,10 @@ __device__ __forceinline__ Place everything(const Items& items) {
 template <bool kEqual>
 __device__ __forceinline__ uint32_t key_of(float profit, float weight, int32_t id) {
   if (kEqual) return kIdKeys - static_cast<uint32_t>(id);
-  return bits_of(div_rn(profit, weight)) & 0x7fffffffu;  // -0 counts as 0
+  return device::scalar_bits(div_rn(profit, weight)) & 0x7fffffffu;  // -0 counts as 0
 }
 
 // ---- canonical float64 sums --------------------------------------------------------------------
-
-// Of a tile's values in shared memory, in the first thread of the warp. After a barrier.
-__device__ __forceinline__ double tile_sum(const float* values, int count) {
-  double lane[4] = {0.0, 0.0, 0.0, 0.0};
-  const int groups = (count + kLanes - 1) / kLanes;
-#pragma unroll 4
-  for (int g = 0; g < groups; ++g) {
-    const float4 x = *reinterpret_cast<const float4*>(values + g * kLanes + lane_id() * 4);
-    lane[0] = add_rn(lane[0], static_cast<double>(x.x));
-    lane[1] = add_rn(lane[1], static_cast<double>(x.y));
-    lane[2] = add_rn(lane[2], static_cast<double>(x.z));
-    lane[3] = add_rn(lane[3], static_cast<double>(x.w));
-  }
-  return fold(lane);
-}
 
 // Tiles left to right, known to every thread; of_tile(t) is the sum of tile t.
 template <class Read>
@@ -735,7 +716,7 @@ __device__ __forceinline__ uint32_t look_closely(const Items& items, int t, uint
     for (int c = 0; c < 4; ++c) {
       if (!(p[c] >= 0.0f && p[c] < kInfinity)) flags |= kBadProfit;
       if (!(w[c] >= 0.0f && w[c] < kInfinity)) flags |= kBadWeight;
-      const uint32_t key = bits_of(div_rn(p[c], w[c])) - 1;
+      const uint32_t key = device::scalar_bits(div_rn(p[c], w[c])) - 1;
       largest = Max()(largest, key < kTopKey - 1 ? key : 0u);
     }
   });
@@ -756,14 +737,15 @@ __device__ __forceinline__ void range_of_codes(const Items& items, int t, uint64
 // The factors of the units: powers of two that turn the limit into less than 2^kCoarseBits and
 // what is left after the integer part into an integer below 2^(kFineBits - 1).
 __device__ __forceinline__ void set_units(double capacity, RowState* r) {
-  const int above = 32 - __clz(static_cast<int>(bits_of(r->limit)));  // of the bits
-  const int exponent = above > 23 ? static_cast<int>(bits_of(r->limit) >> 23) - 126 : above - 149;
+  const uint32_t bits = device::scalar_bits(r->limit);
+  const int above = 32 - __clz(static_cast<int>(bits));  // the highest one's place
+  const int exponent = above > 23 ? static_cast<int>(bits >> 23) - 126 : above - 149;
   // Below 2^-108 the first factor would exceed the range of float32.
   const int missing = exponent < kCoarseBits - 127 ? kCoarseBits - 127 - exponent : 0;
   const int coarse = kCoarseBits - exponent - missing;
   const int fine = missing <= kCoarseBits ? kFineBits : missing - 1;
-  r->coarse = float_of(static_cast<uint32_t>(coarse + 127) << 23);
-  r->fine = float_of(static_cast<uint32_t>(fine + 127) << 23);
+  r->coarse = as_float(static_cast<uint32_t>(coarse + 127) << 23);
+  r->fine = as_float(static_cast<uint32_t>(fine + 127) << 23);
   r->whole = static_cast<uint64_t>(
       mul_rn(mul_rn(capacity, static_cast<double>(r->coarse)), static_cast<double>(r->fine)));
 }
@@ -784,8 +766,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks) survey_kernel(const Sack a)
   items.fours<4>(t, [&](int, int, const float* p, const float* w) {
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
-      const uint32_t key = bits_of(div_rn(p[c], w[c]));
-      largest = Max()(largest, bits_of(w[c]));
+      const uint32_t key = device::scalar_bits(div_rn(p[c], w[c]));
+      largest = Max()(largest, device::scalar_bits(w[c]));
       high = Max()(high, key);
       low = Min()(low, key - 1);
     }
@@ -900,8 +882,8 @@ __device__ __forceinline__ void list_tile(const Sack& a, const Items& items, Row
   if (kEqual) {
     inside = ~0u;
   } else {
-    const float above = float_of(top < kTopKey ? top + 1 : kTopKey);
-    const float below = float_of(bottom ? bottom - 1 : 0);
+    const float above = as_float(top < kTopKey ? top + 1 : kTopKey);
+    const float below = as_float(bottom ? bottom - 1 : 0);
     int first = 0;
     items.fours<4>(t, [&](int, int, const float* p, const float* w) {
       uint32_t four = 0;
@@ -1002,7 +984,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks) select_kernel(const Sack a)
   });
   __syncthreads();
   if (warp_id() < 2) {
-    const double sum = tile_sum(warp_id() ? profits : weights, count);
+    const auto add = [](double sum, float x) { return add_rn(sum, static_cast<double>(x)); };
+    const double sum = canonical_sum_by<double>(add, warp_id() ? profits : weights, count);
     if (lane_id() == 0) (warp_id() ? notes[t].value : notes[t].weight) = sum;
   }
   if (!last_to_arrive(a.arrivals + row, static_cast<uint32_t>(a.tiles))) return;

@@ -41,9 +41,10 @@ inline dim3 grid_of(int columns, int64_t rows_left) {
 // Tiles that a block takes, one after another or a warp each: one, so that a few rows spread over
 // the device, or up to four where there are blocks enough without; what a block does once is then
 // done less often.
+constexpr int kMostSpan = 4;
 inline int span_of(int tiles, int64_t rows, int64_t width) {
   const int64_t spare = tiles * rows / width;
-  return spare >= 4 ? 4 : spare >= 2 ? 2 : 1;
+  return spare >= kMostSpan ? kMostSpan : spare >= 2 ? 2 : 1;
 }
 inline int columns_of(int tiles, int span) { return (tiles + span - 1) / span; }
 

@@ -158,9 +158,8 @@ __device__ __forceinline__ float mixed(double kept, double moved, double mass) {
 
 // Largest value, ties to the lowest id, of numbers >= 0 as one integer.
 __device__ __forceinline__ uint64_t ranked(float value, int64_t id) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return static_cast<uint64_t>(bits) << 32 | (0xffffffffu - static_cast<uint32_t>(id));
+  return static_cast<uint64_t>(device::scalar_bits(value)) << 32 |
+         (0xffffffffu - static_cast<uint32_t>(id));
 }
 __device__ __forceinline__ int64_t ranked_id(uint64_t rank) {
   return 0xffffffffu - static_cast<uint32_t>(rank);

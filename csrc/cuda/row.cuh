@@ -56,6 +56,7 @@ struct RowState {
   double kept;   // 1 - D, summed from the kept tokens; before, what that mass may be wrong by
   int64_t token;
   int32_t bracket_low, bracket_high;  // bands of the histogram that may hold the critical item
+  float bracket_most, bracket_least;  // logits between which they lie
   uint32_t listed;                    // candidates in the list
   int32_t step;                       // what the next stage has to do (the operator's own)
   bool valid;                         // everything the rule looks at can be used

@@ -1,5 +1,5 @@
 // One tile of a row and the block that works on it: 128 threads, 32 elements each. (A tile a warp,
-// where blocks have several: row.cuh.)
+// where blocks have several: row.cuh, kad.cuh.)
 //
 // Thread map. Where the row is aligned to four elements, warp w owns the groups 8 w .. 8 w + 7 of
 // 128 elements and lane l the elements 4 l .. 4 l + 3 of each: loads of 16 bytes (8 for 16-bit
@@ -14,6 +14,8 @@
 // shuffles: l + 64 is 16 threads away, l + 4 one thread, l + 2 and l + 1 within the thread. Which
 // warp differs from tile to tile, so that the four schedulers of a multiprocessor share the work.
 #pragma once
+
+#include <type_traits>
 
 #include "cuda/block.cuh"
 #include "cuda/intrinsics.cuh"
@@ -37,6 +39,15 @@ struct Tile {
 };
 
 __device__ __forceinline__ int element_bytes(int dtype) { return dtype == kFloat32 ? 4 : 2; }
+
+// use(Type<...>()), whose `value` is the dtype that is known only now.
+template <int kType>
+using Type = std::integral_constant<int, kType>;
+template <class Use>
+__device__ __forceinline__ auto of_type(int dtype, const Use& use) {
+  if (dtype == kFloat32) return use(Type<kFloat32>());
+  return dtype == kFloat16 ? use(Type<kFloat16>()) : use(Type<kBFloat16>());
+}
 
 template <int kType>
 __device__ __forceinline__ float widened(uint16_t raw) {
@@ -151,48 +162,66 @@ __device__ __forceinline__ void put_four(const Tile& tile, int i, const float* w
   }
 }
 
-// The 128 lanes to one number, in the first thread of the warp. A thread that has an addend of two
-// sums keeps one and gives away the other, so that no thread adds what another one adds as well.
-// `nodes`: where the first additions' sums, of lanes l and l + 64, are kept.
+// A thread that has an addend of two sums keeps one and gives away the other, so that no thread
+// adds what another one adds as well.
 template <class T>
-__device__ __forceinline__ T fold(const T* lane, T* nodes = nullptr) {
-  const auto given = [](T keep, T give, int n) {
-    return add_rn(keep, __shfl_xor_sync(kFullWarp, give, n));
-  };
-  const bool upper = lane_id() & 16, odd = lane_id() & 8;
-  const T even_sum = given(upper ? lane[2] : lane[0], upper ? lane[0] : lane[2], 16);
-  const T odd_sum = given(upper ? lane[3] : lane[1], upper ? lane[1] : lane[3], 16);
-  if (nodes) {
-    T* const mine = nodes + lane_id() % 16 * 4 + (upper ? 2 : 0);
-    mine[0] = even_sum;
-    mine[1] = odd_sum;
-  }
-  T sum = given(odd ? odd_sum : even_sum, odd ? even_sum : odd_sum, 8);
+__device__ __forceinline__ T given(T keep, T give, int n) {
+  return add_rn(keep, __shfl_xor_sync(kFullWarp, give, n));
+}
+
+// The first additions' sums, of virtual lanes l and l + 64: a lane has this one and the next.
+__device__ __forceinline__ int first_node() { return lane_id() % 16 * 4 + lane_id() / 16 * 2; }
+
+// The 64 nodes to one number, in the first thread of the warp.
+template <class T>
+__device__ __forceinline__ T fold_nodes(T first, T next) {
+  const bool odd = lane_id() & 8;
+  T sum = given(odd ? next : first, odd ? first : next, 8);
 #pragma unroll
   for (int n = 4; n >= 1; n /= 2) sum = given(sum, sum, n);
   sum = given(sum, sum, 16);  // virtual lanes 0 and 2, 1 and 3
   return given(sum, sum, 8);
 }
 
+// The 128 lanes to one number, in the first thread of the warp. `nodes`: where they are kept; of
+// floats alone.
+template <class T>
+__device__ __forceinline__ T fold(const T* lane, T* nodes = nullptr) {
+  const bool upper = lane_id() & 16;
+  const T first = given(upper ? lane[2] : lane[0], upper ? lane[0] : lane[2], 16);
+  const T next = given(upper ? lane[3] : lane[1], upper ? lane[1] : lane[3], 16);
+  if constexpr (std::is_same_v<T, float>)
+    if (nodes) *reinterpret_cast<float2*>(nodes + first_node()) = make_float2(first, next);
+  return fold_nodes(first, next);
+}
+
 // The warp that adds up a tile for its block.
 __device__ __forceinline__ int summing_warp(int t) { return t % kWarps; }
 
-// The canonical sum of a tile's weights, in the first thread of the one warp that calls it, after a
-// barrier. kTerms: the weights are those of terms_of_four.
-template <bool kTerms = false>
-__device__ __forceinline__ float canonical_sum(const float* weights, int count,
-                                               float* nodes = nullptr) {
-  float lane[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+// The canonical sum of a tile's stored values, in the first thread of the one warp that calls it,
+// after a barrier. add(sum, value): a sum with another value in it, as values are to count.
+template <class T, class Add>
+__device__ __forceinline__ T canonical_sum_by(const Add& add, const float* values, int count,
+                                              T* nodes = nullptr) {
+  T lane[4] = {T(0), T(0), T(0), T(0)};
   const int groups = (count + kLanes - 1) / kLanes;
 #pragma unroll 4
   for (int g = 0; g < groups; ++g) {
-    const float4 w = *reinterpret_cast<const float4*>(weights + g * kLanes + lane_id() * 4);
-    lane[0] = kTerms ? add_flush(lane[0], w.x) : add_rn(lane[0], w.x);
-    lane[1] = kTerms ? add_flush(lane[1], w.y) : add_rn(lane[1], w.y);
-    lane[2] = kTerms ? add_flush(lane[2], w.z) : add_rn(lane[2], w.z);
-    lane[3] = kTerms ? add_flush(lane[3], w.w) : add_rn(lane[3], w.w);
+    const float4 x = *reinterpret_cast<const float4*>(values + g * kLanes + lane_id() * 4);
+    lane[0] = add(lane[0], x.x);
+    lane[1] = add(lane[1], x.y);
+    lane[2] = add(lane[2], x.z);
+    lane[3] = add(lane[3], x.w);
   }
   return fold(lane, nodes);
+}
+
+// The same of weights; kTerms: of terms_of_four.
+template <bool kTerms = false>
+__device__ __forceinline__ float canonical_sum(const float* weights, int count,
+                                               float* nodes = nullptr) {
+  const auto add = [](float sum, float w) { return kTerms ? add_flush(sum, w) : add_rn(sum, w); };
+  return canonical_sum_by<float>(add, weights, count, nodes);
 }
 
 // weigh_four as terms of a canonical sum or a draw: subnormal where the exponential is 0. For
@@ -233,18 +262,39 @@ __device__ __forceinline__ void widen(uint32_t pair, float* x) {
   }
 }
 
+// Eight 16-bit neighbours, 16 bytes: where nothing asks for virtual lanes.
+constexpr int kWide = 8;
+__device__ __forceinline__ uint4 wide_at(const char* data, int j) {
+  return __ldg(reinterpret_cast<const uint4*>(data) + j / kWide);
+}
+template <int kType>
+__device__ __forceinline__ void widen(const uint4& wide, float* x) {
+  widen<kType>(wide.x, x);
+  widen<kType>(wide.y, x + 2);
+  widen<kType>(wide.z, x + 4);
+  widen<kType>(wide.w, x + 6);
+}
+
+// The largest of eight without NaN is one of these two.
+template <int kType>
+__device__ __forceinline__ void max_of_wide(const uint4& wide, float* x) {
+  widen<kType>(max_or_nan_of_pairs<kType>(max_or_nan_of_pairs<kType>(wide.x, wide.y),
+                                          max_or_nan_of_pairs<kType>(wide.z, wide.w)),
+               x);
+}
+
 // A whole tile, aligned: 32 elements a thread as they are stored.
 template <int kType>
 struct Stored {
-  static constexpr bool kWide = kType == kFloat32;
-  static constexpr int kWords = kWide ? 4 : 2;  // of 32 bits, of four elements
+  static constexpr bool kIsFloat32 = kType == kFloat32;
+  static constexpr int kWords = kIsFloat32 ? 4 : 2;  // of 32 bits, of four elements
   uint32_t word[kPerThread / 4][kWords];
 
   __device__ __forceinline__ explicit Stored(const char* data, int first) {
-    const char* mine = data + first * (kWide ? 4 : 2);
+    const char* mine = data + first * (kIsFloat32 ? 4 : 2);
 #pragma unroll
     for (int g = 0; g < kPerThread / 4; ++g) {
-      if constexpr (kWide) {
+      if constexpr (kIsFloat32) {
         const uint4 w = __ldg(reinterpret_cast<const uint4*>(mine) + g * (kLanes / 4));
         word[g][0] = w.x, word[g][1] = w.y, word[g][2] = w.z, word[g][3] = w.w;
       } else {
@@ -255,7 +305,7 @@ struct Stored {
   }
 
   __device__ __forceinline__ void four(int g, float* x) const {
-    if constexpr (kWide) {
+    if constexpr (kIsFloat32) {
 #pragma unroll
       for (int k = 0; k < 4; ++k) x[k] = as_float(word[g][k]);
     } else {
@@ -266,7 +316,7 @@ struct Stored {
 
   // The largest of this thread's elements, NaN if there is one.
   __device__ __forceinline__ float max() const {
-    if constexpr (kWide) {
+    if constexpr (kIsFloat32) {
       float m[4];  // four chains side by side
 #pragma unroll
       for (int k = 0; k < 4; ++k) m[k] = as_float(word[0][k]);

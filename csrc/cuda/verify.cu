@@ -28,6 +28,7 @@ namespace cuda {
 namespace {
 
 struct Verify : Kad {
+  static constexpr bool kSingle = false;
   VerifyArgs v;
   bool needs_proxy = false;
 
