@@ -5,10 +5,10 @@
 #include <string>
 #include <vector>
 
-#include "core/half.h"
 #include "cpu/isa.h"
 #include "cpu/kernels.h"
 #include "testing/check.h"
+#include "testing/host.h"
 
 namespace tta {
 namespace testing {
@@ -27,9 +27,6 @@ const Pinned kPinned[] = {
     {"control_update", 0x0cc794920f549a1a},   {"control_merge", 0x3d8af1b50806a34f},
     {"normal", 0xcdeb09603baaf29f},
 };
-
-const Parallel kSerial{[](int64_t n, int64_t, void (*body)(void*, int64_t, int64_t),
-                          void* context) { body(context, 0, n); }};
 
 // Several tiles with a ragged end.
 constexpr int64_t kVocab = 9001, kRows = 6, kDim = 4100;
@@ -69,15 +66,8 @@ struct Array {
   int dtype;
   Array(int64_t count, double scale, int type, uint64_t seed) : dtype(type) {
     const std::vector<float> x = numbers(count, scale, seed);
-    data.resize(x.size() * (dtype == kFloat32 ? 4 : 2));
-    for (size_t i = 0; i < x.size(); ++i) {
-      if (dtype == kFloat32) {
-        std::memcpy(data.data() + 4 * i, &x[i], 4);
-      } else {
-        const uint16_t h = dtype == kFloat16 ? float_to_half(x[i]) : float_to_bfloat16(x[i]);
-        std::memcpy(data.data() + 2 * i, &h, 2);
-      }
-    }
+    data.resize(static_cast<size_t>(count * bytes_of(dtype)));
+    for (int64_t i = 0; i < count; ++i) store(data.data(), dtype, i, x[static_cast<size_t>(i)]);
   }
   // Rows of kVocab, `positions` of them to a row of the batch.
   Logits rows(int64_t positions = 1) const {

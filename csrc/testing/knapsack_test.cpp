@@ -10,6 +10,7 @@
 #include "cpu/isa.h"
 #include "cpu/kernels.h"
 #include "testing/check.h"
+#include "testing/host.h"
 #if TTA_X86_64
 #include <immintrin.h>
 #endif
@@ -114,10 +115,6 @@ struct Output {
   int64_t row = -1, tensor = -1;
 };
 
-void run_here(int64_t n, int64_t, void (*body)(void*, int64_t, int64_t), void* context) {
-  body(context, 0, n);
-}
-
 Output solve(const Batch& batch, int level) {
   const int64_t rows = static_cast<int64_t>(batch.capacity.size());
   const int64_t n = static_cast<int64_t>(batch.profit[0].size());
@@ -155,7 +152,7 @@ Output solve(const Batch& batch, int level) {
   a.upper_bound = out.upper_bound.data();
   a.invalid = &invalid;
   set_isa(level);
-  greedy_knapsack(a, {run_here});
+  greedy_knapsack(a, kSerial);
   out.invalid = invalid.any();
   if (out.invalid) {
     out.row = invalid.row();

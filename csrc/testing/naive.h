@@ -10,6 +10,7 @@
 
 #include "testing/check.h"
 #include "testing/functions.h"
+#include "testing/host.h"
 
 namespace tta {
 namespace testing {
@@ -21,34 +22,23 @@ constexpr float kInf = std::numeric_limits<float>::infinity();
 // A row of logits in memory in its own type, and the same values as float32.
 struct TestRow {
   std::vector<float> x;
-  std::vector<float> data32;
-  std::vector<uint16_t> data16;
+  std::vector<char> data;
   int dtype = kFloat32;
   float inv_temperature = 1.0f;
 
   int64_t vocab() const { return static_cast<int64_t>(x.size()); }
   // One element past the start of the buffer, so that no load is aligned by luck.
-  RowView view() const {
-    const void* data = dtype == kFloat32 ? static_cast<const void*>(data32.data() + 1)
-                                         : static_cast<const void*>(data16.data() + 1);
-    return {data, dtype, vocab(), inv_temperature};
-  }
+  RowView view() const { return {data.data() + bytes_of(dtype), dtype, vocab(), inv_temperature}; }
   static TestRow of(const std::vector<float>& values, int dtype, float inv_temperature) {
     TestRow row;
     row.dtype = dtype;
     row.inv_temperature = inv_temperature;
     row.x = values;
-    if (dtype == kFloat32) {
-      row.data32.assign(1, 0.0f);
-      row.data32.insert(row.data32.end(), values.begin(), values.end());
-      return row;
-    }
-    row.data16.assign(1, 0);
-    for (float& value : row.x) {
-      const bool half = dtype == kFloat16;
-      const uint16_t raw = half ? float_to_half(value) : float_to_bfloat16(value);
-      row.data16.push_back(raw);
-      value = half ? half_to_float(raw) : bfloat16_to_float(raw);
+    row.data.resize((values.size() + 1) * static_cast<size_t>(bytes_of(dtype)));
+    char* const first = row.data.data() + bytes_of(dtype);
+    for (size_t i = 0; i < values.size(); ++i) {
+      store(first, dtype, static_cast<int64_t>(i), values[i]);
+      row.x[i] = load(first, dtype, static_cast<int64_t>(i));
     }
     return row;
   }

@@ -6,12 +6,12 @@
 #include <memory>
 #include <vector>
 
-#include "core/half.h"
 #include "core/philox.h"
 #include "cpu/isa.h"
 #include "cpu/kernels.h"
 #include "testing/check.h"
 #include "testing/functions.h"
+#include "testing/host.h"
 
 namespace tta {
 namespace testing {
@@ -21,8 +21,6 @@ constexpr uint64_t kSeed = 0xfedcba9876543210ull;
 constexpr uint32_t kIteration = 4095;
 constexpr float kSigma = 0.37f;
 
-const Parallel kSerial{[](int64_t n, int64_t, void (*body)(void*, int64_t, int64_t),
-                          void* context) { body(context, 0, n); }};
 // Every item a task of its own, the last one first.
 const Parallel kScattered{
     [](int64_t n, int64_t, void (*body)(void*, int64_t, int64_t), void* context) {
@@ -72,18 +70,15 @@ void check_perturb(int64_t dim, int dtype, float sigma, const Parallel& parallel
   constexpr int64_t kRows = 3, kPrompts = 2, kSteps = 2;
   const std::vector<float> mean = random_floats(kPrompts * kSteps * dim, random);
   const std::vector<float> values = random_floats(kRows * dim, random);
-  std::vector<uint16_t> half(values.size()), half_out(values.size());
-  std::vector<float> x = values, out(values.size());
-  for (size_t i = 0; dtype != kFloat32 && i < values.size(); ++i) {
-    half[i] = dtype == kFloat16 ? float_to_half(values[i]) : float_to_bfloat16(values[i]);
-    x[i] = dtype == kFloat16 ? half_to_float(half[i]) : bfloat16_to_float(half[i]);
-  }
+  std::vector<char> hidden(static_cast<size_t>(kRows * dim * bytes_of(dtype)));
+  std::vector<char> out(hidden.size()), want_out(hidden.size());
+  for (int64_t i = 0; i < kRows * dim; ++i) store(hidden.data(), dtype, i, values[i]);
   const int64_t step[kRows] = {1, 2, 0}, prompt[kRows] = {1, 0, 0}, rollout[kRows] = {9, 1, 65535};
   const int64_t sequence = 0xffffffff;
   float dot[kRows] = {1.25f, -0.0f, 3.0f};
   PerturbArgs a;
-  a.hidden = dtype == kFloat32 ? static_cast<const void*>(values.data()) : half.data();
-  a.out = dtype == kFloat32 ? static_cast<void*>(out.data()) : half_out.data();
+  a.hidden = hidden.data();
+  a.out = out.data();
   a.dtype = dtype;
   a.hidden_stride = a.out_stride = a.dim = dim;
   a.rows = kRows;
@@ -113,11 +108,11 @@ void check_perturb(int64_t dim, int dtype, float sigma, const Parallel& parallel
       const int64_t i = r * dim + d;
       const float scaled = sigma * eps[d];
       const float v = sigma == 0.0f ? u[d] : u[d] + scaled;
-      const float y = inside ? x[i] + v : x[i];
-      const bool equal = dtype == kFloat32   ? bits_of(out[i]) == bits_of(y)
-                         : dtype == kFloat16 ? half_out[i] == float_to_half(y)
-                                             : half_out[i] == float_to_bfloat16(y);
-      CHECK(equal, "%s: perturb, dim %d, dtype %d, row %d, dimension %d", isa_name(),
+      const float x = load(hidden.data(), dtype, i);
+      store(want_out.data(), dtype, i, inside ? x + v : x);
+      const int64_t size = bytes_of(dtype);
+      CHECK(!std::memcmp(out.data() + i * size, want_out.data() + i * size, size),
+            "%s: perturb, dim %d, dtype %d, row %d, dimension %d", isa_name(),
             static_cast<int>(dim), dtype, static_cast<int>(r), static_cast<int>(d));
     }
     const float want = inside ? dot_before[r] + naive_dot(u, eps.data(), dim) : dot_before[r];

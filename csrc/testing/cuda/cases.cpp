@@ -3,8 +3,6 @@
 #include <cmath>
 #include <limits>
 
-#include "core/half.h"
-
 namespace tta {
 namespace testing {
 namespace {
@@ -14,18 +12,6 @@ constexpr float kInf = std::numeric_limits<float>::infinity();
 int64_t padding(Random* random) { return random->below(3) ? 0 : random->below(5); }
 
 }  // namespace
-
-int64_t bytes_of(int dtype) { return dtype == kFloat32 ? 4 : 2; }
-
-void store(char* data, int dtype, int64_t i, float x) {
-  char* p = data + i * bytes_of(dtype);
-  if (dtype == kFloat32) {
-    std::memcpy(p, &x, 4);
-    return;
-  }
-  const uint16_t h = dtype == kFloat16 ? float_to_half(x) : float_to_bfloat16(x);
-  std::memcpy(p, &h, 2);
-}
 
 double random_normal(Random* random) {
   const double r = std::sqrt(-2.0 * std::log(1.0 - random->uniform()));
@@ -66,15 +52,7 @@ void Rows::set(int64_t row, int64_t v, float value) {
 }
 
 float Rows::get(int64_t row, int64_t v) const {
-  const char* p = data_.at(kHost) + (row * stride_ + v) * bytes_of(dtype_);
-  float value;
-  uint16_t h;
-  if (dtype_ == kFloat32) {
-    std::memcpy(&value, p, 4);
-    return value;
-  }
-  std::memcpy(&h, p, 2);
-  return dtype_ == kFloat16 ? half_to_float(h) : bfloat16_to_float(h);
+  return load(data_.at(kHost), dtype_, row * stride_ + v);
 }
 
 void Rows::spoil(Random* random) {

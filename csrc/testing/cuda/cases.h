@@ -35,9 +35,6 @@ void philox_case(int64_t blocks, int64_t skip, Random*);
 bool common_case(const Options&, Random*);
 
 double random_normal(Random*);
-int64_t bytes_of(int dtype);
-// Rounds x to number i of an array.
-void store(char* data, int dtype, int64_t i, float x);
 // A vocabulary up to `most`: small ones, odd ones, around the tile's borders.
 int64_t random_vocab(int64_t most, Random*);
 template <class T>

@@ -157,7 +157,7 @@ void verify(const Options& o, bool aligned, bool return_mass, Random* random) {
     a.draw = static_cast<uint32_t>(k);
     const Twin<int64_t> token(o.batch);
     a.token = token.at(kHost);
-    categorical_sample(a, serial());
+    categorical_sample(a, kSerial);
     for (int64_t b = 0; b < o.batch; ++b) draft[b * kDraft + k] = token[b];
   }
   draft.upload();

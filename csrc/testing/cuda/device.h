@@ -12,6 +12,7 @@
 #include "cpu/kernels.h"
 #include "cuda/launch.h"
 #include "testing/check.h"
+#include "testing/host.h"
 
 #if defined(TTA_SIMT)
 #include "control.h"
@@ -136,14 +137,6 @@ inline void compare(const char* what, const std::string& where, const InvalidTwi
   compare(what, where, twin.cell);
 }
 
-inline const Parallel& serial() {
-  static const Parallel one_task{
-      [](int64_t n, int64_t, void (*body)(void*, int64_t, int64_t), void* context) {
-        if (n) body(context, 0, n);
-      }};
-  return one_task;
-}
-
 // Launch::width of the calls that follow.
 inline int64_t& device_width() {
   static int64_t width = cuda::Launch().width;
@@ -176,7 +169,7 @@ template <class Args, class Make>
 void call_both(void (*cpu)(const Args&, const Parallel&),
                cudaError_t (*entry)(const Args&, const cuda::Launch&), const Make& make,
                const std::string& where) {
-  cpu(make(kHost), serial());
+  cpu(make(kHost), kSerial);
   call_cuda(entry, make(kDevice), where);
 }
 

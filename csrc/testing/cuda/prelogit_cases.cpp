@@ -1,5 +1,4 @@
 // prelogit_perturb, normal, philox.
-#include "core/half.h"
 #include "testing/cuda/cases.h"
 
 namespace tta {
@@ -10,7 +9,7 @@ namespace {
 void perturb_case(int64_t dim, int dtype, bool packed, float sigma, Random* random) {
   constexpr int64_t kPrompts = 2, kSteps = 3;
   const int64_t rows = 1 + random->below(4), stride = dim + (packed ? 0 : random->below(4));
-  const int64_t skip = packed ? 0 : random->below(4), size = dtype == kFloat32 ? 4 : 2;
+  const int64_t skip = packed ? 0 : random->below(4), size = bytes_of(dtype);
   const std::string where = "perturb " + std::to_string(rows) + " x " + std::to_string(dim) +
                             ", dtype " + std::to_string(dtype) + (packed ? ", packed" : "") +
                             ", sigma " + std::to_string(sigma);
@@ -18,14 +17,8 @@ void perturb_case(int64_t dim, int dtype, bool packed, float sigma, Random* rand
   const Twin<char> out(rows * dim * size, skip * size);
   const Twin<float> mean(kPrompts * kSteps * dim, skip), dot(rows);
   const Twin<int64_t> step(rows), prompt(rows), sequence(rows), rollout(rows), seed(1);
-  for (int64_t j = 0; j < hidden.count() / size; ++j) {
-    const float x = static_cast<float>(random_normal(random));
-    if (dtype == kFloat32)
-      std::memcpy(hidden.at(kHost) + 4 * j, &x, 4);
-    else
-      reinterpret_cast<uint16_t*>(hidden.at(kHost))[j] =
-          dtype == kFloat16 ? float_to_half(x) : float_to_bfloat16(x);
-  }
+  for (int64_t j = 0; j < hidden.count() / size; ++j)
+    store(hidden.at(kHost), dtype, j, static_cast<float>(random_normal(random)));
   for (int64_t j = 0; j < mean.count(); ++j) mean[j] = static_cast<float>(random_normal(random));
   for (int64_t r = 0; r < rows; ++r) {
     step[r] = random->below(kSteps + 2) - 1;  // steps outside are copied
