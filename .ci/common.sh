@@ -1,4 +1,4 @@
-# Steps that .ci/run and .ci/full share.
+# Steps that .ci/run, .ci/full and .ci/oldest share.
 export CI=true PIP_DISABLE_PIP_VERSION_CHECK=1 OMP_WAIT_POLICY=passive
 exec </dev/null
 
