@@ -27,8 +27,8 @@ the first launch, and what the rest reads is in roofline.py (``again``). ARITHME
 of the same call: machine instructions of all warps (32 a warp), the units that execute them, and
 the path of a block, at rows of LONG and of SHORT whole tiles. Where blocks are plenty they take
 SPAN tiles, one after another or a warp each (span_of in csrc/cuda/launch.h; of the noise's kernels:
-fewer warps a block, more work a thread), and do less for each: ``spanned`` has the same of the call
-with such blocks.
+fewer warps a block, more work a thread), and do less for each: ``one`` has the figures of the call
+with one tile a block, ``spanned`` those with such blocks.
 """
 
 from __future__ import annotations
@@ -87,19 +87,19 @@ MOST_INSTRUCTIONS: dict[str, tuple[float, float]] = {
     "deferral_propose": (26.3, 23.8),
     "deferral_sample": (26.8, 23.9),
     "deferral_sample deferred": (51.7, 46.8),
-    "deferral_propose greedy": (32.6, 27.0),
-    "deferral_sample greedy": (64.1, 51.7),
+    "deferral_propose greedy": (32.1, 26.0),
+    "deferral_sample greedy": (63.5, 50.6),
     "deferral_propose knapsack": (33.0, 30.4),
-    "deferral_mask": (38.5, 32.9),
-    "deferral_mask knapsack": (89.5, 67.5),
-    "deferral_probs": (119.3, 108.0),
-    "deferral_stats": (44.0, 36.8),
-    "deferral_verify": (33.3, 26.8),
-    "deferral_verify mass": (35.4, 28.3),
-    "deferral_verify unrelated": (41.2, 34.0),
+    "deferral_mask": (39.6, 33.9),
+    "deferral_mask knapsack": (83.0, 62.9),
+    "deferral_probs": (118.7, 107.1),
+    "deferral_stats": (41.0, 34.4),
+    "deferral_verify": (33.3, 26.7),
+    "deferral_verify mass": (35.4, 27.9),
+    "deferral_verify unrelated": (40.0, 32.9),
     "implicit_reward": (14.9, 14.4),
     "implicit_reward_probs": (28.2, 27.8),
-    "greedy_knapsack": (110.2, 110.2),
+    "greedy_knapsack": (110.3, 110.3),
     "prelogit_perturb": (56.1, 47.9),
     "importance_weights": (1654.7, 1654.7),
     "control_update": (47.7, 47.7),
@@ -153,14 +153,7 @@ SPANNED = (
 )
 # Wavefronts that the first blocks of all launches may lose to bank conflicts: of operators that
 # count into shared memory by the data's own values. The others have none.
-MOST_CONFLICTS = {
-    "deferral_mask knapsack": 1278,
-    "deferral_probs": 7,
-    "deferral_stats": 7,
-    "deferral_verify mass": 3,
-    "deferral_verify unrelated": 7,
-    "greedy_knapsack": 600,
-}
+MOST_CONFLICTS = {"deferral_mask knapsack": 1278, "greedy_knapsack": 600}
 FLOAT32_ONLY = (
     "greedy_knapsack",
     "importance_weights",
@@ -204,11 +197,11 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Spanned:
-    """What an operator's common case comes to with SPAN tiles a block; see Profile and Machine."""
+class Figures:
+    """What a call comes to with so many tiles a block."""
 
-    dram_ratio: float | None
-    bank_conflicts: int
+    dram_ratio: float | None  # None: ARITHMETIC
+    bank_conflicts: int  # wavefronts more than the bytes need
     ptx_per_element: float
     instructions_per_element: float
     machine: list[Machine]
@@ -216,27 +209,24 @@ class Spanned:
 
 @dataclass(frozen=True)
 class Profile:
-    """An operator's common case, with one tile a block."""
+    """An operator's common case, with one tile a block and with SPAN."""
 
     op: str
     dtype: str
     batch: int
     elements: int
-    dram_ratio: float | None  # None: ARITHMETIC
-    bank_conflicts: int  # wavefronts more than the bytes need
-    ptx_per_element: float
-    instructions_per_element: float
-    launches: list[Launch]
-    machine: list[Machine]
-    spanned: Spanned | None  # None: blocks never take more
+    launches: list[Launch]  # with one tile a block
+    one: Figures
+    spanned: Figures | None  # None: blocks never take more
 
 
 def digest() -> str:
     """SHA-256 of the kernels, of the program that runs them and of what it compares them with."""
+    program = ("testing/check.h", "testing/host.h", "testing/cuda/*")
     files = [
         path
-        for folder in ("core", "cpu", "cuda", "testing/cuda")
-        for path in sorted((CSRC / folder).iterdir())
+        for pattern in ("core/*", "cpu/*", "cuda/*", *program)
+        for path in sorted(CSRC.glob(pattern))
         if path.is_file()
     ]
     return _compile.digest_of(CSRC, files, _compile_cuda.FLAGS)
@@ -516,14 +506,14 @@ def launches_of(emulator: Emulator, op: str, dtype: str, *options: object) -> li
     return read_profile(result.stderr)
 
 
-def blocks_of(emulator: Emulator, op: str, dtype: str, span: int) -> tuple[list[Launch], Spanned]:
+def blocks_of(emulator: Emulator, op: str, dtype: str, span: int) -> tuple[list[Launch], Figures]:
     """The launches and figures of the common case with ``span`` tiles a block, 1 or SPAN."""
     # As on a device that one block fills, blocks take as many tiles as they may.
     options = ("--width", 1) if span == SPAN else ()
     launches = launches_of(emulator, op, dtype, *options)
     machine = machine_of(emulator, op, dtype, launches, *options)
     elements = elements_of(op)
-    return launches, Spanned(
+    return launches, Figures(
         dram_ratio=dram_ratio(op, dtype, launches, span),
         bank_conflicts=conflicts(launches),
         ptx_per_element=round(sum(x.ptx for x in launches) / elements, 2),
@@ -541,8 +531,8 @@ def profile(emulator: Emulator, op: str, dtype: str) -> Profile:
         batch=1,
         elements=elements_of(op),
         launches=[replace(x, kernel=plain(x.kernel)) for x in launches],
+        one=one,
         spanned=blocks_of(emulator, op, dtype, SPAN)[1] if op in SPANNED else None,
-        **vars(one),
     )
 
 
@@ -560,10 +550,10 @@ def faults(profiles: Iterable[Profile]) -> list[str]:
     """What exceeds its bound, a line each."""
     found = []
     for p in profiles:
-        for of, most in zip((p, p.spanned), MOST_INSTRUCTIONS[p.op], strict=True):
+        for of, most in zip((p.one, p.spanned), MOST_INSTRUCTIONS[p.op], strict=True):
             if of is None:
                 continue
-            name = f"{p.op} {p.dtype}{'' if of is p else f', {SPAN} tiles a block'}"
+            name = f"{p.op} {p.dtype}{'' if of is p.one else f', {SPAN} tiles a block'}"
             if of.dram_ratio is not None and of.dram_ratio > MOST_DRAM_RATIO:
                 found.append(f"{name}: {of.dram_ratio} of the compulsory bytes > {MOST_DRAM_RATIO}")
             if of.bank_conflicts > MOST_CONFLICTS.get(p.op, 0):
@@ -582,8 +572,8 @@ def faults(profiles: Iterable[Profile]) -> list[str]:
 def recorded() -> tuple[str, list[Profile]]:
     """The hash and the profiles that are checked in."""
 
-    def machine(part: dict[str, list[dict[str, Any]]]) -> list[Machine]:
-        return [Machine(**kernel) for kernel in part["machine"]]
+    def figures(part: dict[str, Any]) -> Figures:
+        return Figures(**{**part, "machine": [Machine(**kernel) for kernel in part["machine"]]})
 
     record = json.loads(RESULT.read_text())
     profiles = [
@@ -591,10 +581,8 @@ def recorded() -> tuple[str, list[Profile]]:
             **{
                 **p,
                 "launches": [Launch(**launch) for launch in p["launches"]],
-                "machine": machine(p),
-                "spanned": Spanned(**{**p["spanned"], "machine": machine(p["spanned"])})
-                if p["spanned"]
-                else None,
+                "one": figures(p["one"]),
+                "spanned": figures(p["spanned"]) if p["spanned"] else None,
             }
         )
         for p in record["profile"]
@@ -607,7 +595,7 @@ def bounds(profiles: Iterable[Profile]) -> str:
     most: dict[str, list[float]] = {}
     lost: dict[str, int] = {}
     for p in profiles:
-        both = [p, p.spanned or p]
+        both = [p.one, p.spanned or p.one]
         before = most.get(p.op, [0.0, 0.0])
         most[p.op] = [max(n, x.instructions_per_element)
                       for n, x in zip(before, both, strict=True)]  # fmt: skip
@@ -637,16 +625,17 @@ def show(profiles: Iterable[Profile]) -> None:
         f"{'machine/el':>12}{'spanned':>9}{'path':>8}  units an element"
     )
     for p in profiles:
-        ratio = "-" if p.dram_ratio is None else f"{p.dram_ratio:.3f}"
+        one = p.one
+        ratio = "-" if one.dram_ratio is None else f"{one.dram_ratio:.3f}"
         more = p.spanned.instructions_per_element if p.spanned else "-"
-        path = sum(x.launches * sum(x.path.values()) for x in p.machine)
+        path = sum(x.launches * sum(x.path.values()) for x in one.machine)
         units = {
-            unit: sum(x.units.get(unit, 0) for x in p.machine) / p.elements
+            unit: sum(x.units.get(unit, 0) for x in one.machine) / p.elements
             for unit in machine_code.UNIT_NAMES
         }
         print(
-            f"{p.op:27}{p.dtype:10}{ratio:>12}{p.bank_conflicts:>11}{p.ptx_per_element:>9}"
-            f"{p.instructions_per_element:>12}{more:>9}{path:>8}  "
+            f"{p.op:27}{p.dtype:10}{ratio:>12}{one.bank_conflicts:>11}{one.ptx_per_element:>9}"
+            f"{one.instructions_per_element:>12}{more:>9}{path:>8}  "
             + " ".join(f"{unit} {n:.1f}" for unit, n in units.items())
         )
 

@@ -115,31 +115,29 @@ def test_a_second_pass_or_more_instructions_do_not_pass(profiles: list[emulate.P
     good = profile_of(profiles, "categorical_sample", "float32")
     one, more = emulate.MOST_INSTRUCTIONS[good.op]
     assert not emulate.faults([good])
-    assert emulate.faults([replace(good, dram_ratio=2.0)])
-    assert emulate.faults([replace(good, bank_conflicts=1)])
-    assert emulate.faults([replace(good, instructions_per_element=1.01 * one)])
     assert good.spanned
-    for change in (
-        {"dram_ratio": 2.0},
-        {"bank_conflicts": 1},
-        {"instructions_per_element": 1.01 * more},
-    ):
+    for change in ({"dram_ratio": 2.0}, {"bank_conflicts": 1}):
+        assert emulate.faults([replace(good, one=replace(good.one, **change))])
         assert emulate.faults([replace(good, spanned=replace(good.spanned, **change))])
+    slower = replace(good.one, instructions_per_element=1.01 * one)
+    assert emulate.faults([replace(good, one=slower)])
+    slower = replace(good.spanned, instructions_per_element=1.01 * more)
+    assert emulate.faults([replace(good, spanned=slower)])
 
 
 def test_conflicts_of_histograms_have_a_bound(profiles: list[emulate.Profile]) -> None:
     for op, most in emulate.MOST_CONFLICTS.items():
         p = profile_of(profiles, op, "float32")
-        assert not emulate.faults([replace(p, bank_conflicts=most)])
-        assert emulate.faults([replace(p, bank_conflicts=most + 1)])
+        assert not emulate.faults([replace(p, one=replace(p.one, bank_conflicts=most))])
+        assert emulate.faults([replace(p, one=replace(p.one, bank_conflicts=most + 1))])
 
 
 def test_what_has_a_ratio(profiles: list[emulate.Profile]) -> None:
     for p in profiles:
-        assert (p.dram_ratio is None) == (p.op in emulate.ARITHMETIC)
+        assert (p.one.dram_ratio is None) == (p.op in emulate.ARITHMETIC)
         assert (p.spanned is None) == (p.op not in emulate.SPANNED)
         # Never less than the bytes: that would be a wrong formula.
-        assert p.dram_ratio is None or p.dram_ratio >= 1.0
+        assert p.one.dram_ratio is None or p.one.dram_ratio >= 1.0
         assert p.spanned is None or (p.spanned.dram_ratio or 0.0) >= 1.0
 
 
@@ -170,7 +168,7 @@ def test_the_model_by_hand(profiles: list[emulate.Profile], gpu: roofline.Gpu, d
     memory = size / (gpu.efficiency * gpu.dram)
     assert p.spanned
     # Tiles of 16-bit elements have a warp each; those of float32 follow one another.
-    (kernel,) = p.machine if dtype == "float32" else p.spanned.machine
+    (kernel,) = (p.one if dtype == "float32" else p.spanned).machine
     # 64 rows of 32 tiles: four and more for each of 3 * 170 blocks.
     span = 4
     assert roofline.span_of(gpu, p.op, 64, 128256) == span
@@ -228,14 +226,15 @@ def test_many_rows_have_several_tiles_a_block(profiles: list[emulate.Profile]) -
     )] == [1, 1, 2, 2, 4, 4]  # fmt: skip
     assert roofline.span_of(gpu, "deferral_verify", 160, 4096) == 2  # five positions each
     header = (ROOT / "csrc" / "cuda" / "launch.h").read_text()
-    assert "return spare >= 4 ? 4 : spare >= 2 ? 2 : 1;" in header
+    assert f"constexpr int kMostSpan = {emulate.SPAN};" in header
+    assert "return spare >= kMostSpan ? kMostSpan : spare >= 2 ? 2 : 1;" in header
     binding = (ROOT / "csrc" / "bind" / "cuda.cpp").read_text()
     assert f"return {roofline.BLOCKS_EACH} * static_cast<int64_t>(processors);" in binding
     for p in profiles:
         one, two, four = (roofline.work_of(p, span) for span in (1, 2, 4))
-        assert one.instructions == sum(kernel.instructions for kernel in p.machine)
+        assert one.instructions == sum(kernel.instructions for kernel in p.one.machine)
         assert two == one
-        most = p.spanned.machine if p.spanned else p.machine
+        most = (p.spanned or p.one).machine
         assert four.instructions == sum(kernel.instructions for kernel in most)
         assert four.instructions <= 1.001 * one.instructions
 
@@ -243,8 +242,8 @@ def test_many_rows_have_several_tiles_a_block(profiles: list[emulate.Profile]) -
 def test_longer_rows_have_longer_paths(profiles: list[emulate.Profile]) -> None:
     p = profile_of(profiles, "categorical_sample", "float32")
     gpu = roofline.GPUS["H100"]
-    (kernel,) = p.machine
-    p = replace(p, machine=[replace(kernel, path_per_tile=5.0)])
+    (kernel,) = p.one.machine
+    p = replace(p, one=replace(p.one, machine=[replace(kernel, path_per_tile=5.0)]))
     short, long = (roofline.path_time(gpu, p, 4096 * tiles) for tiles in (16, 64))
     assert long - short == pytest.approx(48 * 5.0 / gpu.clock)
 
@@ -263,8 +262,8 @@ def test_what_the_gate_looks_at(profiles: list[emulate.Profile]) -> None:
 def lighter(profile: emulate.Profile, work: float, path: float) -> emulate.Profile:
     """A profile with so much of the instructions, and of the paths."""
 
-    def machine(of: emulate.Profile | emulate.Spanned) -> list[emulate.Machine]:
-        return [
+    def figures(of: emulate.Figures) -> emulate.Figures:
+        kernels = [
             replace(
                 kernel,
                 instructions=round(work * kernel.instructions),
@@ -274,10 +273,10 @@ def lighter(profile: emulate.Profile, work: float, path: float) -> emulate.Profi
             )
             for kernel in of.machine
         ]
+        return replace(of, machine=kernels)
 
     more = profile.spanned
-    more = more and replace(more, machine=machine(more))
-    return replace(profile, machine=machine(profile), spanned=more)
+    return replace(profile, one=figures(profile.one), spanned=more and figures(more))
 
 
 def test_the_gate_rejects_what_is_too_slow(profiles: list[emulate.Profile]) -> None:
