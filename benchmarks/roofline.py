@@ -189,6 +189,18 @@ class Op:
     positions: int = 1
 
 
+def verify_op(again: int) -> Op:
+    """deferral_verify, which reads ``again`` rows of a batch row's 2 K + 1 once more."""
+    read = 2 * DRAFT + 1
+    return Op(
+        lambda v, s: read * s * v,
+        "(2 K + 1) s V",
+        lambda v, s: again * s * v,
+        models=read,
+        positions=DRAFT + 1,
+    )
+
+
 LOGITS = {
     "categorical_sample": Op(lambda v, s: s * v, "s V"),
     "deferral_propose": Op(lambda v, s: s * v, "s V"),
@@ -204,14 +216,9 @@ LOGITS = {
     "deferral_stats": Op(lambda v, s: s * v, "s V", lambda v, s: s * v),
     # A position in doubt has its mass added up; all of them, where masses are returned; of models
     # that have nothing in common every drafted one, and the rejected one's rows give the residual.
-    "deferral_verify": Op(lambda v, s: (2 * DRAFT + 1) * s * v, "(2 K + 1) s V",
-                          lambda v, s: s * v, models=2 * DRAFT + 1, positions=DRAFT + 1),
-    "deferral_verify mass": Op(lambda v, s: (2 * DRAFT + 1) * s * v, "(2 K + 1) s V",
-                               lambda v, s: (DRAFT + 1) * s * v, models=2 * DRAFT + 1,
-                               positions=DRAFT + 1),
-    "deferral_verify unrelated": Op(lambda v, s: (2 * DRAFT + 1) * s * v, "(2 K + 1) s V",
-                                    lambda v, s: (DRAFT + 2) * s * v, models=2 * DRAFT + 1,
-                                    positions=DRAFT + 1),
+    "deferral_verify": verify_op(1),
+    "deferral_verify mass": verify_op(DRAFT + 1),
+    "deferral_verify unrelated": verify_op(DRAFT + 2),
     "implicit_reward": Op(lambda v, s: 3 * s * v, "(1 + 2 E) s V", models=3),
     "implicit_reward_probs": Op(lambda v, s: 3 * s * v + 4 * v, "(1 + 2 E) s V + 4 V",
                                 lambda v, s: 3 * s * v, models=3),
