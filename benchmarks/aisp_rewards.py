@@ -32,12 +32,12 @@ from typing import Any
 
 import torch
 
-from tta_ext import comparison
 from tta_ext.cli.common import JsonLines
 from tta_ext.decoding import AdaptiveImportanceSampling, BestOfN
-from tta_ext.decoding.outcome import SearchResult, spread
 from tta_ext.decoding.rewards import call_reward, parse_reward
-from tta_ext.decoding.search import SearchMethod
+from tta_ext.decoding.search import compare as comparison
+from tta_ext.decoding.search.base import SearchMethod
+from tta_ext.decoding.search.outcome import SearchResult, spread
 from tta_ext.demo import smollm2
 
 from .harness import environment

@@ -6,7 +6,7 @@ which are read and multiplied like any other and change nothing. Providers: the 
 speculative decoding at several lengths and ``"auto"``, the base alone in our loop, and for single
 rows transformers' own ``generate`` (base alone; assisted by the proxy, whose law is the base's, not
 the rule's). Rounds of all providers alternate; medians count. Every answer has the full length.
-``predicted`` is what the cost model of :mod:`tta_ext.decoding.draft_costs` expects of a length over
+``predicted`` is what the cost model of :mod:`draft_costs` expects of a length over
 the plain loop: costs of each model's forwards are measured on their own at every number of rows and
 columns that occurs, the chance that a draft token stands is the run's, and whole calls are played
 by them, to the last row's last token. Calls differ by luck, so the model gives a range for the
@@ -155,7 +155,7 @@ Costs = dict[tuple[int, int], float]
 @torch.inference_mode()
 def _forward_costs(model: Any, prompts: list[list[int]], longest: int, repeats: int = 5) -> Costs:
     """Median seconds of a forward of the loop's runner over (rows, columns), all that may occur."""
-    from tta_ext.decoding.runner import Runner
+    from tta_ext.decoding.runtime.runner import Runner
 
     middle = 48  # tokens that an answer has written at half time
     rows = [[*prompt, *([prompt[-1]] * middle)] for prompt in prompts]

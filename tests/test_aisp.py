@@ -16,10 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import tta_ext
 from tta_ext import ops
 from tta_ext.decoding import AdaptiveImportanceSampling, BestOfN
-from tta_ext.decoding.aisp import AISPSearch
-from tta_ext.decoding.rollouts import Noise, PromptCache, Rollouts, Sampling, restrict
-from tta_ext.decoding.scales import head_row_norm, lam_for_ess, prelogit_scale
-from tta_ext.decoding.vocabulary import Vocabulary
+from tta_ext.decoding.runtime.vocabulary import Vocabulary
+from tta_ext.decoding.search.aisp import AISPSearch
+from tta_ext.decoding.search.rollouts import Noise, PromptCache, Rollouts, Sampling, restrict
+from tta_ext.decoding.search.scales import head_row_norm, lam_for_ess, prelogit_scale
 
 PROMPTS = ["hello there", "ab", "what is it"]
 SMALL = {"max_new_tokens": 8, "eos_token_id": [], "probe": False, "coherence": 0.0}

@@ -14,9 +14,10 @@ from models import EOS, PAD, base_model, greedy, make_tokenizer
 from models import next_logits as all_logits
 from scipy import stats
 
-from tta_ext import comparison, ops, rng
+from tta_ext import ops, rng
 from tta_ext.decoding import BestOfN, ChunkBeamSearch, RewardGuidedSearch, rewards
-from tta_ext.decoding.search import SearchMethod
+from tta_ext.decoding.search import compare as comparison
+from tta_ext.decoding.search.base import SearchMethod
 
 PROMPTS = ["hello there", "ab", "what is it"]
 SMALL = {"max_new_tokens": 8, "eos_token_id": [], "probe": False}
@@ -233,10 +234,10 @@ def test_restarts_are_independent() -> None:
 
 
 def test_budgets() -> None:
-    from tta_ext.decoding.aisp import AISPSettings
-    from tta_ext.decoding.args import RewardGuidedSettings
-    from tta_ext.decoding.best_of_n import BestOfNSettings
-    from tta_ext.decoding.chunk_beam import ChunkBeamSettings
+    from tta_ext.decoding.search.aisp import AISPSettings
+    from tta_ext.decoding.search.best_of_n import BestOfNSettings
+    from tta_ext.decoding.search.chunk_beam import ChunkBeamSettings
+    from tta_ext.decoding.search.reward_guided import RewardGuidedSettings
 
     assert AISPSettings(n=16).for_samples(100).schedule() == [16] * 6
     assert sum(BestOfNSettings(group=16).for_samples(100).schedule()) == 100

@@ -31,12 +31,12 @@ from tta_ext.decoding import (
     align_vocabularies,
     load_model,
 )
-from tta_ext.decoding.attention import check_model, probe_model
-from tta_ext.decoding.processors import SequenceView
-from tta_ext.decoding.prompts import encode_prompts, unpad
-from tta_ext.decoding.runner import Runner
-from tta_ext.decoding.stopping import StopStrings
-from tta_ext.decoding.streaming import TextDeltas
+from tta_ext.decoding.runtime.attention import check_model, probe_model
+from tta_ext.decoding.runtime.processors import SequenceView
+from tta_ext.decoding.runtime.prompts import encode_prompts, unpad
+from tta_ext.decoding.runtime.runner import Runner
+from tta_ext.decoding.runtime.stopping import StopStrings
+from tta_ext.decoding.runtime.streaming import TextDeltas
 
 NEW = 10
 RULES = [

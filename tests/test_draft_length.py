@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from tta_ext.decoding.draft_budget import Budget
-from tta_ext.decoding.draft_costs import CostModel, ForwardCost
-from tta_ext.decoding.draft_length import AdaptiveLength, FixedLength, Memory, StepReport
+from tta_ext.decoding.deferral.draft_budget import Budget
+from tta_ext.decoding.deferral.draft_costs import CostModel, ForwardCost
+from tta_ext.decoding.deferral.draft_length import AdaptiveLength, FixedLength, Memory, StepReport
 
 FLOOR = 0.97
 PROMPT = 24

@@ -25,8 +25,8 @@ from test_sampling import chi_square
 
 from tta_ext import ops
 from tta_ext.decoding import DecodeStats, Generation, KnapsackDeferral
-from tta_ext.decoding.draft_length import FixedLength
-from tta_ext.decoding.runner import Runner
+from tta_ext.decoding.deferral.draft_length import FixedLength
+from tta_ext.decoding.runtime.runner import Runner
 
 NEW = 12
 RULES: list[dict[str, Any]] = [

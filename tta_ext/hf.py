@@ -22,7 +22,7 @@ from transformers import (
 from transformers.generation import GenerateDecoderOnlyOutput, TemperatureLogitsWarper
 
 from tta_ext.decoding import KnapsackDeferral
-from tta_ext.decoding.attention import check_model
+from tta_ext.decoding.runtime.attention import check_model
 
 __all__ = ["kad"]
 

@@ -14,8 +14,8 @@ from tta_ext.cli import common
 from tta_ext.cli.common import console, errors
 
 if TYPE_CHECKING:
-    from tta_ext.decoding.outcome import SearchResult
-    from tta_ext.decoding.search import SearchMethod
+    from tta_ext.decoding.search.base import SearchMethod
+    from tta_ext.decoding.search.outcome import SearchResult
 
 __all__ = ["Model", "RewardName", "Settings", "load_model_and_tokenizer", "search", "show"]
 
@@ -42,7 +42,7 @@ def load_model_and_tokenizer(name: str, dtype: str, device: str | None) -> tuple
     """The model named on the command line, and its tokenizer."""
     import torch
 
-    from tta_ext.decoding.loading import load_model, load_tokenizer
+    from tta_ext.decoding.runtime.loading import load_model, load_tokenizer
 
     chosen: Any = dtype
     if dtype != "auto":
@@ -87,8 +87,8 @@ def search(
         rows: rollouts in a batch, as far as whole prompts go.
         dtype, device: of the model.
     """
-    from tta_ext.comparison import method_class, parse_settings
     from tta_ext.decoding.rewards import parse_reward
+    from tta_ext.decoding.search.compare import method_class, parse_settings
 
     if reward is None:
         raise ValueError(f"--method {method} needs --reward, such as letter:s or sentiment")

@@ -72,9 +72,9 @@ def compare(
     Prints each method's reward and cost, and its paired difference to the baseline with standard
     error and win rate.
     """
-    from tta_ext import comparison
     from tta_ext.cli.generate import as_conversation
     from tta_ext.decoding.rewards import parse_reward
+    from tta_ext.decoding.search import compare as comparison
 
     common.set_threads(threads)
     if reward is None:

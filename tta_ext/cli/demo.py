@@ -87,7 +87,7 @@ def _where_time_went(kad: KnapsackDeferral, prompts: list[str], seed: int) -> No
 
 def _time_ops(kad: KnapsackDeferral, prompts: list[str], seed: int) -> None:
     from tta_ext import ops, rng
-    from tta_ext.decoding.runner import Runner
+    from tta_ext.decoding.runtime.runner import Runner
     from tta_ext.doctor import diagnose
 
     found = diagnose()

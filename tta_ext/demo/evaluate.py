@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from tta_ext.decoding.kad import KnapsackDeferral
-from tta_ext.decoding.loading import load_model, load_tokenizer
+from tta_ext.decoding.deferral.kad import KnapsackDeferral
+from tta_ext.decoding.runtime.loading import load_model, load_tokenizer
 from tta_ext.demo.journal import Journal
 from tta_ext.demo.table import (
     BASE_ALONE,

@@ -73,7 +73,7 @@ def folder() -> Path:
 def _convert(target: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    from tta_ext.decoding.loading import load_model, load_tokenizer
+    from tta_ext.decoding.runtime.loading import load_model, load_tokenizer
 
     path = str(gguf_file())
     # float32, as the reader computes in it; rounded once, below.
@@ -101,7 +101,7 @@ def load(*, dtype: torch.dtype = torch.bfloat16, device: Any = None) -> tuple[An
     Raises:
         ValueError: it is not installed; the message has the command.
     """
-    from tta_ext.decoding.loading import load_model, load_tokenizer
+    from tta_ext.decoding.runtime.loading import load_model, load_tokenizer
 
     path = str(folder())
     return load_model(path, dtype=dtype, device=device), load_tokenizer(path)

@@ -1,7 +1,7 @@
 """How long a draft to ask for: a fixed length, or one that follows measured costs and acceptance.
 
 :class:`AdaptiveLength` maximises tokens per second by the cost model of
-:mod:`tta_ext.decoding.draft_costs`, within the losses that :mod:`tta_ext.decoding.draft_budget`
+:mod:`draft_costs`, within the losses that :mod:`draft_budget`
 allows. What it measures is kept in a :class:`Memory` from call to call.
 """
 
@@ -13,8 +13,8 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from tta_ext.decoding.draft_budget import Budget
-from tta_ext.decoding.draft_costs import CostModel, ForwardCost
+from tta_ext.decoding.deferral.draft_budget import Budget
+from tta_ext.decoding.deferral.draft_costs import CostModel, ForwardCost
 
 __all__ = ["AdaptiveLength", "FixedLength", "Memory", "StepReport", "draft_length"]
 
@@ -66,7 +66,7 @@ class Memory:
 
     Args:
         scorers: number of models that run once a round.
-        dense: as in :class:`~tta_ext.decoding.draft_costs.CostModel`.
+        dense: as in :class:`CostModel`.
 
     Attributes:
         costs: the cost model.

@@ -13,15 +13,15 @@ from typing import Any, ClassVar
 import torch
 
 from tta_ext import ops, rng
-from tta_ext.decoding.kad import _seed
-from tta_ext.decoding.outcome import Candidate
-from tta_ext.decoding.search import (
+from tta_ext.decoding.deferral.kad import _seed
+from tta_ext.decoding.search.base import (
     Search,
     SearchMethod,
     SearchSettings,
     check_counts,
     check_samples,
 )
+from tta_ext.decoding.search.outcome import Candidate
 
 __all__ = ["BestOfN", "BestOfNSettings"]
 
@@ -71,8 +71,8 @@ class BestOfN(SearchMethod[BestOfNSettings]):
 
     Args:
         settings: fields of :class:`BestOfNSettings` and
-            :class:`~tta_ext.decoding.search.SearchSettings`; the rest as in
-            :class:`~tta_ext.decoding.search.SearchMethod`.
+            :class:`SearchSettings`; the rest as in
+            :class:`SearchMethod`.
 
     Example:
         >>> BestOfN(model, reward, tokenizer, n=32).generate("Tell me a story.", seed=0).text

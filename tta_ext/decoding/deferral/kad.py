@@ -13,22 +13,28 @@ import torch
 from torch import Tensor
 
 from tta_ext import rng, rules
-from tta_ext.decoding.attention import check_model, probe_model
-from tta_ext.decoding.draft_length import AdaptiveLength, FixedLength, Memory, draft_length
-from tta_ext.decoding.loop import DenseDeferral, ImplicitReward, LazyDeferral, Loop, LoopOptions
-from tta_ext.decoding.processors import SequenceView
-from tta_ext.decoding.prompts import encode_prompts, normalise_prompts, unpad
-from tta_ext.decoding.result import Generation
-from tta_ext.decoding.runner import Runner
-from tta_ext.decoding.speculative import (
+from tta_ext.decoding.deferral.draft_length import AdaptiveLength, FixedLength, Memory, draft_length
+from tta_ext.decoding.deferral.loop import (
+    DenseDeferral,
+    ImplicitReward,
+    LazyDeferral,
+    Loop,
+    LoopOptions,
+)
+from tta_ext.decoding.deferral.result import Generation
+from tta_ext.decoding.deferral.speculative import (
     Speculative,
     SpeculativeDense,
     SpeculativeImplicit,
     SpeculativeLazy,
 )
-from tta_ext.decoding.stopping import StopStrings, end_ids
-from tta_ext.decoding.streaming import StreamEvent, TextDeltas
-from tta_ext.decoding.vocabulary import Vocabulary, align_vocabularies
+from tta_ext.decoding.runtime.attention import check_model, probe_model
+from tta_ext.decoding.runtime.processors import SequenceView
+from tta_ext.decoding.runtime.prompts import encode_prompts, normalise_prompts, unpad
+from tta_ext.decoding.runtime.runner import Runner
+from tta_ext.decoding.runtime.stopping import StopStrings, end_ids
+from tta_ext.decoding.runtime.streaming import StreamEvent, TextDeltas
+from tta_ext.decoding.runtime.vocabulary import Vocabulary, align_vocabularies
 
 __all__ = ["IMPLICIT_REWARD", "KnapsackDeferral"]
 
@@ -61,7 +67,7 @@ class KnapsackDeferral:
         speculative: K lets the proxy draft K tokens (1 to 64) that the base judges in one forward:
             same law, other random numbers, faster where drafts are cheap and mostly stand.
             ``"auto"`` chooses lengths by measured costs and acceptance
-            (:mod:`tta_ext.decoding.draft_length`), which this object remembers from call to call,
+            (:mod:`draft_length`), which this object remembers from call to call,
             and leaves drafting where it does not pay; then tokens depend on timing as well as on
             the seed. None decodes token by token. For
             ``"implicit_reward"`` the first expert drafts.
@@ -148,7 +154,7 @@ class KnapsackDeferral:
             device: where the models go; None leaves them on the CPU.
             options: passed to the constructor.
         """
-        from tta_ext.decoding.loading import load_model, load_tokenizer
+        from tta_ext.decoding.runtime.loading import load_model, load_tokenizer
 
         models = {
             name: load_model(path, dtype=dtype, device=device)
@@ -237,7 +243,7 @@ class KnapsackDeferral:
 
     def chat(self, system: str | None = None, **options: Any) -> Any:
         """A conversation that keeps both models' caches between turns; see :class:`Chat`."""
-        from tta_ext.decoding.chat import Chat
+        from tta_ext.decoding.deferral.chat import Chat
 
         return Chat(self, system=system, **options)
 

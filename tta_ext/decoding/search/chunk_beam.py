@@ -16,9 +16,8 @@ from typing import Any, ClassVar
 import torch
 
 from tta_ext import rng
-from tta_ext.decoding.kad import _seed
-from tta_ext.decoding.outcome import Candidate
-from tta_ext.decoding.search import (
+from tta_ext.decoding.deferral.kad import _seed
+from tta_ext.decoding.search.base import (
     Scored,
     Search,
     SearchMethod,
@@ -26,6 +25,7 @@ from tta_ext.decoding.search import (
     check_counts,
     check_samples,
 )
+from tta_ext.decoding.search.outcome import Candidate
 
 __all__ = ["ChunkBeamSearch", "ChunkBeamSettings"]
 
@@ -77,8 +77,8 @@ class ChunkBeamSearch(SearchMethod[ChunkBeamSettings]):
 
     Args:
         settings: fields of :class:`ChunkBeamSettings` and
-            :class:`~tta_ext.decoding.search.SearchSettings`; the rest as in
-            :class:`~tta_ext.decoding.search.SearchMethod`.
+            :class:`SearchSettings`; the rest as in
+            :class:`SearchMethod`.
     """
 
     name: ClassVar[str] = "chunk_beam"

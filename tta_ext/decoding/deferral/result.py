@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tta_ext.decoding.trace import TokenTrace
+from tta_ext.decoding.deferral.trace import TokenTrace
 
 __all__ = ["DecodeStats", "Generation"]
 

@@ -23,12 +23,12 @@ import torch
 from torch import Tensor
 
 from tta_ext import ops, rng
-from tta_ext.decoding.processors import SequenceView
-from tta_ext.decoding.profiling import span
-from tta_ext.decoding.result import DecodeStats
-from tta_ext.decoding.runner import Runner
-from tta_ext.decoding.stopping import StopStrings
-from tta_ext.decoding.trace import TokenTrace, trace_step
+from tta_ext.decoding.deferral.result import DecodeStats
+from tta_ext.decoding.deferral.trace import TokenTrace, trace_step
+from tta_ext.decoding.runtime.processors import SequenceView
+from tta_ext.decoding.runtime.profiling import span
+from tta_ext.decoding.runtime.runner import Runner
+from tta_ext.decoding.runtime.stopping import StopStrings
 
 __all__ = ["DenseDeferral", "Emission", "ImplicitReward", "LazyDeferral", "Loop", "LoopOptions"]
 

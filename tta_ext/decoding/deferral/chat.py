@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from tta_ext.decoding.kad import _events, _Request
-from tta_ext.decoding.result import Generation
-from tta_ext.decoding.runner import Runner
-from tta_ext.decoding.streaming import StreamEvent
+from tta_ext.decoding.deferral.kad import _events, _Request
+from tta_ext.decoding.deferral.result import Generation
+from tta_ext.decoding.runtime.runner import Runner
+from tta_ext.decoding.runtime.streaming import StreamEvent
 
 if TYPE_CHECKING:
-    from tta_ext.decoding.kad import KnapsackDeferral
+    from tta_ext.decoding.deferral.kad import KnapsackDeferral
 
 __all__ = ["Chat"]
 

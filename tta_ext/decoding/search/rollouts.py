@@ -5,7 +5,7 @@ rows of its rollouts. Only a prompt's last token is run again, one row a prompt:
 language-model head turns its pre-logits into one row a rollout. The head is called by the model
 itself, so whatever the model does to its logits afterwards (soft-capping, scaling) stays in force.
 
-Rows lie in the ragged cache (:mod:`tta_ext.decoding.cache`): positions are explicit, nothing is
+Rows lie in the ragged cache (:mod:`cache`): positions are explicit, nothing is
 padded, finished rollouts leave the batch. Every random number is keyed by seed, prompt, iteration,
 rollout and position, so a rollout does not depend on its neighbours, apart from the model's own
 arithmetic.
@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 
 from tta_ext import ops, rng
-from tta_ext.decoding.cache import RaggedLayer
-from tta_ext.decoding.profiling import span
-from tta_ext.decoding.runner import Runner
-from tta_ext.decoding.stopping import StopStrings
-from tta_ext.decoding.vocabulary import Vocabulary
+from tta_ext.decoding.runtime.cache import RaggedLayer
+from tta_ext.decoding.runtime.profiling import span
+from tta_ext.decoding.runtime.runner import Runner
+from tta_ext.decoding.runtime.stopping import StopStrings
+from tta_ext.decoding.runtime.vocabulary import Vocabulary
 
 __all__ = ["DECODING", "Noise", "PromptCache", "Rollouts", "Sampling", "restrict"]
 
@@ -116,7 +116,7 @@ class PromptCache:
     """Prompts that are run once and continued many times.
 
     Args:
-        model: a causal language model that :func:`~tta_ext.decoding.attention.check_model` accepts.
+        model: a causal language model that :func:`check_model` accepts.
         prompts: token ids of each prompt.
         sequence: sequence id of each prompt's random streams.
         vocabulary: the ids that may be drawn.

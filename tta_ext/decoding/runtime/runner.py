@@ -23,9 +23,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tta_ext.decoding.attention import MaskBuilder, check_model
-from tta_ext.decoding.cache import Plan, RaggedCache
-from tta_ext.decoding.profiling import span
+from tta_ext.decoding.runtime.attention import MaskBuilder, check_model
+from tta_ext.decoding.runtime.cache import Plan, RaggedCache
+from tta_ext.decoding.runtime.profiling import span
 
 __all__ = ["Runner"]
 
@@ -39,7 +39,7 @@ class Runner:
     """A model and the rows it decodes.
 
     Args:
-        model: a causal language model that :func:`~tta_ext.decoding.attention.check_model` accepts.
+        model: a causal language model that :func:`check_model` accepts.
         prompts: token ids of each row, none empty.
         room: number of tokens that will be appended to a row at most.
         vocabulary: number of leading logits to return.

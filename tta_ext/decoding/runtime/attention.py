@@ -152,7 +152,7 @@ def probe_model(model: Any, role: str) -> None:
     Raises:
         ValueError: the logits differ by more than rounding explains.
     """
-    from tta_ext.decoding.runner import Runner
+    from tta_ext.decoding.runtime.runner import Runner
 
     if model not in _probed:
         ids = [1 + i % (model.get_input_embeddings().weight.shape[0] - 1) for i in range(6)]

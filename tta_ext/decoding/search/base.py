@@ -3,7 +3,7 @@
 :class:`SearchMethod` holds model, reward, tokenizer and settings; :meth:`SearchMethod.start` makes
 a :class:`Search`, the state of one run over a batch of prompts, which advances an iteration at a
 time: draw rollouts of every prompt, score them, remember the best. Best-of-n is this loop as it
-stands; :mod:`tta_ext.decoding.aisp` adds noise and moves its mean between iterations.
+stands; :mod:`aisp` adds noise and moves its mean between iterations.
 """
 
 from __future__ import annotations
@@ -18,9 +18,13 @@ import torch
 from torch import Tensor
 
 from tta_ext import rng
-from tta_ext.decoding.attention import check_model, probe_model
-from tta_ext.decoding.kad import _logits_of, _seed
-from tta_ext.decoding.outcome import (
+from tta_ext.decoding.deferral.kad import _logits_of, _seed
+from tta_ext.decoding.rewards import Reward, RewardStream
+from tta_ext.decoding.runtime.attention import check_model, probe_model
+from tta_ext.decoding.runtime.prompts import encode_prompts, normalise_prompts
+from tta_ext.decoding.runtime.stopping import StopStrings, end_ids
+from tta_ext.decoding.runtime.vocabulary import align_vocabularies
+from tta_ext.decoding.search.outcome import (
     Candidate,
     IterationRecord,
     SearchResult,
@@ -28,11 +32,7 @@ from tta_ext.decoding.outcome import (
     best_of,
     spread,
 )
-from tta_ext.decoding.prompts import encode_prompts, normalise_prompts
-from tta_ext.decoding.rewards import Reward, RewardStream
-from tta_ext.decoding.rollouts import Noise, PromptCache, Rollouts, Sampling
-from tta_ext.decoding.stopping import StopStrings, end_ids
-from tta_ext.decoding.vocabulary import align_vocabularies
+from tta_ext.decoding.search.rollouts import Noise, PromptCache, Rollouts, Sampling
 
 __all__ = ["Search", "SearchMethod", "SearchSettings"]
 
@@ -44,7 +44,7 @@ class SearchSettings:
     Attributes:
         max_new_tokens: tokens after which an answer ends.
         decoding: ``"sample"`` draws tokens, ``"greedy"`` takes the most probable ones.
-        temperature, top_k, top_p: of the draw; see :class:`~tta_ext.decoding.rollouts.Sampling`.
+        temperature, top_k, top_p: of the draw; see :class:`Sampling`.
         eos_token_id: an id or several that end an answer; None: the model's.
         stop_strings: strings that end an answer; its text is cut before them.
         batch_size: rows in a batch at most; None: all rollouts of all prompts at once.
@@ -235,7 +235,7 @@ class Search(Generic[S]):
 
     Attributes:
         iteration: iterations done.
-        candidates, curves, stopped: see :class:`~tta_ext.decoding.outcome.SearchResult`;
+        candidates, curves, stopped: see :class:`SearchResult`;
             ``stopped`` is "" where the search goes on.
         tokens, asked: tokens generated and answers scored so far, for each prompt.
     """

@@ -7,7 +7,7 @@ buffer ``[rows * capacity + 1, heads * head_dim]``: row ``r`` keeps position ``t
 ``r * capacity + t``, and the extra last entry swallows what padding columns write. A forward is
 described by a :class:`Plan`: where its new keys go and which rows it reads. Rolling a row back is
 nothing but writing over it, since lengths live outside (in
-:class:`~tta_ext.decoding.runner.Runner`) and masks are built from them.
+:class:`Runner`) and masks are built from them.
 
 Keys lie at their own positions from 0 on, so a row's arithmetic does not depend on padding.
 """

@@ -20,13 +20,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tta_ext.decoding.aisp import AdaptiveImportanceSampling
-from tta_ext.decoding.args import RewardGuidedSearch
-from tta_ext.decoding.best_of_n import BestOfN
-from tta_ext.decoding.chunk_beam import ChunkBeamSearch
-from tta_ext.decoding.outcome import SearchResult
 from tta_ext.decoding.rewards import Reward
-from tta_ext.decoding.search import SearchMethod, SearchSettings
+from tta_ext.decoding.search.aisp import AdaptiveImportanceSampling
+from tta_ext.decoding.search.base import SearchMethod, SearchSettings
+from tta_ext.decoding.search.best_of_n import BestOfN
+from tta_ext.decoding.search.chunk_beam import ChunkBeamSearch
+from tta_ext.decoding.search.outcome import SearchResult
+from tta_ext.decoding.search.reward_guided import RewardGuidedSearch
 
 __all__ = [
     "METHODS",
@@ -134,7 +134,7 @@ def compare(
 
     Args:
         model, tokenizer, reward: as for the methods.
-        prompts: see :meth:`~tta_ext.decoding.search.SearchMethod.generate`.
+        prompts: see :meth:`SearchMethod.generate`.
         contestants: what to compare; their labels must differ.
         samples: answers' worth of tokens for each; None leaves the settings alone.
         seconds: wall-clock for each prompt; the iteration in which it passes is finished.

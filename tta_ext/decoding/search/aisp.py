@@ -34,14 +34,11 @@ import torch
 from torch import Tensor
 
 from tta_ext import ops, rng
-from tta_ext.decoding import checkpoint
-from tta_ext.decoding.kad import _seed
-from tta_ext.decoding.outcome import Candidate, IterationRecord, SearchResult, Timing
-from tta_ext.decoding.prompts import normalise_prompts
+from tta_ext.decoding.deferral.kad import _seed
 from tta_ext.decoding.rewards import Reward
-from tta_ext.decoding.rollouts import Noise
-from tta_ext.decoding.scales import deviation, head_row_norm, lam_for_ess, prelogit_scale
-from tta_ext.decoding.search import (
+from tta_ext.decoding.runtime.prompts import normalise_prompts
+from tta_ext.decoding.search import checkpoint
+from tta_ext.decoding.search.base import (
     Scored,
     Search,
     SearchMethod,
@@ -49,6 +46,9 @@ from tta_ext.decoding.search import (
     check_counts,
     check_samples,
 )
+from tta_ext.decoding.search.outcome import Candidate, IterationRecord, SearchResult, Timing
+from tta_ext.decoding.search.rollouts import Noise
+from tta_ext.decoding.search.scales import deviation, head_row_norm, lam_for_ess, prelogit_scale
 
 __all__ = [
     "AISPSearch",
@@ -182,9 +182,9 @@ class AdaptiveImportanceSampling(SearchMethod[AISPSettings]):
 
     Args:
         model, reward, tokenizer, chat_template, probe: see
-            :class:`~tta_ext.decoding.search.SearchMethod`.
+            :class:`SearchMethod`.
         settings: fields of :class:`AISPSettings` and
-            :class:`~tta_ext.decoding.search.SearchSettings`, such as ``n=32, iterations=8,
+            :class:`SearchSettings`, such as ``n=32, iterations=8,
             sigma=0.5, lam=0.01, alpha=1.0, window=32, max_new_tokens=64``. The defaults are the one
             setting that benchmarks/aisp_rewards.py was tuned to; ``coherence=0`` is the paper's.
 
@@ -284,7 +284,7 @@ class AdaptiveImportanceSampling(SearchMethod[AISPSettings]):
 
 
 class AISPSearch(Search[AISPSettings]):
-    """The state of an AISP run; see :class:`~tta_ext.decoding.search.Search`.
+    """The state of an AISP run; see :class:`Search`.
 
     Attributes:
         mean: u, float32 ``[P, tau, d]``, changed in place by :meth:`step`; with ``coherence``

@@ -21,16 +21,16 @@ import torch
 from torch import Tensor
 
 from tta_ext import rng
-from tta_ext.decoding.kad import _seed
+from tta_ext.decoding.deferral.kad import _seed
 from tta_ext.decoding.rewards import RewardStream
-from tta_ext.decoding.rollouts import Rollouts
-from tta_ext.decoding.search import (
+from tta_ext.decoding.search.base import (
     Search,
     SearchMethod,
     SearchSettings,
     check_counts,
     check_samples,
 )
+from tta_ext.decoding.search.rollouts import Rollouts
 
 __all__ = ["RewardGuidedSearch", "RewardGuidedSettings"]
 
@@ -81,8 +81,8 @@ class RewardGuidedSearch(SearchMethod[RewardGuidedSettings]):
 
     Args:
         settings: fields of :class:`RewardGuidedSettings` and
-            :class:`~tta_ext.decoding.search.SearchSettings`; the rest as in
-            :class:`~tta_ext.decoding.search.SearchMethod`.
+            :class:`SearchSettings`; the rest as in
+            :class:`SearchMethod`.
     """
 
     name: ClassVar[str] = "args"

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from tta_ext import ops, rng
-from tta_ext.decoding.draft_length import AdaptiveLength, FixedLength, StepReport
-from tta_ext.decoding.loop import (
+from tta_ext.decoding.deferral.draft_length import AdaptiveLength, FixedLength, StepReport
+from tta_ext.decoding.deferral.loop import (
     DenseDeferral,
     Emission,
     ImplicitReward,
@@ -31,10 +31,10 @@ from tta_ext.decoding.loop import (
     Loop,
     LoopOptions,
 )
-from tta_ext.decoding.profiling import span
-from tta_ext.decoding.result import DecodeStats
-from tta_ext.decoding.runner import Runner
-from tta_ext.decoding.trace import trace_step
+from tta_ext.decoding.deferral.result import DecodeStats
+from tta_ext.decoding.deferral.trace import trace_step
+from tta_ext.decoding.runtime.profiling import span
+from tta_ext.decoding.runtime.runner import Runner
 
 __all__ = ["Speculative", "SpeculativeDense", "SpeculativeImplicit", "SpeculativeLazy"]
 

@@ -1,0 +1,1 @@
+"""Deferral between models: a base proposes, a proxy takes over what a rule rejects."""

@@ -1,0 +1,1 @@
+"""Search by reward over whole answers: AISP and its baselines, and their comparison."""
