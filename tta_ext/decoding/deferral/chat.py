@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
 
-from tta_ext.decoding.deferral.kad import _events, _Request
+from typing_extensions import Unpack
+
+from tta_ext.decoding.deferral.request import GenerationOptions, Request
 from tta_ext.decoding.deferral.result import Generation
 from tta_ext.decoding.runtime.runner import Runner
 from tta_ext.decoding.runtime.streaming import StreamEvent
-
-if TYPE_CHECKING:
-    from tta_ext.decoding.deferral.kad import KnapsackDeferral
 
 __all__ = ["Chat"]
 
@@ -23,7 +21,7 @@ class Chat:
     cache already holds is not run again.
 
     Args:
-        kad: the pair.
+        request: makes a turn's request, :meth:`KnapsackDeferral.request`.
         system: a system message to start with.
         options: for every turn, as in :meth:`KnapsackDeferral.generate`.
 
@@ -37,32 +35,37 @@ class Chat:
         >>> chat.send("And its dual?")
     """
 
-    def __init__(self, kad: KnapsackDeferral, system: str | None = None, **options: Any) -> None:
-        self._kad, self._options = kad, options
+    def __init__(
+        self,
+        request: Callable[..., Request],
+        system: str | None = None,
+        **options: Unpack[GenerationOptions],
+    ) -> None:
+        self._request, self._options = request, options
         self.messages: list[dict[str, str]] = []
         if system is not None:
             self.messages.append({"role": "system", "content": system})
         self.last: Generation | None = None
         self._runners: list[Runner] | None = None
 
-    def send(self, text: str, **options: Any) -> str:
+    def send(self, text: str, **options: Unpack[GenerationOptions]) -> str:
         """Say something and return the whole answer."""
         for _ in self.stream(text, **options):
             pass
         assert self.last is not None
         return self.last.text
 
-    def stream(self, text: str, **options: Any) -> Iterator[StreamEvent]:
+    def stream(self, text: str, **options: Unpack[GenerationOptions]) -> Iterator[StreamEvent]:
         """Say something and yield the answer's tokens; the turn is kept once all have come."""
         turn = {"role": "user", "content": text}
-        request = _Request(self._kad, [[*self.messages, turn]], **(self._options | options))
+        request = self._request([[*self.messages, turn]], **{**self._options, **options})
         if len(request.base) != 1:
             raise ValueError("a conversation has one answer a turn; num_return_sequences must be 1")
         (batch,) = request.batches(None)
         loop = request.start(batch, events=True, runners=self._runners)
         # Until the turn is complete nothing relies on these caches.
         self._runners = None
-        yield from _events(loop, self._kad.tokenizer)
-        self._runners = [loop.base, *loop.followers]
+        yield from request.stream(loop)
+        self._runners = loop.runners
         self.last = request.result(batch, loop)
         self.messages += [turn, {"role": "assistant", "content": self.last.text}]

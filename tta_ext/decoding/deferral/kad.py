@@ -5,43 +5,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
-from tta_ext import rng, rules
-from tta_ext.decoding.deferral.draft_length import AdaptiveLength, FixedLength, Memory, draft_length
-from tta_ext.decoding.deferral.loop import (
-    DenseDeferral,
-    ImplicitReward,
-    LazyDeferral,
-    Loop,
-    LoopOptions,
-)
+from tta_ext.decoding.deferral.chat import Chat
+from tta_ext.decoding.deferral.draft_length import Memory, draft_length
+from tta_ext.decoding.deferral.implicit_reward import ImplicitReward
+from tta_ext.decoding.deferral.request import GenerationOptions, Models, Request
 from tta_ext.decoding.deferral.result import Generation
-from tta_ext.decoding.deferral.speculative import (
-    Speculative,
-    SpeculativeDense,
-    SpeculativeImplicit,
-    SpeculativeLazy,
-)
 from tta_ext.decoding.runtime.attention import check_model, probe_model
-from tta_ext.decoding.runtime.processors import SequenceView
-from tta_ext.decoding.runtime.prompts import encode_prompts, normalise_prompts, unpad
-from tta_ext.decoding.runtime.runner import Runner
-from tta_ext.decoding.runtime.stopping import StopStrings, end_ids
-from tta_ext.decoding.runtime.streaming import StreamEvent, TextDeltas
-from tta_ext.decoding.runtime.vocabulary import Vocabulary, align_vocabularies
+from tta_ext.decoding.runtime.loading import load_model, load_tokenizer
+from tta_ext.decoding.runtime.models import device_of, logits_of
+from tta_ext.decoding.runtime.signatures import keywords_of
+from tta_ext.decoding.runtime.streaming import StreamEvent
+from tta_ext.decoding.runtime.vocabulary import align_vocabularies
+from tta_ext.rules import IMPLICIT_REWARD, Rule
 
-__all__ = ["IMPLICIT_REWARD", "KnapsackDeferral"]
-
-# Not a rejection rule, but decoded by the same loop.
-IMPLICIT_REWARD = "implicit_reward"
+__all__ = ["KnapsackDeferral"]
 
 _RULE_KEYS = ("rule", "param", "critical", "temperature", "rule_temperature")
+_BOTH = "rule is a Rule, which brings param, critical, temperature and rule_temperature with it"
+
+
+class _Options(TypedDict, total=False):
+    """The constructor's keywords, for :meth:`KnapsackDeferral.from_pretrained`."""
+
+    rule: str | Rule
+    param: float | Tensor | Sequence[float] | None
+    critical: str
+    temperature: float
+    rule_temperature: float | None
+    chat_template: str | None
+    proxy_chat_template: str | None
+    speculative: int | str | None
+    num_assistant_tokens: int | str | None
+    probe: bool
 
 
 class KnapsackDeferral:
@@ -54,7 +57,9 @@ class KnapsackDeferral:
         tokenizer: the base's tokenizer, and the proxy's unless ``proxy_tokenizer`` is given. Not
             needed if prompts are token ids.
         proxy_tokenizer: the proxy's tokenizer: same vocabulary, perhaps another chat template.
-        rule: a deferral rule (:mod:`tta_ext.rules`) or ``"implicit_reward"``.
+        rule: a name of :mod:`tta_ext.rules`; a :class:`tta_ext.Rule`, which brings the next four
+            arguments with it; or ``"implicit_reward"``
+            (:mod:`tta_ext.decoding.deferral.implicit_reward`).
         param: the rule's parameter: a float, or a float64 tensor with a value for each prompt or
             for each answer. For ``"implicit_reward"`` it is beta: a float or one for each expert.
         critical: ``"exclude"``, ``"include"`` or ``"split"``, for the knapsack.
@@ -65,12 +70,11 @@ class KnapsackDeferral:
         chat_template, proxy_chat_template: templates that override the tokenizers' own. A model
             whose tokenizer has none uses the other's.
         speculative: K lets the proxy draft K tokens (1 to 64) that the base judges in one forward:
-            same law, other random numbers, faster where drafts are cheap and mostly stand.
-            ``"auto"`` chooses lengths by measured costs and acceptance
-            (:mod:`draft_length`), which this object remembers from call to call,
-            and leaves drafting where it does not pay; then tokens depend on timing as well as on
-            the seed. None decodes token by token. For
+            same seed, same tokens, faster where drafts are cheap and mostly stand. ``"auto"``
+            chooses lengths by measured costs and acceptance, which this object remembers from call
+            to call, and leaves drafting where it does not pay. None decodes token by token. For
             ``"implicit_reward"`` the first expert drafts.
+        num_assistant_tokens: transformers' name for ``speculative``.
         probe: run each model once on two short rows and refuse it if rows of different length
             cannot share its batch.
 
@@ -93,7 +97,7 @@ class KnapsackDeferral:
         tokenizer: Any = None,
         *,
         proxy_tokenizer: Any = None,
-        rule: str = "threshold",
+        rule: str | Rule = "threshold",
         param: float | Tensor | Sequence[float] | None = 0.4,
         critical: str = "exclude",
         temperature: float = 1.0,
@@ -102,37 +106,52 @@ class KnapsackDeferral:
         chat_template: str | None = None,
         proxy_chat_template: str | None = None,
         speculative: int | str | None = None,
+        num_assistant_tokens: int | str | None = None,
         probe: bool = True,
     ) -> None:
-        self.speculative = draft_length(speculative)
+        self.speculative = draft_length(_either(speculative, num_assistant_tokens))
         self._memories: dict[Any, Memory] = {}
-        self.base, self.tokenizer = base, tokenizer
-        self.proxies = list(proxy) if isinstance(proxy, Sequence) else [proxy]
-        self.anti = [] if anti is None else list(anti) if isinstance(anti, Sequence) else [anti]
-        self.proxy_tokenizer = tokenizer if proxy_tokenizer is None else proxy_tokenizer
-        self.chat_template, self.proxy_chat_template = chat_template, proxy_chat_template
-        self.rule = {
-            "rule": rule,
-            "param": param,
-            "critical": critical,
-            "temperature": temperature,
-            "rule_temperature": rule_temperature,
-        }
-        self._merge_rule({})
-        followers = [(m, "proxy") for m in self.proxies] + [(m, "anti") for m in self.anti]
-        aligned = []
-        for model, name in [(base, "base"), *followers]:
+        proxies = list(proxy) if isinstance(proxy, Sequence) else [proxy]
+        antis = [] if anti is None else list(anti) if isinstance(anti, Sequence) else [anti]
+        if not proxies:
+            raise ValueError("proxy is an empty list, expected a model or several")
+        named = [(base, "base")]
+        named += [(m, "proxy") for m in proxies] + [(m, "anti") for m in antis]
+        for model, name in named:
             check_model(model, name)
             model.eval()
-        for model, name in followers:
-            sizes = _logits_of(base), _logits_of(model)
-            aligned.append(
-                align_vocabularies(*sizes, tokenizer, self.proxy_tokenizer, proxy_name=name)
-            )
+        proxy_tokenizer = tokenizer if proxy_tokenizer is None else proxy_tokenizer
+        sizes = [logits_of(model) for model, _ in named]
         # All agree: ids come from the tokenizers, or all models have the same number of logits.
-        self.vocabulary: Vocabulary = aligned[0]
+        vocabulary, *_ = [
+            align_vocabularies(sizes[0], size, tokenizer, proxy_tokenizer, proxy_name=name)
+            for size, (_, name) in zip(sizes[1:], named[1:], strict=True)
+        ]
+        self.base, self.proxies, self.anti = base, proxies, antis
+        self.tokenizer, self.proxy_tokenizer = tokenizer, proxy_tokenizer
+        self.vocabulary = vocabulary
+        self._models = Models(
+            base=base,
+            proxies=proxies,
+            anti=antis,
+            tokenizer=tokenizer,
+            proxy_tokenizer=proxy_tokenizer,
+            chat_template=chat_template,
+            proxy_chat_template=proxy_chat_template,
+            vocabulary=vocabulary,
+        )
+        if rule == "argmax":
+            param = None
+        given = (param, critical, temperature, rule_temperature)
+        if isinstance(rule, Rule):
+            if given != (0.4, "exclude", 1.0, None):
+                raise ValueError(_BOTH)
+            given = (rule.param, rule.critical, rule.temperature, rule.rule_temperature)
+            rule = rule.name
+        self._given: dict[str, Any] = dict(zip(_RULE_KEYS, (rule, *given), strict=True))
+        self.rule = self._chosen({})
         if probe:
-            for model, name in [(base, "base"), *followers]:
+            for model, name in named:
                 probe_model(model, name)
 
     @classmethod
@@ -144,7 +163,7 @@ class KnapsackDeferral:
         anti: str | None = None,
         dtype: torch.dtype | str = "auto",
         device: torch.device | str | None = None,
-        **options: Any,
+        **options: Unpack[_Options],
     ) -> KnapsackDeferral:
         """Load two models and their tokenizers (safetensors or GGUF) and pair them.
 
@@ -154,8 +173,6 @@ class KnapsackDeferral:
             device: where the models go; None leaves them on the CPU.
             options: passed to the constructor.
         """
-        from tta_ext.decoding.runtime.loading import load_model, load_tokenizer
-
         models = {
             name: load_model(path, dtype=dtype, device=device)
             for name, path in (("base", base), ("proxy", proxy), ("anti", anti))
@@ -172,6 +189,7 @@ class KnapsackDeferral:
 
     # ---- public calls ------------------------------------------------------------------------
 
+    @keywords_of(Request, "models", "rule", "memories")
     def generate(
         self,
         prompts: Any = None,
@@ -179,7 +197,7 @@ class KnapsackDeferral:
         batch_size: int | None = None,
         streamer: Any = None,
         progress: Callable[[int], None] | None = None,
-        **options: Any,
+        **options: Unpack[GenerationOptions],
     ) -> Generation:
         """Answer prompts.
 
@@ -197,7 +215,7 @@ class KnapsackDeferral:
                 0, 1, ... The same seed and id give an answer the same random numbers in any batch.
             num_return_sequences: answers for each prompt; its prompt is run once.
             rule, param, critical, temperature, rule_temperature: in place of the constructor's.
-            speculative: in place of the constructor's; 0 turns it off.
+            speculative, num_assistant_tokens: in place of the constructor's; 0 turns it off.
             eos_token_id: an id or several that end an answer; default: those of both models.
             stop_strings: a string or several that end an answer; its text is cut before them.
             logits_processor: transformers' ``LogitsProcessorList`` (or one processor), applied to
@@ -208,6 +226,12 @@ class KnapsackDeferral:
                 rejected tokens; the random numbers and the rule are the same.
             trace: True keeps a :class:`TokenTrace` for each token and runs the proxy at every step
                 to know ``q``; ``"lazy"`` leaves ``q`` None where the proxy was not needed.
+            padded_context: with ``input_ids``, processors and criteria see them as they are, padding
+                included, as in transformers' own ``generate``.
+            errors: a row whose logits have NaN or +inf, or nothing finite, has no token. ``"raise"``
+                stops with a ``ValueError`` that names prompt, position and model; ``"finish"`` ends
+                that answer alone, with ``finish`` ``"error"`` and the sentence in
+                :attr:`Generation.errors`.
             batch_size: prompts in a batch at most; None takes all at once.
             streamer: an object with ``put`` and ``end``, such as transformers'
                 ``TextIteratorStreamer``; gets the prompts' ids, then each step's.
@@ -216,449 +240,89 @@ class KnapsackDeferral:
         Raises:
             TypeError, ValueError: one sentence with the offending value and what is accepted.
         """
-        request = _Request(self, prompts, **options)
+        request = self.request(prompts, **options)
         parts: list[Generation] = []
+        done = 0
+
+        def report(finished: int) -> None:
+            assert progress is not None
+            progress(done + finished)
+
         for batch in request.batches(batch_size):
-            counter = None if progress is None else partial(_report, progress, sum(map(len, parts)))
-            loop = request.start(batch, events=streamer is not None, progress=counter)
+            loop = request.start(
+                batch,
+                events=streamer is not None,
+                progress=None if progress is None else report,
+            )
             if streamer is None:
                 loop.run()
             else:
-                _feed(streamer, loop, request.pad_id, first=not parts, prompts=batch.base)
+                request.feed(streamer, loop, None if parts else batch.base)
             parts.append(request.result(batch, loop))
+            done += len(parts[-1])
         if streamer is not None:
             streamer.end()
         return Generation.concatenate(parts)
 
+    @keywords_of(Request, "models", "rule", "memories")
     def stream(
-        self, prompts: Any = None, *, batch_size: int | None = None, **options: Any
-    ) -> Iterator[StreamEvent]:
-        """Answer prompts, yielding each token as it comes; arguments as :meth:`generate`."""
-        request = _Request(self, prompts, **options)
-        offset = 0
-        for batch in request.batches(batch_size):
-            loop = request.start(batch, events=True)
-            yield from _events(loop, self.tokenizer, offset)
-            offset += len(batch.sequence)
-
-    def chat(self, system: str | None = None, **options: Any) -> Any:
-        """A conversation that keeps both models' caches between turns; see :class:`Chat`."""
-        from tta_ext.decoding.deferral.chat import Chat
-
-        return Chat(self, system=system, **options)
-
-    # ---- for this package --------------------------------------------------------------------
-
-    def _merge_rule(self, changes: Mapping[str, Any]) -> dict[str, Any]:
-        """The constructor's rule with a call's changes, checked as far as names go."""
-        merged = self.rule | {k: v for k, v in changes.items() if v is not None}
-        if changes.get("rule") and merged["rule"] == "argmax" and changes.get("param") is None:
-            merged["param"] = None
-        if not self.proxies:
-            raise ValueError("proxy is an empty list, expected a model or several")
-        if merged["rule"] != IMPLICIT_REWARD:
-            if len(self.proxies) != 1 or self.anti:
-                raise ValueError(
-                    f"rule is {merged['rule']!r}, which takes one proxy and no anti; "
-                    f"got {len(self.proxies)} and {len(self.anti)}"
-                )
-            code = rules.rule_code(merged["rule"])
-            if code == rules.ARGMAX:
-                merged["param"] = None
-            rules.critical_code(merged["critical"])
-        elif self.anti and len(self.anti) != len(self.proxies):
-            raise ValueError(
-                f"anti has {len(self.anti)} models, "
-                f"expected one for each of {len(self.proxies)} experts"
-            )
-        return merged
-
-    def _encode(
-        self, prompts: Sequence[Any], proxy_prompts: Sequence[Any] | None
-    ) -> tuple[list[list[int]], list[list[int]]]:
-        """Token ids for base and proxy."""
-        base = encode_prompts(
-            prompts,
-            self.tokenizer,
-            template=self.chat_template,
-            fallback=self.proxy_tokenizer,
-        )
-        proxy = encode_prompts(
-            prompts if proxy_prompts is None else proxy_prompts,
-            self.proxy_tokenizer,
-            template=self.proxy_chat_template or self.chat_template,
-            fallback=self.tokenizer,
-        )
-        return base, proxy
-
-
-class _Batch:
-    """Some of a request's answers: prompts for both models, sequence ids, parameters."""
-
-    def __init__(
         self,
-        base: list[list[int]],
-        proxy: list[list[int]],
-        sequence: list[int],
-        param: Any,
-        padded: list[list[int]] | None,
-    ) -> None:
-        self.base, self.proxy, self.sequence, self.param = base, proxy, sequence, param
-        self.padded = padded
-
-
-class _Request:
-    """A call's arguments, checked and with defaults filled in."""
-
-    def __init__(
-        self,
-        owner: KnapsackDeferral,
         prompts: Any = None,
         *,
-        proxy_prompts: Any = None,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        proxy_input_ids: Tensor | None = None,
-        proxy_attention_mask: Tensor | None = None,
-        max_new_tokens: int = 128,
-        do_sample: bool = True,
-        seed: int | torch.Generator | None = None,
-        sequence: Sequence[int] | Tensor | None = None,
-        num_return_sequences: int = 1,
-        eos_token_id: int | Sequence[int] | None = None,
-        stop_strings: str | Sequence[str] | None = None,
-        logits_processor: Any = None,
-        stopping_criteria: Any = None,
-        padded_context: bool = False,
-        lazy: bool = True,
-        trace: bool | str = False,
-        speculative: int | str | None = None,
-        **rule: Any,
-    ) -> None:
-        unknown = set(rule) - set(_RULE_KEYS)
-        if unknown:
-            raise TypeError(f"generate() got an unexpected argument {min(unknown)!r}")
-        self.owner = owner
-        self.rule = owner._merge_rule(rule)
-        self.implicit = self.rule["rule"] == IMPLICIT_REWARD
-        self.lazy = lazy and not self.implicit
-        if self.lazy and rules.rule_code(self.rule["rule"]) in rules.NEEDS_PROXY:
-            self.lazy = False
-        if trace not in (False, True, "lazy", "full"):
-            raise ValueError(f"trace is {trace!r}, expected False, True, 'full' or 'lazy'")
-        if trace and self.implicit:
-            raise ValueError(
-                "rule 'implicit_reward' has no trace: no token comes from one model alone"
-            )
-        self.trace = None if not trace else "lazy" if trace == "lazy" else "full"
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
-        if num_return_sequences < 1:
-            raise ValueError(f"num_return_sequences is {num_return_sequences}, expected at least 1")
-        self.max_new_tokens, self.do_sample = max_new_tokens, do_sample
-        self.policy = self._policy(speculative)
-        self.padded: list[list[int]] | None = None
-        if (prompts is None) == (input_ids is None):
-            raise ValueError("expected either prompts or input_ids")
-        if input_ids is not None:
-            base = unpad(input_ids, attention_mask)
-            proxy = base
-            if padded_context:
-                self.padded = [
-                    row for row in input_ids.tolist() for _ in range(num_return_sequences)
-                ]
-        else:
-            listed = normalise_prompts(prompts)
-            other = None if proxy_prompts is None else normalise_prompts(proxy_prompts)
-            base, proxy = owner._encode(listed, other)
-        if proxy_input_ids is not None:
-            proxy = unpad(proxy_input_ids, proxy_attention_mask)
-        if len(base) != len(proxy):
-            raise ValueError(f"there are {len(base)} prompts and {len(proxy)} proxy prompts")
-        self.base = [p for p in base for _ in range(num_return_sequences)]
-        self.proxy = [p for p in proxy for _ in range(num_return_sequences)]
-        self._check_prompts()
-        rows = len(self.base)
-        self.sequence = list(range(rows)) if sequence is None else [int(i) for i in sequence]
-        if len(self.sequence) != rows:
-            raise ValueError(
-                f"sequence has {len(self.sequence)} ids, expected {rows}, one for each answer"
-            )
-        self.param = self._spread(self.rule["param"], len(base), num_return_sequences)
-        self.seed = _seed(seed)
-        followers = [*owner.proxies, *owner.anti]
-        self.ends = end_ids(
-            eos_token_id, [owner.base, *followers], [owner.tokenizer, owner.proxy_tokenizer]
-        )
-        self.stop = None if stop_strings is None else StopStrings(stop_strings, owner.tokenizer)
-        self.processors = _as_list(logits_processor)
-        self.criteria = _as_criteria(stopping_criteria)
-        self.pad_id = _pad_id(owner, self.ends)
+        batch_size: int | None = None,
+        **options: Unpack[GenerationOptions],
+    ) -> Iterator[StreamEvent]:
+        """Answer prompts, yielding each token as it comes; arguments as :meth:`generate`."""
+        request = self.request(prompts, **options)
+        for batch in request.batches(batch_size):
+            yield from request.stream(request.start(batch, events=True), batch.first)
 
-    def _policy(self, speculative: int | str | None) -> FixedLength | AdaptiveLength | None:
-        """How long drafts are; None for the plain loop."""
-        owner = self.owner
-        length = owner.speculative if speculative is None else speculative
-        if length is None or (length == 0 and speculative == 0):
-            return None
-        length = draft_length(length)
-        if isinstance(length, int):
-            return FixedLength(length)
-        # Acceptance is a matter of the rule, costs of what runs at each step.
-        rule = [v if isinstance(v, (str, int, float)) else None for v in self.rule.values()]
-        key = (*rule, self.lazy, self.do_sample, self.trace)
-        memory = owner._memories.get(key)
-        if memory is None:
-            memory = owner._memories[key] = Memory(
-                len(owner.proxies) + len(owner.anti) if self.implicit else 1,
-                dense=not self.lazy,
-            )
-        return AdaptiveLength(memory)
+    @keywords_of(Request, "models", "rule", "memories", "prompts")
+    def chat(self, system: str | None = None, **options: Unpack[GenerationOptions]) -> Chat:
+        """A conversation that keeps both models' caches between turns; see :class:`Chat`."""
+        return Chat(self.request, system, **options)
 
-    def _check_prompts(self) -> None:
-        """Ids that a model has no embedding for, and contexts that it has no positions for."""
-        owner = self.owner
-        named = [(owner.base, "base", self.base)]
-        named += [(m, "proxy", self.proxy) for m in owner.proxies]
-        named += [(m, "anti", self.proxy) for m in owner.anti]
-        for model, name, prompts in named:
-            size = model.get_input_embeddings().weight.shape[0]
-            limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-            for row, prompt in enumerate(prompts):
-                if prompt and not 0 <= min(prompt) <= max(prompt) < size:
-                    wrong = next(i for i in prompt if not 0 <= i < size)
-                    raise ValueError(
-                        f"prompt {row} has the id {wrong}, "
-                        f"expected ids from 0 to {size - 1} for {name}"
-                    )
-                if limit and len(prompt) + self.max_new_tokens - 1 > limit:
-                    raise ValueError(
-                        f"prompt {row} has {len(prompt)} tokens and max_new_tokens is "
-                        f"{self.max_new_tokens}, but {name} has only {limit} positions"
-                    )
+    def request(self, prompts: Any = None, **options: Unpack[GenerationOptions]) -> Request:
+        """A call's arguments, checked: what :meth:`generate` runs, for loops of one's own."""
+        given: dict[str, Any] = dict(options)
+        rule = self._chosen({key: given.pop(key) for key in _RULE_KEYS if key in given})
+        length = _either(given.pop("speculative", None), given.pop("num_assistant_tokens", None))
+        if length is None:
+            length = self.speculative
+        return Request(self._models, rule, self._memories, prompts, speculative=length, **given)
 
-    def _spread(self, param: Any, prompts: int, repeats: int) -> Any:
-        """The parameter as the ops take it: None, a float, or float64 ``[answers]``."""
-        owner = self.owner
-        if self.implicit:
-            experts = len(owner.proxies)
-            beta = torch.as_tensor(param, dtype=torch.float32).flatten()
-            if beta.numel() == 1:
-                beta = beta.expand(experts).clone()
-            if beta.numel() != experts:
+    def _chosen(self, changes: dict[str, Any]) -> Rule | ImplicitReward:
+        """The constructor's rule with a call's changes."""
+        changes = {key: value for key, value in changes.items() if value is not None}
+        rule, models = changes.get("rule"), self._models
+        if isinstance(rule, Rule):
+            if len(changes) > 1:
+                raise ValueError(_BOTH)
+            changes = dict(zip(_RULE_KEYS, (rule.name, rule.param, rule.critical), strict=False))
+            changes |= {"temperature": rule.temperature, "rule_temperature": rule.rule_temperature}
+        elif rule == "argmax":
+            changes.setdefault("param", None)
+        merged = self._given | changes
+        name, param = merged["rule"], merged["param"]
+        experts, antis = len(models.proxies), len(models.anti)
+        if name == IMPLICIT_REWARD:
+            if antis and antis != experts:
                 raise ValueError(
-                    f"param has {beta.numel()} betas, expected {experts}, one for each expert"
+                    f"anti has {antis} models, expected one for each of {experts} experts"
                 )
-            return beta.to(_device_of(owner.base))
-        if not isinstance(param, (Tensor, Sequence)):
-            return param
-        values = torch.as_tensor(param, dtype=torch.float64).flatten()
-        if values.numel() == 1:
-            return float(values)
-        if values.numel() == prompts:
-            values = values.repeat_interleave(repeats)
-        if values.numel() != prompts * repeats:
+            mixture = ImplicitReward.of(param, experts, merged["temperature"])
+            return replace(mixture, param=mixture.param.to(device_of(models.base)))
+        if experts != 1 or antis:
             raise ValueError(
-                f"param has {values.numel()} values, expected 1, {prompts} (one for each prompt) "
-                f"or {prompts * repeats} (one for each answer)"
+                f"rule is {name!r}, which takes one proxy and no anti; got {experts} and {antis}"
             )
-        return values.to(_device_of(owner.base))
-
-    def batches(self, size: int | None) -> list[_Batch]:
-        """The answers in batches of ``size``."""
-        rows = len(self.base)
-        if size is not None and size < 1:
-            raise ValueError(f"batch_size is {size}, expected at least 1")
-        step = rows if size is None else size
-        found = []
-        for start in range(0, rows, step) if rows else [0]:
-            part = slice(start, start + max(step, 1))
-            param = self.param
-            if isinstance(param, Tensor) and not self.implicit:
-                param = param[part]
-            found.append(
-                _Batch(
-                    self.base[part],
-                    self.proxy[part],
-                    self.sequence[part],
-                    param,
-                    None if self.padded is None else self.padded[part],
-                )
-            )
-        return found
-
-    def start(
-        self,
-        batch: _Batch,
-        *,
-        events: bool = False,
-        progress: Callable[[int], None] | None = None,
-        runners: Sequence[Runner] | None = None,
-    ) -> Loop:
-        """A loop over a batch, on given runners (whose caches are kept) or new ones."""
-        owner = self.owner
-        device = _device_of(owner.base)
-        if runners is None:
-            runners = self.runners(batch)
-        else:
-            with torch.inference_mode():
-                for i, runner in enumerate(runners):
-                    runner.reload(batch.proxy if i else batch.base, self.max_new_tokens)
-        context = None
-        if self.processors or self.criteria:
-            context = SequenceView(
-                batch.base if batch.padded is None else batch.padded, self.max_new_tokens, device
-            )
-        options = LoopOptions(
-            rule=self.rule | {"param": batch.param},
-            seed=torch.tensor([self.seed], dtype=torch.int64, device=device),
-            sequence=batch.sequence,
-            max_new_tokens=self.max_new_tokens,
-            do_sample=self.do_sample,
-            ends=self.ends,
-            stop=self.stop,
-            processors=self.processors,
-            criteria=self.criteria,
-            context=context,
-            trace=self.trace,
-            events=events,
-            progress=progress,
-        )
-        base, *followers = runners
-        if self.policy is not None:
-            return self._speculative_loop(base, followers, options)
-        if self.implicit:
-            return ImplicitReward(base, followers, options, experts=len(owner.proxies))
-        if self.lazy:
-            return LazyDeferral(base, followers, options)
-        return DenseDeferral(base, followers, options)
-
-    def _speculative_loop(
-        self, base: Runner, followers: Sequence[Runner], options: LoopOptions
-    ) -> Speculative:
-        assert self.policy is not None
-        if self.implicit:
-            experts = len(self.owner.proxies)
-            return SpeculativeImplicit(
-                base, followers, options, policy=self.policy, experts=experts
-            )
-        if self.lazy:
-            return SpeculativeLazy(base, followers, options, policy=self.policy)
-        return SpeculativeDense(base, followers, options, policy=self.policy)
-
-    def runners(self, batch: _Batch) -> list[Runner]:
-        """New runners with empty caches, the base's first."""
-        owner = self.owner
-        models = [(owner.base, "base", batch.base)]
-        models += [(m, "proxy", batch.proxy) for m in owner.proxies]
-        models += [(m, "anti", batch.proxy) for m in owner.anti]
-        masked = owner.vocabulary.masked
-        with torch.inference_mode():
-            return [
-                Runner(
-                    model,
-                    prompts,
-                    room=self.max_new_tokens,
-                    vocabulary=owner.vocabulary.size,
-                    masked=torch.tensor(masked, device=_device_of(model)) if masked else None,
-                    name=name,
-                )
-                for model, name, prompts in models
-            ]
-
-    def result(self, batch: _Batch, loop: Loop) -> Generation:
-        """What a finished loop has produced."""
-        answers = loop.answers
-        tokenizer = self.owner.tokenizer
-        texts = None
-        if tokenizer is not None:
-            texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in answers.tokens]
-            if self.stop is not None:
-                texts = [self.stop.cut(text) for text in texts]
-        return Generation(
-            tokens=answers.tokens,
-            deferred=answers.deferred,
-            finish=answers.finish,
-            prompt_tokens=batch.base,
-            texts=texts,
-            sequence=batch.sequence,
-            seed=self.seed,
-            trace=answers.trace if self.trace else None,
-            stats=loop.finish_stats(),
-        )
+        if isinstance(param, (Tensor, Sequence)) and not isinstance(param, str):
+            param = torch.as_tensor(param, dtype=torch.float64)
+        return Rule(name, param, *(merged[key] for key in _RULE_KEYS[2:]))
 
 
-def _events(loop: Loop, tokenizer: Any, offset: int = 0) -> Iterator[StreamEvent]:
-    """Run a loop, yielding what each step emits."""
-    deltas = [TextDeltas(tokenizer) for _ in loop.active] if tokenizer is not None else None
-    while not loop.done:
-        loop.step()
-        for one in loop.events:
-            text = (
-                None if deltas is None else deltas[one.row].push(one.token, one.finish is not None)
-            )
-            yield StreamEvent(offset + one.row, one.token, text, one.deferred, one.finish)
-
-
-def _feed(streamer: Any, loop: Loop, pad: int, first: bool, prompts: list[list[int]]) -> None:
-    """Run a loop into a transformers streamer: prompts first, then at most one token a row."""
-    rows = len(loop.active)
-    if first and len({len(p) for p in prompts}) == 1:
-        streamer.put(torch.tensor(prompts))
-    while not loop.done:
-        loop.step()
-        columns: list[list[int]] = []
-        seen = [0] * rows
-        for one in loop.events:
-            if seen[one.row] == len(columns):
-                columns.append([pad] * rows)
-            columns[seen[one.row]][one.row] = one.token
-            seen[one.row] += 1
-        for tokens in columns:
-            streamer.put(torch.tensor(tokens))
-
-
-def _report(progress: Callable[[int], None], before: int, finished: int) -> None:
-    progress(before + finished)
-
-
-def _logits_of(model: Any) -> int:
-    return model.get_output_embeddings().weight.shape[0]
-
-
-def _device_of(model: Any) -> torch.device:
-    return model.get_input_embeddings().weight.device
-
-
-def _pad_id(owner: KnapsackDeferral, ends: frozenset[int]) -> int:
-    pad = getattr(owner.tokenizer, "pad_token_id", None)
-    return pad if pad is not None else min(ends, default=0)
-
-
-def _seed(seed: int | torch.Generator | None) -> int:
-    if seed is None:
-        return rng.seed_from_generator(torch.default_generator)
-    if isinstance(seed, torch.Generator):
-        return rng.seed_from_generator(seed)
-    return rng.as_seed(int(seed))
-
-
-def _as_list(processors: Any) -> Any:
-    """A processor list from one processor, several, or none."""
-    if processors is None or (isinstance(processors, Sequence) and not len(processors)):
-        return None
-    from transformers import LogitsProcessorList
-
-    if isinstance(processors, LogitsProcessorList):
-        return processors
-    return LogitsProcessorList(processors if isinstance(processors, Sequence) else [processors])
-
-
-def _as_criteria(criteria: Any) -> Any:
-    if criteria is None or (isinstance(criteria, Sequence) and not len(criteria)):
-        return None
-    from transformers import StoppingCriteriaList
-
-    if isinstance(criteria, StoppingCriteriaList):
-        return criteria
-    return StoppingCriteriaList(criteria if isinstance(criteria, Sequence) else [criteria])
+def _either(speculative: int | str | None, assistant: int | str | None) -> int | str | None:
+    """The draft length under one of its two names."""
+    if speculative is not None and assistant is not None:
+        raise ValueError("speculative and num_assistant_tokens are one argument; pass one of them")
+    return assistant if speculative is None else speculative

@@ -124,8 +124,8 @@ class Generation:
     Attributes:
         tokens: ids of each answer, with the end-of-sequence id if one was drawn.
         deferred: for each token, whether it came from the proxy.
-        finish: why each answer ended: ``"eos"``, ``"stop"`` (stop string or criterion) or
-            ``"length"``.
+        finish: why each answer ended: ``"eos"``, ``"stop"`` (stop string or criterion),
+            ``"length"``, or ``"error"`` if the call let errors end their answer alone.
         prompt_tokens: ids of each answer's prompt as the base read it.
         texts: answers as text without special tokens, cut before a stop string; None without a
             tokenizer.
@@ -133,6 +133,7 @@ class Generation:
         seed: the seed of the run.
         trace: one :class:`TokenTrace` a token if a trace was asked for.
         stats: counters and times.
+        errors: what was wrong with answers that ended with ``"error"``, by their number.
     """
 
     tokens: list[list[int]]
@@ -144,6 +145,7 @@ class Generation:
     seed: int
     trace: list[list[TokenTrace]] | None = None
     stats: DecodeStats = field(default_factory=DecodeStats)
+    errors: dict[int, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -193,6 +195,7 @@ class Generation:
             seed=first.seed,
             trace=None if first.trace is None else [x for p in parts for x in p.trace or ()],
             stats=sum((part.stats for part in parts), DecodeStats()),
+            errors={row: why for part in parts for row, why in part.errors.items()},
         )
 
 

@@ -1,38 +1,34 @@
-"""Speculative decoding: the proxy drafts, the base judges a whole draft in one forward.
+"""Speculative decoding that changes no token: drafts are guesses of what the plain loop will emit.
 
-A round of :class:`Speculative` takes the place of several steps of the plain loop. The proxy draws
-K tokens for a row (stream DRAFT), the base runs once over all K + 1 positions, and
-:func:`tta_ext.ops.deferral_verify` keeps the longest prefix that leaves the law pi of the rule
-intact and adds one token. Rows differ in how much they keep; both models' caches are rolled back by
-setting lengths. The law of the answers is exactly the plain loop's, with each token's source: a
-draft token that stood counts as the proxy's if its verification uniform r lies below the deferred
-mass D. That has probability D whatever the token is (a draft token x stands at least if r < D), so
-token and source together have the law ``q(x) D`` that they have in plain decoding. Other random
-numbers are used, so with one seed the two loops write different answers.
+The plain loop's draws are functions of seed, sequence and position: the base's under stream BASE,
+and where it is rejected the proxy's under stream PROXY. So a round of :class:`Speculative` lets the
+proxy draw K tokens under stream PROXY, runs the base once over all K + 1 positions, and puts the
+plain loop's own question to each: where the base's draw is rejected, the plain loop emits exactly
+the drafted token; where it is kept, the draft stands if it is the same token. The longest prefix
+that the plain loop would have emitted stands, the first difference is emitted in its place, and
+behind a draft that stands whole comes one plain draw. Both caches are rolled back by setting
+lengths.
+
+Given equal logits the tokens are the plain loop's, for every rule, seed, batch and draft length. A
+draft token is accepted with probability D + sum over kept v of p(v) q(v), D the deferred mass;
+nothing can exceed sum min(pi, q), which :func:`tta_ext.ops.deferral_verify` reaches with other
+random numbers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from time import perf_counter
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from tta_ext import ops, rng
-from tta_ext.decoding.deferral.draft_length import AdaptiveLength, FixedLength, StepReport
-from tta_ext.decoding.deferral.loop import (
-    DenseDeferral,
-    Emission,
-    ImplicitReward,
-    LazyDeferral,
-    Loop,
-    LoopOptions,
-)
+from tta_ext.decoding.deferral.draft_length import DraftLength, StepReport
+from tta_ext.decoding.deferral.implicit_reward import ImplicitRewardLoop
+from tta_ext.decoding.deferral.loop import DenseDeferral, LazyDeferral, Loop, LoopOptions, Seen
 from tta_ext.decoding.deferral.result import DecodeStats
-from tta_ext.decoding.deferral.trace import trace_step
+from tta_ext.decoding.deferral.step import Drawn, deferral_step
 from tta_ext.decoding.runtime.profiling import span
 from tta_ext.decoding.runtime.runner import Runner
 
@@ -40,16 +36,15 @@ __all__ = ["Speculative", "SpeculativeDense", "SpeculativeImplicit", "Speculativ
 
 
 class Speculative(Loop):
-    """Rounds of drafting and verification, mixed with the plain steps of another loop.
+    """Rounds of drafting and judging, mixed with the plain steps of another loop.
 
     Args:
         base, followers, options: as in :class:`Loop`; the first follower drafts.
         policy: says how long drafts are; where it says None a plain step is taken.
-        plain: further arguments of the plain loop.
     """
 
-    # The proxy also runs behind a whole draft, before anyone knows whether it is needed there.
-    dense = False
+    # The stream whose draw from the drafting model is the likeliest token of the plain loop.
+    stream = rng.PROXY
     # Logits processors apply to the drafting model.
     processed = True
 
@@ -59,500 +54,334 @@ class Speculative(Loop):
         followers: Sequence[Runner],
         options: LoopOptions,
         *,
-        policy: FixedLength | AdaptiveLength,
-        **plain: Any,
+        policy: DraftLength,
     ) -> None:
-        super().__init__(base, followers, options, **plain)
+        super().__init__(base, followers, options)
         self.policy, self.drafter = policy, self.followers[0]
-        self._behind = self.dense or options.trace == "full"
-        self._ready = self._drafted = False
-        self._buffer: Tensor | None = None
-        self._known: list[int] = []
-        self._catching_up = 0.0  # seconds of the latest step that fed prompts
-        seed = options.seed
-        self._key = torch.cat((seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF))
-        if isinstance(policy, AdaptiveLength):
-            policy.begin(
-                options.max_new_tokens, not (options.ends or options.stop or options.criteria)
-            )
-            self.drafter.observe = policy.proxy_ran
-            for which, runner in enumerate([self.base, *self.followers[1:]]):
-                runner.observe = partial(policy.scorer_ran, which)
+        # The drafting model's logits behind the first tokens of the drafts, [rows, K + 1, V].
+        self._drafted: Tensor | None = None
 
     def finish_stats(self) -> DecodeStats:
-        for runner in self._runners:
-            runner.observe = None
         self.stats.speculation = self.policy.note
         return super().finish_stats()
 
+    @property
+    def keeps_logits(self) -> bool:
+        """The drafting model's logits are wanted after the draws from them."""
+        return not self.options.do_sample or self.options.trace is not None
+
+    @torch.inference_mode()
     def step(self) -> None:
         """Advance every active row by one token or more."""
-        start = perf_counter()
-        rows, answers = self.active, self.answers
-        before = [len(answers.tokens[row]) for row in rows]
-        lengths = self.policy.plan(
-            rows, [self.options.max_new_tokens - length - 1 for length in before]
-        )
-        planning = perf_counter() - start
-        inside = sum(runner.seconds for runner in self._runners)
-        self._catching_up = 0.0
-        if lengths is None:
-            self.stats.seconds += planning
-            if self._drafted:
-                self._drafted = self._fed = False  # a proxy may be two tokens behind
+        start, rows, answers = perf_counter(), len(self.rows.active), self.rows
+        room = [self.options.limits.max_new_tokens - len(answers.tokens[i]) - 1 for i in answers.active]
+        before = sum(map(len, answers.tokens))
+        spent = self.drafter.seconds
+        lengths = self.policy.plan(room)
+        drafts: list[list[int]] = []
+        accepted: list[int] = []
+        if lengths is None or not any(lengths):
             super().step()
         else:
-            self._drafted = True
-            self._round(lengths)
+            self.stats.row_steps += rows
             self.stats.steps += 1
-            self.stats.row_steps += len(rows)
+            drafts, accepted = self._round(lengths)
             self.stats.seconds += perf_counter() - start
-        if isinstance(self.policy, AdaptiveLength):
-            self._report(rows, before, lengths, start, planning, inside)
-
-    def _report(
-        self,
-        rows: list[int],
-        before: list[int],
-        lengths: list[int] | None,
-        start: float,
-        planning: float,
-        inside: float,
-    ) -> None:
-        """Tell an adaptive policy about the step that began at ``start`` with these rows."""
-        assert isinstance(self.policy, AdaptiveLength)
-        tokens, deferred = self.answers.tokens, self.answers.deferred
-        seconds = perf_counter() - start
-        inside = sum(runner.seconds for runner in self._runners) - inside
-        left = [len(tokens[row]) for row in self.active]
-        self.policy.stepped(
+        self.policy.report(
             StepReport(
-                positions=0 if lengths is None else max(lengths) + 1,
-                rows=len(rows),
-                tokens=sum(len(tokens[row]) - n for row, n in zip(rows, before, strict=True)),
-                deferred=sum(sum(deferred[row][n:]) for row, n in zip(rows, before, strict=True)),
-                front=min(left) if left else max(map(len, tokens)),
-                seconds=seconds - self._catching_up,
-                own_seconds=seconds - inside,
-                planning=planning,
+                drafts=[len(draft) for draft in drafts],
+                accepted=accepted,
+                rows=rows,
+                tokens=sum(map(len, answers.tokens)) - before,
+                seconds=perf_counter() - start,
+                draft_seconds=self.drafter.seconds - spent,
             )
         )
 
     # ---- a round -----------------------------------------------------------------------------
 
-    @torch.inference_mode()
-    def _round(self, lengths: list[int]) -> None:
+    def _round(self, lengths: list[int]) -> tuple[list[list[int]], list[int]]:
+        """Draft, judge, emit; the drafts and how much of each stood."""
         context = self.options.context
-        if not self._ready:
-            start = perf_counter()
-            for runner in self._runners:
+        self.events = []
+        if not self._fed:
+            for runner in self.runners:
                 runner.prefill()
-                runner.settle()
-            self._ready = True
-            self._catching_up = perf_counter() - start
-        starts = [list(runner.lengths) for runner in self._runners]
+        # A follower may be two tokens behind after a round, so a plain step must catch up.
+        self._fed = False
+        starts = [list(runner.lengths) for runner in self.runners]
         read = None if context is None else context.lengths
         position = self.base.total.clone()
         with span("draft"):
             drafts = self._draft(list(lengths), position)
-        capacity = max(map(len, drafts))
         logits = self._score(drafts, read)
         if context is not None and read is not None:
             context.lengths = read
-        if capacity:
-            padded = [draft + [0] * (capacity - len(draft)) for draft in drafts]
-            draft = torch.tensor(padded, dtype=torch.int64, device=self.base.device)
-        else:
-            draft = position.new_empty(len(drafts), 0)
-        with span("verify"):
-            verified = self._verify(logits, draft, list(map(len, drafts)), position)
-            accepted = verified.accepted.tolist()
-            sources = self._sources(verified, logits, draft, accepted, position)
-        self._base_logits = logits
-        self._count(drafts, accepted)
-        self._emit_all(drafts, verified, accepted, sources, position, starts)
+        with span("judge"):
+            tokens, flags = self._judge(logits, drafts, position)
+        accepted = self._emit_drafts(drafts, tokens, flags, logits)
+        stood = [len(draft) == count for draft, count in zip(drafts, accepted, strict=True)]
+        going = {i for i, number in enumerate(self.rows.active) if not self.rows.finish[number]}
+        tails: list[list[int]] = [
+            [tokens[i][count]] if count < len(drafts[i]) else [] for i, count in enumerate(accepted)
+        ]
+        behind = [i for i in range(len(drafts)) if stood[i] and i in going]
+        if behind:
+            places = [len(drafts[i]) for i in behind]
+            drawn, seen = self._behind(behind, places, logits, position)
+            more = drawn.token.tolist()
+            for i, token in zip(behind, more, strict=True):
+                tails[i] = [token]
+            going -= set(self.emit(behind, more, drawn.from_proxy, lambda: seen))
+        for runner, start in zip(self.runners, starts, strict=True):
+            kept = [n + count for n, count in zip(start, accepted, strict=True)]
+            runner.rollback(kept, tails)
+        self.drop([i for i in range(len(drafts)) if i not in going])
+        return drafts, accepted
 
     def _draft(self, lengths: list[int], position: Tensor) -> list[list[int]]:
-        """Draw drafts of these lengths (an end of answer cuts them short), keeping the logits.
-
-        Verification may ask for the proxy's logits at every position of a row but the one behind
-        the longest draft; :meth:`_missing` supplies that if need be.
-        """
-        options, proxy = self.options, self.drafter
-        rows = len(lengths)
-        every = list(range(rows))
-        drafts: list[list[int]] = [[] for _ in every]
-        self._known = [0] * rows
+        """Guesses of these lengths at most: an end of answer, or no law to draw from, ends one."""
+        options, drafter, rows = self.options, self.drafter, len(lengths)
+        drafts: list[list[int]] = [[] for _ in lengths]
+        self._drafted = None
         step = 0
-        while True:
-            drawing = [i for i in every if lengths[i] > step]
-            if not drawing and not self._behind:
-                break
-            asked = [i for i in every if lengths[i] >= step]
-            if asked:
-                whole = len(asked) == rows
-                logits = proxy.catch_up(None if whole else asked)
-                self._keep_logits(logits, None if whole else asked, step)
-            if not drawing:
-                break
-            assert self._buffer is not None
-            law = self._law(self._buffer[:rows, step])
+        while drawing := [i for i in range(rows) if lengths[i] > step]:
+            whole = len(drawing) == rows
+            logits = self._own(drafter.catch_up(None if whole else drawing), drawing)
+            index = None if whole else torch.tensor(drawing, device=logits.device)
+            if self.keeps_logits:
+                self._keep(logits, index, step, max(lengths))
             place, sequence = position + step, self.sequence
-            if len(drawing) < rows:
-                index = torch.tensor(drawing, device=law.device)
-                law, place, sequence = law[index], place[index], sequence[index]
             token = ops.categorical_sample(
-                law,
-                temperature=self._temperature,
-                stream=rng.DRAFT,
+                logits,
+                temperature=self.rule.temperature,
+                stream=self.stream,
                 seed=options.seed,
-                position=place,
-                sequence=sequence,
+                position=place if index is None else place[index],
+                sequence=sequence if index is None else sequence[index],
                 do_sample=options.do_sample,
+                check=False,
             )
             tokens = token.tolist()
-            if len(drawing) == rows:
-                proxy.append(tokens, token if token.device == proxy.device else None)
-            else:
-                proxy.extend(drawing, tokens)
-            if options.context is not None and options.processors:
-                options.context.write(drawing, tokens)
+            good = [j for j, one in enumerate(tokens) if one >= 0]
+            fed = [drawing[j] for j in good]
+            if len(fed) == rows:
+                drafter.append(tokens, token if token.device == drafter.device else None)
+            elif fed:
+                drafter.extend(fed, [tokens[j] for j in good])
+            if options.context is not None and options.processors and fed:
+                options.context.write(fed, [tokens[j] for j in good])
             for i, one in zip(drawing, tokens, strict=True):
-                drafts[i].append(one)
-                if one in options.ends:
+                if one >= 0:
+                    drafts[i].append(one)
+                if one < 0 or one in options.limits.ends:
                     lengths[i] = len(drafts[i])
             step += 1
         return drafts
 
-    def _keep_logits(self, logits: Tensor, rows: list[int] | None, step: int) -> None:
-        """Process the drafting model's logits after ``step`` draft tokens and put them by."""
-        if self.processed:
-            logits = self.process(logits, rows)
-        elif logits.device != self.base.device:
-            logits = logits.to(self.base.device)
-        buffer = self._buffer
-        if buffer is None:
-            # Zeros: what was never written is not read, but may be computed with.
-            shape = (len(self.active), self.policy.longest + 1, logits.shape[-1])
-            buffer = self._buffer = logits.new_zeros(shape)
-        every = range(len(self.active)) if rows is None else rows
-        for i in every:
-            self._known[i] = step + 1
-        if rows is None:
-            buffer[: len(logits), step] = logits
+    def _own(self, logits: Tensor, rows: list[int]) -> Tensor:
+        """The drafting model's logits of some rows as its draws see them."""
+        return self.process(logits, rows) if self.processed else self.at_base(logits)
+
+    def _keep(self, logits: Tensor, index: Tensor | None, step: int, longest: int) -> None:
+        if self._drafted is None:
+            # Zeros: what was never written is judged with the rest, and not looked at.
+            shape = (len(self.rows.active), longest + 1, logits.shape[-1])
+            self._drafted = logits.new_zeros(shape)
+        if index is None:
+            self._drafted[:, step] = logits
         else:
-            buffer[torch.tensor(rows, device=logits.device), step] = logits
+            self._drafted[index, step] = logits
 
     def _score(self, drafts: list[list[int]], read: list[int] | None) -> Tensor:
         """The base's logits ``[rows, 1 + longest draft, V]``, processed."""
-        options = self.options
+        context, processors = self.options.context, self.options.processors
         logits = self.base.score(drafts)
-        context = options.context
-        if not options.processors or context is None or read is None:
+        if not processors or context is None or read is None:
             return logits
         scores = torch.zeros(logits.shape, dtype=torch.float32, device=logits.device)
         for k in range(logits.shape[1]):
             rows = [i for i, draft in enumerate(drafts) if len(draft) >= k]
             context.lengths = [length + k for length in read]
             index = torch.tensor(rows, device=logits.device)
-            scores[index, k] = context.process(options.processors, logits[index, k], rows)
+            scores[index, k] = context.process(processors, logits[index, k], rows)
         return scores
 
-    @property
-    def _temperature(self) -> float:
-        """Temperature at which the drafting model's law is given."""
-        return self.rule["temperature"]
+    def _judge(
+        self, logits: Tensor, drafts: list[list[int]], position: Tensor
+    ) -> tuple[list[list[int]], list[list[bool]]]:
+        """What the plain loop emits at each position, if all before it stood, and from where.
 
-    def _law(self, logits: Tensor) -> Tensor:
-        """Logits of the law that drafts are drawn from."""
-        return logits
+        What is said of positions that no draft reaches, and of the one behind a row's draft, means
+        nothing.
+        """
+        rows, columns, size = logits.shape
+        index = torch.arange(rows, device=logits.device).repeat_interleave(columns)
+        places = position[:, None] + torch.arange(columns, device=logits.device)
+        drawn = self._plain(
+            logits.reshape(rows * columns, size), index, places.flatten(), drafts
+        )
+        tokens = drawn.token.view(rows, columns).tolist()
+        flags = [drawn.from_proxy[i * columns : (i + 1) * columns] for i in range(rows)]
+        return tokens, flags
 
-    def _proxy_logits(self, rows: int, capacity: int, like: Tensor) -> Tensor:
-        if self._buffer is None:
-            return like.new_empty(rows, 0, like.shape[-1])
-        return self._buffer[:rows, : capacity + self._behind]
+    def _plain(
+        self, logits: Tensor, index: Tensor, position: Tensor, drafts: list[list[int]]
+    ) -> Drawn:
+        """The plain loop's draws at all positions of a round, ``[rows * (K + 1)]``.
 
-    def _verify(
-        self, logits: Tensor, draft: Tensor, lengths: list[int], position: Tensor
-    ) -> ops.Verified:
-        options = self.options
-        rows, capacity = draft.shape
-        return ops.deferral_verify(
+        Args:
+            logits: the base's ``[rows * (K + 1), V]``.
+            index: the row of each.
+            position: and its position.
+            drafts: the rows' drafts.
+        """
+        assert self._drafted is not None
+        columns = len(index) // len(drafts)
+        return deferral_step(
             logits,
-            self._proxy_logits(rows, capacity, logits),
-            draft,
-            torch.tensor(lengths, dtype=torch.int64, device=logits.device),
-            **self.rule,
-            seed=options.seed,
+            self._drafted[:, :columns].reshape(logits.shape),
+            self.rule.select(index),
+            seed=self.options.seed,
             position=position,
-            sequence=self.sequence,
-            do_sample=options.do_sample,
-            return_mass=options.do_sample,  # sources are told by it
+            sequence=self.sequence[index],
+            do_sample=self.options.do_sample,
         )
 
-    def _sources(
-        self,
-        verified: ops.Verified,
-        logits: Tensor,
-        draft: Tensor,
-        accepted: list[int],
-        position: Tensor,
-    ) -> list[list[bool]]:
-        """Whether the proxy wrote each of the draft tokens that stood."""
-        rows, capacity = draft.shape
-        if not any(accepted):
-            return [[] for _ in accepted]
-        if self.options.do_sample:
-            counter = torch.zeros(rows, capacity, 4, dtype=torch.int64, device=draft.device)
-            counter[..., 1] = position[:, None] + torch.arange(capacity, device=draft.device)
-            counter[..., 2] = self.sequence[:, None]
-            counter[..., 3] = rng.stream_word(rng.VERIFY)
-            uniform = ops.philox(counter, self._key)[..., 0].double() * 2.0**-32
-            return (uniform < verified.mass[:, :capacity]).tolist()
-        where = [(i, k) for i, count in enumerate(accepted) for k in range(count)]
-        i, k = torch.tensor(where, device=draft.device).T
-        rule = self.rule
-        if self._param_by_row:
-            rule = rule | {"param": rule["param"][i]}
-        proxy = None
-        if self.dense:
-            assert self._buffer is not None
-            proxy = self._buffer[i, k]
-        mask = ops.deferral_mask(logits[i, k], proxy, **rule)
-        token = draft[i, k]
-        gone = mask.mask.gather(1, token[:, None])[:, 0]
-        gone = gone | ((mask.critical == token) & (mask.fraction == 1.0))
-        flags: list[list[bool]] = [[] for _ in accepted]
-        for (row, _), flag in zip(where, gone.tolist(), strict=True):
-            flags[row].append(flag)
-        return flags
-
-    def _count(self, drafts: list[list[int]], accepted: list[int]) -> None:
-        stats = self.stats
-        for row, draft, count in zip(self.active, drafts, accepted, strict=True):
-            if not draft:
-                continue
-            judged = min(count + 1, len(draft))
-            stats.draft_tokens += len(draft)
-            stats.judged_tokens += judged
-            stats.accepted_tokens += count
-            lengths = stats.accepted_lengths
-            lengths += [0] * (count + 1 - len(lengths))
-            lengths[count] += 1
-            if isinstance(self.policy, AdaptiveLength):
-                self.policy.judged(row, count, judged)
-
-    # ---- tokens out --------------------------------------------------------------------------
-
-    def _emit_all(
+    def _emit_drafts(
         self,
         drafts: list[list[int]],
-        verified: ops.Verified,
-        accepted: list[int],
-        sources: list[list[bool]],
-        position: Tensor,
-        starts: list[list[int]],
-    ) -> None:
-        """Emit drafts as far as they stood, then a token more, and roll the models back."""
-        rows = len(drafts)
-        self.events = []
-        kept = [0] * rows  # draft tokens emitted
-        tails: list[list[int]] = [[] for _ in range(rows)]
-        open_rows = list(range(rows))
-        for k in range(max(accepted)):
-            now = [i for i in open_rows if accepted[i] > k]
-            ended = self._emit_some(
-                now, [k] * len(now), [drafts[i][k] for i in now], [sources[i][k] for i in now]
-            )
+        tokens: list[list[int]],
+        flags: list[list[bool]],
+        logits: Tensor,
+    ) -> list[int]:
+        """Emit what is known of each row, up to its first difference; how many draft tokens stood."""
+        stats = self.stats
+        accepted = [0] * len(drafts)
+        going = list(range(len(drafts)))
+        for k in range(max(map(len, drafts))):
+            now = [i for i in going if len(drafts[i]) > k]
+
+            def seen(rows: list[int] = now, k: int = k) -> Seen:
+                others = []
+                if self._drafted is not None:
+                    others = [(self.drafter.name, self._drafted[rows, k], None)]
+                return Seen(logits[rows, k], others)
+
+            ended = self.emit(now, [tokens[i][k] for i in now], [flags[i][k] for i in now], seen)
             for i in now:
-                kept[i] = k + 1
-            open_rows = [i for i in open_rows if i not in ended]
-        if open_rows:
-            tokens, flags = verified.token.tolist(), verified.deferred.tolist()
-            missing = [i for i in open_rows if tokens[i] < 0]
-            if missing:
-                drawn, from_proxy = self._missing(missing, flags, drafts, position)
-                for i, token, flag in zip(missing, drawn, from_proxy, strict=True):
-                    tokens[i], flags[i] = token, flag
-            for i in open_rows:
-                tails[i] = [tokens[i]]
-            ended = self._emit_some(
-                open_rows,
-                [accepted[i] for i in open_rows],
-                [tokens[i] for i in open_rows],
-                [flags[i] for i in open_rows],
-            )
-            open_rows = [i for i in open_rows if i not in ended]
-        for runner, start in zip(self._runners, starts, strict=True):
-            runner.rollback([n + more for n, more in zip(start, kept, strict=True)], tails)
-        if len(open_rows) < rows:
-            going = set(open_rows)
-            self._drop([i for i in range(rows) if i not in going])
-            if self.options.progress is not None:
-                self.options.progress(len(self.answers.tokens) - len(self.active))
+                accepted[i] += tokens[i][k] == drafts[i][k]
+            going = [i for i in going if i not in ended and accepted[i] == min(k + 1, len(drafts[i]))]
+        for draft, count in zip(drafts, accepted, strict=True):
+            if draft:
+                stats.draft_tokens += len(draft)
+                stats.judged_tokens += min(count + 1, len(draft))
+                stats.accepted_tokens += count
+                stats.accepted_lengths += [0] * (count + 1 - len(stats.accepted_lengths))
+                stats.accepted_lengths[count] += 1
+        return accepted
 
-    def _missing(
-        self, rows: list[int], flags: list[bool], drafts: list[list[int]], position: Tensor
-    ) -> tuple[list[int], list[bool]]:
-        """The token behind a whole draft, for rows where the proxy has to be asked for it."""
-        options = self.options
-        invalid = [i for i in rows if not flags[i]]
-        if invalid:
-            raise ValueError(
-                f"row {invalid[0]} has logits with NaN or +inf, or no finite one; nothing is drawn"
-            )
-        place = len(drafts[rows[0]])  # all of the greatest length: the others had their logits
-        logits = self.drafter.catch_up(None if len(rows) == len(drafts) else rows)
-        self._keep_logits(logits, rows, place)
-        assert self._buffer is not None
-        index = torch.tensor(rows, device=self.base.device)
-        logits = self._buffer[index, place]
-        if options.do_sample:
-            token = ops.categorical_sample(
-                logits,
-                temperature=self.rule["temperature"],
-                stream=rng.PROXY,
-                seed=options.seed,
-                position=position[index] + place,
-                sequence=self.sequence[index],
-            )
-            return token.tolist(), [True] * len(rows)
-        rule = self.rule
-        if self._param_by_row:
-            rule = rule | {"param": rule["param"][index]}
-        base = self._base_logits[index, place]
-        drawn = ops.deferral_sample(base, logits, **rule, do_sample=False)
-        return drawn.token.tolist(), drawn.deferred.tolist()
+    def _behind(
+        self, rows: list[int], places: list[int], logits: Tensor, position: Tensor
+    ) -> tuple[Drawn, Seen]:
+        """The plain loop's draw behind the whole drafts of some rows."""
+        index = torch.tensor(rows, device=logits.device)
+        base = logits[rows, places]
+        known: list[tuple[str, Tensor, Sequence[int] | None]] = []
 
-    def _emit_some(
-        self, rows: list[int], places: list[int], tokens: list[int], flags: list[bool]
-    ) -> set[int]:
-        """Emit a token of some rows, drawn ``places`` positions into the round; rows that end."""
-        options, answers = self.options, self.answers
-        if not rows:
-            return set()
-        ended = {
-            i
-            for i, token, flag in zip(rows, tokens, flags, strict=True)
-            if self._emit(self.active[i], token, flag)
-        }
-        if options.trace:
-            self._trace(rows, places, tokens, flags)
-        if options.context is not None:
-            options.context.write(rows, tokens)
-            if options.criteria:
-                scores = self._base_logits[rows, places]
-                stopped = options.context.stopped(options.criteria, scores, rows)
-                for i, stop in zip(rows, stopped, strict=True):
-                    if stop and i not in ended:
-                        answers.finish[self.active[i]] = "stop"
-                        ended.add(i)
-        if options.events:
-            self.events += [
-                Emission(row, token, flag, answers.finish[row] or None)
-                for row, token, flag in zip(
-                    [self.active[i] for i in rows], tokens, flags, strict=True
-                )
-            ]
-        return ended
+        def ask(some: list[int] | None, _: Tensor | None) -> Tensor:
+            asked = rows if some is None else [rows[j] for j in some]
+            found = self._own(self.drafter.catch_up(asked), asked)
+            known.append((self.drafter.name, found, some))
+            return found
 
-    def _trace(
-        self, rows: list[int], places: list[int], tokens: list[int], flags: list[bool]
-    ) -> None:
-        at = list(zip(rows, places, strict=True))
-        known = [j for j, (i, k) in enumerate(at) if k < self._known[i]]
-        proxy = None
-        if known and self._buffer is not None:
-            proxy = self._buffer[[rows[j] for j in known], [places[j] for j in known]]
-        rule = self.rule
-        if self._param_by_row:
-            rule = rule | {"param": rule["param"][rows]}
-        traces = trace_step(
-            self._base_logits[rows, places],
-            proxy,
-            None if len(known) == len(rows) else known,
-            torch.tensor(tokens, device=self.base.device),
-            flags,
-            rule,
-            self.dense,
+        everyone = self.rule.needs_proxy or self.options.trace == "full"
+        q = ask(None, None) if everyone else None
+
+        def answer(some: list[int] | None, which: Tensor | None) -> Tensor:
+            return ask(some, which) if q is None else q if which is None else q[which]
+
+        drawn = deferral_step(
+            base,
+            q if self.rule.needs_proxy and q is not None else answer,
+            self.rule.select(index),
+            seed=self.options.seed,
+            position=position[index] + torch.tensor(places, device=logits.device),
+            sequence=self.sequence[index],
+            do_sample=self.options.do_sample,
         )
-        for i, trace in zip(rows, traces, strict=True):
-            self.answers.trace[self.active[i]].append(trace)
+        return drawn, Seen(base, known)
 
 
 class SpeculativeLazy(Speculative, LazyDeferral):
     """Drafts for rules that look at the base alone."""
 
+    def _plain(
+        self, logits: Tensor, index: Tensor, position: Tensor, drafts: list[list[int]]
+    ) -> Drawn:
+        if not self.options.do_sample:
+            return super()._plain(logits, index, position, drafts)
+        columns = len(index) // len(drafts)
+        padded = [draft + [0] * (columns - len(draft)) for draft in drafts]
+        replacement = torch.tensor(padded, dtype=torch.int64, device=logits.device).flatten()
+        drawn = ops.deferral_propose(
+            logits,
+            rule=self.rule.select(index),
+            seed=self.options.seed,
+            position=position,
+            sequence=self.sequence[index],
+            check=False,
+        )
+        token = torch.where(drawn.deferred, replacement, drawn.token)
+        return Drawn(token, drawn.deferred.tolist())
+
 
 class SpeculativeDense(Speculative, DenseDeferral):
     """Drafts for rules that compare both models."""
 
-    dense = True
+    @property
+    def keeps_logits(self) -> bool:
+        return True
 
 
-class SpeculativeImplicit(Speculative, ImplicitReward):
+class SpeculativeImplicit(Speculative, ImplicitRewardLoop):
     """Drafts of the first expert for ``implicit_reward``; the other models score them.
 
-    The law pi of the tilted base is known in full at every position, so this is the verification of
-    a rule that never defers, with log pi in the base's place: accept if ``r < pi(x) / q(x)``, else
-    draw from max(pi - q, 0). It is exact but for the rounding of log pi to float32. Temperature is
-    inside pi, so the draft's law is given at temperature 1 too.
+    The emitted token is one inverse-CDF draw of the mixture, and the guess is the expert's draw by
+    the same uniform.
     """
 
-    dense = True
+    stream = rng.BASE
     processed = False
 
     @property
-    def _temperature(self) -> float:
-        return 1.0
-
-    def _law(self, logits: Tensor) -> Tensor:
-        temperature = self.rule["temperature"]
-        return logits if temperature == 1.0 else logits.float() / temperature
+    def keeps_logits(self) -> bool:
+        return True
 
     def _score(self, drafts: list[list[int]], read: list[int] | None) -> Tensor:
-        logits = super()._score(drafts, read)
-        assert self._buffer is not None
-        rows, positions, size = logits.shape
-        others = [runner.score(drafts) for runner in self.followers[1:]]
-        models = [self._buffer[:rows, :positions], *(x.to(logits.device) for x in others)]
-        flat = [x.reshape(rows * positions, size) for x in models]
-        anti = flat[self.experts :]
-        law = ops.implicit_reward_probs(
-            logits.reshape(rows * positions, size),
-            torch.stack(flat[: self.experts]),
-            torch.stack(anti) if anti else None,
-            self.rule["param"],
-            temperature=self.rule["temperature"],
-        )
-        return law.log_().view(rows, positions, size)
+        self._others = [self.at_base(runner.score(drafts)) for runner in self.followers[1:]]
+        return super()._score(drafts, read)
 
-    def _verify(
-        self, logits: Tensor, draft: Tensor, lengths: list[int], position: Tensor
-    ) -> ops.Verified:
-        options = self.options
-        rows, capacity = draft.shape
-        verified = ops.deferral_verify(
-            logits,
-            self._law(self._proxy_logits(rows, capacity, logits)),
-            draft,
-            torch.tensor(lengths, dtype=torch.int64, device=logits.device),
-            rule="threshold",
-            param=0.0,
-            seed=options.seed,
-            position=position,
-            sequence=self.sequence,
-            do_sample=options.do_sample,
-            return_mass=False,
-        )
-        return verified._replace(deferred=torch.zeros_like(verified.deferred))
+    def _mixed(self, logits: Tensor, models: list[Tensor], index: Tensor, position: Tensor) -> Drawn:
+        token = self.mix(logits, models, position, self.sequence[index])
+        return Drawn(token, [False] * len(token))
 
-    def _sources(
-        self,
-        verified: ops.Verified,
-        logits: Tensor,
-        draft: Tensor,
-        accepted: list[int],
-        position: Tensor,
-    ) -> list[list[bool]]:
-        return [[False] * count for count in accepted]
+    def _plain(
+        self, logits: Tensor, index: Tensor, position: Tensor, drafts: list[list[int]]
+    ) -> Drawn:
+        assert self._drafted is not None
+        columns = len(index) // len(drafts)
+        models = [self._drafted[:, :columns], *self._others]
+        return self._mixed(logits, [m.reshape(logits.shape) for m in models], index, position)
+
+    def _behind(
+        self, rows: list[int], places: list[int], logits: Tensor, position: Tensor
+    ) -> tuple[Drawn, Seen]:
+        index = torch.tensor(rows, device=logits.device)
+        first = self._own(self.drafter.catch_up(rows), rows)
+        models = [first, *(other[rows, places] for other in self._others)]
+        position = position[index] + torch.tensor(places, device=logits.device)
+        base = logits[rows, places]
+        named = zip([runner.name for runner in self.followers], models, strict=True)
+        seen = Seen(base, [(name, one, None) for name, one in named])
+        return self._mixed(base, models, index, position), seen

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tta_ext import ops
+from tta_ext.rules import Rule
 
 __all__ = ["TokenTrace", "trace_step"]
 
@@ -54,22 +55,22 @@ def trace_step(
     rows_with_proxy: Sequence[int] | None,
     token: Tensor,
     deferred: Sequence[bool],
-    rule: dict[str, Any],
-    needs_proxy: bool,
+    rule: Rule,
 ) -> list[TokenTrace]:
-    """Account for one step of all rows.
+    """Account for one step of some rows; a row whose logits make no law gets NaN.
 
     Args:
         base_logits: ``[rows, V]``.
-        proxy_logits: ``[rows or len(rows_with_proxy), V]``, or None if the proxy was not run.
+        proxy_logits: ``[rows or len(rows_with_proxy), V]``, or None if the proxy was not run; a
+            rule that looks at ``q`` needs all rows.
         rows_with_proxy: the rows that ``proxy_logits`` belong to; None for all.
         token: int64 ``[rows]``, the tokens emitted.
         deferred: their sources.
-        rule: keyword arguments of the rule, as the ops take them.
-        needs_proxy: the rule looks at ``q``.
+        rule: the rule for these rows.
     """
-    temperature = rule["temperature"]
-    stats = ops.deferral_stats(base_logits, proxy_logits if needs_proxy else None, **rule)
+    temperature = rule.temperature
+    q_rows = proxy_logits if rule.needs_proxy else None
+    stats = ops.deferral_stats(base_logits, q_rows, rule=rule, check=False)
     p = _chosen(base_logits, token, temperature)
     q: list[float | None] = [None] * len(p)
     if proxy_logits is not None:

@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import LogitsProcessorList, StoppingCriteriaList
 
-__all__ = ["SequenceView"]
+__all__ = ["SequenceView", "as_criteria", "as_processors"]
 
 
 class SequenceView:
@@ -34,16 +35,12 @@ class SequenceView:
             self._tokens[row, : len(prompt)] = torch.tensor(prompt, device=device)
         self._lengths = [len(p) for p in prompts]
 
-    def append(self, token: Tensor) -> None:
-        """Add one token a row; int64 ``[rows]``."""
-        end = torch.tensor(self._lengths, device=token.device)
-        self._tokens.scatter_(1, end[:, None], token[:, None])
-        self._lengths = [length + 1 for length in self._lengths]
-
     def write(self, rows: Sequence[int], tokens: Sequence[int]) -> None:
         """Add one token to some rows."""
-        for row, token in zip(rows, tokens, strict=True):
-            self._tokens[row, self._lengths[row]] = token
+        place = [self._lengths[row] for row in rows]
+        block = torch.tensor([list(rows), place, list(tokens)], device=self._tokens.device)
+        self._tokens[block[0], block[1]] = block[2]
+        for row in rows:
             self._lengths[row] += 1
 
     @property
@@ -108,3 +105,21 @@ class SequenceView:
             for place, value in zip(places, verdict, strict=True):
                 done[place] = bool(value)
         return done
+
+
+def as_processors(processors: Any) -> LogitsProcessorList | None:
+    """A processor list from one processor, several, or none."""
+    return _as_list(processors, LogitsProcessorList)
+
+
+def as_criteria(criteria: Any) -> StoppingCriteriaList | None:
+    """A criteria list from one criterion, several, or none."""
+    return _as_list(criteria, StoppingCriteriaList)
+
+
+def _as_list(given: Any, kind: Any) -> Any:
+    if given is None or (isinstance(given, Sequence) and not len(given)):
+        return None
+    if isinstance(given, kind):
+        return given
+    return kind(given if isinstance(given, Sequence) else [given])

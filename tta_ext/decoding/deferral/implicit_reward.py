@@ -1,0 +1,108 @@
+"""Implicit reward (proxy tuning): a base tilted by what alignment has changed in small experts.
+
+    log pi = log p + sum_e beta_e (log q_e - log q0_e) - log Z
+
+Not a rejection rule, but decoded by the same loop: no token comes from one model alone. Without
+anti-experts q0 it is an ensemble; with negative beta, contrastive decoding.
+
+Sources: proxy tuning, arXiv:2401.08565; emulated fine-tuning, arXiv:2310.12962; contrastive
+decoding, arXiv:2210.15097.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tta_ext import ops
+from tta_ext.decoding.deferral.loop import Loop, LoopOptions, Seen
+from tta_ext.decoding.runtime.profiling import span
+from tta_ext.decoding.runtime.runner import Runner
+from tta_ext.rules import IMPLICIT_REWARD
+
+__all__ = ["ImplicitReward", "ImplicitRewardLoop"]
+
+
+@dataclass(frozen=True, eq=False)
+class ImplicitReward:
+    """What stands in a :class:`~tta_ext.rules.Rule`'s place when models are mixed.
+
+    Attributes:
+        param: beta, float32 ``[E]`` on the base's device, a weight for each expert.
+        temperature: of all models and of the mixture.
+    """
+
+    param: Tensor
+    temperature: float = 1.0
+    name: str = IMPLICIT_REWARD
+    needs_proxy: bool = True
+
+    @classmethod
+    def of(
+        cls, beta: float | Sequence[float] | Tensor, experts: int, temperature: float
+    ) -> ImplicitReward:
+        """The mixture with one weight for all experts, or one for each.
+
+        Raises:
+            ValueError: another number of weights.
+        """
+        weights = torch.as_tensor(beta, dtype=torch.float32).flatten()
+        if weights.numel() not in (1, experts):
+            raise ValueError(
+                f"param has {weights.numel()} betas, expected {experts}, one for each expert"
+            )
+        return cls(weights.expand(experts).clone(), temperature)
+
+    def select(self, index: Tensor) -> ImplicitReward:
+        """Itself: no weight belongs to a row."""
+        return self
+
+
+class ImplicitRewardLoop(Loop):
+    """Steps of the mixture.
+
+    The first followers are the experts, then come as many anti-experts, or none. Logits processors
+    change the base alone: in a ratio of experts they would cancel, or divide zero by zero.
+    """
+
+    rule: ImplicitReward
+
+    def __init__(self, base: Runner, followers: Sequence[Runner], options: LoopOptions) -> None:
+        super().__init__(base, followers, options)
+        self.experts = len(self.rule.param)
+
+    def draw(self) -> tuple[Tensor, list[bool], Seen]:
+        logits = self.logits(self.base)
+        others = [self.logits(runner, process=False) for runner in self.followers]
+        token = self.mix(logits, others, self.base.total, self.sequence, self._token)
+        named = zip(self.followers, others, strict=True)
+        seen = Seen(logits, [(runner.name, row, None) for runner, row in named])
+        return token, [False] * len(logits), seen
+
+    def mix(
+        self,
+        logits: Tensor,
+        others: list[Tensor],
+        position: Tensor,
+        sequence: Tensor,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """A token a row, int64 ``[rows]``, from the logits ``[rows, V]`` of all models."""
+        anti = others[self.experts :]
+        with span("draw"):
+            return ops.implicit_reward_sample(
+                logits,
+                torch.stack(others[: self.experts]),
+                torch.stack(anti) if anti else None,
+                self.rule.param,
+                temperature=self.rule.temperature,
+                seed=self.options.seed,
+                position=position,
+                sequence=sequence,
+                do_sample=self.options.do_sample,
+                check=False,
+                out=out,
+            )

@@ -1,0 +1,374 @@
+"""A call of :meth:`KnapsackDeferral.generate`: its arguments, checked, and what runs them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor
+
+from tta_ext import rng
+from tta_ext.decoding.deferral.draft_length import (
+    AutoLength,
+    DraftLength,
+    FixedLength,
+    Memory,
+    draft_length,
+)
+from tta_ext.decoding.deferral.implicit_reward import ImplicitReward, ImplicitRewardLoop
+from tta_ext.decoding.deferral.loop import DenseDeferral, LazyDeferral, Loop, LoopOptions
+from tta_ext.decoding.deferral.result import Generation
+from tta_ext.decoding.deferral.speculative import (
+    SpeculativeDense,
+    SpeculativeImplicit,
+    SpeculativeLazy,
+)
+from tta_ext.decoding.runtime.models import device_of
+from tta_ext.decoding.runtime.processors import SequenceView, as_criteria, as_processors
+from tta_ext.decoding.runtime.prompts import encode_prompts, normalise_prompts, unpad
+from tta_ext.decoding.runtime.rows import Limits, check_prompts, sequence_ids
+from tta_ext.decoding.runtime.runner import Runner
+from tta_ext.decoding.runtime.stopping import StopStrings, end_ids
+from tta_ext.decoding.runtime.streaming import StreamEvent, TextDeltas
+from tta_ext.decoding.runtime.vocabulary import Vocabulary
+from tta_ext.rules import Rule
+
+__all__ = ["GenerationOptions", "Models", "Request"]
+
+
+class GenerationOptions(TypedDict, total=False):
+    """The keywords of :meth:`KnapsackDeferral.generate` that say what is generated."""
+
+    proxy_prompts: Any
+    input_ids: Tensor | None
+    attention_mask: Tensor | None
+    proxy_input_ids: Tensor | None
+    proxy_attention_mask: Tensor | None
+    max_new_tokens: int
+    do_sample: bool
+    seed: int | torch.Generator | None
+    sequence: Sequence[int] | Tensor | None
+    num_return_sequences: int
+    rule: str | Rule | None
+    param: float | Tensor | Sequence[float] | None
+    critical: str | None
+    temperature: float | None
+    rule_temperature: float | None
+    eos_token_id: int | Sequence[int] | None
+    stop_strings: str | Sequence[str] | None
+    logits_processor: Any
+    stopping_criteria: Any
+    padded_context: bool
+    lazy: bool
+    trace: bool | str
+    speculative: int | str | None
+    num_assistant_tokens: int | str | None
+    errors: str
+
+
+@dataclass(frozen=True)
+class Models:
+    """The models of a deferral, and how they read prompts."""
+
+    base: Any
+    proxies: list[Any]
+    anti: list[Any]
+    tokenizer: Any
+    proxy_tokenizer: Any
+    chat_template: str | None
+    proxy_chat_template: str | None
+    vocabulary: Vocabulary
+
+    @property
+    def named(self) -> list[tuple[Any, str]]:
+        """Every model with its name in messages and profiles, the base first."""
+        named = [(self.base, "base")]
+        for models, name in ((self.proxies, "proxy"), (self.anti, "anti")):
+            several = len(models) > 1
+            named += [(m, f"{name} {i}" if several else name) for i, m in enumerate(models)]
+        return named
+
+    def encode(
+        self, prompts: Sequence[Any], proxy_prompts: Sequence[Any] | None
+    ) -> tuple[list[list[int]], list[list[int]]]:
+        """Token ids for the base and for the others."""
+        own, theirs = self.chat_template, self.proxy_chat_template or self.chat_template
+        base = encode_prompts(
+            prompts, self.tokenizer, template=own, fallback=self.proxy_tokenizer
+        )
+        if proxy_prompts is None:
+            proxy_prompts = prompts
+        proxy = encode_prompts(
+            proxy_prompts, self.proxy_tokenizer, template=theirs, fallback=self.tokenizer
+        )
+        return base, proxy
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some of a request's answers: prompts of the base and the others, sequence ids, rule."""
+
+    first: int
+    base: list[list[int]]
+    proxy: list[list[int]]
+    sequence: list[int]
+    rule: Rule | ImplicitReward
+    context: list[list[int]]
+
+
+class Request:
+    """A call's arguments, checked and with defaults filled in.
+
+    Args:
+        models: who answers.
+        rule: how they are combined; a ``param`` by row has a value for each prompt or answer.
+        memories: what earlier calls have measured about drafts.
+        prompts: and all others: see :meth:`KnapsackDeferral.generate`.
+    """
+
+    def __init__(
+        self,
+        models: Models,
+        rule: Rule | ImplicitReward,
+        memories: dict[Any, Memory],
+        prompts: Any = None,
+        *,
+        proxy_prompts: Any = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        proxy_input_ids: Tensor | None = None,
+        proxy_attention_mask: Tensor | None = None,
+        max_new_tokens: int = 128,
+        do_sample: bool = True,
+        seed: int | torch.Generator | None = None,
+        sequence: Sequence[int] | Tensor | None = None,
+        num_return_sequences: int = 1,
+        eos_token_id: int | Sequence[int] | None = None,
+        stop_strings: str | Sequence[str] | None = None,
+        logits_processor: Any = None,
+        stopping_criteria: Any = None,
+        padded_context: bool = False,
+        lazy: bool = True,
+        trace: bool | str = False,
+        speculative: int | str | None = None,
+        errors: str = "raise",
+    ) -> None:
+        self.models, self.do_sample, self.errors = models, do_sample, errors
+        self.lazy = lazy and not rule.needs_proxy
+        if trace not in (False, True, "lazy", "full"):
+            raise ValueError(f"trace is {trace!r}, expected False, True, 'full' or 'lazy'")
+        if trace and isinstance(rule, ImplicitReward):
+            raise ValueError(
+                "rule 'implicit_reward' has no trace: no token comes from one model alone"
+            )
+        self.trace = None if not trace else "lazy" if trace == "lazy" else "full"
+        if num_return_sequences < 1:
+            raise ValueError(f"num_return_sequences is {num_return_sequences}, expected at least 1")
+        stop = None if stop_strings is None else StopStrings(stop_strings, models.tokenizer)
+        tokenizers = [models.tokenizer, models.proxy_tokenizer]
+        ends = end_ids(eos_token_id, [model for model, _ in models.named], tokenizers)
+        self.limits = Limits(max_new_tokens, ends, stop)
+        base, proxy = self._prompts(prompts, proxy_prompts, input_ids, attention_mask)
+        if proxy_input_ids is not None:
+            proxy = unpad(proxy_input_ids, proxy_attention_mask)
+        if len(base) != len(proxy):
+            raise ValueError(f"there are {len(base)} prompts and {len(proxy)} proxy prompts")
+        for i, (model, name) in enumerate(models.named):
+            check_prompts(model, name, proxy if i else base, max_new_tokens)
+        context = base if input_ids is None or not padded_context else input_ids.tolist()
+        self.repeats = num_return_sequences
+        self.base, self.proxy, self.context = (
+            [prompt for prompt in each for _ in range(num_return_sequences)]
+            for each in (base, proxy, context)
+        )
+        self.sequence = sequence_ids(sequence, len(self.base), "for each answer")
+        self.rule = self._spread(rule, len(base))
+        self.policy = self._policy(speculative, memories)
+        self.seed = rng.resolve_seed(seed)
+        self.processors = as_processors(logits_processor)
+        self.criteria = as_criteria(stopping_criteria)
+
+    def _prompts(
+        self, prompts: Any, proxy_prompts: Any, input_ids: Tensor | None, mask: Tensor | None
+    ) -> tuple[list[list[int]], list[list[int]]]:
+        if (prompts is None) == (input_ids is None):
+            raise ValueError("expected either prompts or input_ids")
+        if input_ids is not None:
+            base = unpad(input_ids, mask)
+            return base, base
+        other = None if proxy_prompts is None else normalise_prompts(proxy_prompts)
+        return self.models.encode(normalise_prompts(prompts), other)
+
+    def _spread(self, rule: Rule | ImplicitReward, prompts: int) -> Rule | ImplicitReward:
+        """The rule with a parameter for each answer, if it has several, on the base's device."""
+        param = rule.param
+        if isinstance(rule, ImplicitReward) or not isinstance(param, Tensor):
+            return rule
+        values, answers = param.flatten(), len(self.base)
+        if values.numel() == prompts:
+            values = values.repeat_interleave(self.repeats)
+        if values.numel() not in (1, answers):
+            raise ValueError(
+                f"param has {values.numel()} values, expected 1, {prompts} (one for each prompt) "
+                f"or {answers} (one for each answer)"
+            )
+        one = values.numel() == 1
+        return rule.replace(param=float(values) if one else values.to(device_of(self.models.base)))
+
+    def _policy(
+        self, speculative: int | str | None, memories: dict[Any, Memory]
+    ) -> DraftLength | None:
+        """How long drafts are; None for the plain loop."""
+        length = None if speculative == 0 else draft_length(speculative)
+        if length is None or isinstance(length, int):
+            return None if length is None else FixedLength(length)
+        # Acceptance is a matter of the rule, costs of what runs at each step.
+        rule = self.rule
+        param = None if isinstance(rule.param, Tensor) else rule.param
+        kind = rule.codes if isinstance(rule, Rule) else rule.temperature
+        key = (rule.name, param, kind, self.lazy, self.do_sample, self.trace)
+        if key not in memories:
+            memories[key] = Memory()
+        return AutoLength(memories[key])
+
+    def batches(self, size: int | None) -> Iterator[Batch]:
+        """The answers in batches of ``size``; one that is empty if there are none."""
+        rows = len(self.base)
+        if size is not None and size < 1:
+            raise ValueError(f"batch_size is {size}, expected at least 1")
+        step = max(rows, 1) if size is None else size
+        for first in range(0, max(rows, 1), step):
+            part = slice(first, first + step)
+            rule = self.rule
+            if isinstance(rule, Rule) and rows:
+                rule = rule.select(part)
+            yield Batch(
+                first,
+                self.base[part],
+                self.proxy[part],
+                self.sequence[part],
+                rule,
+                self.context[part],
+            )
+
+    def start(
+        self,
+        batch: Batch,
+        *,
+        events: bool = False,
+        progress: Callable[[int], None] | None = None,
+        runners: Sequence[Runner] | None = None,
+    ) -> Loop:
+        """A loop over a batch, on given runners (whose caches are kept) or new ones."""
+        device, room = device_of(self.models.base), self.limits.max_new_tokens
+        with torch.inference_mode():
+            if runners is None:
+                runners = self._runners(batch)
+            else:
+                for i, runner in enumerate(runners):
+                    runner.reload(batch.proxy if i else batch.base, room)
+        context = None
+        if self.processors or self.criteria:
+            context = SequenceView(batch.context, room, device)
+        options = LoopOptions(
+            rule=batch.rule,
+            seed=torch.tensor([self.seed], dtype=torch.int64, device=device),
+            sequence=batch.sequence,
+            limits=self.limits,
+            title=lambda row: self._title(batch.first + row),
+            errors=self.errors,
+            do_sample=self.do_sample,
+            processors=self.processors,
+            criteria=self.criteria,
+            context=context,
+            trace=self.trace,
+            events=events,
+            progress=progress,
+        )
+        base, *followers = runners
+        mixed = isinstance(self.rule, ImplicitReward)
+        if self.policy is not None:
+            fast = SpeculativeImplicit if mixed else SpeculativeLazy if self.lazy else SpeculativeDense
+            return fast(base, followers, options, policy=self.policy)
+        plain = ImplicitRewardLoop if mixed else LazyDeferral if self.lazy else DenseDeferral
+        return plain(base, followers, options)
+
+    def _title(self, answer: int) -> str:
+        prompt, number = divmod(answer, self.repeats)
+        return f"prompt {prompt}" + (f", answer {number}" if self.repeats > 1 else "")
+
+    def _runners(self, batch: Batch) -> list[Runner]:
+        """New runners with empty caches, the base's first."""
+        vocabulary = self.models.vocabulary
+        return [
+            Runner(
+                model,
+                batch.proxy if i else batch.base,
+                room=self.limits.max_new_tokens,
+                vocabulary=vocabulary.size,
+                masked=torch.tensor(vocabulary.masked, device=device_of(model))
+                if vocabulary.masked
+                else None,
+                name=name,
+            )
+            for i, (model, name) in enumerate(self.models.named)
+        ]
+
+    def stream(self, loop: Loop, first: int = 0) -> Iterator[StreamEvent]:
+        """Run a loop, yielding what each step emits; answers are numbered from ``first``."""
+        tokenizer = self.models.tokenizer
+        deltas = None
+        if tokenizer is not None:
+            deltas = [TextDeltas(tokenizer) for _ in loop.rows.active]
+        while not loop.done:
+            loop.step()
+            for one in loop.events:
+                text = None
+                if deltas is not None:
+                    last = one.finish is not None
+                    text = deltas[one.row].push(one.token, last) if one.token >= 0 else ""
+                yield StreamEvent(first + one.row, one.token, text, one.deferred, one.finish)
+
+    def feed(self, streamer: Any, loop: Loop, prompts: Sequence[Sequence[int]] | None) -> None:
+        """Run a loop into a transformers streamer: prompts, if any, then a token a row at most."""
+        pad = getattr(self.models.tokenizer, "pad_token_id", None)
+        pad = min(self.limits.ends, default=0) if pad is None else pad
+        count = len(loop.rows.active)
+        if prompts is not None and len({len(prompt) for prompt in prompts}) == 1:
+            streamer.put(torch.tensor(prompts))
+        while not loop.done:
+            loop.step()
+            columns: list[list[int]] = []
+            seen = [0] * count
+            for one in loop.events:
+                if one.token < 0:
+                    continue
+                if seen[one.row] == len(columns):
+                    columns.append([pad] * count)
+                columns[seen[one.row]][one.row] = one.token
+                seen[one.row] += 1
+            for tokens in columns:
+                streamer.put(torch.tensor(tokens))
+
+    def result(self, batch: Batch, loop: Loop) -> Generation:
+        """What a finished loop has produced."""
+        rows, tokenizer, stop = loop.rows, self.models.tokenizer, self.limits.stop
+        texts = None
+        if tokenizer is not None:
+            texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in rows.tokens]
+            if stop is not None:
+                texts = [stop.cut(text) for text in texts]
+        return Generation(
+            tokens=rows.tokens,
+            deferred=loop.deferred,
+            finish=rows.finish,
+            prompt_tokens=batch.base,
+            texts=texts,
+            sequence=batch.sequence,
+            seed=self.seed,
+            trace=loop.trace if self.trace else None,
+            stats=loop.finish_stats(),
+            errors={batch.first + row: why for row, why in rows.errors.items()},
+        )

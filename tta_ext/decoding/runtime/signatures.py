@@ -1,0 +1,37 @@
+"""Signatures for functions that hand their keywords on: what ``help()`` and editors show."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+__all__ = ["keywords_of"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def keywords_of(source: Callable[..., Any], *without: str) -> Callable[[F], F]:
+    """Spell the ``**options`` of a function out as the keyword arguments of who receives them.
+
+    Type checkers read the same from ``Unpack[...]`` in the function's annotations.
+
+    Args:
+        source: a function, or a class such as a dataclass.
+        without: keywords of it that the function supplies itself.
+    """
+
+    def decorate(function: F) -> F:
+        mine = inspect.signature(function)
+        shown = [p for p in mine.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        taken = {p.name for p in shown} | {"self", *without}
+        keyword = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        shown += [
+            p.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+            for p in inspect.signature(source).parameters.values()
+            if p.kind in keyword and p.name not in taken
+        ]
+        function.__signature__ = mine.replace(parameters=shown)  # type: ignore[attr-defined]
+        return function
+
+    return decorate
