@@ -10,6 +10,7 @@ from models import PAD, base_model, greedy, make_model, make_tokenizer, proxy_mo
 
 import tta_ext
 from tta_ext.decoding import KnapsackDeferral
+from tta_ext.decoding.runtime.compat import cache_argument
 
 NEW = 8
 
@@ -166,11 +167,12 @@ def test_caches_of_transformers(
         assert torch.equal(out, expected)
         warned = f"cache_implementation='{name}' is not used: rows advance by different numbers"
         assert (warned in caplog.text) == (name != "dynamic")
+    name = cache_argument(base)
     for cache in (StaticCache(config=base.config, max_cache_len=64), DynamicCache()):
         caplog.clear()
-        out = base.generate(prompt, past_key_values=cache, **options)
+        out = base.generate(prompt, **{name: cache}, **options)
         assert torch.equal(out, expected)
-        assert f"past_key_values ({type(cache).__name__}) is not used" in caplog.text
+        assert f"{name} ({type(cache).__name__}) is not used" in caplog.text
         assert int(cache.get_seq_length()) == 0
 
 
@@ -184,7 +186,7 @@ def test_errors(batch: dict[str, torch.Tensor]) -> None:
         generate(batch, proxy_model=wide)
     from transformers import DynamicCache
 
-    cache = DynamicCache()
-    base_model()(batch["input_ids"][:1, :4], past_key_values=cache)
-    with pytest.raises(ValueError, match="already holds tokens"):
-        generate({"input_ids": batch["input_ids"][:1]}, past_key_values=cache)
+    filled: dict[str, Any] = {cache_argument(base_model()): DynamicCache()}
+    base_model()(batch["input_ids"][:1, :4], **filled)
+    with pytest.raises(ValueError, match=f"{min(filled)} already holds tokens"):
+        generate({"input_ids": batch["input_ids"][:1]}, **filled)

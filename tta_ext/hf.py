@@ -8,7 +8,7 @@ The base model's own ``generate`` prepares inputs, logits processors and stoppin
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from transformers.generation import GenerateDecoderOnlyOutput, TemperatureLogits
 
 from tta_ext.decoding import KnapsackDeferral
 from tta_ext.decoding.runtime.attention import check_model
+from tta_ext.decoding.runtime.compat import passed_cache
 
 __all__ = ["kad"]
 
@@ -62,9 +63,10 @@ def kad(
         proxy_model: the aligned model that takes over rejected tokens.
         anti_model, rule, param, critical, rule_temperature: as in
             :class:`tta_ext.KnapsackDeferral`; the temperature is ``generate``'s.
-            ``cache_implementation`` and an empty ``past_key_values`` of any kind are accepted, but
-            both models' keys are kept in the loop's own cache, which rolls rows back one by one:
-            the cache that was passed stays empty, and a warning says so.
+            ``cache_implementation`` and an empty ``cache`` of any kind (``past_key_values`` before
+            transformers 5.24) are accepted, but both models' keys are kept in the loop's own cache,
+            which rolls rows back one by one: the cache that was passed stays empty, and a warning
+            says so.
         seed, sequence, lazy, speculative: as in :meth:`tta_ext.KnapsackDeferral.generate`; one
             value of ``param`` and one sequence id for each row.
         proxy_input_ids, proxy_attention_mask: what the proxy reads instead of ``input_ids``.
@@ -88,11 +90,11 @@ def kad(
         raise ValueError("input_ids has no tokens; inputs_embeds are not supported here")
     check_model(model, "base")
     config = generation_config
-    _check_cache(model_kwargs.get("past_key_values"), config.cache_implementation)
+    _check_cache(model_kwargs, config.cache_implementation)
     temperature, processors = _split_temperature(logits_processor)
     if not config.do_sample:
         temperature = 1.0
-    ends = config._eos_token_tensor
+    ends = _ids(config.eos_token_id)
     owner = KnapsackDeferral(
         model,
         proxy_model,
@@ -115,15 +117,14 @@ def kad(
         do_sample=config.do_sample,
         seed=seed,
         sequence=sequence,
-        eos_token_id=[] if ends is None else ends.flatten().tolist(),
+        eos_token_id=ends,
         logits_processor=processors,
         stopping_criteria=_own_criteria(stopping_criteria),
         streamer=token_streamer,
         lazy=lazy,
         speculative=speculative,
     )
-    pad = config._pad_token_tensor
-    pad_id = 0 if pad is None else int(pad)
+    pad_id = next(iter(_ids(config.pad_token_id) + ends), 0)  # the same as generate's
     sequences = input_ids.new_full(
         (len(result), input_ids.shape[1] + max(map(len, result.tokens))), pad_id
     )
@@ -136,16 +137,20 @@ def kad(
     return sequences
 
 
-def _check_cache(cache: Any, implementation: str | None) -> None:
+def _ids(value: int | Sequence[int] | Tensor | None) -> list[int]:
+    """Token ids as a configuration may hold them."""
+    return [] if value is None else torch.as_tensor(value).flatten().tolist()
+
+
+def _check_cache(model_kwargs: Mapping[str, Any], implementation: str | None) -> None:
     """Refuse a cache with tokens in it, and say that another one is not used."""
+    name, cache, passed = passed_cache(model_kwargs)
     if cache is not None and cache.get_seq_length():
         raise ValueError(
-            "past_key_values already holds tokens; "
-            "tta_ext.KnapsackDeferral.chat keeps caches between turns"
+            f"{name} already holds tokens; tta_ext.KnapsackDeferral.chat keeps caches between turns"
         )
-    # Early releases of transformers 5 do not tell whose cache it is.
-    if getattr(cache, "_is_user_defined", False):
-        what = f"past_key_values ({type(cache).__name__})"
+    if passed:
+        what = f"{name} ({type(cache).__name__})"
     elif implementation not in (None, "dynamic"):
         what = f"cache_implementation={implementation!r}"
     else:

@@ -8,12 +8,13 @@ is refused with the reason.
 
 from __future__ import annotations
 
-import inspect
 import weakref
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from tta_ext.decoding.runtime import compat
 
 __all__ = ["MaskBuilder", "check_model", "probe_model"]
 
@@ -48,7 +49,7 @@ def check_model(model: Any, role: str) -> None:
         raise ValueError(
             f"{role} ({name}) has no language-model head; load it with AutoModelForCausalLM"
         )
-    if getattr(model, "_is_stateful", False):
+    if compat.is_recurrent(model):
         raise ValueError(
             f"{role} ({name}) keeps a recurrent state instead of keys and values, "
             "which can neither lag behind nor be rolled back"
@@ -69,15 +70,14 @@ def check_model(model: Any, role: str) -> None:
                 f"{role} ({name}) has layers of type {kind!r}, whose state can neither lag behind "
                 f"nor be rolled back here; supported are {', '.join(_LAYER_TYPES)}"
             )
-    implementation = getattr(text, "_attn_implementation", None) or "eager"
+    implementation = compat.attention_implementation(text)
     if implementation not in _IMPLEMENTATIONS:
         raise ValueError(
             f"{role} ({name}) uses attn_implementation={implementation!r}, which takes no mask "
             'per row; load it with attn_implementation="sdpa"'
         )
-    parameters = inspect.signature(model.forward).parameters
-    for needed in ("past_key_values", "position_ids", "attention_mask"):
-        if needed not in parameters:
+    for needed in (compat.cache_argument(model), "position_ids", "attention_mask"):
+        if not compat.accepts(model, needed):
             raise ValueError(
                 f"{role} ({name}) takes no {needed}, "
                 "so rows of different length cannot share a batch"

@@ -19,7 +19,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers import Cache
+
+from tta_ext.decoding.runtime.compat import AttentionLayerCache, query_count
 
 __all__ = ["Plan", "RaggedCache", "RaggedLayer"]
 
@@ -43,16 +45,9 @@ class Plan:
     fresh: bool = False
 
 
-def _count(queries: int | Tensor) -> int:
-    # Early releases of transformers 5 give the queries' positions.
-    return queries.shape[0] if isinstance(queries, Tensor) else queries
-
-
-class RaggedLayer(CacheLayerMixin):
+class RaggedLayer(AttentionLayerCache):
     """Keys and values of one layer."""
 
-    is_sliding = False
-    is_compileable = False
     keys: Tensor
     values: Tensor
 
@@ -119,15 +114,10 @@ class RaggedLayer(CacheLayerMixin):
 
     def get_mask_sizes(self, queries: int | Tensor) -> tuple[int, int]:
         """Length and offset for masks that the model builds itself: only fresh plans ask."""
-        return _count(queries), 0
+        return query_count(queries), 0
 
     def get_seq_length(self) -> int:
         return self.cache.get_seq_length()
-
-    def get_max_length(self) -> int:
-        return -1
-
-    get_max_cache_shape = get_max_length  # its name in early releases of transformers 5
 
 
 class RaggedCache(Cache):
@@ -165,7 +155,7 @@ class RaggedCache(Cache):
         return plan.width - plan.slots.shape[0] // plan.count
 
     def get_mask_sizes(self, queries: int | Tensor, layer_idx: int = 0) -> tuple[int, int]:
-        return _count(queries), 0
+        return query_count(queries), 0
 
     def copy_rows(self, source: Tensor, target: Tensor, width: int) -> None:
         """Copy the first ``width`` positions between rows, in every layer."""

@@ -14,7 +14,6 @@ times what a benchmark of it alone would say: few calls matter more than cheap o
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from time import perf_counter
 from typing import Any
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from tta_ext.decoding.runtime.attention import MaskBuilder, check_model
 from tta_ext.decoding.runtime.cache import Plan, RaggedCache
+from tta_ext.decoding.runtime.compat import accepts, cache_argument
 from tta_ext.decoding.runtime.profiling import span
 
 __all__ = ["Runner"]
@@ -70,7 +70,8 @@ class Runner:
         self.model, self.name = model, name
         self.vocabulary, self.masked = vocabulary, masked
         self.device = model.get_input_embeddings().weight.device
-        self._keep_last = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._cache_argument = cache_argument(model)
+        self._keep_last = accepts(model, "logits_to_keep")
         self._masks = MaskBuilder(model.config.get_text_config(), model.dtype, self.device)
         self.seconds = 0.0
         self.calls = self.rows_run = self.tokens_run = 0
@@ -364,16 +365,15 @@ class Runner:
         self, tokens: Tensor, position: Tensor, mask: Any, fed: int, every: bool = False
     ) -> Tensor:
         """Logits ``[rows, columns or 1, vocabulary]`` of every column or the last."""
-        extra = {"logits_to_keep": 1} if self._keep_last and tokens.shape[1] > 1 else {}
-        if every:
-            extra = {}
+        extra: dict[str, Any] = {self._cache_argument: self.cache}
+        if self._keep_last and tokens.shape[1] > 1 and not every:
+            extra["logits_to_keep"] = 1
         start = perf_counter()
         with span(self.name):
             logits = self.model(
                 input_ids=tokens,
                 attention_mask=mask,
                 position_ids=position,
-                past_key_values=self.cache,
                 use_cache=True,
                 return_dict=True,
                 **extra,
