@@ -17,7 +17,7 @@
 // touches.
 #pragma once
 
-#include "cuda/kad.cuh"
+#include "cuda/masked_sum.cuh"
 
 namespace tta {
 namespace cuda {

@@ -12,8 +12,8 @@
 //   sample, propose   base statistics, draw, judge          [knapsack: masked sums of the drawn
 //                     token's prefix]  [sample: statistics of the proxy where the draw is deferred]
 //   the others        statistics, cut by a search over the floats [knapsack: cut.cuh, two stages]
-//                     masses, by nodes (kad.cuh) where few tokens of a tile are above the cut; with
-//                     them the statistics' results or the greedy choice without q
+//                     masses, by nodes (masked_sum.cuh) where few tokens of a tile are above the
+//                     cut; with them the statistics' results or the greedy choice without q
 //                     the mask, pi, or the best token, of which tiles that cannot have it are not
 //                     read
 //
@@ -24,6 +24,7 @@
 // merges, and in what order candidates are listed, changes nothing.
 
 #include "cuda/cut.cuh"
+#include "cuda/draw.cuh"
 #include "cuda/launch.h"
 #include "cuda/policy.cuh"
 

@@ -7,7 +7,8 @@
 #include <type_traits>
 
 #include "cuda/divide.cuh"
-#include "cuda/kad.cuh"
+#include "cuda/draw.cuh"
+#include "cuda/masked_sum.cuh"
 
 namespace tta {
 namespace cuda {

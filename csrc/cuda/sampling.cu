@@ -14,9 +14,10 @@
 // whatever block arrives last; prefixes inside a tile are exact integers.
 
 #include "cuda/divide.cuh"
+#include "cuda/draw.cuh"
 #include "cuda/launch.h"
 #include "cuda/mixture.cuh"
-#include "cuda/row.cuh"
+#include "cuda/statistics.cuh"
 
 namespace tta {
 namespace cuda {

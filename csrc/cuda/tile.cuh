@@ -1,5 +1,5 @@
 // One tile of a row and the block that works on it: 128 threads, 32 elements each. (A tile a warp,
-// where blocks have several: row.cuh, kad.cuh.)
+// where blocks have several: statistics.cuh, read.cuh.)
 //
 // Thread map. Where the row is aligned to four elements, warp w owns the groups 8 w .. 8 w + 7 of
 // 128 elements and lane l the elements 4 l .. 4 l + 3 of each: loads of 16 bytes (8 for 16-bit

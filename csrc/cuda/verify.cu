@@ -20,6 +20,7 @@
 // Determinism: as in deferral.cu; the walk looks at the positions in order, whoever takes it.
 
 #include "cuda/cut.cuh"
+#include "cuda/draw.cuh"
 #include "cuda/launch.h"
 #include "cuda/policy.cuh"
 
