@@ -43,7 +43,7 @@ constexpr int kBands = 4096;
 constexpr int kBandBits = 12;
 constexpr int kBandsEach = kBands / kThreads;
 constexpr int kBlocks = 512 / kThreads;  // of one multiprocessor, at least
-constexpr int kListed = 4096;
+constexpr int kListedItems = 4096;
 constexpr uint32_t kTopKey = 0x7f800000u;        // of an infinite quotient
 constexpr uint32_t kIdKeys = 1u << 20;           // above all ids
 constexpr int kCoarseBits = 19, kFineBits = 19;  // of a weight in units
@@ -77,7 +77,7 @@ struct Units {
 
 // The items of a row that may hold the critical one: a range of codes or, when that is one code, of
 // ids. `before`: units of everything ordered before the bracket.
-struct Bracket {
+struct ItemBracket {
   uint64_t top, bottom;  // inclusive, like the ids
   int32_t first, last;
   uint64_t before;
@@ -98,8 +98,8 @@ struct Bracket {
     return static_cast<int>((ties() ? static_cast<uint64_t>(x.id - first) : top - x.code) >>
                             shift());
   }
-  __device__ __forceinline__ Bracket narrowed(int low, int high, uint64_t units) const {
-    Bracket b = *this;
+  __device__ __forceinline__ ItemBracket narrowed(int low, int high, uint64_t units) const {
+    ItemBracket b = *this;
     const uint64_t begin = static_cast<uint64_t>(low) << shift();
     uint64_t end = ((static_cast<uint64_t>(high) + 1) << shift()) - 1;
     end = end < range() ? end : range();
@@ -114,7 +114,7 @@ struct Bracket {
     return b;
   }
   // Worth another round: at most half as wide, or down to ties.
-  __device__ __forceinline__ bool progress_from(const Bracket& old) const {
+  __device__ __forceinline__ bool progress_from(const ItemBracket& old) const {
     return (ties() && !old.ties()) || range() <= old.range() / 2;
   }
 };
@@ -132,9 +132,9 @@ struct TileNote {
 };
 enum Flag : uint32_t { kBadProfit = 1, kBadWeight = 2, kMixed = 4 };  // kMixed: several keys
 
-enum Status : int32_t { kInvalid, kTakesAll, kOpen };
+enum Status : int32_t { kInvalid, kTakesAll, kSeeksCritical };
 
-struct RowState {
+struct SackState {
   Place critical;
   uint64_t whole;        // units in the capacity
   uint64_t before;       // units of everything ordered before the bracket
@@ -150,8 +150,8 @@ struct RowState {
 __host__ __device__ constexpr size_t padded(size_t n) { return (n + 255) / 256 * 256; }
 
 size_t bytes_of_row(int tiles) {
-  return padded(sizeof(RowState)) + padded(static_cast<size_t>(tiles) * sizeof(TileNote)) +
-         (tiles > 1 ? kBands * sizeof(uint64_t) : 0) + kListed * sizeof(int32_t);
+  return padded(sizeof(SackState)) + padded(static_cast<size_t>(tiles) * sizeof(TileNote)) +
+         (tiles > 1 ? kBands * sizeof(uint64_t) : 0) + kListedItems * sizeof(int32_t);
 }
 
 struct Sack : KnapsackArgs {
@@ -165,18 +165,18 @@ struct Sack : KnapsackArgs {
   __device__ __forceinline__ int64_t row() const { return first_row + blockIdx.y; }
   __device__ __forceinline__ int tile() const { return static_cast<int>(blockIdx.x); }
   __device__ __forceinline__ char* at(int64_t row) const { return scratch + row * row_bytes; }
-  __device__ __forceinline__ RowState& state(int64_t row) const {
-    return *reinterpret_cast<RowState*>(at(row));
+  __device__ __forceinline__ SackState& state(int64_t row) const {
+    return *reinterpret_cast<SackState*>(at(row));
   }
   __device__ __forceinline__ TileNote* notes(int64_t row) const {
-    return reinterpret_cast<TileNote*>(at(row) + padded(sizeof(RowState)));
+    return reinterpret_cast<TileNote*>(at(row) + padded(sizeof(SackState)));
   }
   __device__ __forceinline__ int32_t* list(int64_t row) const {
-    return reinterpret_cast<int32_t*>(at(row) + padded(sizeof(RowState)) +
+    return reinterpret_cast<int32_t*>(at(row) + padded(sizeof(SackState)) +
                                       padded(static_cast<size_t>(tiles) * sizeof(TileNote)));
   }
   __device__ __forceinline__ uint64_t* tallies(int64_t row) const {
-    return reinterpret_cast<uint64_t*>(list(row) + kListed);
+    return reinterpret_cast<uint64_t*>(list(row) + kListedItems);
   }
 };
 
@@ -209,7 +209,7 @@ struct Items {
         vector((reinterpret_cast<uintptr_t>(profit) | reinterpret_cast<uintptr_t>(weight)) % 16 ==
                0),
         limit(limit_of(capacity)) {}
-  __device__ __forceinline__ Items(const Sack& a, int64_t row, const RowState& r) : Items(a, row) {
+  __device__ __forceinline__ Items(const Sack& a, int64_t row, const SackState& r) : Items(a, row) {
     limit = r.limit;
     coarse = r.coarse;
     fine = r.fine;
@@ -496,8 +496,8 @@ __device__ __forceinline__ OpenBands open_bands(const Items& items, uint64_t bef
 }
 
 template <class Read>
-__device__ __forceinline__ Bracket narrow(const Bracket& bracket, const Items& items,
-                                          const Read& units_at) {
+__device__ __forceinline__ ItemBracket narrow(const ItemBracket& bracket, const Items& items,
+                                              const Read& units_at) {
   const OpenBands bands = open_bands(items, bracket.before, units_at);
   return bracket.narrowed(bands.low, bands.high, bands.before);
 }
@@ -505,7 +505,7 @@ __device__ __forceinline__ Bracket narrow(const Bracket& bracket, const Items& i
 // ---- the critical item -------------------------------------------------------------------------
 
 // The critical item by S alone: a search over codes, then over ids.
-__device__ __forceinline__ Place bisect_by_sums(const Items& items, const Bracket& bracket) {
+__device__ __forceinline__ Place bisect_by_sums(const Items& items, const ItemBracket& bracket) {
   uint64_t fits = bracket.top + 1, open = bracket.bottom;
   int32_t low = bracket.first - 1, high = bracket.last;
   for (;;) {
@@ -523,7 +523,7 @@ __device__ __forceinline__ Place bisect_by_sums(const Items& items, const Bracke
 
 // The list, of which thread i looks after the items i + k kThreads.
 struct List {
-  static_assert(kListed <= 32 * kThreads, "a bit each");
+  static_assert(kListedItems <= 32 * kThreads, "a bit each");
   const int32_t* ids;
   int count;
   uint32_t alive;  // of this thread's items
@@ -547,7 +547,7 @@ struct List {
 };
 
 // Tallies the list until a few items are left. For a whole block.
-__device__ __forceinline__ void narrow_list(const Items& items, Bracket* bracket, List* list,
+__device__ __forceinline__ void narrow_list(const Items& items, ItemBracket* bracket, List* list,
                                             Tally* tally) {
   constexpr int kFew = 4;
   for (;;) {
@@ -558,7 +558,7 @@ __device__ __forceinline__ void narrow_list(const Items& items, Bracket* bracket
       return true;
     });
     __syncthreads();
-    const Bracket next = narrow(*bracket, items, [&](int slot) { return tally->at(slot); });
+    const ItemBracket next = narrow(*bracket, items, [&](int slot) { return tally->at(slot); });
     const bool progress = next.progress_from(*bracket);
     *bracket = next;
     list->each(items, [&](const Place& place, float) { return next.holds(place); });
@@ -567,8 +567,8 @@ __device__ __forceinline__ void narrow_list(const Items& items, Bracket* bracket
 }
 
 // Tries one listed item after the other, from the middle; every step drops at least that one.
-__device__ __forceinline__ Place bisect_list(const Items& items, const Bracket& bracket,
-                                             List* list) {
+__device__ __forceinline__ Place try_listed(const Items& items, const ItemBracket& bracket,
+                                            List* list) {
   TTA_SHARED(Place, chosen);
   const uint64_t slack = items.slack();
   uint64_t before = bracket.before;
@@ -609,11 +609,11 @@ __device__ __forceinline__ Place bisect_list(const Items& items, const Bracket& 
 // Shortens a bracket until its items can be listed, and lists them; false if it gets no shorter.
 // By one block, over the whole row.
 __device__ __forceinline__ bool list_again(const Sack& a, int64_t row, const Items& items,
-                                           Bracket* bracket, Tally* tally) {
-  RowState& r = a.state(row);
+                                           ItemBracket* bracket, Tally* tally) {
+  SackState& r = a.state(row);
   int32_t* list = a.list(row);
   uint64_t* total = a.tallies(row);
-  while (r.listed > kListed) {
+  while (r.listed > kListedItems) {
     for (int i = static_cast<int>(threadIdx.x); i < kBands; i += kThreads) total[i] = 0;
     for (int t = 0; t < a.tiles; ++t) {
       tally->clear();
@@ -624,7 +624,7 @@ __device__ __forceinline__ bool list_again(const Sack& a, int64_t row, const Ite
       tally->add_to(total);
       __syncthreads();
     }
-    const Bracket next = narrow(*bracket, items, [&](int slot) { return total[slot]; });
+    const ItemBracket next = narrow(*bracket, items, [&](int slot) { return total[slot]; });
     const bool progress = next.progress_from(*bracket);
     *bracket = next;
     if (!progress) return false;
@@ -634,7 +634,7 @@ __device__ __forceinline__ bool list_again(const Sack& a, int64_t row, const Ite
       items.each(t, [&](const Place& place, float) {
         if (!next.holds(place)) return;
         const uint32_t to = atomicAdd(&r.listed, 1u);
-        if (to < kListed) list[to] = place.id;
+        if (to < kListedItems) list[to] = place.id;
       });
     __syncthreads();
   }
@@ -643,8 +643,8 @@ __device__ __forceinline__ bool list_again(const Sack& a, int64_t row, const Ite
 
 // The range of the codes of the items in the bracket of keys. For a whole block.
 __device__ __forceinline__ void find_codes(const Sack& a, int64_t row, const Items& items,
-                                           Bracket* bracket) {
-  const RowState& r = a.state(row);
+                                           ItemBracket* bracket) {
+  const SackState& r = a.state(row);
   uint64_t top = 0, bottom = ~uint64_t{0};
   const auto look = [&](const Place& place, float w) {
     const uint32_t key = key_of<false>(__ldg(items.profit + place.id), w, place.id);
@@ -653,7 +653,7 @@ __device__ __forceinline__ void find_codes(const Sack& a, int64_t row, const Ite
     bottom = Min()(bottom, place.code);
     return true;
   };
-  if (r.listed > kListed) {
+  if (r.listed > kListedItems) {
     for (int t = 0; t < a.tiles; ++t) items.each(t, look);
   } else {
     List(a.list(row), static_cast<int>(r.listed)).each(items, look);
@@ -663,11 +663,11 @@ __device__ __forceinline__ void find_codes(const Sack& a, int64_t row, const Ite
 }
 
 // Before this, the row's items inside the bracket of keys were listed. For a whole block.
-__device__ __forceinline__ Place find_critical(const Sack& a, int64_t row, const Items& items,
+__device__ __forceinline__ Place critical_item(const Sack& a, int64_t row, const Items& items,
                                                Tally* tally) {
-  const RowState& r = a.state(row);
-  Bracket bracket = {r.critical.code, r.critical.code, 0, static_cast<int32_t>(items.n) - 1,
-                     r.before};
+  const SackState& r = a.state(row);
+  ItemBracket bracket = {r.critical.code, r.critical.code, 0, static_cast<int32_t>(items.n) - 1,
+                         r.before};
   if (r.equal) {
     const int32_t last = static_cast<int32_t>(kIdKeys - r.bottom);
     bracket.first = r.top < kIdKeys ? static_cast<int32_t>(kIdKeys - r.top) : 0;
@@ -678,7 +678,7 @@ __device__ __forceinline__ Place find_critical(const Sack& a, int64_t row, const
   if (!list_again(a, row, items, &bracket, tally)) return bisect_by_sums(items, bracket);
   List listed(a.list(row), static_cast<int>(r.listed));
   narrow_list(items, &bracket, &listed, tally);
-  return bisect_list(items, bracket, &listed);
+  return try_listed(items, bracket, &listed);
 }
 
 // ---- stages ------------------------------------------------------------------------------------
@@ -736,7 +736,7 @@ __device__ __forceinline__ void range_of_codes(const Items& items, int t, uint64
 
 // The factors of the units: powers of two that turn the limit into less than 2^kCoarseBits and
 // what is left after the integer part into an integer below 2^(kFineBits - 1).
-__device__ __forceinline__ void set_units(double capacity, RowState* r) {
+__device__ __forceinline__ void set_units(double capacity, SackState* r) {
   const uint32_t bits = device::scalar_bits(r->limit);
   const int above = 32 - __clz(static_cast<int>(bits));  // the highest one's place
   const int exponent = above > 23 ? static_cast<int>(bits >> 23) - 126 : above - 149;
@@ -805,13 +805,13 @@ __global__ void __launch_bounds__(kThreads, kBlocks) survey_kernel(const Sack a)
   high = block_reduce(high, Max());
   flags = block_reduce(flags, Or());
   if (i) return;
-  RowState& r = a.state(row);
+  SackState& r = a.state(row);
   const bool bad = (flags & (kBadProfit | kBadWeight)) != 0;
   if (bad) note_invalid(a, row, flags & kBadProfit ? 0 : 1);
   r.limit = items.limit;
   // No sum of 2^20 float32 numbers reaches 2^148.
   const bool all = items.limit == 0.0f || items.capacity >= 0x1p148;
-  r.status = bad || !(items.capacity >= 0.0) ? kInvalid : all ? kTakesAll : kOpen;
+  r.status = bad || !(items.capacity >= 0.0) ? kInvalid : all ? kTakesAll : kSeeksCritical;
   r.critical = {highest, -1};
   r.equal = !(flags & kMixed) && lowest == highest;
   const uint32_t top = r.equal ? kIdKeys : high + 1;
@@ -824,7 +824,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) survey_kernel(const Sack a)
   r.bottom = 0;
   r.before = 0;
   r.listed = 0;
-  if (r.status == kOpen) set_units(items.capacity, &r);
+  if (r.status == kSeeksCritical) set_units(items.capacity, &r);
 }
 
 template <bool kEqual>
@@ -846,8 +846,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks) tally_kernel(const Sack a) 
   TTA_SHARED(Tally, tally);
   const int64_t row = a.row();
   const int t = a.tile();
-  RowState& r = a.state(row);
-  if (r.status != kOpen) return;
+  SackState& r = a.state(row);
+  if (r.status != kSeeksCritical) return;
   const Items items(a, row, r);
   uint64_t* tallies = a.tallies(row);
   tally.clear();
@@ -874,7 +874,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) tally_kernel(const Sack a) 
 
 // Lists a tile's items whose keys are in the bracket; counts them all.
 template <bool kEqual>
-__device__ __forceinline__ void list_tile(const Sack& a, const Items& items, RowState* r, int t,
+__device__ __forceinline__ void list_tile(const Sack& a, const Items& items, SackState* r, int t,
                                           int32_t* list) {
   const int me = static_cast<int>(threadIdx.x);
   const uint32_t top = r->top, bottom = r->bottom;
@@ -911,7 +911,7 @@ __device__ __forceinline__ void list_tile(const Sack& a, const Items& items, Row
   }
   if (!inside) return;
   uint32_t to = atomicAdd(&r->listed, static_cast<uint32_t>(__popc(inside)));
-  for (; inside && to < kListed; inside &= inside - 1, ++to)
+  for (; inside && to < kListedItems; inside &= inside - 1, ++to)
     list[to] = id_of(__ffs(static_cast<int>(inside)) - 1);
 }
 
@@ -919,8 +919,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks) list_kernel(const Sack a) {
   TTA_SHARED(Tally, tally);
   const int64_t row = a.row();
   const int t = a.tile();
-  RowState& r = a.state(row);
-  if (r.status != kOpen) return;
+  SackState& r = a.state(row);
+  if (r.status != kSeeksCritical) return;
   const Items items(a, row, r);
   if (r.equal)
     list_tile<true>(a, items, &r, t, a.list(row));
@@ -931,7 +931,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) list_kernel(const Sack a) {
     if (threadIdx.x == 0) r.status = kTakesAll;
     return;
   }
-  const Place critical = find_critical(a, row, items, &tally);
+  const Place critical = critical_item(a, row, items, &tally);
   if (threadIdx.x == 0) r.critical = critical;
 }
 
@@ -942,11 +942,11 @@ __global__ void __launch_bounds__(kThreads, kBlocks) select_kernel(const Sack a)
   float* profits = reinterpret_cast<float*>(profits4);
   const int64_t row = a.row();
   const int t = a.tile();
-  const RowState& r = a.state(row);
+  const SackState& r = a.state(row);
   const int32_t status = r.status;
   Items items(a, row, r);
   if (status == kInvalid) items.limit = kNaN;  // nothing fits
-  const Prefix taken(status == kOpen ? r.critical : everything(items));
+  const Prefix taken(status == kSeeksCritical ? r.critical : everything(items));
   TileNote* notes = a.notes(row);
   bool* out = a.selected + row * a.selected_stride + static_cast<int64_t>(t) * kTile;
   const bool whole_words = items.vector && reinterpret_cast<uintptr_t>(out) % 4 == 0;
@@ -998,7 +998,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) select_kernel(const Sack a)
     return;
   }
   double part = 0.0;
-  if (status == kOpen) {
+  if (status == kSeeksCritical) {
     const int64_t c = taken.end.id;
     const double density = div_rn(static_cast<double>(__ldg(items.profit + c)),
                                   static_cast<double>(__ldg(items.weight + c)));
@@ -1007,7 +1007,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) select_kernel(const Sack a)
   a.used[row] = used;
   a.value[row] = value;
   a.upper_bound[row] = add_rn(value, part);
-  a.critical_index[row] = status == kOpen ? taken.end.id : -1;
+  a.critical_index[row] = status == kSeeksCritical ? taken.end.id : -1;
 }
 
 }  // namespace
