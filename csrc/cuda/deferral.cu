@@ -71,7 +71,7 @@ __device__ __forceinline__ void write_invalid(const Resolved& a, int64_t row) {
 
 // Statistics of every row the rule and the task look at; the last block resolves the rule, or
 // prepares the search of the knapsack's cut.
-__global__ void __launch_bounds__(kThreads, 4) resolve_kernel(const Resolved given) {
+__global__ void __launch_bounds__(kThreads, 4) deferral_resolve_kernel(const Resolved given) {
   const Resolved a = single(given);
   TTA_SHARED_ARRAY(float4, weights4, kTile / 4);
   TTA_SHARED_ARRAY(double, cum, kMaxTiles);
@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(kThreads, 4) resolve_kernel(const Resolved giv
 // The deferred mass at the sampling temperature and, where they are wanted, at the rule's; kLowest:
 // the lowest kept logit. The last block also makes the greedy choice that needs no q.
 template <bool kLowest>
-__global__ void __launch_bounds__(kThreads, 5) masses_kernel(const Resolved given) {
+__global__ void __launch_bounds__(kThreads, 5) deferral_masses_kernel(const Resolved given) {
   const Resolved a = single(given);
   TTA_SHARED_ARRAY(float4, weights4, kTile / 4);
   TTA_SHARED_ARRAY(double, shared, kMaxTiles);
@@ -192,7 +192,7 @@ __device__ __forceinline__ void mask_tile_by_warp(const TileTest& test, const ch
   }
 }
 
-__global__ void __launch_bounds__(kThreads, 6) mask_kernel(const Resolved given) {
+__global__ void __launch_bounds__(kThreads, 6) deferral_mask_kernel(const Resolved given) {
   const Resolved a = single(given);
   const uint32_t row = a.row();
   const RowState& r = a.s.state(row);
@@ -217,7 +217,7 @@ __global__ void __launch_bounds__(kThreads, 6) mask_kernel(const Resolved given)
                                                   : static_cast<float>(d.fraction);
 }
 
-__global__ void __launch_bounds__(kThreads, 5) probs_kernel(const Resolved given) {
+__global__ void __launch_bounds__(kThreads, 5) deferral_probs_kernel(const Resolved given) {
   const Resolved a = single(given);
   const uint32_t row = a.row();
   const int t = a.tile();
@@ -247,7 +247,7 @@ __global__ void __launch_bounds__(kThreads, 5) probs_kernel(const Resolved given
 }
 
 // Argmax of pi, ties to the lowest id.
-__global__ void __launch_bounds__(kThreads, 5) best_kernel(const Resolved given) {
+__global__ void __launch_bounds__(kThreads, 5) deferral_best_kernel(const Resolved given) {
   const Resolved a = single(given);
   const uint32_t row = a.row();
   const RowState& r = a.s.state(row);
@@ -271,7 +271,7 @@ struct Drawn : Kad {
 };
 
 // Statistics of the base (and of the proxy, for rules that look at it), draw and judgement.
-__global__ void __launch_bounds__(kThreads, 5) draw_kernel(const Drawn a) {
+__global__ void __launch_bounds__(kThreads, 5) deferral_draw_kernel(const Drawn a) {
   TTA_SHARED_ARRAY(float4, weights4, kTile / 4);
   TTA_SHARED_ARRAY(double, cum, kMaxTiles);
   TTA_SHARED(double, coin);
@@ -326,7 +326,7 @@ __global__ void __launch_bounds__(kThreads, 5) draw_kernel(const Drawn a) {
 }
 
 // The knapsack's verdict on a drawn token: masked sums through it and before it.
-__global__ void __launch_bounds__(kThreads, 4) judge_kernel(const Drawn given) {
+__global__ void __launch_bounds__(kThreads, 4) deferral_judge_kernel(const Drawn given) {
   const Drawn a = single(given);
   TTA_SHARED_ARRAY(float4, weights4, kTile / 4);
   TTA_SHARED_ARRAY(double, shared, kMaxTiles);
@@ -364,7 +364,7 @@ __global__ void __launch_bounds__(kThreads, 4) judge_kernel(const Drawn given) {
 }
 
 // What replaces a rejected token: the proxy is read for those rows alone.
-__global__ void __launch_bounds__(kThreads, 5) replace_kernel(const Drawn given) {
+__global__ void __launch_bounds__(kThreads, 5) deferral_replace_kernel(const Drawn given) {
   const Drawn a = single(given);
   TTA_SHARED_ARRAY(float4, weights4, kTile / 4);
   TTA_SHARED_ARRAY(double, cum, kMaxTiles);
@@ -404,19 +404,19 @@ cudaError_t run(Resolved a, int64_t rows, const Launch& launch) {
     const dim3 statistics = grid_of(a.with_proxy ? 2 * a.columns : a.columns, rows - first);
     const dim3 shared = grid_of(a.columns, rows - first);
     const dim3 tiles = grid_of(a.s.tiles, rows - first);
-    TTA_LAUNCH((resolve_kernel), statistics, kThreads, 0, launch.stream, a);
+    TTA_LAUNCH((deferral_resolve_kernel), statistics, kThreads, 0, launch.stream, a);
     if (a.s.with_cut) launch_cut<Kad>(a, shared, launch.stream);
     // The knapsack's lowest kept logit is the critical item's.
     if (a.task == kStatsTask && a.rule.rule != kKnapsack)
-      TTA_LAUNCH((masses_kernel<true>), shared, kThreads, 0, launch.stream, a);
+      TTA_LAUNCH((deferral_masses_kernel<true>), shared, kThreads, 0, launch.stream, a);
     else if (masses)
-      TTA_LAUNCH((masses_kernel<false>), shared, kThreads, 0, launch.stream, a);
+      TTA_LAUNCH((deferral_masses_kernel<false>), shared, kThreads, 0, launch.stream, a);
     if (a.task == kMaskTask)
-      TTA_LAUNCH((mask_kernel), shared, kThreads, 0, launch.stream, a);
+      TTA_LAUNCH((deferral_mask_kernel), shared, kThreads, 0, launch.stream, a);
     else if (a.task == kProbsTask)
-      TTA_LAUNCH((probs_kernel), tiles, kThreads, 0, launch.stream, a);
+      TTA_LAUNCH((deferral_probs_kernel), tiles, kThreads, 0, launch.stream, a);
     else if (a.task == kSampleTask)
-      TTA_LAUNCH((best_kernel), shared, kThreads, 0, launch.stream, a);
+      TTA_LAUNCH((deferral_best_kernel), shared, kThreads, 0, launch.stream, a);
   }
   return cudaGetLastError();
 }
@@ -428,10 +428,11 @@ cudaError_t run(Drawn a, int64_t rows, const Launch& launch) {
     a.first_row = static_cast<uint32_t>(first);
     const dim3 statistics = grid_of(needs_proxy ? 2 * a.columns : a.columns, rows - first);
     const dim3 tiles = grid_of(a.s.tiles, rows - first);
-    TTA_LAUNCH((draw_kernel), statistics, kThreads, 0, launch.stream, a);
-    if (a.rule.rule == kKnapsack) TTA_LAUNCH((judge_kernel), tiles, kThreads, 0, launch.stream, a);
+    TTA_LAUNCH((deferral_draw_kernel), statistics, kThreads, 0, launch.stream, a);
+    if (a.rule.rule == kKnapsack)
+      TTA_LAUNCH((deferral_judge_kernel), tiles, kThreads, 0, launch.stream, a);
     if (!a.propose && !needs_proxy)
-      TTA_LAUNCH((replace_kernel), statistics, kThreads, 0, launch.stream, a);
+      TTA_LAUNCH((deferral_replace_kernel), statistics, kThreads, 0, launch.stream, a);
   }
   return cudaGetLastError();
 }

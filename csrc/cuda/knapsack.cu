@@ -125,7 +125,7 @@ __device__ __forceinline__ void set_units(double capacity, SackState* r) {
       mul_rn(mul_rn(capacity, static_cast<double>(r->coarse)), static_cast<double>(r->fine)));
 }
 
-__global__ void __launch_bounds__(kThreads, kBlocks) survey_kernel(const Sack a) {
+__global__ void __launch_bounds__(kThreads, kBlocks) knapsack_survey_kernel(const Sack a) {
   const int64_t row = a.row();
   const int t = a.tile();
   const int i = static_cast<int>(threadIdx.x);
@@ -217,7 +217,7 @@ __device__ __forceinline__ void tally_tile(const Items& items, uint32_t top, int
   });
 }
 
-__global__ void __launch_bounds__(kThreads, kBlocks) tally_kernel(const Sack a) {
+__global__ void __launch_bounds__(kThreads, kBlocks) knapsack_tally_kernel(const Sack a) {
   TTA_SHARED(Tally, tally);
   const int64_t row = a.row();
   const int t = a.tile();
@@ -290,7 +290,7 @@ __device__ __forceinline__ void list_tile(const Sack& a, const Items& items, Sac
     list[to] = id_of(__ffs(static_cast<int>(inside)) - 1);
 }
 
-__global__ void __launch_bounds__(kThreads, kBlocks) list_kernel(const Sack a) {
+__global__ void __launch_bounds__(kThreads, kBlocks) knapsack_list_kernel(const Sack a) {
   TTA_SHARED(Tally, tally);
   const int64_t row = a.row();
   const int t = a.tile();
@@ -310,7 +310,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) list_kernel(const Sack a) {
   if (threadIdx.x == 0) r.critical = critical;
 }
 
-__global__ void __launch_bounds__(kThreads, kBlocks) select_kernel(const Sack a) {
+__global__ void __launch_bounds__(kThreads, kBlocks) knapsack_select_kernel(const Sack a) {
   TTA_SHARED_ARRAY(float4, weights4, kTile / 4);
   TTA_SHARED_ARRAY(float4, profits4, kTile / 4);
   float* weights = reinterpret_cast<float*>(weights4);
@@ -402,10 +402,10 @@ cudaError_t greedy_knapsack(const KnapsackArgs& a, const Launch& launch) {
   for (int64_t first = 0; first < a.batch; first += kMostRows) {
     sack.first_row = first;
     const dim3 grid = grid_of(sack.tiles, a.batch - first);
-    TTA_LAUNCH((survey_kernel), grid, kThreads, 0, launch.stream, sack);
-    if (sack.tiles > 1) TTA_LAUNCH((tally_kernel), grid, kThreads, 0, launch.stream, sack);
-    TTA_LAUNCH((list_kernel), grid, kThreads, 0, launch.stream, sack);
-    TTA_LAUNCH((select_kernel), grid, kThreads, 0, launch.stream, sack);
+    TTA_LAUNCH((knapsack_survey_kernel), grid, kThreads, 0, launch.stream, sack);
+    if (sack.tiles > 1) TTA_LAUNCH((knapsack_tally_kernel), grid, kThreads, 0, launch.stream, sack);
+    TTA_LAUNCH((knapsack_list_kernel), grid, kThreads, 0, launch.stream, sack);
+    TTA_LAUNCH((knapsack_select_kernel), grid, kThreads, 0, launch.stream, sack);
   }
   return cudaGetLastError();
 }

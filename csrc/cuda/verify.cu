@@ -63,7 +63,7 @@ __device__ __forceinline__ bool stands(const Verify& a, int64_t row, double mass
   return q > 0.0 && mul_rn(a.coin(row, kVerify), q) < add_rn(kept_p, mul_rn(mass, q));
 }
 
-__global__ void __launch_bounds__(kThreads, 4) statistics_kernel(const Verify a) {
+__global__ void __launch_bounds__(kThreads, 4) verify_statistics_kernel(const Verify a) {
   TTA_SHARED_ARRAY(float4, weights4, kTile / 4);
   TTA_SHARED_ARRAY(double, cum, kMaxTiles);
   float* weights = reinterpret_cast<float*>(weights4);
@@ -162,7 +162,7 @@ __device__ __forceinline__ void start_walk(const Verify& a, int64_t b) {
 
 // ---- masses and verdicts -----------------------------------------------------------------------
 
-__global__ void __launch_bounds__(kThreads, 5) masses_kernel(const Verify a) {
+__global__ void __launch_bounds__(kThreads, 5) verify_masses_kernel(const Verify a) {
   TTA_SHARED_ARRAY(float4, weights4, kTile / 4);
   TTA_SHARED_ARRAY(double, shared, kMaxTiles);
   float* weights = reinterpret_cast<float*>(weights4);
@@ -207,7 +207,7 @@ __global__ void __launch_bounds__(kThreads, 5) masses_kernel(const Verify a) {
 
 // Greedy: argmax of pi at every position; where the bonus row has no usable proxy, the best kept
 // token, and whether the proxy could still change it.
-__global__ void __launch_bounds__(kThreads, 3) best_kernel(const Verify a) {
+__global__ void __launch_bounds__(kThreads, 3) verify_best_kernel(const Verify a) {
   const uint32_t row = a.row();
   const int64_t b = a.batch_row(row), k = a.position(row), n = a.length(b);
   if (k > n) return;
@@ -320,7 +320,7 @@ __device__ __forceinline__ int64_t draw_residual(const Verify& a, int64_t row, d
          find_in_tile(weights, scale, choice.before, choice.target);
 }
 
-__global__ void __launch_bounds__(kThreads, 2) emit_kernel(const Verify a) {
+__global__ void __launch_bounds__(kThreads, 2) verify_emit_kernel(const Verify a) {
   TTA_SHARED_ARRAY(float4, weights4, kTile / 4);
   TTA_SHARED_ARRAY(double, cum, kMaxTiles);
   TTA_SHARED(End, next);
@@ -405,13 +405,13 @@ cudaError_t deferral_verify(const VerifyArgs& v, const Launch& launch) {
     const dim3 statistics = grid_of(2 * a.columns, batch * a.positions);
     const dim3 shared = grid_of(a.columns, batch * a.positions);
     const dim3 tiles = grid_of(a.s.tiles, batch * a.positions);
-    TTA_LAUNCH((statistics_kernel), statistics, kThreads, 0, launch.stream, a);
+    TTA_LAUNCH((verify_statistics_kernel), statistics, kThreads, 0, launch.stream, a);
     if (a.s.with_cut) launch_cut(a, shared, launch.stream);
-    TTA_LAUNCH((masses_kernel), shared, kThreads, 0, launch.stream, a);
+    TTA_LAUNCH((verify_masses_kernel), shared, kThreads, 0, launch.stream, a);
     if (v.key.do_sample)
-      TTA_LAUNCH((emit_kernel), grid_of(a.s.tiles, batch), kThreads, 0, launch.stream, a);
+      TTA_LAUNCH((verify_emit_kernel), grid_of(a.s.tiles, batch), kThreads, 0, launch.stream, a);
     else
-      TTA_LAUNCH((best_kernel), shared, kThreads, 0, launch.stream, a);
+      TTA_LAUNCH((verify_best_kernel), shared, kThreads, 0, launch.stream, a);
   }
   return cudaGetLastError();
 }
