@@ -59,12 +59,14 @@ struct Kad {
   __device__ __forceinline__ Row proxy_row(int64_t row) const {
     return Row(proxy, batch_row(row), position(row));
   }
+  __device__ __forceinline__ int64_t param_index(int64_t row) const {
+    return batch_row(row) * param_row_stride + position(row) * param_position_stride;
+  }
   __device__ __forceinline__ double param(int64_t row) const {
-    return rule.param[batch_row(row) * param_row_stride + position(row) * param_position_stride];
+    return rule.param[param_index(row)];
   }
   __device__ __forceinline__ bool valid_param(int64_t row) const {
-    const double p = param(row);
-    return p == p && !(rule.rule == kKnapsack && p < 0.0);
+    return rule.valid_param(param_index(row));
   }
   __device__ __forceinline__ int base_rule_slot() const {
     return same_temperature ? kBaseSlot : kBaseRuleSlot;

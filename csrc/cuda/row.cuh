@@ -28,9 +28,7 @@ struct SlotNumbers {
     const float w = exp_of(mul_rn(sub_rn(x, max), inv_temperature));
     return static_cast<float>(div_rn(static_cast<double>(w), z));
   }
-  __device__ __forceinline__ float max_probability() const {
-    return static_cast<float>(div_rn(1.0, z));
-  }
+  TTA_INLINE float max_probability() const { return static_cast<float>(div_rn(1.0, z)); }
 };
 
 // A resolved rule: mu(v) = 1 exactly for the tokens the cut admits in the judging model's logits

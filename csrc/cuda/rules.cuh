@@ -10,8 +10,7 @@ namespace cuda {
 
 // {v : p(v) < t} (or <= t) as a cut: p is monotone in the logit, so a search over the floats finds
 // the last logit inside. 128 floats are tried at a time: five rounds for the 2^32 of them.
-__device__ __forceinline__ Cut below_probability(const SlotNumbers& s, double t,
-                                                 bool or_equal = false) {
+__device__ __forceinline__ Cut below_probability(const SlotNumbers& s, double t, bool or_equal) {
   const auto inside = [&](float x) {
     const double p = static_cast<double>(s.probability(x));
     return or_equal ? p <= t : p < t;
@@ -33,59 +32,19 @@ __device__ __forceinline__ Cut below_probability(const SlotNumbers& s, double t,
 // Every rule but the knapsack, from the rows' statistics alone. For a whole block.
 __device__ __forceinline__ Deferral resolve(const Kad& a, int64_t row, const SlotNumbers& p,
                                             const SlotNumbers& q) {
-  Deferral d = {Cut::none(), -1, 0.0, kInfinity, false, false};
-  const double param = a.param(row);
-  const double max_p = static_cast<double>(p.max_probability());
-  switch (a.rule.rule) {
-    case kThreshold:
-      d.cut = below_probability(p, param);
-      break;
-    case kConfidenceBet:
-      d.cut = below_probability(p, sub_rn(static_cast<double>(q.max_probability()), param));
-      break;
-    case kNudging:
-      d.cut = max_p < param ? Cut::all() : Cut::none();
-      break;
-    case kRelative:
-      d.cut = below_probability(p, sub_rn(max_p, param));
-      break;
-    case kArgmax:
-      d.cut = below_probability(p, max_p);
-      break;
-    case kProxyBelow:
-      d.by_proxy = true;
-      d.cut = below_probability(q, add_rn(max_p, param));
-      break;
-    default:
-      d.by_proxy = d.upper = true;
-      d.cut = below_probability(q, add_rn(max_p, param), true);
-  }
-  return d;
+  const RuleTest test = RuleTest::of(a.rule.rule, a.param(row), p, q);
+  SlotNumbers judge = p;
+  if (test.by_proxy) judge = q;
+  const Cut cut = below_probability(judge, test.threshold, test.above);
+  return {cut, -1, 0.0, kInfinity, test.by_proxy, test.above};
 }
 
 // Whether a drawn token with logits x (base) and y (proxy) is deferred, by any rule but the
 // knapsack; the set is not built.
 __device__ __forceinline__ bool judge(const Kad& a, int64_t row, const SlotNumbers& p,
                                       const SlotNumbers& q, float x, float y) {
-  const double param = a.param(row);
-  const double max_p = static_cast<double>(p.max_probability());
-  switch (a.rule.rule) {
-    case kThreshold:
-      return static_cast<double>(p.probability(x)) < param;
-    case kConfidenceBet:
-      return static_cast<double>(p.probability(x)) <
-             sub_rn(static_cast<double>(q.max_probability()), param);
-    case kNudging:
-      return max_p < param;
-    case kRelative:
-      return static_cast<double>(p.probability(x)) < sub_rn(max_p, param);
-    case kArgmax:
-      return static_cast<double>(p.probability(x)) < max_p;
-    case kProxyBelow:
-      return static_cast<double>(q.probability(y)) < add_rn(max_p, param);
-    default:
-      return static_cast<double>(q.probability(y)) > add_rn(max_p, param);
-  }
+  const RuleTest test = RuleTest::of(a.rule.rule, a.param(row), p, q);
+  return test.defers(test.by_proxy ? q.probability(y) : p.probability(x));
 }
 
 // Weight of one element as the canonical sum counts it.
