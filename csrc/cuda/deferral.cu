@@ -120,10 +120,11 @@ __global__ void __launch_bounds__(kThreads, 5) deferral_masses_kernel(const Reso
     const Share share = split(a, row, rule_sum);
     sum = add_rn(sum, share.sampled);
     rule_sum = add_rn(rule_sum, share.at_rule);
-    r.mass = div_rn(sum, r.slot[kBaseSlot].z);
+    r.masses.deferred = div_rn(sum, r.slot[kBaseSlot].z);
     if (a.task == kStatsTask) {
-      a.deferred_mass[row] = r.mass;
-      a.used[row] = a.same_temperature ? r.mass : div_rn(rule_sum, r.slot[kBaseRuleSlot].z);
+      a.deferred_mass[row] = r.masses.deferred;
+      a.used[row] =
+          a.same_temperature ? r.masses.deferred : div_rn(rule_sum, r.slot[kBaseRuleSlot].z);
       a.critical_index[row] = r.deferral.critical;
       if (!kLowest) a.cut_logit[row] = r.deferral.critical_x;
     }
@@ -225,7 +226,7 @@ __global__ void __launch_bounds__(kThreads, 5) deferral_probs_kernel(const Resol
   float* out = a.probs + row * a.probs_stride + static_cast<int64_t>(t) * kTile;
   const Policy policy(a, r, row, t);
   const Tile& map = policy.map;
-  const double mass = r.valid ? r.mass : static_cast<double>(kNaN);
+  const double mass = r.valid ? r.masses.deferred : static_cast<double>(kNaN);
   const bool vectors = reinterpret_cast<uintptr_t>(out) % 16 == 0;
   const auto write = [&](int i, const float* pi, bool plain) {
     const int at = map.at(i);
@@ -293,7 +294,7 @@ __global__ void __launch_bounds__(kThreads, 5) deferral_draw_kernel(const Drawn 
   }
   int64_t v = -1;
   bool deferred = false;
-  int step = kDone;
+  Step step = kDone;
   if (valid) {
     v = draw(a.base_row(row), a.s, row, kBaseSlot, 0, a.rule.inv_temperature, slot[kBaseSlot].z,
              coin, cum, weights);
@@ -304,8 +305,7 @@ __global__ void __launch_bounds__(kThreads, 5) deferral_draw_kernel(const Drawn 
       if (!deferred) {
         step = kOpen;
         r.bound = bound;
-        r.token = v;
-        r.deferral.critical_x = a.base_row(row).at(v);
+        r.drawn = {v, a.base_row(row).at(v)};
       }
     } else {
       deferred = judge(a, row, slot[kBaseRuleSlot], slot[kProxyRuleSlot], a.base_row(row).at(v),
@@ -336,8 +336,8 @@ __global__ void __launch_bounds__(kThreads, 4) deferral_judge_kernel(const Drawn
   RowState& r = a.s.state(row);
   if (r.step != kOpen) return;
   const int slot = a.base_rule_slot();
-  const int64_t v = r.token;
-  const float x = r.deferral.critical_x;
+  const int64_t v = r.drawn.id;
+  const float x = r.drawn.x;
   const bool through = a.rule.critical != kInclude, strictly = a.rule.critical != kExclude;
 #pragma unroll 1
   for (int query = through ? 0 : 1; query <= (strictly ? 1 : 0); ++query) {

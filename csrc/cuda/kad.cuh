@@ -7,8 +7,6 @@
 namespace tta {
 namespace cuda {
 
-enum Step : int32_t { kDone, kOpen, kWantsProxy, kResidualDraw, kProxyDraw };  // RowState::step
-
 // What every stage of the KAD family is given.
 struct Kad {
   static constexpr bool kSingle = true;  // a batch row has one position: see single

@@ -45,21 +45,58 @@ struct Deferral {
   }
 };
 
+// What the first stage of the knapsack's cut leaves to the second (cut.cuh).
+struct CutBracket {
+  double below;       // the mass below the bracket
+  double vague;       // what that may be wrong by
+  int32_t low, high;  // bands of the histogram that may hold the critical item
+  float most, least;  // logits between which they lie
+  uint32_t listed;    // candidates in the list
+};
+
+// D, and 1 - D summed from the kept tokens.
+struct Masses {
+  double deferred, kept;
+};
+
+// A token that was drawn before the knapsack's verdict on it is known.
+struct DrawnToken {
+  int64_t id;
+  float x;
+};
+
+// Verification: what is known of a position.
+struct Verdict {
+  int64_t token;                 // the bonus token, or the greedy one
+  bool base_valid, proxy_valid;  // the rows can be used
+  bool stands;                   // the draft token is accepted
+  bool deferred;                 // mu(token) = 1, or the bonus token is deferred
+};
+
+// Verification: where a batch row's walk along its draft ends, and what is to be drawn there.
+enum EndDraw : int32_t { kNoDraw, kResidualDraw, kProxyDraw };
+struct WalkEnd {
+  int64_t position;
+  EndDraw draw;
+};
+
+// What the next stage has to do. kOpen: find the knapsack's critical item, or its verdict on a
+// token.
+enum Step : int32_t { kDone, kOpen, kWantsProxy };
+
 struct RowState {
   SlotNumbers slot[kSlots];
   Deferral deferral;
   double bound;  // budget Z, of the knapsack
-  double mass;   // D; before, the mass below the cut's bracket
-  double kept;   // 1 - D, summed from the kept tokens; before, what that mass may be wrong by
-  int64_t token;
-  int32_t bracket_low, bracket_high;  // bands of the histogram that may hold the critical item
-  float bracket_most, bracket_least;  // logits between which they lie
-  uint32_t listed;                    // candidates in the list
-  int32_t step;                       // what the next stage has to do (the operator's own)
-  bool valid;                         // everything the rule looks at can be used
-  bool base_valid, proxy_valid;       // the rows can
-  bool stands;                        // verification: the draft token is accepted
-  bool deferred;                      // verification: mu(token) = 1, or the bonus token is deferred
+  union {
+    CutBracket bracket;  // from one stage of the cut to the other
+    Masses masses;       // from the masked sums on
+    DrawnToken drawn;    // from the draw to the verdict, where there is neither
+  };
+  Step step;
+  bool valid;  // everything the rule looks at can be used
+  Verdict verdict;
+  WalkEnd end;  // in the first position of a batch row
 };
 
 constexpr int kQueries = 3;     // masked sums a stage can make of one row
