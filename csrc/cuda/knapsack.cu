@@ -58,12 +58,6 @@ __device__ __forceinline__ double sum_of_tiles(int tiles, const Read& of_tile) {
 
 // ---- stages ------------------------------------------------------------------------------------
 
-__device__ __forceinline__ void note_invalid(const Sack& a, int64_t row, int tensor) {
-  if (a.invalid)
-    atomicMin(reinterpret_cast<long long*>(a.invalid->code()),
-              static_cast<long long>(InvalidRow::encode(row, tensor)));
-}
-
 // Of unsigned numbers, known to every thread; `low` the smallest, the others the largest.
 __device__ __forceinline__ void block_extremes(uint32_t* largest, uint32_t* low, uint32_t* high) {
   TTA_SHARED_ARRAY(uint32_t, part, 3 * kWarps);
@@ -119,8 +113,8 @@ __device__ __forceinline__ void set_units(double capacity, SackState* r) {
   const int missing = exponent < kCoarseBits - 127 ? kCoarseBits - 127 - exponent : 0;
   const int coarse = kCoarseBits - exponent - missing;
   const int fine = missing <= kCoarseBits ? kFineBits : missing - 1;
-  r->coarse = as_float(static_cast<uint32_t>(coarse + 127) << 23);
-  r->fine = as_float(static_cast<uint32_t>(fine + 127) << 23);
+  r->coarse = device::scalar_from_bits(static_cast<uint32_t>(coarse + 127) << 23);
+  r->fine = device::scalar_from_bits(static_cast<uint32_t>(fine + 127) << 23);
   r->whole = static_cast<uint64_t>(
       mul_rn(mul_rn(capacity, static_cast<double>(r->coarse)), static_cast<double>(r->fine)));
 }
@@ -182,7 +176,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) knapsack_survey_kernel(cons
   if (i) return;
   SackState& r = a.state(row);
   const bool bad = (flags & (kBadProfit | kBadWeight)) != 0;
-  if (bad) note_invalid(a, row, flags & kBadProfit ? 0 : 1);
+  if (bad) report(a.invalid, row, flags & kBadProfit ? 0 : 1);
   r.limit = items.limit;
   // No sum of 2^20 float32 numbers reaches 2^148.
   const bool all = items.limit == 0.0f || items.capacity >= 0x1p148;
@@ -249,16 +243,15 @@ __global__ void __launch_bounds__(kThreads, kBlocks) knapsack_tally_kernel(const
 
 // Lists a tile's items whose keys are in the bracket; counts them all.
 template <bool kEqual>
-__device__ __forceinline__ void list_tile(const Sack& a, const Items& items, SackState* r, int t,
-                                          int32_t* list) {
+__device__ __forceinline__ void list_tile(const Items& items, SackState* r, int t, int32_t* list) {
   const int me = static_cast<int>(threadIdx.x);
   const uint32_t top = r->top, bottom = r->bottom;
   uint32_t inside = 0;  // a bit each
   if (kEqual) {
     inside = ~0u;
   } else {
-    const float above = as_float(top < kTopKey ? top + 1 : kTopKey);
-    const float below = as_float(bottom ? bottom - 1 : 0);
+    const float above = device::scalar_from_bits(top < kTopKey ? top + 1 : kTopKey);
+    const float below = device::scalar_from_bits(bottom ? bottom - 1 : 0);
     int first = 0;
     items.fours<4>(t, [&](int, int, const float* p, const float* w) {
       uint32_t four = 0;
@@ -298,9 +291,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks) knapsack_list_kernel(const 
   if (r.status != kSeeksCritical) return;
   const Items items(a, row, r);
   if (r.equal)
-    list_tile<true>(a, items, &r, t, a.list(row));
+    list_tile<true>(items, &r, t, a.list(row));
   else
-    list_tile<false>(a, items, &r, t, a.list(row));
+    list_tile<false>(items, &r, t, a.list(row));
   if (!last_to_arrive(a.arrivals + row, static_cast<uint32_t>(a.tiles))) return;
   if (a.tiles == 1 && all_fits(items)) {
     if (threadIdx.x == 0) r.status = kTakesAll;

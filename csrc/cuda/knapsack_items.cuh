@@ -103,7 +103,9 @@ struct Sack : KnapsackArgs {
 // The largest float32 number that is not above the capacity: w fits iff w <= limit.
 __device__ __forceinline__ float limit_of(double capacity) {
   const float near = __double2float_rn(capacity);
-  return static_cast<double>(near) > capacity ? as_float(device::scalar_bits(near) - 1) : near;
+  return static_cast<double>(near) > capacity
+             ? device::scalar_from_bits(device::scalar_bits(near) - 1)
+             : near;
 }
 
 __device__ __forceinline__ void spread(const float4& v, float* x) {
@@ -237,8 +239,8 @@ struct Prefix {
   __device__ __forceinline__ explicit Prefix(const Place& place) : end(place) {
     const double density = __longlong_as_double(static_cast<long long>(place.code));
     const uint32_t key = device::scalar_bits(__double2float_rn(density));
-    above = as_float(key < kTopKey ? key + 1 : kTopKey);
-    below = as_float(key ? key - 1 : 0);
+    above = device::scalar_from_bits(key < kTopKey ? key + 1 : kTopKey);
+    below = device::scalar_from_bits(key ? key - 1 : 0);
   }
   // Which of the items id, id + step .. it holds. Two products answer, but for those whose
   // densities are next to the last.

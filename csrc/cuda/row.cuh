@@ -151,12 +151,5 @@ struct Scratch {
   }
 };
 
-// An invalid row is reported by the lowest code; nothing is, where nobody asks.
-__device__ __forceinline__ void report(InvalidRow* invalid, int64_t row, int64_t tensor) {
-  if (threadIdx.x == 0 && invalid)
-    atomicMin(reinterpret_cast<long long*>(invalid->code()),
-              static_cast<long long>(InvalidRow::encode(row, tensor)));
-}
-
 }  // namespace cuda
 }  // namespace tta
