@@ -8,8 +8,6 @@
 namespace tta {
 namespace cuda {
 
-// ---- masked sums -------------------------------------------------------------------------------
-
 // The canonical sum of a tile's positive weights, or of its negative ones' sizes.
 template <bool kNegative>
 __device__ __forceinline__ float canonical_sum_of_sign(const float* weights, int count) {
@@ -17,7 +15,7 @@ __device__ __forceinline__ float canonical_sum_of_sign(const float* weights, int
   return canonical_sum_by<float>(add, weights, count);
 }
 
-// ---- masked sums by nodes ----------------------------------------------------------------------
+// ---- by nodes ----------------------------------------------------------------------------------
 //
 // Few tokens are likely, and of most rules these are all that lies on one side of the cut in a
 // tile. Of the tree that adds a tile's 128 virtual lanes, the first sums (nodes: lanes l and l +

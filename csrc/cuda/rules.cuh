@@ -33,9 +33,9 @@ __device__ __forceinline__ Cut below_probability(const SlotNumbers& s, double t,
 __device__ __forceinline__ Deferral resolve(const Kad& a, int64_t row, const SlotNumbers& p,
                                             const SlotNumbers& q) {
   const RuleTest test = RuleTest::of(a.rule.rule, a.param(row), p, q);
-  SlotNumbers judge = p;
-  if (test.by_proxy) judge = q;
-  const Cut cut = below_probability(judge, test.threshold, test.above);
+  SlotNumbers judging = p;
+  if (test.by_proxy) judging = q;
+  const Cut cut = below_probability(judging, test.threshold, test.above);
   return {cut, -1, 0.0, kInfinity, test.by_proxy, test.above};
 }
 
