@@ -73,7 +73,7 @@ DIM, ROLLOUTS, STEPS, DRAFT, SHARDS = 4096, 32, 32, 4, 8  # as in common_cases.c
 TILE = 4096  # elements of a row that a block has
 SPAN = 4  # tiles that a block takes at most, where operators share them (launch.h)
 BANDS_BYTES = 4096 * 8  # counters of a row's bands, which the blocks of the first launch clear
-NODES_BYTES = 64 * 4  # of a tile of the base: sums that masked ones are made of (kad.cuh)
+NODES_BYTES = 64 * 4  # of a tile of the base: sums that masked ones are made of (masked_sum.cuh)
 SECTOR = 32
 MOST_DRAM_RATIO = 1.05
 

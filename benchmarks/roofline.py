@@ -240,12 +240,14 @@ DIMENSIONAL = {
 # Kernels whose blocks have a warp for each tile of 16-bit elements, or few warps where they are
 # plenty.
 A_WARP_EACH = (
-    "draw_kernel",
-    "replace_kernel",
-    "resolve_kernel",
-    "statistics_kernel",
-    "masses_kernel",
-    "mask_kernel",
+    "deferral_draw_kernel",
+    "deferral_mask_kernel",
+    "deferral_masses_kernel",
+    "deferral_replace_kernel",
+    "deferral_resolve_kernel",
+    "sampling_draw_kernel",
+    "verify_masses_kernel",
+    "verify_statistics_kernel",
     "cut_histogram_kernel",
     "cut_collect_kernel",
     "prelogit_perturb_kernel",

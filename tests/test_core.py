@@ -7,13 +7,14 @@ independent of them: another language, another library's exp and log, another au
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from types import ModuleType
 
 import native
 import numpy as np
 import pytest
 
-from tta_ext import _compile
+from tta_ext import _compile, rules
 
 MAX_FLOAT = np.finfo(np.float32).max
 SMALLEST_ARGUMENT = np.float32(float.fromhex("-0x1.5d589ep+6"))  # just above ln 2^-126
@@ -157,6 +158,43 @@ def test_philox(core: ModuleType) -> None:
             k1 = (k[1] + round_ * 0xBB67AE85) % 2**32
             c = [(p1 >> 32) ^ c[1] ^ k0, p1 % 2**32, (p0 >> 32) ^ c[3] ^ k1, p0 % 2**32]
         assert got == c
+
+
+def test_rules_are_those_of_python(core: ModuleType) -> None:
+    assert core.rules() == [
+        ("k" + name.title().replace("_", ""), code, code in rules.NEEDS_PROXY)
+        for code, name in enumerate(rules.RULE_NAMES)
+    ]
+
+
+# Whether a token is deferred, by its probabilities, the largest ones and the parameter.
+VERDICTS: dict[str, Callable[[float, float, float, float, float], bool]] = {
+    "threshold": lambda p, q, max_p, max_q, t: p < t,
+    "confidence_bet": lambda p, q, max_p, max_q, t: p < max_q - t,
+    "nudging": lambda p, q, max_p, max_q, t: max_p < t,
+    "relative": lambda p, q, max_p, max_q, t: p < max_p - t,
+    "argmax": lambda p, q, max_p, max_q, t: p < max_p,
+    "proxy_below": lambda p, q, max_p, max_q, t: q < max_p + t,
+    "proxy_above": lambda p, q, max_p, max_q, t: q > max_p + t,
+}
+
+
+@pytest.mark.parametrize("rule", rules.RULE_NAMES)
+def test_verdict_of_a_rule(core: ModuleType, rule: str) -> None:
+    """What core/rules.h says on CPU and CUDA, next to each threshold and on it."""
+    verdict = VERDICTS.get(rule, lambda *_: False)  # the knapsack's is not by one probability
+    around = [np.nextafter(np.float32(0.25), np.float32(side)) for side in (0, 0.25, 1)]
+    tokens = [0.0, 2.0**-149, *map(float, around), 0.5, 0.75, 1.0]
+    params = [0.0, -0.0, *map(float, around), -0.25, 0.5, 0.75, 1.0, 2.0, -2.0, np.inf, -np.inf]
+    seen = set()
+    for p, q, max_p, max_q, param in itertools.product(
+        tokens, tokens, (0.25, 0.5, 1.0), (0.5, 0.75), params
+    ):
+        want = verdict(p, q, max_p, max_q, param)
+        got = core.rule_defers(rules.rule_code(rule), param, max_p, max_q, p, q)
+        assert got is want, (p, q, max_p, max_q, param)
+        seen.add(want)
+    assert seen == ({False, True} if rule in VERDICTS else {False})
 
 
 def test_noise_is_made_of_philox_blocks(core: ModuleType, levels: range) -> None:

@@ -507,7 +507,7 @@ BUGS = (
     Bug(
         "verify",
         "deferral_verify",
-        "kad.cuh",
+        "masked_sum.cuh",
         r"(?s)(\bweigh_nodes\(.*?)__syncwarp\(\);",
         r"\1;",
         SHARED,
@@ -517,7 +517,7 @@ BUGS = (
     Bug(
         "deferral",
         "deferral_stats",
-        "kad.cuh",
+        "masked_sum.cuh",
         r"m\[c\] >= end",
         "m[c] >= end + 1.0f",
         "deferred_mass differs",

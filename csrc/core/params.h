@@ -44,6 +44,10 @@ struct RuleSpec {
   int critical = kExclude;
   float inv_temperature = 1.0f;       // fl32(1 / T)
   float inv_rule_temperature = 1.0f;  // fl32(1 / T_rule)
+  TTA_HOST_DEVICE bool valid_param(int64_t i) const {
+    const double p = param[i];
+    return p == p && !(rule == kKnapsack && p < 0.0);
+  }
 };
 
 struct KeySpec {

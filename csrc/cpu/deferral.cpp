@@ -126,7 +126,7 @@ static void sample_row(const SampleArgs& a, int64_t b) {
   a.token[b] = -1;
   a.deferred[b] = false;
   RowPair rows;
-  if (!valid_param(a.rule, b)) return;
+  if (!a.rule.valid_param(b)) return;
   if (!rows.read(a, b, needs_proxy || (!a.key.do_sample && !a.propose))) return;
   if (!a.key.do_sample) {
     Deferral d;

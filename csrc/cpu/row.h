@@ -416,7 +416,7 @@ static void write_probabilities(Tile tile, const Stats& s, float* out) {
 
 // {v : p(v) < t} (or <= t) as a cut: p is monotone in the logit, so a bisection over the floats
 // finds the last logit inside, and the set costs one comparison an element, no exponential.
-static Cut below_probability(const Stats& s, double t, bool or_equal = false) {
+static Cut below_probability(const Stats& s, double t, bool or_equal) {
   const auto inside = [&](float x) {
     const double p = static_cast<double>(s.probability(x));
     return or_equal ? p <= t : p < t;

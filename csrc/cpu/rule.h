@@ -4,11 +4,6 @@
 namespace tta {
 namespace TTA_ISA {
 
-TTA_INLINE bool valid_param(const RuleSpec& rule, int64_t b) {
-  const double param = rule.param[b];
-  return param == param && !(rule.rule == kKnapsack && param < 0.0);
-}
-
 // The uniform of one decision about row b, `ahead` tokens after its position.
 static double uniform(const KeySpec& key, int64_t b, int64_t ahead, Stream stream) {
   return philox_uniform(seed_bits(key.seed), 0, static_cast<uint32_t>(key.position[b] + ahead),
@@ -107,49 +102,26 @@ static double split_fraction(const Stats& s, double bound, double before, float 
 }
 
 static bool resolve(const RuleSpec& rule, int64_t b, const RowPair& rows, Deferral* d) {
-  if (!valid_param(rule, b)) return false;
+  if (!rule.valid_param(b)) return false;
   const double param = rule.param[b];
   const Stats& p = rows.base_rule();
   const Stats& q = rows.proxy_rule();
-  const double max_p = static_cast<double>(p.max_probability());
-  switch (rule.rule) {
-    case kKnapsack: {
-      const double bound = param * p.z;
-      const KnapsackCut cut = knapsack_cut(rows.base, p, bound);
-      d->cut = cut.taken();
-      d->critical = cut.critical;
-      d->critical_x = cut.x;
-      if (cut.critical >= 0 && rule.critical == kInclude)
-        d->cut = Cut::through(cut.x, cut.critical);
-      if (cut.critical >= 0 && rule.critical == kSplitItem)
-        d->fraction =
-            split_fraction(p, bound, prefix_sum(rows.base, p, d->cut), cut.x, cut.critical);
-      return true;
-    }
-    case kThreshold:
-      d->cut = below_probability(p, param);
-      return true;
-    case kConfidenceBet:
-      d->cut = below_probability(p, static_cast<double>(q.max_probability()) - param);
-      return true;
-    case kNudging:
-      d->cut = max_p < param ? Cut::all() : Cut::none();
-      return true;
-    case kRelative:
-      d->cut = below_probability(p, max_p - param);
-      return true;
-    case kArgmax:
-      d->cut = below_probability(p, max_p);
-      return true;
-    case kProxyBelow:
-      d->by_proxy = true;
-      d->cut = below_probability(q, max_p + param);
-      return true;
-    default:
-      d->by_proxy = d->upper = true;
-      d->cut = below_probability(q, max_p + param, true);
-      return true;
+  if (rule.rule != kKnapsack) {
+    const RuleTest test = RuleTest::of(rule.rule, param, p, q);
+    d->by_proxy = test.by_proxy;
+    d->upper = test.above;
+    d->cut = below_probability(test.by_proxy ? q : p, test.threshold, test.above);
+    return true;
   }
+  const double bound = param * p.z;
+  const KnapsackCut cut = knapsack_cut(rows.base, p, bound);
+  d->cut = cut.taken();
+  d->critical = cut.critical;
+  d->critical_x = cut.x;
+  if (cut.critical >= 0 && rule.critical == kInclude) d->cut = Cut::through(cut.x, cut.critical);
+  if (cut.critical >= 0 && rule.critical == kSplitItem)
+    d->fraction = split_fraction(p, bound, prefix_sum(rows.base, p, d->cut), cut.x, cut.critical);
+  return true;
 }
 
 // Whether a drawn v is deferred; the set is not built. `coin` supplies the critical item's uniform.
@@ -158,34 +130,19 @@ static bool judge(const RuleSpec& rule, int64_t b, const RowPair& rows, int64_t 
   const double param = rule.param[b];
   const Stats& p = rows.base_rule();
   const Stats& q = rows.proxy_rule();
-  const float x = logit_at(rows.base, v);
-  const double max_p = static_cast<double>(p.max_probability());
-  switch (rule.rule) {
-    case kKnapsack: {
-      const double bound = param * p.z;
-      if (rule.critical == kInclude) return prefix_at_most(rows.base, p, Cut::before(x, v), bound);
-      if (prefix_at_most(rows.base, p, Cut::through(x, v), bound)) return true;
-      if (rule.critical == kExclude) return false;
-      const Cut before = Cut::before(x, v);
-      if (!prefix_at_most(rows.base, p, before, bound)) return false;
-      return coin() < split_fraction(p, bound, prefix_sum(rows.base, p, before), x, v);
-    }
-    case kThreshold:
-      return static_cast<double>(p.probability(x)) < param;
-    case kConfidenceBet:
-      return static_cast<double>(p.probability(x)) <
-             static_cast<double>(q.max_probability()) - param;
-    case kNudging:
-      return max_p < param;
-    case kRelative:
-      return static_cast<double>(p.probability(x)) < max_p - param;
-    case kArgmax:
-      return static_cast<double>(p.probability(x)) < max_p;
-    case kProxyBelow:
-      return static_cast<double>(q.probability(logit_at(rows.proxy, v))) < max_p + param;
-    default:
-      return static_cast<double>(q.probability(logit_at(rows.proxy, v))) > max_p + param;
+  if (rule.rule != kKnapsack) {
+    const RuleTest test = RuleTest::of(rule.rule, param, p, q);
+    return test.defers(test.by_proxy ? q.probability(logit_at(rows.proxy, v))
+                                     : p.probability(logit_at(rows.base, v)));
   }
+  const float x = logit_at(rows.base, v);
+  const double bound = param * p.z;
+  if (rule.critical == kInclude) return prefix_at_most(rows.base, p, Cut::before(x, v), bound);
+  if (prefix_at_most(rows.base, p, Cut::through(x, v), bound)) return true;
+  if (rule.critical == kExclude) return false;
+  const Cut before = Cut::before(x, v);
+  if (!prefix_at_most(rows.base, p, before, bound)) return false;
+  return coin() < split_fraction(p, bound, prefix_sum(rows.base, p, before), x, v);
 }
 
 // ---- masses ----------------------------------------------------------------------------------

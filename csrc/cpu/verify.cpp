@@ -114,7 +114,7 @@ class Position {
       : a_(a), b_(b), k_(k), param_(a.param_index(b, k)) {}
 
   bool read_base() {
-    return valid_param(a_.rule, param_) && rows_.read(a_, b_, false, k_, number());
+    return a_.rule.valid_param(param_) && rows_.read(a_, b_, false, k_, number());
   }
   bool read_proxy() {
     return rows_.read_proxy(a_, b_, rule_needs_proxy(a_.rule.rule), k_, number());

@@ -87,5 +87,12 @@ __device__ __forceinline__ bool last_to_arrive(uint32_t* counter, uint32_t expec
   return __syncthreads_or(last);
 }
 
+// An invalid row is reported by the lowest code; nothing is, where nobody asks.
+__device__ __forceinline__ void report(InvalidRow* invalid, int64_t row, int64_t tensor) {
+  if (threadIdx.x == 0 && invalid)
+    atomicMin(reinterpret_cast<long long*>(invalid->code()),
+              static_cast<long long>(InvalidRow::encode(row, tensor)));
+}
+
 }  // namespace cuda
 }  // namespace tta

@@ -165,9 +165,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t i = threadIdx.x; i < n; i += kThreads) p.weights[i] = kNaN;
   if (threadIdx.x != 0) return;
   *p.ess = kNaN;
-  if (a.invalid)
-    atomicMin(reinterpret_cast<long long*>(a.invalid->code()),
-              static_cast<long long>(InvalidRow::encode(row, bad)));
+  report(a.invalid, row, bad);
 }
 
 // ---- control_update ----------------------------------------------------------------------------

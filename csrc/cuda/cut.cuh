@@ -17,7 +17,7 @@
 // touches.
 #pragma once
 
-#include "cuda/kad.cuh"
+#include "cuda/masked_sum.cuh"
 
 namespace tta {
 namespace cuda {
@@ -113,9 +113,8 @@ __device__ __forceinline__ void band_masses(const Kad& a, int64_t row, uint4* co
   }
 }
 
-// Brackets the critical item by the bands' masses, deepest first. Leaves the mass below the bracket
-// in RowState::mass, and in `kept` what it may be wrong by, besides kShallowSlack of all sums of
-// it. For a whole block.
+// Brackets the critical item by the bands' masses, deepest first: CutBracket, whose `vague` is
+// besides kShallowSlack of all sums of the mass below. For a whole block.
 __device__ __forceinline__ void bracket_bands(const Kad& a, int64_t row) {
   constexpr int kEach = kBuckets / kThreads, kAtOnce = 8;
   RowState& r = a.s.state(row);
@@ -173,13 +172,13 @@ __device__ __forceinline__ void bracket_bands(const Kad& a, int64_t row) {
                                 depth / static_cast<double>(p.inv_temperature));
     };
     const int shallow = high < 0 ? 0 : high, deep = low >= kBuckets ? kLastBand : low - 1;
-    r.bracket_low = shallow;
-    r.bracket_high = deep;
-    r.bracket_most = shallow > 0 ? logit_of(shallow - 1) : kInfinity;
-    r.bracket_least = deep == kLastBand ? -kInfinity : logit_of(deep + 1);
-    r.listed = 0;
-    r.mass = below;
-    r.kept = kVague + deep_sum * kBandSlack;
+    r.bracket.low = shallow;
+    r.bracket.high = deep;
+    r.bracket.most = shallow > 0 ? logit_of(shallow - 1) : kInfinity;
+    r.bracket.least = deep == kLastBand ? -kInfinity : logit_of(deep + 1);
+    r.bracket.listed = 0;
+    r.bracket.below = below;
+    r.bracket.vague = kVague + deep_sum * kBandSlack;
   }
 }
 
@@ -189,7 +188,7 @@ template <class IdOf>
 __device__ __forceinline__ void append(const Kad& a, int64_t row, const Row& base, uint32_t inside,
                                        uint32_t stride, const IdOf& id_of) {
   if (!inside) return;
-  uint32_t i = atomicAdd(&a.s.state(row).listed, static_cast<uint32_t>(__popc(inside)));
+  uint32_t i = atomicAdd(&a.s.state(row).bracket.listed, static_cast<uint32_t>(__popc(inside)));
   for (; inside; inside &= inside - 1, ++i) {
     const uint32_t to = i / stride;
     if (to >= kListed) return;
@@ -201,14 +200,14 @@ __device__ __forceinline__ void append(const Kad& a, int64_t row, const Row& bas
 }
 
 // The bracket as a range of places, and the logits between which all of that lies.
-struct Bracket {
+struct BracketTest {
   SlotNumbers p;
   float shallow, deep;
   float most, least;
 
-  __device__ __forceinline__ Bracket(const RowState& r, const SlotNumbers& numbers)
-      : p(numbers), shallow(place_of(r.bracket_low)), most(r.bracket_most), least(r.bracket_least) {
-    deep = r.bracket_high == kLastBand ? kLastPlace : place_of(r.bracket_high);
+  __device__ __forceinline__ BracketTest(const RowState& r, const SlotNumbers& numbers)
+      : p(numbers), shallow(place_of(r.bracket.low)), most(r.bracket.most), least(r.bracket.least) {
+    deep = r.bracket.high == kLastBand ? kLastPlace : place_of(r.bracket.high);
   }
   // Bits of the elements inside.
   template <int kCount>
@@ -231,7 +230,7 @@ struct Bracket {
 // looks at eight at a time, their largest tells most eights apart.
 __device__ __forceinline__ void collect(const Kad& a, int64_t row) {
   const RowState& r = a.s.state(row);
-  const Bracket bracket(r, r.slot[a.base_rule_slot()]);
+  const BracketTest bracket(r, r.slot[a.base_rule_slot()]);
   const Row base = a.base_row(row);
   const auto impossible = [&](int t) { return a.s.tile_max(row, 0)[t] < bracket.least; };
   each_tile(
@@ -337,7 +336,7 @@ __device__ __forceinline__ void bisect_list(const Kad& a, int64_t row, int count
 __device__ __forceinline__ uint32_t list_row(const Kad& a, int64_t row, const Search& search,
                                              uint32_t stride) {
   __syncthreads();  // every thread has read what was listed before
-  if (threadIdx.x == 0) a.s.state(row).listed = 0;
+  if (threadIdx.x == 0) a.s.state(row).bracket.listed = 0;
   __syncthreads();
   const Row base_row = a.base_row(row);
 #pragma unroll 1
@@ -357,7 +356,7 @@ __device__ __forceinline__ uint32_t list_row(const Kad& a, int64_t row, const Se
     append(a, row, base_row, inside, stride, [&](int i) { return t * kTile + map.at(i); });
   }
   __syncthreads();
-  return a.s.state(row).listed;
+  return a.s.state(row).bracket.listed;
 }
 
 // For the last block after `collect`.
@@ -366,10 +365,10 @@ __device__ __forceinline__ Search find_critical(const Kad& a, int64_t row, float
   // Impossible tokens weigh nothing and are in no list.
   Search search = {Cut::through(-kInfinity, kNoLimit - 1), Cut::all(), 0.0, 0.0, -1, kInfinity};
   const RowState& r = a.s.state(row);
-  uint32_t count = r.listed, stride = 1;
+  uint32_t count = r.bracket.listed, stride = 1;
   if (count <= kListed) {
-    search.below = r.mass;
-    search.vague = r.kept;
+    search.below = r.bracket.below;
+    search.vague = r.bracket.vague;
   }
   for (;;) {
     if (count > kListed) {

@@ -12,8 +12,8 @@
 //   sample, propose   base statistics, draw, judge          [knapsack: masked sums of the drawn
 //                     token's prefix]  [sample: statistics of the proxy where the draw is deferred]
 //   the others        statistics, cut by a search over the floats [knapsack: cut.cuh, two stages]
-//                     masses, by nodes (kad.cuh) where few tokens of a tile are above the cut; with
-//                     them the statistics' results or the greedy choice without q
+//                     masses, by nodes (masked_sum.cuh) where few tokens of a tile are above the
+//                     cut; with them the statistics' results or the greedy choice without q
 //                     the mask, pi, or the best token, of which tiles that cannot have it are not
 //                     read
 //
@@ -24,6 +24,7 @@
 // merges, and in what order candidates are listed, changes nothing.
 
 #include "cuda/cut.cuh"
+#include "cuda/draw.cuh"
 #include "cuda/launch.h"
 #include "cuda/policy.cuh"
 
@@ -70,7 +71,7 @@ __device__ __forceinline__ void write_invalid(const Resolved& a, int64_t row) {
 
 // Statistics of every row the rule and the task look at; the last block resolves the rule, or
 // prepares the search of the knapsack's cut.
-__global__ void __launch_bounds__(kThreads, 4) resolve_kernel(const Resolved given) {
+__global__ void __launch_bounds__(kThreads, 4) deferral_resolve_kernel(const Resolved given) {
   const Resolved a = single(given);
   TTA_SHARED_ARRAY(float4, weights4, kTile / 4);
   TTA_SHARED_ARRAY(double, cum, kMaxTiles);
@@ -92,7 +93,7 @@ __global__ void __launch_bounds__(kThreads, 4) resolve_kernel(const Resolved giv
 // The deferred mass at the sampling temperature and, where they are wanted, at the rule's; kLowest:
 // the lowest kept logit. The last block also makes the greedy choice that needs no q.
 template <bool kLowest>
-__global__ void __launch_bounds__(kThreads, 5) masses_kernel(const Resolved given) {
+__global__ void __launch_bounds__(kThreads, 5) deferral_masses_kernel(const Resolved given) {
   const Resolved a = single(given);
   TTA_SHARED_ARRAY(float4, weights4, kTile / 4);
   TTA_SHARED_ARRAY(double, shared, kMaxTiles);
@@ -119,10 +120,11 @@ __global__ void __launch_bounds__(kThreads, 5) masses_kernel(const Resolved give
     const Share share = split(a, row, rule_sum);
     sum = add_rn(sum, share.sampled);
     rule_sum = add_rn(rule_sum, share.at_rule);
-    r.mass = div_rn(sum, r.slot[kBaseSlot].z);
+    r.masses.deferred = div_rn(sum, r.slot[kBaseSlot].z);
     if (a.task == kStatsTask) {
-      a.deferred_mass[row] = r.mass;
-      a.used[row] = a.same_temperature ? r.mass : div_rn(rule_sum, r.slot[kBaseRuleSlot].z);
+      a.deferred_mass[row] = r.masses.deferred;
+      a.used[row] =
+          a.same_temperature ? r.masses.deferred : div_rn(rule_sum, r.slot[kBaseRuleSlot].z);
       a.critical_index[row] = r.deferral.critical;
       if (!kLowest) a.cut_logit[row] = r.deferral.critical_x;
     }
@@ -191,7 +193,7 @@ __device__ __forceinline__ void mask_tile_by_warp(const TileTest& test, const ch
   }
 }
 
-__global__ void __launch_bounds__(kThreads, 6) mask_kernel(const Resolved given) {
+__global__ void __launch_bounds__(kThreads, 6) deferral_mask_kernel(const Resolved given) {
   const Resolved a = single(given);
   const uint32_t row = a.row();
   const RowState& r = a.s.state(row);
@@ -216,7 +218,7 @@ __global__ void __launch_bounds__(kThreads, 6) mask_kernel(const Resolved given)
                                                   : static_cast<float>(d.fraction);
 }
 
-__global__ void __launch_bounds__(kThreads, 5) probs_kernel(const Resolved given) {
+__global__ void __launch_bounds__(kThreads, 5) deferral_probs_kernel(const Resolved given) {
   const Resolved a = single(given);
   const uint32_t row = a.row();
   const int t = a.tile();
@@ -224,7 +226,7 @@ __global__ void __launch_bounds__(kThreads, 5) probs_kernel(const Resolved given
   float* out = a.probs + row * a.probs_stride + static_cast<int64_t>(t) * kTile;
   const Policy policy(a, r, row, t);
   const Tile& map = policy.map;
-  const double mass = r.valid ? r.mass : static_cast<double>(kNaN);
+  const double mass = r.valid ? r.masses.deferred : static_cast<double>(kNaN);
   const bool vectors = reinterpret_cast<uintptr_t>(out) % 16 == 0;
   const auto write = [&](int i, const float* pi, bool plain) {
     const int at = map.at(i);
@@ -246,7 +248,7 @@ __global__ void __launch_bounds__(kThreads, 5) probs_kernel(const Resolved given
 }
 
 // Argmax of pi, ties to the lowest id.
-__global__ void __launch_bounds__(kThreads, 5) best_kernel(const Resolved given) {
+__global__ void __launch_bounds__(kThreads, 5) deferral_best_kernel(const Resolved given) {
   const Resolved a = single(given);
   const uint32_t row = a.row();
   const RowState& r = a.s.state(row);
@@ -270,7 +272,7 @@ struct Drawn : Kad {
 };
 
 // Statistics of the base (and of the proxy, for rules that look at it), draw and judgement.
-__global__ void __launch_bounds__(kThreads, 5) draw_kernel(const Drawn a) {
+__global__ void __launch_bounds__(kThreads, 5) deferral_draw_kernel(const Drawn a) {
   TTA_SHARED_ARRAY(float4, weights4, kTile / 4);
   TTA_SHARED_ARRAY(double, cum, kMaxTiles);
   TTA_SHARED(double, coin);
@@ -292,7 +294,7 @@ __global__ void __launch_bounds__(kThreads, 5) draw_kernel(const Drawn a) {
   }
   int64_t v = -1;
   bool deferred = false;
-  int step = kDone;
+  Step step = kDone;
   if (valid) {
     v = draw(a.base_row(row), a.s, row, kBaseSlot, 0, a.rule.inv_temperature, slot[kBaseSlot].z,
              coin, cum, weights);
@@ -303,8 +305,7 @@ __global__ void __launch_bounds__(kThreads, 5) draw_kernel(const Drawn a) {
       if (!deferred) {
         step = kOpen;
         r.bound = bound;
-        r.token = v;
-        r.deferral.critical_x = a.base_row(row).at(v);
+        r.drawn = {v, a.base_row(row).at(v)};
       }
     } else {
       deferred = judge(a, row, slot[kBaseRuleSlot], slot[kProxyRuleSlot], a.base_row(row).at(v),
@@ -325,7 +326,7 @@ __global__ void __launch_bounds__(kThreads, 5) draw_kernel(const Drawn a) {
 }
 
 // The knapsack's verdict on a drawn token: masked sums through it and before it.
-__global__ void __launch_bounds__(kThreads, 4) judge_kernel(const Drawn given) {
+__global__ void __launch_bounds__(kThreads, 4) deferral_judge_kernel(const Drawn given) {
   const Drawn a = single(given);
   TTA_SHARED_ARRAY(float4, weights4, kTile / 4);
   TTA_SHARED_ARRAY(double, shared, kMaxTiles);
@@ -335,8 +336,8 @@ __global__ void __launch_bounds__(kThreads, 4) judge_kernel(const Drawn given) {
   RowState& r = a.s.state(row);
   if (r.step != kOpen) return;
   const int slot = a.base_rule_slot();
-  const int64_t v = r.token;
-  const float x = r.deferral.critical_x;
+  const int64_t v = r.drawn.id;
+  const float x = r.drawn.x;
   const bool through = a.rule.critical != kInclude, strictly = a.rule.critical != kExclude;
 #pragma unroll 1
   for (int query = through ? 0 : 1; query <= (strictly ? 1 : 0); ++query) {
@@ -363,7 +364,7 @@ __global__ void __launch_bounds__(kThreads, 4) judge_kernel(const Drawn given) {
 }
 
 // What replaces a rejected token: the proxy is read for those rows alone.
-__global__ void __launch_bounds__(kThreads, 5) replace_kernel(const Drawn given) {
+__global__ void __launch_bounds__(kThreads, 5) deferral_replace_kernel(const Drawn given) {
   const Drawn a = single(given);
   TTA_SHARED_ARRAY(float4, weights4, kTile / 4);
   TTA_SHARED_ARRAY(double, cum, kMaxTiles);
@@ -403,19 +404,19 @@ cudaError_t run(Resolved a, int64_t rows, const Launch& launch) {
     const dim3 statistics = grid_of(a.with_proxy ? 2 * a.columns : a.columns, rows - first);
     const dim3 shared = grid_of(a.columns, rows - first);
     const dim3 tiles = grid_of(a.s.tiles, rows - first);
-    TTA_LAUNCH((resolve_kernel), statistics, kThreads, 0, launch.stream, a);
+    TTA_LAUNCH((deferral_resolve_kernel), statistics, kThreads, 0, launch.stream, a);
     if (a.s.with_cut) launch_cut<Kad>(a, shared, launch.stream);
     // The knapsack's lowest kept logit is the critical item's.
     if (a.task == kStatsTask && a.rule.rule != kKnapsack)
-      TTA_LAUNCH((masses_kernel<true>), shared, kThreads, 0, launch.stream, a);
+      TTA_LAUNCH((deferral_masses_kernel<true>), shared, kThreads, 0, launch.stream, a);
     else if (masses)
-      TTA_LAUNCH((masses_kernel<false>), shared, kThreads, 0, launch.stream, a);
+      TTA_LAUNCH((deferral_masses_kernel<false>), shared, kThreads, 0, launch.stream, a);
     if (a.task == kMaskTask)
-      TTA_LAUNCH((mask_kernel), shared, kThreads, 0, launch.stream, a);
+      TTA_LAUNCH((deferral_mask_kernel), shared, kThreads, 0, launch.stream, a);
     else if (a.task == kProbsTask)
-      TTA_LAUNCH((probs_kernel), tiles, kThreads, 0, launch.stream, a);
+      TTA_LAUNCH((deferral_probs_kernel), tiles, kThreads, 0, launch.stream, a);
     else if (a.task == kSampleTask)
-      TTA_LAUNCH((best_kernel), shared, kThreads, 0, launch.stream, a);
+      TTA_LAUNCH((deferral_best_kernel), shared, kThreads, 0, launch.stream, a);
   }
   return cudaGetLastError();
 }
@@ -427,10 +428,11 @@ cudaError_t run(Drawn a, int64_t rows, const Launch& launch) {
     a.first_row = static_cast<uint32_t>(first);
     const dim3 statistics = grid_of(needs_proxy ? 2 * a.columns : a.columns, rows - first);
     const dim3 tiles = grid_of(a.s.tiles, rows - first);
-    TTA_LAUNCH((draw_kernel), statistics, kThreads, 0, launch.stream, a);
-    if (a.rule.rule == kKnapsack) TTA_LAUNCH((judge_kernel), tiles, kThreads, 0, launch.stream, a);
+    TTA_LAUNCH((deferral_draw_kernel), statistics, kThreads, 0, launch.stream, a);
+    if (a.rule.rule == kKnapsack)
+      TTA_LAUNCH((deferral_judge_kernel), tiles, kThreads, 0, launch.stream, a);
     if (!a.propose && !needs_proxy)
-      TTA_LAUNCH((replace_kernel), statistics, kThreads, 0, launch.stream, a);
+      TTA_LAUNCH((deferral_replace_kernel), statistics, kThreads, 0, launch.stream, a);
   }
   return cudaGetLastError();
 }

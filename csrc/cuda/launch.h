@@ -1,6 +1,18 @@
 // The CUDA kernels, one entry point an operator. Nothing here allocates or waits for the device:
 // the caller asks need_of() for scratch memory, hands it over and checks what comes back. The
 // arguments hold device pointers, and numbers where the host knows them.
+//
+// Words of our own in this folder:
+//   row            logits of one position: of a batch row, or of one of its K + 1 in verification
+//   tile, group    4096 elements of a row, and 128 of a tile; virtual lane l: number l of all
+//   groups node           the sum of virtual lanes l and l + 64: the first fold of a canonical sum
+//   part           what a lane or a thread has of a tile; in turns: not all lanes at the same one
+//   span, columns  how many tiles a block takes, and how many blocks so share a row
+//   stage          one launch, in which the last block to arrive at a row decides for the row
+//   slot           a model's row at one temperature: base or proxy, at the sampling's or the rule's
+//   query          a masked sum of a row: a mass for each tile, which the last block adds up
+//   cut            a set in the order of the logits (core/order.h): what comes before an element
+//   band, bracket  neighbours in that order that share a counter; those with the critical item
 #pragma once
 
 #include <cstddef>

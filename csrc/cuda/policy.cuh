@@ -7,7 +7,8 @@
 #include <type_traits>
 
 #include "cuda/divide.cuh"
-#include "cuda/kad.cuh"
+#include "cuda/draw.cuh"
+#include "cuda/masked_sum.cuh"
 
 namespace tta {
 namespace cuda {
@@ -173,12 +174,12 @@ struct Contenders {
   __device__ __forceinline__ explicit Contenders(const RowState& r) {
     const SlotNumbers &p = r.slot[kBaseSlot], &q = r.slot[kProxySlot];
     const Deferral& d = r.deferral;
-    const double most_q = mul_rn(static_cast<double>(q.max_probability()), r.mass);
+    const double most_q = mul_rn(static_cast<double>(q.max_probability()), r.masses.deferred);
     const bool keeps_max = !d.by_proxy && p.max > d.cut.x;
     const double most_p = keeps_max ? static_cast<double>(p.max_probability()) : 0.0;
     const double half = 0.5 * (most_p > most_q ? most_p : most_q);
     x = logit_of(p, half);
-    y = r.mass > 0.0 ? logit_of(q, half / r.mass) : kInfinity;
+    y = r.masses.deferred > 0.0 ? logit_of(q, half / r.masses.deferred) : kInfinity;
   }
   __device__ __forceinline__ static float logit_of(const SlotNumbers& s, double probability) {
     const float weight = static_cast<float>(probability * s.z);  // of the maximum: 1
@@ -195,7 +196,7 @@ __device__ __forceinline__ uint64_t best_of_tile(const Kad& a, const RowState& r
                                                  int t, const Contenders& least) {
   if (a.s.tile_max(row, 0)[t] < least.x && a.s.tile_max(row, 1)[t] < least.y) return 0;
   const Policy policy(a, r, row, t);
-  const double mass = r.mass;
+  const double mass = r.masses.deferred;
   float best = -1.0f;
   int place = 0;
   policy.each_of(policy.base, policy.proxy, true,
@@ -357,7 +358,8 @@ __device__ __forceinline__ Choice choose_kept(const Kad& a, const RowState& r, i
     }
   }
   const bool needs_proxy =
-      best.id < 0 || (r.mass > 0.0 && !(static_cast<float>(add_rn(second, r.mass)) < first));
+      best.id < 0 ||
+      (r.masses.deferred > 0.0 && !(static_cast<float>(add_rn(second, r.masses.deferred)) < first));
   if (best.id < 0) best.id = first_of_max(a.base_row(row), a.s, row, 0, p.max);
   return {best.id, needs_proxy};
 }

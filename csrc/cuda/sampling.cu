@@ -14,9 +14,10 @@
 // whatever block arrives last; prefixes inside a tile are exact integers.
 
 #include "cuda/divide.cuh"
+#include "cuda/draw.cuh"
 #include "cuda/launch.h"
 #include "cuda/mixture.cuh"
-#include "cuda/row.cuh"
+#include "cuda/statistics.cuh"
 
 namespace tta {
 namespace cuda {
@@ -89,7 +90,7 @@ struct Mixed {
 };
 
 template <class Op>
-__global__ void __launch_bounds__(kThreads, Op::kResident) draw_kernel(const Op op) {
+__global__ void __launch_bounds__(kThreads, Op::kResident) sampling_draw_kernel(const Op op) {
   TTA_SHARED_ARRAY(float4, weights4, kTile / 4);
   TTA_SHARED_ARRAY(double, cum, kMaxTiles);
   TTA_SHARED(double, coin);
@@ -137,7 +138,7 @@ __device__ __forceinline__ void write_probs(const Tile& tile, const SlotNumbers&
 }
 
 // p(v) = fl32(w / Z) of a mixture, a block a tile.
-__global__ void __launch_bounds__(kThreads, 4) mixture_probs_kernel(const Mixed op) {
+__global__ void __launch_bounds__(kThreads, 4) sampling_mixture_probs_kernel(const Mixed op) {
   TTA_SHARED_ARRAY(float4, scores4, kTile / 4);
   float* scores = reinterpret_cast<float*>(scores4);
   const uint32_t row = op.first_row + blockIdx.y;
@@ -183,7 +184,7 @@ cudaError_t categorical_sample(const CategoricalArgs& a, const Launch& launch) {
   for (int64_t first = 0; first < a.batch; first += kMostRows) {
     op.first_row = static_cast<uint32_t>(first);
     const dim3 grid = grid_of(columns_of(op.s.tiles, op.span), a.batch - first);
-    TTA_LAUNCH((draw_kernel<Categorical>), grid, kThreads, 0, launch.stream, op);
+    TTA_LAUNCH((sampling_draw_kernel<Categorical>), grid, kThreads, 0, launch.stream, op);
   }
   return cudaGetLastError();
 }
@@ -194,9 +195,10 @@ cudaError_t implicit_reward(const MixtureArgs& a, const Launch& launch) {
   for (int64_t first = 0; first < a.batch; first += kMostRows) {
     op.first_row = static_cast<uint32_t>(first);
     const dim3 draws = grid_of(columns_of(op.s.tiles, op.span), a.batch - first);
-    TTA_LAUNCH((draw_kernel<Mixed>), draws, kThreads, 0, launch.stream, op);
+    TTA_LAUNCH((sampling_draw_kernel<Mixed>), draws, kThreads, 0, launch.stream, op);
     const dim3 tiles = grid_of(op.s.tiles, a.batch - first);
-    if (!a.token) TTA_LAUNCH((mixture_probs_kernel), tiles, kThreads, 0, launch.stream, op);
+    if (!a.token)
+      TTA_LAUNCH((sampling_mixture_probs_kernel), tiles, kThreads, 0, launch.stream, op);
   }
   return cudaGetLastError();
 }

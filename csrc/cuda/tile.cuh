@@ -1,5 +1,5 @@
 // One tile of a row and the block that works on it: 128 threads, 32 elements each. (A tile a warp,
-// where blocks have several: row.cuh, kad.cuh.)
+// where blocks have several: statistics.cuh, read.cuh.)
 //
 // Thread map. Where the row is aligned to four elements, warp w owns the groups 8 w .. 8 w + 7 of
 // 128 elements and lane l the elements 4 l .. 4 l + 3 of each: loads of 16 bytes (8 for 16-bit
@@ -244,12 +244,6 @@ __device__ __forceinline__ void terms_of_four(const float* x, float reference,
 
 // ---- tiles in registers ------------------------------------------------------------------------
 
-__device__ __forceinline__ float as_float(uint32_t bits) {
-  float x;
-  std::memcpy(&x, &bits, sizeof x);
-  return x;
-}
-
 // Numbers 0 and 1 of a pair of 16-bit numbers.
 template <int kType>
 __device__ __forceinline__ void widen(uint32_t pair, float* x) {
@@ -257,8 +251,8 @@ __device__ __forceinline__ void widen(uint32_t pair, float* x) {
     x[0] = half_to_float(static_cast<uint16_t>(pair & 0xffffu));
     x[1] = half_to_float(static_cast<uint16_t>(pair >> 16));
   } else {
-    x[0] = as_float(pair << 16);
-    x[1] = as_float(pair & 0xffff0000u);
+    x[0] = device::scalar_from_bits(pair << 16);
+    x[1] = device::scalar_from_bits(pair & 0xffff0000u);
   }
 }
 
@@ -307,7 +301,7 @@ struct Stored {
   __device__ __forceinline__ void four(int g, float* x) const {
     if constexpr (kIsFloat32) {
 #pragma unroll
-      for (int k = 0; k < 4; ++k) x[k] = as_float(word[g][k]);
+      for (int k = 0; k < 4; ++k) x[k] = device::scalar_from_bits(word[g][k]);
     } else {
       widen<kType>(word[g][0], x);
       widen<kType>(word[g][1], x + 2);
@@ -319,10 +313,10 @@ struct Stored {
     if constexpr (kIsFloat32) {
       float m[4];  // four chains side by side
 #pragma unroll
-      for (int k = 0; k < 4; ++k) m[k] = as_float(word[0][k]);
+      for (int k = 0; k < 4; ++k) m[k] = device::scalar_from_bits(word[0][k]);
 #pragma unroll
       for (int i = 4; i < kPerThread; ++i)
-        m[i % 4] = max_or_nan(m[i % 4], as_float(word[i / 4][i % 4]));
+        m[i % 4] = max_or_nan(m[i % 4], device::scalar_from_bits(word[i / 4][i % 4]));
       return max_or_nan(max_or_nan(m[0], m[1]), max_or_nan(m[2], m[3]));
     } else {
       uint32_t m = word[0][0];

@@ -20,6 +20,7 @@
 // Determinism: as in deferral.cu; the walk looks at the positions in order, whoever takes it.
 
 #include "cuda/cut.cuh"
+#include "cuda/draw.cuh"
 #include "cuda/launch.h"
 #include "cuda/policy.cuh"
 
@@ -55,14 +56,14 @@ struct Verify : Kad {
 __device__ __forceinline__ bool stands(const Verify& a, int64_t row, double mass) {
   const RowState& r = a.s.state(row);
   const int64_t x = a.v.draft_at(a.batch_row(row), a.position(row));
-  if (!r.proxy_valid || x < 0 || x >= a.base.vocab) return false;
+  if (!r.verdict.proxy_valid || x < 0 || x >= a.base.vocab) return false;
   const double q = static_cast<double>(proxy_probability(a, r, row, x));
   const double p = static_cast<double>(base_probability(a, r, row, x));
   const double kept_p = mul_rn(sub_rn(1.0, mu_of(a, r.deferral, row, x)), p);
   return q > 0.0 && mul_rn(a.coin(row, kVerify), q) < add_rn(kept_p, mul_rn(mass, q));
 }
 
-__global__ void __launch_bounds__(kThreads, 4) statistics_kernel(const Verify a) {
+__global__ void __launch_bounds__(kThreads, 4) verify_statistics_kernel(const Verify a) {
   TTA_SHARED_ARRAY(float4, weights4, kTile / 4);
   TTA_SHARED_ARRAY(double, cum, kMaxTiles);
   float* weights = reinterpret_cast<float*>(weights4);
@@ -86,29 +87,24 @@ __global__ void __launch_bounds__(kThreads, 4) statistics_kernel(const Verify a)
   prepare_row(a, row, slot, valid);
   if (threadIdx.x) return;
   RowState& r = a.s.state(row);
-  r.base_valid = base_valid;
-  r.proxy_valid = proxy_valid;
-  r.token = token;
+  r.verdict.base_valid = base_valid;
+  r.verdict.proxy_valid = proxy_valid;
+  r.verdict.token = token;
   // Accepted whatever D is: then nobody has to add it up.
-  r.stands = valid && k < n && a.v.key.do_sample && !a.v.return_mass && r.step != kOpen &&
-             stands(a, row, 0.0);
+  r.verdict.stands = valid && k < n && a.v.key.do_sample && !a.v.return_mass && r.step != kOpen &&
+                     stands(a, row, 0.0);
 }
 
 // ---- the walk ----------------------------------------------------------------------------------
 
-// Where a row's walk ends, and what is left to do there.
-struct End {
-  int64_t position;
-  int step;
-};
-
-// From position k on, for one thread: outputs up to the end, and what the emitting stage has to do.
-__device__ __forceinline__ End walk(const Verify& a, int64_t b, int64_t k) {
+// From position k on, for one thread: outputs up to the end.
+__device__ __forceinline__ WalkEnd walk(const Verify& a, int64_t b, int64_t k) {
   const int64_t n = a.length(b);
   double* mass = a.v.mass + b * a.positions;
   for (; k <= n; ++k) {
     const int64_t row = b * a.positions + k;
-    const RowState& r = a.s.state(row);
+    const RowState& state = a.s.state(row);
+    const Verdict& r = state.verdict;
     const bool bonus = k == n;
     int64_t culprit = -1;
     bool usable = r.base_valid && a.valid_param(row);
@@ -125,9 +121,9 @@ __device__ __forceinline__ End walk(const Verify& a, int64_t b, int64_t k) {
     if (!usable) {
       mass[k] = static_cast<double>(kNaN);
       if (culprit >= 0) a.note(row, culprit);
-      return {k, kDone};
+      return {k, kNoDraw};
     }
-    if (a.v.return_mass) mass[k] = r.mass;
+    if (a.v.return_mass) mass[k] = state.masses.deferred;
     if (r.stands && !bonus) {
       ++a.v.accepted[b];
       continue;
@@ -135,14 +131,14 @@ __device__ __forceinline__ End walk(const Verify& a, int64_t b, int64_t k) {
     if (!a.v.key.do_sample) {
       a.v.token[b] = r.token;
       a.v.deferred[b] = r.deferred;
-      return {k, kDone};
+      return {k, kNoDraw};
     }
     if (!bonus) return {k, kResidualDraw};
     a.v.token[b] = r.deferred ? -1 : r.token;
     a.v.deferred[b] = r.deferred;
-    return {k, r.deferred && a.has_proxy(k) ? kProxyDraw : kDone};
+    return {k, r.deferred && a.has_proxy(k) ? kProxyDraw : kNoDraw};
   }
-  return {n, kDone};
+  return {n, kNoDraw};
 }
 
 // The first walk of a row, by the block that finds all its positions judged.
@@ -153,15 +149,12 @@ __device__ __forceinline__ void start_walk(const Verify& a, int64_t b) {
   a.v.accepted[b] = 0;
   a.v.token[b] = -1;
   a.v.deferred[b] = false;
-  const End end = walk(a, b, 0);
-  RowState& r = a.s.state(b * a.positions);
-  r.step = end.step;
-  r.bracket_low = static_cast<int32_t>(end.position);
+  a.s.state(b * a.positions).end = walk(a, b, 0);
 }
 
 // ---- masses and verdicts -----------------------------------------------------------------------
 
-__global__ void __launch_bounds__(kThreads, 5) masses_kernel(const Verify a) {
+__global__ void __launch_bounds__(kThreads, 5) verify_masses_kernel(const Verify a) {
   TTA_SHARED_ARRAY(float4, weights4, kTile / 4);
   TTA_SHARED_ARRAY(double, shared, kMaxTiles);
   float* weights = reinterpret_cast<float*>(weights4);
@@ -173,7 +166,7 @@ __global__ void __launch_bounds__(kThreads, 5) masses_kernel(const Verify a) {
   const bool valid = r.valid;
   // What becomes of a drawn bonus token depends on no mass but that which splits the critical item.
   const bool masses =
-      valid && !r.stands && (k < n || splits || a.v.return_mass || !a.v.key.do_sample);
+      valid && !r.verdict.stands && (k < n || splits || a.v.return_mass || !a.v.key.do_sample);
   if (masses) {
     const Deferral set = r.deferral;
     block_masses<true, false>(a, row, set, weights);
@@ -190,14 +183,14 @@ __global__ void __launch_bounds__(kThreads, 5) masses_kernel(const Verify a) {
       sum = add_rn(sum, share.sampled);
       kept = sub_rn(kept, share.sampled);
       const double mass = div_rn(sum, r.slot[kBaseSlot].z);
-      r.mass = mass;
-      r.kept = div_rn(kept, r.slot[kBaseSlot].z);
-      r.deferred = false;
+      r.masses.deferred = mass;
+      r.masses.kept = div_rn(kept, r.slot[kBaseSlot].z);
+      r.verdict.deferred = false;
       if (a.v.key.do_sample && k < n) {
-        r.stands = r.stands || stands(a, row, mass);
+        r.verdict.stands = r.verdict.stands || stands(a, row, mass);
       } else if (a.v.key.do_sample) {
-        const double mu = mu_of(a, r.deferral, row, r.token);
-        r.deferred = mu == 1.0 || (mu > 0.0 && a.coin(row, kSplit) < mu);
+        const double mu = mu_of(a, r.deferral, row, r.verdict.token);
+        r.verdict.deferred = mu == 1.0 || (mu > 0.0 && a.coin(row, kSplit) < mu);
       }
     }
   }
@@ -206,28 +199,29 @@ __global__ void __launch_bounds__(kThreads, 5) masses_kernel(const Verify a) {
 
 // Greedy: argmax of pi at every position; where the bonus row has no usable proxy, the best kept
 // token, and whether the proxy could still change it.
-__global__ void __launch_bounds__(kThreads, 3) best_kernel(const Verify a) {
+__global__ void __launch_bounds__(kThreads, 3) verify_best_kernel(const Verify a) {
   const uint32_t row = a.row();
   const int64_t b = a.batch_row(row), k = a.position(row), n = a.length(b);
   if (k > n) return;
   RowState& r = a.s.state(row);
-  const bool valid = r.valid && (r.proxy_valid || k == n), with_proxy = r.proxy_valid;
+  Verdict& verdict = r.verdict;
+  const bool with_proxy = verdict.proxy_valid, valid = r.valid && (with_proxy || k == n);
   if (valid && with_proxy) put_best(a, r, row);
   if (!last_to_arrive(a.arrivals + row, gridDim.x)) return;
   const int i = static_cast<int>(threadIdx.x);
   if (valid && with_proxy) {
     const uint64_t best = best_of_row(a, row);
     if (i == 0) {
-      r.token = ranked_id(best);
-      r.deferred = mu_of(a, r.deferral, row, r.token) == 1.0;
-      r.stands = k < n && r.token == a.v.draft_at(b, k);
+      verdict.token = ranked_id(best);
+      verdict.deferred = mu_of(a, r.deferral, row, verdict.token) == 1.0;
+      verdict.stands = k < n && verdict.token == a.v.draft_at(b, k);
     }
   } else if (valid) {
     const Choice choice = choose_kept(a, r, row);
     if (i == 0) {
-      r.token = choice.needs_proxy ? -1 : choice.token;
-      r.deferred = choice.needs_proxy;
-      r.stands = false;
+      verdict.token = choice.needs_proxy ? -1 : choice.token;
+      verdict.deferred = choice.needs_proxy;
+      verdict.stands = false;
     }
   }
   start_walk(a, b);
@@ -244,7 +238,7 @@ __device__ __forceinline__ double residual_weights(const Verify& a, int64_t row,
   const Policy policy(a, r, row, t);
   const Tile& map = policy.map;
   if (policy.all_deferred) return 0.0;
-  const double kept_mass = r.kept;
+  const double kept_mass = r.masses.kept;
   float top = 0.0f;
 #pragma unroll
   for (int i = 0; i < kPerThread; i += 4) {
@@ -280,9 +274,9 @@ __device__ __forceinline__ double residual_weights(const Verify& a, int64_t row,
 }
 
 // A tile's part in what has to be emitted at a position.
-__device__ __forceinline__ void emit_tile(const Verify& a, int64_t row, int t, int step,
+__device__ __forceinline__ void emit_tile(const Verify& a, int64_t row, int t, EndDraw draw,
                                           float* weights) {
-  if (step == kProxyDraw)
+  if (draw == kProxyDraw)
     return tile_statistics(a.proxy_row(row), t, numbers_of(a, row, 1, false), weights);
   const double scale = residual_weights(a, row, t, weights);
   if (warp_id()) return;
@@ -319,32 +313,28 @@ __device__ __forceinline__ int64_t draw_residual(const Verify& a, int64_t row, d
          find_in_tile(weights, scale, choice.before, choice.target);
 }
 
-__global__ void __launch_bounds__(kThreads, 2) emit_kernel(const Verify a) {
+__global__ void __launch_bounds__(kThreads, 2) verify_emit_kernel(const Verify a) {
   TTA_SHARED_ARRAY(float4, weights4, kTile / 4);
   TTA_SHARED_ARRAY(double, cum, kMaxTiles);
-  TTA_SHARED(End, next);
+  TTA_SHARED(WalkEnd, next);
   float* weights = reinterpret_cast<float*>(weights4);
   const int64_t b = a.first_batch_row + blockIdx.y;
-  End end;
-  {
-    const RowState& first = a.s.state(b * a.positions);
-    end = {first.bracket_low, first.step};
-  }
-  if (end.step != kResidualDraw && end.step != kProxyDraw) return;
-  emit_tile(a, b * a.positions + end.position, a.tile(), end.step, weights);
+  WalkEnd end = a.s.state(b * a.positions).end;
+  if (end.draw == kNoDraw) return;
+  emit_tile(a, b * a.positions + end.position, a.tile(), end.draw, weights);
   if (!last_to_arrive(a.arrivals + a.rows + b, gridDim.x)) return;
   // A second turn is needed only where pi = q in floats although the token was rejected: then it
   // stands after all, and the walk goes on.
-  while (end.step == kResidualDraw || end.step == kProxyDraw) {
+  for (;;) {
     const int64_t row = b * a.positions + end.position;
     const RowState& r = a.s.state(row);
     bool valid = true, again = false;
     int64_t token = -1;
-    if (end.step == kProxyDraw) {
+    if (end.draw == kProxyDraw) {
       token = draw_proxy(a, row, cum, kProxy, weights, &valid);
       if (!valid) a.note(row, kProxyLogits);
     } else {
-      if (r.mass != 1.0) token = draw_residual(a, row, cum, weights);
+      if (r.masses.deferred != 1.0) token = draw_residual(a, row, cum, weights);
       if (token < 0) {
         const int64_t x = a.v.draft_at(b, end.position);
         again = proxy_probability(a, r, row, x) > 0.0f;
@@ -367,9 +357,9 @@ __global__ void __launch_bounds__(kThreads, 2) emit_kernel(const Verify a) {
     }
     __syncthreads();
     end = next;
-    if (end.step != kResidualDraw && end.step != kProxyDraw) return;
+    if (end.draw == kNoDraw) return;
     for (int t = 0; t < a.s.tiles; ++t) {
-      emit_tile(a, b * a.positions + end.position, t, end.step, weights);
+      emit_tile(a, b * a.positions + end.position, t, end.draw, weights);
       __syncthreads();
     }
   }
@@ -403,14 +393,13 @@ cudaError_t deferral_verify(const VerifyArgs& v, const Launch& launch) {
     a.first_row = static_cast<uint32_t>(first * a.positions);
     const dim3 statistics = grid_of(2 * a.columns, batch * a.positions);
     const dim3 shared = grid_of(a.columns, batch * a.positions);
-    const dim3 tiles = grid_of(a.s.tiles, batch * a.positions);
-    TTA_LAUNCH((statistics_kernel), statistics, kThreads, 0, launch.stream, a);
+    TTA_LAUNCH((verify_statistics_kernel), statistics, kThreads, 0, launch.stream, a);
     if (a.s.with_cut) launch_cut(a, shared, launch.stream);
-    TTA_LAUNCH((masses_kernel), shared, kThreads, 0, launch.stream, a);
+    TTA_LAUNCH((verify_masses_kernel), shared, kThreads, 0, launch.stream, a);
     if (v.key.do_sample)
-      TTA_LAUNCH((emit_kernel), grid_of(a.s.tiles, batch), kThreads, 0, launch.stream, a);
+      TTA_LAUNCH((verify_emit_kernel), grid_of(a.s.tiles, batch), kThreads, 0, launch.stream, a);
     else
-      TTA_LAUNCH((best_kernel), shared, kThreads, 0, launch.stream, a);
+      TTA_LAUNCH((verify_best_kernel), shared, kThreads, 0, launch.stream, a);
   }
   return cudaGetLastError();
 }

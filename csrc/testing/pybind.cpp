@@ -9,9 +9,11 @@
 #include <pybind11/stl.h>
 
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
+#include "core/rules.h"
 #include "testing/functions.h"
 
 namespace py = pybind11;
@@ -61,6 +63,12 @@ void same_size(const Array<T>& a, const Array<T>& b) {
   if (a.size() != b.size()) throw py::value_error("expected arrays of one size");
 }
 
+// Of a row, as RuleTest asks for them.
+struct MaxProbability {
+  float value;
+  float max_probability() const { return value; }
+};
+
 }  // namespace
 
 PYBIND11_MODULE(tta_ext_testing, m) {
@@ -104,6 +112,16 @@ PYBIND11_MODULE(tta_ext_testing, m) {
     for (py::ssize_t i = 0; i < x.size(); ++i)
       out.mutable_data()[i] = tta::float_to_half(x.data()[i]);
     return out;
+  });
+  // (name, code, whether it reads q) of every rule.
+  m.def("rules", [] {
+#define TTA_ROW(name, code, reads_q, test) {#name, tta::name, tta::rule_needs_proxy(tta::name)},
+    return std::vector<std::tuple<std::string, int, bool>>{TTA_RULES(TTA_ROW)};
+#undef TTA_ROW
+  });
+  m.def("rule_defers", [](int rule, double param, float max_p, float max_q, float p, float q) {
+    const auto test = tta::RuleTest::of(rule, param, MaxProbability{max_p}, MaxProbability{max_q});
+    return test.defers(test.by_proxy ? q : p);
   });
   // (valid, maximum, Z)
   m.def("canonical_sum", [](int level, const py::array& logits, float inv_temperature) {
