@@ -1,12 +1,10 @@
-"""What nvcc makes of every CUDA kernel on four architectures, as a checked-in table.
+"""What nvcc makes of every CUDA kernel on four architectures, as a Markdown table.
 
-    python scripts/kernel_table.py           compile and write benchmarks/results/kernels.json, .md
-    python scripts/kernel_table.py --check   fail on a spill, on local memory, or on a stale table
+    python -m tools.ptx.kernel_table [FILE.cu ...]
 
 Needs nvcc (found as the extension's build finds it) with its ptxas, c++filt, and cuobjdump (PATH,
-``CUOBJDUMP`` or the triton package). Without cuobjdump ``--check`` compiles all the same and goes
-by what ptxas reports: registers, shared memory, stack, spills. Without nvcc it compares the hash
-of the sources alone.
+``CUOBJDUMP`` or the triton package). That no kernel spills is checked by .ci/spills.py, which needs
+nvcc alone.
 
 Occupancy is theoretical: blocks of the launch bound's size that registers, static shared memory,
 warps and block slots allow, as a part of the warps an SM holds. Shared memory that a launch adds
@@ -18,7 +16,6 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import importlib.util
-import json
 import os
 import re
 import shutil
@@ -26,17 +23,14 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TypeVar
 
 from tta_ext import _compile, _compile_cuda
 from tta_ext._compile import BuildError
 
-ROOT = Path(__file__).resolve().parent.parent
-TABLE = ROOT / "benchmarks" / "results" / "kernels.json"
-TEXT = ROOT / "benchmarks" / "results" / "kernels.md"
+ROOT = Path(__file__).resolve().parent.parent.parent
 CSRC = ROOT / "csrc"
 THREADS = 256  # of a block, where a kernel sets no bound
 
@@ -66,36 +60,17 @@ SHARED_RESERVED = 1024
 
 
 @dataclass(frozen=True)
-class Assembled:
-    """One kernel on one architecture as ptxas reports it; memory in bytes."""
+class Kernel:
+    """One kernel on one architecture; memory in bytes, counts of instructions are static."""
 
     file: str
     kernel: str
     arch: str
+    threads: int
     registers: int
     shared: int
     stack: int
-    spill_stores: int
-    spill_loads: int
-
-    def fault(self) -> str:
-        """What forbids the kernel, empty if nothing does."""
-        spilled = self.spill_stores + self.spill_loads
-        return ", ".join(
-            text
-            for text, bad in (
-                (f"{spilled} bytes of spills", spilled),
-                (f"a stack of {self.stack} bytes", self.stack),
-            )
-            if bad
-        )
-
-
-@dataclass(frozen=True)
-class Kernel(Assembled):
-    """The same, with what its machine code shows; counts of instructions are static."""
-
-    threads: int
+    spills: int
     local_accesses: int
     loads_128: int
     loads_64: int
@@ -104,28 +79,6 @@ class Kernel(Assembled):
     blocks: int
     occupancy: float
     limit: str
-
-    def fault(self) -> str:
-        """What forbids the kernel, empty if nothing does."""
-        accesses = f"{self.local_accesses} accesses to local memory" if self.local_accesses else ""
-        return ", ".join(filter(None, (super().fault(), accesses)))
-
-
-T = TypeVar("T", bound=Assembled)
-
-
-def sources() -> list[Path]:
-    """The .cu files of the library."""
-    return sorted((CSRC / "cuda").glob("*.cu"))
-
-
-def digests() -> dict[str, str]:
-    """For each .cu file the SHA-256 of what its kernels depend on: itself, all headers, flags."""
-    headers = _compile.headers_of(CSRC, ("core", "cuda"), _compile_cuda.HEADER_SUFFIXES)
-    return {
-        path.name: _compile.digest_of(CSRC, (path, *headers), _compile_cuda.FLAGS)
-        for path in sources()
-    }
 
 
 def tool(name: str) -> str:
@@ -218,72 +171,48 @@ def count(opcodes: Counter[str], kind: str, width: str = "") -> int:
     )
 
 
-def assemble(
-    toolkit: _compile_cuda.Toolkit, source: Path, arch: str, cubin: Path
-) -> dict[str, Assembled]:
-    """Compile a file for an architecture; what ptxas reports, by mangled name."""
-    log = output_of(
-        *toolkit.compiler.command,
-        *_compile_cuda.FLAGS,
-        f"-gencode=arch=compute_{arch},code=sm_{arch}",
-        "-Xptxas=-v",
-        "-cubin",
-        f"-I{CSRC}",
-        str(source),
-        "-o",
-        str(cubin),
-    )
-    parts = {part.split("'")[0]: part for part in log.split("Compiling entry function '")[1:]}
-    if not parts:
-        sys.exit(f"kernel_table: ptxas reports no kernel of {source.name}")
-    names = readable(sorted(parts))
-
-    def number(part: str, pattern: str) -> int:
-        return int(match[1]) if (match := re.search(pattern, part)) else 0
-
-    return {
-        mangled: Assembled(
-            file=source.name,
-            kernel=names[mangled],
-            arch=f"sm_{arch}",
-            registers=number(part, r"Used (\d+) registers"),
-            shared=number(part, r"(\d+) bytes smem"),
-            # Of the kernel, and of what it calls.
-            stack=max(
-                number(part, r"(\d+) bytes stack frame"),
-                number(part, r"(\d+) bytes cumulative stack size"),
-            ),
-            spill_stores=number(part, r"(\d+) bytes spill stores"),
-            spill_loads=number(part, r"(\d+) bytes spill loads"),
-        )
-        for mangled, part in parts.items()
-    }
-
-
-def assemble_one(toolkit: _compile_cuda.Toolkit, source: Path, arch: str) -> list[Assembled]:
-    """The kernels of a file on an architecture, without a look at their machine code."""
-    with tempfile.TemporaryDirectory() as folder:
-        return list(assemble(toolkit, source, arch, Path(folder) / "kernels.cubin").values())
-
-
 def compile_one(toolkit: _compile_cuda.Toolkit, source: Path, arch: str) -> list[Kernel]:
     """The kernels of a file on an architecture."""
     with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernels.cubin"
-        reports = assemble(toolkit, source, arch, cubin)
-        opcodes = instructions(output_of(tool("cuobjdump"), "-sass", str(cubin)))
-        threads = bounds(output_of(tool("cuobjdump"), "-elf", str(cubin)))
+        cubin = str(Path(folder) / "kernels.cubin")
+        log = output_of(
+            *toolkit.compiler.command,
+            *_compile_cuda.FLAGS,
+            f"-gencode=arch=compute_{arch},code=sm_{arch}",
+            "-Xptxas=-v",
+            f"-I{CSRC}",
+            *("-cubin", str(source), "-o", cubin),
+        )
+        opcodes = instructions(output_of(tool("cuobjdump"), "-sass", cubin))
+        threads = bounds(output_of(tool("cuobjdump"), "-elf", cubin))
+    reports = {part.split("'")[0]: part for part in log.split("Compiling entry function '")[1:]}
     if reports.keys() != opcodes.keys():
         sys.exit(f"kernel_table: ptxas and cuobjdump name other kernels of {source.name}")
+    names = readable(sorted(reports))
     kernels = []
     for mangled, report in reports.items():
         mix = opcodes[mangled]
         size = threads.get(mangled, THREADS)
-        blocks, share, limit = occupancy(arch, size, report.registers, report.shared)
+
+        def number(pattern: str, report: str = report) -> int:
+            return int(match[1]) if (match := re.search(pattern, report)) else 0
+
+        registers, shared = number(r"Used (\d+) registers"), number(r"(\d+) bytes smem")
+        blocks, share, limit = occupancy(arch, size, registers, shared)
         kernels.append(
             Kernel(
-                **asdict(report),
+                file=source.name,
+                kernel=names[mangled],
+                arch=f"sm_{arch}",
                 threads=size,
+                registers=registers,
+                shared=shared,
+                # Of the kernel, and of what it calls.
+                stack=max(
+                    number(r"(\d+) bytes stack frame"),
+                    number(r"(\d+) bytes cumulative stack size"),
+                ),
+                spills=number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads"),
                 local_accesses=count(mix, "LDL") + count(mix, "STL"),
                 loads_128=count(mix, "LDG", "128"),
                 loads_64=count(mix, "LDG", "64"),
@@ -297,158 +226,40 @@ def compile_one(toolkit: _compile_cuda.Toolkit, source: Path, arch: str) -> list
     return kernels
 
 
-def measure(
-    compile_file: Callable[[_compile_cuda.Toolkit, Path, str], list[T]],
-    toolkit: _compile_cuda.Toolkit,
-    files: Sequence[Path],
-) -> list[T]:
-    """The kernels of files on all architectures, sorted."""
+def measure(toolkit: _compile_cuda.Toolkit, files: Sequence[Path]) -> list[Kernel]:
+    """The kernels of files on all architectures, by file, name and architecture."""
     jobs = [(source, arch) for arch in _compile_cuda.ARCHITECTURES for source in files]
     with concurrent.futures.ThreadPoolExecutor(_compile.job_count(len(jobs))) as pool:
-        found = list(pool.map(lambda job: compile_file(toolkit, *job), jobs))
-    return in_order(kernel for part in found for kernel in part)
-
-
-def in_order(kernels: Iterable[T]) -> list[T]:
-    """By file, name and architecture."""
+        parts = list(pool.map(lambda job: compile_one(toolkit, *job), jobs))
+    kernels = [kernel for part in parts for kernel in part]
     return sorted(kernels, key=lambda k: (k.file, k.kernel, int(k.arch[3:])))
 
 
-def render(kernels: list[Kernel], compiler: str) -> str:
+def render(kernels: Sequence[Kernel], compiler: str) -> str:
     """The table as Markdown."""
+    names = [field.name for field in fields(Kernel)]
     lines = [
-        "# CUDA kernels as compiled",
+        f"Compiled by {compiler}; no GPU was involved.",
         "",
-        f"Written by `scripts/kernel_table.py` with {compiler}; no GPU was involved. Flags: "
-        f"`{' '.join(_compile_cuda.FLAGS)}`. No kernel may spill or use local memory.",
-        "Loads and stores are counted in the machine code, whatever how often they run. Occupancy:",
-        "blocks of the launch bound's threads that fit an SM by registers, static shared memory,",
-        "warps and slots, as a part of its warps.",
-        "",
-        "| file | kernel | arch | threads | registers | shared | stack | spills | 128-bit loads "
-        "| 64-bit loads | 128-bit stores | instructions | blocks/SM | occupancy | limit |",
-        "|---|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|---|",
+        f"| {' | '.join(names)} |",
+        "|" + "---|" * len(names),
+        *(f"| {' | '.join(str(getattr(k, name)) for name in names)} |" for k in kernels),
     ]
-    for k in kernels:
-        cells = (
-            k.file,
-            f"`{k.kernel}`",
-            k.arch,
-            k.threads,
-            k.registers,
-            k.shared,
-            k.stack,
-            k.spill_stores + k.spill_loads,
-            k.loads_128,
-            k.loads_64,
-            k.stores_128,
-            k.instructions,
-            k.blocks,
-            f"{k.occupancy:.0%}",
-            k.limit,
-        )
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
-def recorded() -> tuple[dict[str, object], list[Kernel]]:
-    """The table as it is checked in."""
-    if not TABLE.exists():
-        return {}, []
-    record = json.loads(TABLE.read_text())
-    return record, [Kernel(**kernel) for kernel in record.pop("kernels")]
-
-
-def faults(kernels: Sequence[Assembled]) -> list[str]:
-    """One line for each kernel that must not ship."""
-    return [f"{k.file} {k.kernel} {k.arch}: {k.fault()}" for k in kernels if k.fault()]
-
-
-def check(toolkit: _compile_cuda.Toolkit | None, dumps: bool = True) -> list[str]:
-    """Why the checked-in table does not stand; empty if it does.
-
-    Args:
-        toolkit: what to compile with; without one the hash of the sources must do.
-        dumps: cuobjdump is there, to look at the machine code too.
-    """
-    record, kernels = recorded()
-    if record.get("sources") != digests():
-        return ["benchmarks/results/kernels.json is stale: run python scripts/kernel_table.py"]
-    if toolkit is None:
-        return faults(kernels)
-    known: Sequence[Assembled] = kernels
-    found: Sequence[Assembled]
-    if dumps:
-        compiled = measure(compile_one, toolkit, sources())
-        found = compiled
-    else:
-        found = measure(assemble_one, toolkit, sources())
-        names = [field.name for field in fields(Assembled)]
-        known = [Assembled(**{name: getattr(k, name) for name in names}) for k in kernels]
-    problems = faults(found)
-    # Another nvcc may use other registers; what it must not do is spill.
-    if not problems and toolkit.compiler.version == record.get("compiler") and found != known:
-        problems = ["benchmarks/results/kernels.json is not what nvcc gives: write it again"]
-    return problems
-
-
-def write(toolkit: _compile_cuda.Toolkit) -> list[Kernel]:
-    """Write the table; files that have not changed since it was written keep their lines."""
-    record, kernels = recorded()
-    before, known = digests(), record.get("sources")
-    if record.get("compiler") != toolkit.compiler.version or not isinstance(known, dict):
-        known = {}
-    changed = [path for path in sources() if known.get(path.name) != before[path.name]]
-    kept = [k for k in kernels if before.get(k.file, "") == known.get(k.file)]
-    kernels = in_order((*kept, *measure(compile_one, toolkit, changed)))
-    # Of a file that changed under way, nobody knows which version was compiled.
-    after = digests()
-    steady = {name: text for name, text in before.items() if after.get(name) == text}
-    kernels = [k for k in kernels if k.file in steady]
-    for name in sorted(after.keys() - steady.keys()):
-        print(f"{name} changed meanwhile; run it again")
-    record = {
-        "sources": steady,
-        "compiler": toolkit.compiler.version,
-        "kernels": [asdict(kernel) for kernel in kernels],
-    }
-    TABLE.write_text(json.dumps(record, indent=1) + "\n")
-    TEXT.write_text(render(kernels, toolkit.compiler.version))
-    return kernels
-
-
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--check", action="store_true", help="compare with the checked-in table")
+    parser.add_argument("files", nargs="*", type=Path, help="those of csrc/cuda, if none is named")
     arguments = parser.parse_args()
     try:
         toolkit = _compile_cuda.find_toolkit()
-    except BuildError as error:
-        if not arguments.check:
-            sys.exit(f"kernel_table: {error}")
-        print(f"the hash of the sources alone: {error}")
-        toolkit = None
-    dumps = True
-    try:
         tool("cuobjdump")
     except BuildError as error:
-        if not arguments.check:
-            sys.exit(f"kernel_table: {error}")
-        if toolkit:
-            print(f"by the reports of ptxas alone: {error}")
-        dumps = False
-    if arguments.check:
-        problems = check(toolkit, dumps)
-    else:
-        assert toolkit is not None
-        problems = faults(write(toolkit))
-    for line in problems:
-        print(line)
-    if not problems:
-        total = len({(k.file, k.kernel) for k in recorded()[1]})
-        print(f"{total} kernels, none spills or uses local memory")
-    return int(bool(problems))
+        sys.exit(f"kernel_table: {error}")
+    files = arguments.files or sorted((CSRC / "cuda").glob("*.cu"))
+    print(render(measure(toolkit, files), toolkit.compiler.version))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
