@@ -1,4 +1,4 @@
-# Steps that .ci/run, .ci/full and .ci/oldest share.
+# Steps that the scripts beside it share.
 export CI=true PIP_DISABLE_PIP_VERSION_CHECK=1 OMP_WAIT_POLICY=passive
 exec </dev/null
 

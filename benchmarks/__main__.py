@@ -50,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--provider", nargs="+", choices=PROVIDERS)
     p.add_argument("--threads", type=int, default=1, help="torch threads (1)")
     p.add_argument("--seconds", type=float, default=0.3, help="spent on each line, about (0.3)")
-    p.add_argument("--json", type=Path, help=f"where to write the figures ({RESULTS}/STEM.json)")
+    p.add_argument("--output", type=Path, help=f"where to write the table ({RESULTS}/STEM.md)")
     p.add_argument("--seed", type=int, default=0)
     return p
 
@@ -92,14 +92,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows = []
         for case in STEMS[stem].cases(grid_of(args)):
             rows += harness.run_case(case, args.seconds)
-        harness.show(rows)
-        if not args.json:
-            path = RESULTS / f"{stem}.json"
-            harness.save(path, rows, command=command)
-            print(f"written: {path}")
+        print(harness.table_of(rows))
+        if not args.output:
+            harness.save(RESULTS / f"{stem}.md", command, harness.table_of(rows))
         every += rows
-    if args.json:
-        harness.save(args.json, every, command=command)
+    if args.output:
+        harness.save(args.output, command, harness.table_of(every))
     return int(any(row.error for row in every))
 
 

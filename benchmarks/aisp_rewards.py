@@ -16,7 +16,7 @@ short goes on from there.
 
 ``python -m benchmarks.aisp_rewards --timing --samples 64`` measures wall-clock instead, AISP's over
 best-of-n's: in turn, on the same rows and answer lengths, several times; the median of the ratios.
-``cpu_ratio`` is the same in processor time, which other processes disturb less.
+Ratios are given in processor time as well, which other processes disturb less.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from time import process_time
@@ -40,7 +41,7 @@ from tta_ext.decoding.search.base import SearchMethod
 from tta_ext.decoding.search.outcome import SearchResult, spread
 from tta_ext.demo import smollm2
 
-from .harness import environment
+from . import harness
 
 REWARDS = ("letter:s", "letter:s:distinct", "sentiment", "sentiment:negative")
 
@@ -103,7 +104,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--threads", type=int, default=1)
     p.add_argument("--journal", type=Path, default=Path("aisp_rewards.jsonl"))
-    p.add_argument("--json", type=Path, help="where to write the tables")
+    p.add_argument("--output", type=Path, help="where to write the table")
     p.add_argument("--plot", type=Path, help="folder for one plot a reward")
     p.add_argument("--timing", action="store_true", help="measure wall-clock instead")
     p.add_argument("--repeats", type=int, default=5, help="of --timing (5)")
@@ -230,63 +231,51 @@ def steered_records(
     return found
 
 
-def tables(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Per reward, the rise of the mean and the paired differences of the best; printed too."""
-    report: dict[str, Any] = {}
-    print(
-        f"{'reward':20} {'method':22} {'first':>7} {'last':>7} {'rise':>14} {'best':>13} "
-        f"{'- ' + BASELINE:>20} {'w/t/l':>8} {'- ' + FROZEN:>20} {'w/t/l':>8} {'KL':>6}"
-    )
+HEADER = (
+    "reward", "method", "first iteration", "last", "rise", "best", f"- {BASELINE}",
+    "won/tied/lost", f"- {FROZEN}", "won/tied/lost", "KL",
+)  # fmt: skip
+
+
+def table_of(records: Sequence[dict[str, Any]]) -> str:
+    """Per reward, the rise of the mean and the paired differences of the best."""
+    rows = []
     for name in dict.fromkeys(record["scorer"] for record in records):
         own = [r for r in records if r["scorer"] == name]
-        rows = comparison.summary(own)
-        labels = [label for label in (BASELINE, FROZEN) if any(r["label"] == label for r in rows)]
-        against = {label: comparison.paired(own, label) for label in labels}
-        for row in rows:
-            line = (
-                f"{name:20} {row['label'][:22]:22} {row['first']:7.3f} {row['last']:7.3f} "
-                f"{row['rise']:+7.3f} ±{row['rise_error']:.3f} "
-                f"{row['reward']:6.3f} ±{row['error']:.3f} "
-            )
-            for pairs in against.values():
-                found = [pair for pair in pairs if pair.label == row["label"]]
-                line += _against(found[0]) if found else " " * 30
-            print(line + (f"{row['kl']:6.1f}" if row["kl"] is not None else ""))
-        report[name] = {
-            "methods": rows,
-            "paired": {
-                label: [vars(pair) | {"win_rate": pair.win_rate} for pair in pairs]
-                for label, pairs in against.items()
-            },
-            "mean_by_iteration": _means(own),
-            "examples": {
-                row["label"]: [r["text"] for r in own if r["label"] == row["label"]][:3]
-                for row in rows
-            },
+        methods = comparison.summary(own)
+        labels = [row["label"] for row in methods]
+        pairs = {
+            (base, pair.label): pair
+            for base in (BASELINE, FROZEN)
+            if base in labels
+            for pair in comparison.paired(own, base)
         }
-    return report
+        rows += [_cells(name, row, pairs) for row in methods]
+    return harness.table(HEADER, rows)
 
 
-def _against(pair: comparison.Paired) -> str:
-    """A paired difference, how many standard errors that is, and wins, ties and losses."""
-    errors = pair.difference / pair.error if pair.error else 0.0
-    counts = f"{pair.wins}/{pair.ties}/{pair.losses}"
-    return f"{pair.difference:+7.3f} ±{pair.error:.3f} {errors:+5.1f} {counts:>8} "
+def _cells(
+    name: str, row: dict[str, Any], pairs: Mapping[tuple[str, str], comparison.Paired]
+) -> list[str]:
+    cells = [
+        name,
+        row["label"],
+        f"{row['first']:.3f}",
+        f"{row['last']:.3f}",
+        f"{row['rise']:+.3f} ± {row['rise_error']:.3f}",
+        f"{row['reward']:.3f} ± {row['error']:.3f}",
+    ]
+    for base in (BASELINE, FROZEN):
+        pair = pairs.get((base, row["label"]))
+        cells += (
+            [f"{pair.difference:+.3f} ± {pair.error:.3f}", f"{pair.wins}/{pair.ties}/{pair.losses}"]
+            if pair
+            else ["", ""]
+        )
+    return [*cells, "" if row["kl"] is None else f"{row['kl']:.1f}"]
 
 
-def _means(records: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
-    """Mean reward of each iteration, over prompts."""
-    found = {}
-    for label in dict.fromkeys(record["label"] for record in records):
-        curves = [record["curve"] for record in records if record["label"] == label]
-        found[label] = [
-            sum(point["mean"] for point in points) / len(points)
-            for points in zip(*curves, strict=True)
-        ]
-    return found
-
-
-def timing(model: Any, tokenizer: Any, prompts: Sequence[Any], args: argparse.Namespace) -> Any:
+def timing(model: Any, tokenizer: Any, prompts: Sequence[Any], args: argparse.Namespace) -> str:
     """Time of AISP over best-of-n, the same rows and lengths, in turn."""
     common = {"max_new_tokens": args.max_new_tokens, "eos_token_id": [], "probe": False}
     scorer = parse_reward("letter:s")
@@ -316,22 +305,34 @@ def timing(model: Any, tokenizer: Any, prompts: Sequence[Any], args: argparse.Na
             cpu[name].append(process_time() - start)
             seconds[name].append(result.timing.total)
             ours[name].append(result.timing.other)
-    ratios, cpu_ratios = (
-        [a / b for a, b in zip(found["aisp"], found["best_of_n"], strict=True)]
-        for found in (seconds, cpu)
-    )
-    report = {
-        "seconds": {name: statistics.median(values) for name, values in seconds.items()},
-        "other": {name: statistics.median(values) for name, values in ours.items()},
-        "ratio": statistics.median(ratios),
-        "ratios": ratios,
-        "cpu_ratio": statistics.median(cpu_ratios),
-        "rows": len(part) * args.group,
-        "iterations": iterations,
-        "tokens": args.max_new_tokens,
-    }
-    print(json.dumps(report, indent=1))
-    return report
+    return timing_table(seconds, cpu, ours)
+
+
+def timing_table(
+    seconds: Mapping[str, Sequence[float]],
+    cpu: Mapping[str, Sequence[float]],
+    ours: Mapping[str, Sequence[float]],
+) -> str:
+    """Medians of each method, and AISP's over best-of-n's of the same repeat."""
+    rows = []
+    for name in seconds:
+        ratios, cpu_ratios = (
+            [a / b for a, b in zip(found[name], found[BASELINE], strict=True)]
+            for found in (seconds, cpu)
+        )
+        rows.append(
+            (
+                name,
+                f"{statistics.median(seconds[name]):.2f}",
+                f"{statistics.median(ours[name]):.2f}",
+                f"{statistics.median(ratios):.3f}",
+                f"{min(ratios):.3f} to {max(ratios):.3f}",
+                f"{statistics.median(cpu_ratios):.3f}",
+            )
+        )
+    names = ("method", "seconds", "outside model and reward", f"x {BASELINE}", "of all repeats",
+             "in processor time")  # fmt: skip
+    return harness.table(names, rows)
 
 
 def main() -> None:
@@ -340,23 +341,22 @@ def main() -> None:
     model, tokenizer = smollm2.load()
     prompts = conversations((TUNING if args.tune else EVALUATION)[: args.prompts])
     if args.timing:
-        report: Any = timing(model, tokenizer, prompts, args)
+        table = timing(model, tokenizer, prompts, args)
     else:
         file = JsonLines(args.journal)
         records: list[dict[str, Any]] = []
         for label, method in baselines(model, tokenizer, args).items():
             records += baseline_records(label, method, prompts, args, file)
         records += steered_records(model, tokenizer, prompts, args, file)
-        report = tables(records)
+        table = table_of(records)
         if args.plot is not None:
             args.plot.mkdir(parents=True, exist_ok=True)
             for name in args.reward:
                 own = [r for r in records if r["scorer"] == name]
                 comparison.plot(own, args.plot / f"{name.replace(':', '_')}.png", name)
-    if args.json is not None:
-        settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-        whole = {"environment": environment(), "settings": settings, "results": report}
-        args.json.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+    print(table)
+    if args.output is not None:
+        harness.save(args.output, ["python", "-m", "benchmarks.aisp_rewards", *sys.argv[1:]], table)
 
 
 if __name__ == "__main__":

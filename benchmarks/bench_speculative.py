@@ -320,23 +320,29 @@ def _cell(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
 
-def show(lines: Sequence[Line]) -> None:
-    """Print the table."""
-    print(
-        f"{'rule':<14} {'B':>2} {'provider':<22} {'tokens/s':>8} {'x plain':>7} "
-        f"{'predicted':>9} {'low':>5} "
-        f"{'accepted':>8} {'per base':>8} {'base':>5} {'proxy':>5} {'ours':>5} {'verify':>6}"
-    )
-    for line in lines:
-        print(
-            f"{line.rule:<14} {line.batch:>2} {line.provider:<22} {line.tokens_per_second:>8.1f} "
-            f"{line.times_plain:>7.2f} {_cell(line.predicted, '.2f'):>9} "
-            f"{_cell(line.predicted_low, '.2f'):>5} "
-            f"{_cell(line.acceptance, '.0%'):>8} {_cell(line.tokens_per_base_forward, '.2f'):>8} "
-            f"{_cell(line.base_share, '.0%'):>5} {_cell(line.proxy_share, '.0%'):>5} "
-            f"{_cell(line.own_share, '.1%'):>5} {_cell(line.verify_share, '.1%'):>6} "
-            f"{line.note}".rstrip()
-        )
+HEADER = (
+    "rule", "param", "rows", "provider", "tokens/s", "x plain", "promised", "accepted",
+    "a base forward", "base", "proxy", "ours", "verify", "note",
+)  # fmt: skip
+
+
+def _cells(line: Line) -> list[str]:
+    return [
+        line.rule,
+        f"{line.param:g}",
+        str(line.batch),
+        line.provider,
+        f"{line.tokens_per_second:.1f}",
+        f"{line.times_plain:.2f}",
+        f">= {PAYS:g}" if (line.predicted_low or 0.0) >= PAYS else "",
+        _cell(line.acceptance, ".0%"),
+        _cell(line.tokens_per_base_forward, ".2f"),
+        _cell(line.base_share, ".0%"),
+        _cell(line.proxy_share, ".0%"),
+        _cell(line.own_share, ".1%"),
+        _cell(line.verify_share, ".1%"),
+        line.note,
+    ]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -350,7 +356,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--width", type=int, default=32768, help="units of the base's MLPs (32768)")
     parser.add_argument("--repeats", type=int, default=3, help="rounds that count (3)")
     parser.add_argument("--threads", type=int, default=1, help="torch threads (1)")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument("--output", type=Path, help="also write the table to this file")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     pair = load_pair()
@@ -362,7 +368,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         costs = (_forward_costs(base, ids, max(LENGTHS)), _forward_costs(pair.proxy, ids, 1))
         for rule, param in (("threshold", 0.4), ("confidence_bet", 0.2)):
             lines += measure(base, pair, rule, param, prompts, args.tokens, args.repeats, costs)
-    show(lines)
+    table = harness.table(HEADER, map(_cells, lines))
+    print(table)
     slow = [x for x in lines if x.provider.endswith("auto") and x.times_plain < SLOWEST_AUTO]
     dear = [x for x in lines if (x.verify_share or 0.0) > VERIFY_SHARE]
     promised = [x for x in lines if (x.predicted_low or 0.0) >= PAYS]
@@ -380,8 +387,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"MISS: auto at {line.times_plain:.2f}x plain ({line.rule}, B={line.batch})")
     for line in dear:
         print(f"MISS: verification takes {line.verify_share:.1%} ({line.provider}, B={line.batch})")
-    if args.json:
+    if args.output:
         harness.save(
-            args.json, lines, command=["python", "-m", "benchmarks", "speculative", *(argv or [])]
+            args.output, ["python", "-m", "benchmarks", "speculative", *(argv or [])], table
         )
     return int(bool(slow or dear or broken or not promised))

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What only a GPU can tell, in one go: the CUDA tests, compute-sanitizer over the C++ test program,
-# and measured times beside the predicted ones. About half an hour.
+# and measured times. About half an hour.
 #
 #   benchmarks/gpu_check.sh [--dry-run] [FOLDER]
 #
@@ -91,7 +91,7 @@ else
 fi
 
 # ---- times ---------------------------------------------------------------------------------------
-step times "$python" -m benchmarks.gpu_times --json "$folder/gpu_times.json"
+step times "$python" -m benchmarks.gpu_times --output "$folder/gpu_times.md"
 
 printf '\n== summary\n'
 [ ${#skipped[@]} -eq 0 ] || printf 'skipped: %s\n' "${skipped[@]}"

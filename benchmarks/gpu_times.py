@@ -1,20 +1,17 @@
-"""Measured times of the CUDA operators beside the predicted ones. Needs a GPU and triton.
+"""Measured times of the CUDA operators. Needs a GPU and triton.
 
-    python -m benchmarks.gpu_times [--json PATH] [--batch B ...] [--vocab V ...] [--dim D ...]
+    python -m benchmarks.gpu_times [--output PATH] [--batch B ...] [--vocab V ...] [--dim D ...]
 
 Every operator is called through ``tta_ext.ops`` inside a CUDA graph (triton's
 ``do_bench_cudagraph``: median of many replays, after warming up), so what Python costs is left
 out, as it is in a captured decoding step. Inputs of up to the size of L2 are read from L2 on
-replay: such lines can beat the prediction, which reads them from DRAM. Two of roofline.py's
-constants are measured beside what it assumes: what a kernel costs that does nothing, and the
-bandwidth that a copy gets.
+replay. The first two lines are yardsticks: a kernel that does nothing, and a copy of 1 GiB.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import re
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,18 +21,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import tta_ext
 from tta_ext import ops
 
-from . import roofline
+from . import harness
 
 Call = Callable[[], Any]
 SEED = 11
+DTYPES = ("float32", "bfloat16")
+BATCHES = (1, 8, 64)
+VOCABULARIES = (32000, 128256, 256000)
+DIMENSIONS = (2048, 4096, 8192)
+ROLLOUTS, STEPS, DRAFT, SHARDS = 32, 32, 4, 8
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A call of an operator: what roofline.py calls it, and the shape."""
+    """A call of an operator, and the shape."""
 
     op: str
     dtype: str
@@ -92,7 +93,7 @@ def logits_calls(
         capacity = 0.2 * vocab
         yield "greedy_knapsack", lambda: ops.greedy_knapsack(profit, weight, capacity, **plain)
     if batch * vocab <= 1 << 23:  # 10 rows of each of the batch
-        positions, drafted = roofline.DRAFT + 1, roofline.DRAFT
+        positions, drafted = DRAFT + 1, DRAFT
         bases, proxies = logits(batch, positions), logits(batch, positions)
         length = torch.full((batch,), drafted, device=device)
         random = torch.randint(vocab, (batch, drafted), generator=generator).to(device)
@@ -122,7 +123,7 @@ def dimensional_calls(
     prompts: int, dim: int, dtype: torch.dtype, device: str
 ) -> Iterator[tuple[str, int, Call]]:
     """The operators over pre-logits: name, rows, call."""
-    n, steps = roofline.ROLLOUTS, roofline.STEPS
+    n, steps = ROLLOUTS, STEPS
     generator = torch.Generator().manual_seed(SEED)
     hidden = torch.randn(prompts * n, dim, generator=generator).to(dtype).to(device)
     mean = torch.randn(prompts, steps, dim, generator=generator).to(device)
@@ -142,7 +143,7 @@ def dimensional_calls(
         return
     weights = torch.rand(prompts, n, generator=generator).to(device)
     sequence = torch.arange(prompts, device=device)
-    partials = torch.randn(roofline.SHARDS, prompts, steps, dim, generator=generator).to(device)
+    partials = torch.randn(SHARDS, prompts, steps, dim, generator=generator).to(device)
     rows = prompts * steps
     counter = torch.arange(4 * rows * dim, device=device).view(-1, 4)
     words = torch.tensor([SEED, 0], device=device)
@@ -159,7 +160,7 @@ def dimensional_calls(
 def rollouts_call(prompts: int, device: str) -> Call:
     """The weights of the rollouts of each prompt."""
     generator = torch.Generator().manual_seed(SEED)
-    reward, dot, norm2 = torch.rand(3, prompts, roofline.ROLLOUTS, generator=generator).to(device)
+    reward, dot, norm2 = torch.rand(3, prompts, ROLLOUTS, generator=generator).to(device)
     return lambda: ops.importance_weights(
         reward, dot, norm2, lam=0.3, alpha=0.9, sigma=0.5, check=False
     )
@@ -169,47 +170,18 @@ def calls(
     batches: Sequence[int], vocabularies: Sequence[int], dimensions: Sequence[int], device: str
 ) -> Iterator[Measured]:
     """All calls, inputs made one shape at a time."""
-    for name in roofline.SIZES:
+    for name in DTYPES:
         dtype = getattr(torch, name)
         for batch in batches:
             for vocab in vocabularies:
                 for op, call in logits_calls(batch, vocab, dtype, device):
                     yield Measured(op, name, batch, vocab, call)
             if dtype == torch.float32:
-                n = roofline.ROLLOUTS
+                n = ROLLOUTS
                 yield Measured("importance_weights", name, batch, n, rollouts_call(batch, device))
             for dim in dimensions:
                 for op, rows, call in dimensional_calls(batch, dim, dtype, device):
                     yield Measured(op, name, rows, dim, call)
-
-
-def known(gpu: str) -> roofline.Gpu | None:
-    """The GPU of that name, where the model knows it: parts in SXM form only."""
-    if re.search("pcie|nvl|40GB", gpu, re.IGNORECASE):
-        return None
-    names = re.split("[ -]", gpu)
-    return next((found for key, found in roofline.GPUS.items() if key in names), None)
-
-
-def predicted(gpu: roofline.Gpu | None) -> dict[tuple[str, str, int, int], roofline.Prediction]:
-    """The predictions for a GPU."""
-    return {
-        (p.op, p.dtype, p.rows, p.columns): p
-        for p in roofline.recorded()
-        if gpu and p.gpu == gpu.name
-    }
-
-
-def constants(bench: Callable[..., float]) -> dict[str, float]:
-    """What roofline.py assumes, measured: microseconds of a kernel of one element, bytes/s."""
-    one = torch.zeros(1, device="cuda")
-    source = torch.zeros(1 << 28, device="cuda")
-    target = torch.empty_like(source)
-    copy = 1e-3 * bench(lambda: target.copy_(source), return_mode="median")
-    return {
-        "kernel_us": 1e3 * bench(lambda: one.add_(1.0), return_mode="median"),
-        "copy_bytes_per_s": 2 * source.nbytes / copy,
-    }
 
 
 def measure(arguments: argparse.Namespace) -> int:
@@ -219,55 +191,34 @@ def measure(arguments: argparse.Namespace) -> int:
     except ImportError:
         print("gpu_times: nothing was measured, triton is not installed (pip install triton)")
         return 1
-    gpu = torch.cuda.get_device_name()
-    model = known(gpu)
-    expected = predicted(model)
-    if model is None:
-        print(f"gpu_times: there is no prediction for {gpu}; measuring all the same")
-    else:
-        print(f"gpu_times: predictions are those for {model.name}")
-    found = constants(do_bench_cudagraph)
-    assumed = f" (assumed {1e-9 * model.efficiency * model.dram:.0f})" if model else ""
-    print(
-        f"{gpu}: a kernel of one element {found['kernel_us']:.2f} us (assumed "
-        f"{1e6 * roofline.FIRST_LAUNCH:.2f}, after another {1e6 * roofline.NEXT_LAUNCH:.2f}), "
-        f"a copy {1e-9 * found['copy_bytes_per_s']:.0f} GB/s{assumed}"
+    one = torch.zeros(1, device="cuda")
+    source = torch.zeros(1 << 28, device="cuda")
+    target = torch.empty_like(source)
+    yardsticks = (
+        Measured("add, 1 element", "float32", 1, 1, lambda: one.add_(1.0)),
+        Measured("copy", "float32", 1, source.numel(), lambda: target.copy_(source)),
     )
+    cases = calls(arguments.batch, arguments.vocab, arguments.dim, "cuda")
     rows = []
-    print(f"{gpu}: times in us")
-    print(
-        f"{'operator':27}{'dtype':10}{'rows':>6}{'columns':>9}{'measured':>10}{'predicted':>11}"
-        f"{'ratio':>8}{'GB/s':>8}"
-    )
-    for case in calls(arguments.batch, arguments.vocab, arguments.dim, "cuda"):
-        time = 1e3 * do_bench_cudagraph(case.call, return_mode="median")
-        p = expected.get((case.op, case.dtype, case.rows, case.columns))
-        line = {"op": case.op, "dtype": case.dtype, "rows": case.rows, "columns": case.columns,
-                "measured_us": round(time, 2), "predicted_us": p.time if p else None}  # fmt: skip
-        rows.append(line)
-        beside = f"{p.time:>11.2f}{time / p.time:>8.2f}{1e-3 * p.bytes / time:>8.0f}" if p else ""
-        print(
-            f"{case.op:27}{case.dtype:10}{case.rows:>6}{case.columns:>9}{time:>10.2f}{beside}",
-            flush=True,
+    for case in itertools.chain(yardsticks, cases):
+        us = 1e3 * do_bench_cudagraph(case.call, return_mode="median")
+        rows.append((case.op, case.dtype, str(case.rows), str(case.columns), f"{us:.2f}"))
+        print(*rows[-1], flush=True)
+    table = harness.table(("op", "dtype", "rows", "columns", "us"), rows)
+    print(table)
+    if arguments.output:
+        harness.save(
+            arguments.output, ["python", "-m", "benchmarks.gpu_times", *sys.argv[1:]], table
         )
-    record = {
-        "gpu": gpu,
-        "torch": torch.__version__,
-        "tta_ext": tta_ext.__version__,
-        "constants": found,
-        "rows": rows,
-    }
-    if arguments.json:
-        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
     return 0
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--json", type=Path, help="where to write the figures")
-    parser.add_argument("--batch", type=int, nargs="+", default=roofline.BATCHES)
-    parser.add_argument("--vocab", type=int, nargs="+", default=roofline.VOCABULARIES)
-    parser.add_argument("--dim", type=int, nargs="+", default=roofline.DIMENSIONS)
+    parser.add_argument("--output", type=Path, help="also write the table to this file")
+    parser.add_argument("--batch", type=int, nargs="+", default=BATCHES)
+    parser.add_argument("--vocab", type=int, nargs="+", default=VOCABULARIES)
+    parser.add_argument("--dim", type=int, nargs="+", default=DIMENSIONS)
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("gpu_times: skipped, torch sees no CUDA device")

@@ -11,12 +11,11 @@ call: sizes below the last-level cache are measured warm, for every provider and
 from __future__ import annotations
 
 import datetime
-import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,11 @@ import torch
 
 TARGET_SECONDS = 0.001  # a round repeats a fast call until it fills this
 MIN_ROUNDS = 3
-TABLE_WIDTH = 140
+# What stands above a table, of `environment`.
+FACTS = (
+    "time", "tta_ext", "torch", "packages", "processor", "memory", "GPUs", "instruction set in use",
+    "threads", "load average",
+)  # fmt: skip
 
 Run = Callable[[], Any]
 
@@ -184,16 +187,40 @@ def environment() -> dict[str, str]:
     return facts
 
 
-def save(path: Path, rows: Iterable[Any], **more: Any) -> None:
-    """Write rows and the environment as JSON."""
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table whose columns also stand below one another as plain text.
+
+    Args:
+        header: names of the columns.
+        rows: cells; a row that ends early has empty ones.
+    """
+    lines = [list(header), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    for line in lines:
+        line += [""] * (len(header) - len(line))
+    widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join(
+        f"| {' | '.join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))} |"
+        for line in lines
+    )
+
+
+def document(title: str, command: str, facts: Mapping[str, str], body: str) -> str:
+    """A table under what was run, where, and with what (:func:`environment`)."""
+    head = [f"- {name}: {facts[name]}" for name in FACTS if name in facts]
+    return "\n".join([f"# {title}", "", f"`{command}`", "", *head, "", body]) + "\n"
+
+
+def save(path: Path, command: Sequence[str], body: str) -> None:
+    """Write a table, with its head, to a Markdown file that is named after the benchmark."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    body = {"environment": environment(), **more, "rows": [asdict(row) for row in rows]}
-    path.write_text(json.dumps(body, indent=1) + "\n")
+    path.write_text(document(path.stem, " ".join(command), environment(), body), encoding="utf-8")
+    print(f"written: {path}")
 
 
 COLUMNS = (
     "op", "variant", "dtype", "BxV", "provider", "best us", "q.2", "q.5", "q.8",
-    "GB/s", "% copy", "x softmax", "eager/this",
+    "GB/s", "% copy", "x softmax", "eager/this", "bytes",
 )  # fmt: skip
 
 
@@ -208,25 +235,10 @@ def _cells(row: Row) -> list[str]:
         f"{row.percent_of_copy:.0f}",
         f"{row.times_softmax:.2f}",
         f"{row.speedup_over_eager:.1f}" if row.speedup_over_eager else "",
+        row.formula,
     ]
 
 
-def show(rows: Sequence[Row]) -> None:
-    """Print the table; bytes and their formulae are in the JSON file."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    for index, name in enumerate(COLUMNS):
-        table.add_column(name, justify="left" if index < 5 else "right", no_wrap=True)
-    previous = None
-    for row in rows:
-        key = (row.op, row.variant, row.dtype, row.batch, row.vocab)
-        if previous not in (None, key):
-            table.add_section()
-        table.add_row(*_cells(row))
-        previous = key
-    console = Console()
-    if console.width < TABLE_WIDTH:
-        console = Console(width=TABLE_WIDTH)
-    console.print(table)
+def table_of(rows: Sequence[Row]) -> str:
+    """The figures of the operators' benchmarks."""
+    return table(COLUMNS, map(_cells, rows))

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import bench_deferral, bench_knapsack, checks, claims, eager, harness
-from benchmarks.__main__ import main
+from benchmarks import bench_deferral, bench_knapsack, checks, claims, eager, gpu_times, harness
+from benchmarks.__main__ import STEMS, main
 from benchmarks.data import language_model_logits, nucleus
 from benchmarks.grid import Grid
 
-pytest.importorskip("rich")
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_rows_are_like_a_language_models() -> None:
@@ -22,22 +23,40 @@ def test_rows_are_like_a_language_models() -> None:
     assert max(sizes) <= 400
 
 
-@pytest.mark.parametrize(
-    "stem", ["deferral", "implicit_reward", "sampling", "knapsack", "prelogit", "verify"]
-)
-def test_every_operator_passes_its_check(stem: str, tmp_path: Path) -> None:
-    """Eager, reference and ours agree with float64, and the file says what was run."""
-    path = tmp_path / "rows.json"
-    arguments = "--vocab 700 --batch 3 --seconds 0.001 --provider eager reference ours".split()
-    rules = "--rule knapsack threshold confidence_bet --dtype float32 bfloat16".split()
-    assert main([stem, *arguments, *rules, "--json", str(path)]) == 0
-    body = json.loads(path.read_text())
-    assert body["rows"]
-    assert {"torch", "threads", "instruction set in use", "processor"} <= body["environment"].keys()
-    for row in body["rows"]:
-        assert row["error"] == ""
-        assert 0 < row["us"]["best"] <= row["us"]["q20"] <= row["us"]["q50"] <= row["us"]["q80"]
-        assert row["gb_per_s"] == pytest.approx(row["bytes"] / row["us"]["best"] * 1e-3)
+@pytest.mark.parametrize("stem", STEMS)
+def test_every_operator_passes_its_check(stem: str) -> None:
+    """Eager, reference and ours agree with float64."""
+    rules = ("knapsack", "threshold", "confidence_bet")
+    providers = ("eager", "reference", "ours")
+    grid = Grid((700,), (3,), ("float32", "bfloat16"), rules, providers)
+    rows = [row for case in STEMS[stem].cases(grid) for row in harness.run_case(case, 0.001)]
+    assert rows
+    for row in rows:
+        assert row.error == ""
+        assert 0 < row.us["best"] <= row.us["q20"] <= row.us["q50"] <= row.us["q80"]
+        assert row.gb_per_s == pytest.approx(row.bytes / row.us["best"] * 1e-3)
+
+
+def test_the_file_says_what_was_run(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "sampling.md"
+    arguments = "sampling --vocab 700 --batch 3 --seconds 0.001 --provider ours".split()
+    assert main([*arguments, "--output", str(path)]) == 0
+    head, _, table = path.read_text().partition("\n| op ")
+    assert head.startswith(f"# sampling\n\n`python -m benchmarks {' '.join(arguments)}")
+    for fact in ("torch", "threads", "instruction set in use", "processor"):
+        assert f"- {fact}: " in head
+    rows = table.splitlines()[2:]
+    assert rows[0].startswith("| categorical_sample | ")
+
+
+def test_tables_are_even() -> None:
+    text = harness.table(("a", "long name"), [("x|y", "1"), ("z",)])
+    assert text.splitlines() == [
+        "| a    | long name |",
+        "| ---- | --------- |",
+        "| x\\|y | 1         |",
+        "| z    |           |",
+    ]
 
 
 def test_wrong_results_are_reported_and_not_timed() -> None:
@@ -92,18 +111,39 @@ def test_measure_takes_turns_and_summarizes() -> None:
     assert (many.q20, many.q50, many.q80) == (2.0, 5.0, 8.0)
 
 
-def test_claims_know_their_bounds(capsys: pytest.CaptureFixture[str]) -> None:
+def test_claims_know_their_bounds() -> None:
     low = claims.Claim("low", 0.5, 0.7, False, "x", "")
     high = claims.Claim("high", 100.0, 150.0, True, "x", "")
     assert low.holds
     assert not high.holds
-    claims.show([low, high])
-    assert capsys.readouterr().out.splitlines()[1].startswith("MISS")
-    claims.show_markdown([low, high])
-    assert "(missed)" in capsys.readouterr().out
+    missed = ["(missed)" in line for line in claims.table_of([low, high]).splitlines()]
+    assert missed == [False, False, False, True]
 
 
 def test_unknown_stem_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["nothing"])
     assert "expected one of" in capsys.readouterr().err
+
+
+def test_every_call_that_is_timed_on_a_gpu_runs() -> None:
+    """On the CPU, small."""
+    for case in gpu_times.calls((2,), (130,), (12,), "cpu"):
+        result = case.call()
+        tensors = [result] if isinstance(result, torch.Tensor) else list(result)
+        assert all(t.numel() for t in tensors)
+
+
+def test_gpu_check_degrades_without_a_gpu(tmp_path: Path) -> None:
+    script = ROOT / "benchmarks" / "gpu_check.sh"
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    dry = subprocess.run(
+        ["bash", str(script), "--dry-run", str(tmp_path / "logs")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHON": os.environ.get("PYTHON", "python3")},
+    )
+    assert dry.returncode == 0, dry.stdout + dry.stderr
+    assert not (tmp_path / "logs").exists()
+    for expected in ("environment", "tests", "times", "nothing failed (dry run)"):
+        assert expected in dry.stdout

@@ -1,8 +1,7 @@
-"""Building and loading the CUDA library: toolkits, architectures, switches, table of kernels."""
+"""Building and loading the CUDA library: toolkits, architectures, switches, kernels that spill."""
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import json
 import logging
@@ -13,7 +12,6 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -402,101 +400,33 @@ def test_prebuilt_library_must_fit(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 # ---------------------------------------------------------------------------- what nvcc makes
 
 
-@pytest.fixture(scope="module")
-def table() -> ModuleType:
-    spec = importlib.util.spec_from_file_location(
-        "kernel_table", ROOT / "scripts" / "kernel_table.py"
-    )
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["kernel_table"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_occupancy(table: ModuleType) -> None:
-    """By hand: 64 registers of 256 threads are a quarter of an SM's; 100 KiB of shared memory fill
-    one of sm_120 and two of sm_90.
-    """
-    assert table.occupancy("90", 256, 64, 0) == (4, 0.5, "registers")
-    assert table.occupancy("90", 256, 32, 0) == (8, 1.0, "warps")
-    assert table.occupancy("120", 128, 16, 0) == (12, 1.0, "warps")
-    assert table.occupancy("120", 128, 16, 99 * 1024) == (1, 4 / 48, "shared")
-    assert table.occupancy("90", 128, 16, 100 * 1024) == (2, 8 / 64, "shared")
-    assert table.occupancy("80", 32, 16, 0) == (32, 0.5, "blocks")
-    assert table.occupancy("80", 256, 96, 0)[0] == 2
-
-
-def test_recorded_kernels_are_clean(table: ModuleType) -> None:
-    record, kernels = table.recorded()
-    assert record["sources"] == table.digests(), "run: python scripts/kernel_table.py"
-    assert table.faults(kernels) == []
-    assert {kernel.arch for kernel in kernels} == {
-        f"sm_{number}" for number in _compile_cuda.ARCHITECTURES
-    }
-    assert {kernel.file for kernel in kernels} == {path.name for path in table.sources()}
-    assert table.render(kernels, str(record["compiler"])) == table.TEXT.read_text()
-
-
-@pytest.mark.parametrize(
-    ("change", "problem"),
-    [({}, ""), ({"stack": 8}, "a stack of 8 bytes"), ({"registers": 1}, "not what nvcc gives")],
-)
-def test_without_cuobjdump_the_reports_of_ptxas_are_checked(
-    table: ModuleType, monkeypatch: pytest.MonkeyPatch, change: dict[str, int], problem: str
-) -> None:
-    record, kernels = table.recorded()
-    names = [field.name for field in dataclasses.fields(table.Assembled)]
-    reports = [table.Assembled(**{name: getattr(k, name) for name in names}) for k in kernels]
-    reports[0] = dataclasses.replace(reports[0], **change)
-
-    def measure(compile_file: object, toolkit: object, files: object) -> list[object]:
-        assert compile_file is table.assemble_one
-        return reports
-
-    monkeypatch.setattr(table, "measure", measure)
-    compiler = SimpleNamespace(version=record["compiler"])
-    found = table.check(SimpleNamespace(compiler=compiler), dumps=False)
-    assert [problem in line for line in found] == [True] * bool(problem)
-
-
-def test_local_memory_is_found(
-    table: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_local_memory_is_found(tmp_path: Path) -> None:
     """A planted array that no register can hold; the kernel beside it is clean."""
     try:
         toolkit = _compile_cuda.find_toolkit()
     except BuildError as error:
         pytest.skip(str(error))
-    source = tmp_path / "planted.cu"
-    source.write_text(
-        "namespace tta { namespace {\n"
-        "template <int N>\n"
-        "__global__ void __launch_bounds__(128) planted(const int* i, float* x) {\n"
-        "  float a[N];\n"
-        "  for (int k = 0; k < N; ++k) a[k] = x[k];\n"
-        "  if (N > 1) a[i[threadIdx.x]] = 1.0f;\n"
-        "  for (int k = 0; k < N; ++k) x[k * 128 + threadIdx.x] = a[(k + i[0]) % N];\n"
-        "}\n"
-        "__global__ void wide(const float4* x, float4* y) { y[threadIdx.x] = x[threadIdx.x]; }\n"
-        "} }\n"
-        "void launch(const int* i, float* x, float4* y) {\n"
-        "  tta::planted<64><<<1, 128>>>(i, x); tta::wide<<<1, 128>>>(y, y);\n"
+    path = ROOT / ".ci" / "spills.py"
+    if not path.exists():
+        pytest.skip("only a checkout has .ci/spills.py")
+    spec = importlib.util.spec_from_file_location("spills", path)
+    assert spec is not None and spec.loader is not None
+    spills = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(spills)
+    clean = tmp_path / "clean.cu"
+    clean.write_text("__global__ void wide(float4* y) { y[threadIdx.x].x = y[0].y; }\n")
+    assert spills.fault(toolkit, clean, "80") == ""
+    planted = tmp_path / "planted.cu"
+    planted.write_text(
+        clean.read_text() + "__global__ void planted(const int* i, float* x) {\n"
+        "  float a[64];\n"
+        "  for (int k = 0; k < 64; ++k) a[k] = x[k];\n"
+        "  a[i[threadIdx.x]] = 1.0f;\n"
+        "  for (int k = 0; k < 64; ++k) x[k * 128 + threadIdx.x] = a[(k + i[0]) % 64];\n"
         "}\n"
     )
-    monkeypatch.setattr(table, "CSRC", tmp_path)
-    # By what ptxas reports, and where its tools are with a look at the machine code.
-    reported = sorted(table.assemble_one(toolkit, source, "80"), key=lambda k: k.kernel)
-    assert [k.kernel for k in reported] == ["planted<64>", "wide"]
-    assert "a stack of 256 bytes" in reported[0].fault()
-    assert reported[1].fault() == ""
-    try:
-        table.tool("cuobjdump")
-    except BuildError as error:
-        pytest.skip(f"the reports of ptxas were looked at, not the machine code: {error}")
-    planted, wide = sorted(table.compile_one(toolkit, source, "90"), key=lambda k: k.kernel)
-    assert (planted.kernel, planted.threads) == ("planted<64>", 128)
-    assert planted.stack >= 256
-    assert "local memory" in planted.fault()
-    assert wide.fault() == ""
-    assert (wide.kernel, wide.loads_128, wide.stores_128, wide.loads_64) == ("wide", 1, 1, 0)
+    found = spills.fault(toolkit, planted, "80")
+    assert found.startswith("planted.cu, sm_80\n")
+    assert "planted" in found.partition("\n")[2]
+    assert "Local memory used" in found
+    assert "wide" not in found

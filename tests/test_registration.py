@@ -357,17 +357,15 @@ def test_without_a_native_library_the_reference_serves() -> None:
 
 
 def test_import_is_lean() -> None:
-    """Neither CUDA, nor transformers, nor triton; under 30 ms of CPU time over torch."""
+    """Torch and a few small modules; nothing of CUDA, nothing that only a part needs."""
     program = (
-        "import time, sys, torch\n"
-        "start = time.process_time()\n"
+        "import sys, torch\n"
+        "before = set(sys.modules)\n"
         "import tta_ext\n"
-        "print((time.process_time() - start) * 1e3)\n"
-        "heavy = {'transformers', 'triton', 'tta_ext.jit', 'tta_ext.decoding'} & set(sys.modules)\n"
-        "assert not heavy, heavy\n"
+        "print(*(set(sys.modules) - before))\n"
         "assert not torch.cuda.is_initialized()\n"
     )
-    best = min(
-        float(subprocess.check_output([sys.executable, "-c", program], text=True)) for _ in range(3)
-    )
-    assert best < 30.0
+    new = set(subprocess.check_output([sys.executable, "-c", program], text=True).split())
+    packages = {name.partition(".")[0] for name in new}
+    assert not packages & {"transformers", "triton", "typer", "rich", "safetensors", "scipy"}
+    assert not new & {"tta_ext.jit", "tta_ext.decoding"}

@@ -1,15 +1,12 @@
-"""benchmarks/machine_code.py: how often machine instructions run, and how long they take alone."""
+"""tools/ptx/machine_code.py: how often machine instructions run, and how long they take alone."""
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import pytest
 
-from benchmarks import emulate, machine_code
-from scripts import kernel_table
-from tta_ext import _compile_cuda
+from tools.ptx import counters, machine_code
+from tools.ptx.emulator import Emulator
+from tools.ptx.kernel_table import tool
 from tta_ext._compile import BuildError
 
 BLOCKS, THREADS, LOOPS, EXTRA = 3, 128, 40, 48
@@ -63,23 +60,18 @@ int main() {{
 
 
 @pytest.fixture(scope="module")
-def emulator(tmp_path_factory: pytest.TempPathFactory) -> emulate.Emulator:
-    tool = os.environ.get("TTA_EXT_PTXEMU", "")
-    if not tool:
-        pytest.skip("TTA_EXT_PTXEMU does not name the emulator's folder")
-    try:
-        _compile_cuda.find_toolkit()
-        nvdisasm = kernel_table.tool("nvdisasm")
-    except BuildError as error:
-        pytest.skip(str(error))
+def emulator(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
     folder = tmp_path_factory.mktemp("machine_code")
     source = folder / "tiny.cu"
     source.write_text(PROGRAM)
-    return emulate.Emulator(Path(tool), folder, nvdisasm, [source])
+    try:
+        return Emulator(folder, [source])
+    except BuildError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="module")
-def counted(emulator: emulate.Emulator) -> dict[str, machine_code.Executed]:
+def counted(emulator: Emulator) -> dict[str, machine_code.Executed]:
     return emulator.count()
 
 
@@ -88,10 +80,10 @@ def of(counted: dict[str, machine_code.Executed], name: str) -> machine_code.Exe
 
 
 def test_a_straight_kernel_is_its_listing_once_a_warp(
-    emulator: emulate.Emulator, counted: dict[str, machine_code.Executed]
+    emulator: Emulator, counted: dict[str, machine_code.Executed]
 ) -> None:
     listing = machine_code.disassemble(
-        kernel_table.tool("nvdisasm"), emulator.folder / "tiny" / "tiny.sm_90.cubin"
+        tool("nvdisasm"), emulator.folder / "tiny" / "tiny.sm_90.cubin"
     )
     body = listing.split(".text._Z8straightPf:")[1].split("EXIT")[0]
     by_hand = sum("/*0" in line for line in body.splitlines()) + 1
@@ -167,7 +159,7 @@ def test_what_ptx_says_about_machine_code() -> None:
         "ld.param.u64": None,
         "cvt.f32.f16": None,
     }
-    assert {opcode: machine_code.telling(opcode) for opcode in expected} == expected
+    assert {opcode: counters.telling(opcode) for opcode in expected} == expected
 
 
 def test_blocks_of_ptx_are_counted_where_they_begin() -> None:
@@ -185,7 +177,7 @@ $L__BB0_1:
 \tret;
 }
 """
-    counted = machine_code.count_blocks(text, "counts")
+    counted = counters.count_blocks(text, "counts")
     assert counted.blocks == 4
     assert [counted.line[n] for n in (6, 8, 9, 10, 11, 12)] == [
         ("mov.u32", 0),
@@ -195,7 +187,7 @@ $L__BB0_1:
         ("mov.u32", 3),
         ("ret", 3),
     ]
-    assert f"counts[{(1 + machine_code.WARPS) * 4}]" in counted.text
+    assert f"counts[{(1 + counters.WARPS) * 4}]" in counted.text
     assert counted.text.count("ret;") == 1
     assert "@%p2 bra $tta_end0;" in counted.text
 
