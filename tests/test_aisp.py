@@ -18,7 +18,8 @@ from tta_ext import ops
 from tta_ext.decoding import AdaptiveImportanceSampling, BestOfN
 from tta_ext.decoding.runtime.vocabulary import Vocabulary
 from tta_ext.decoding.search.aisp import AISPSearch
-from tta_ext.decoding.search.rollouts import Noise, PromptCache, Rollouts, Sampling, restrict
+from tta_ext.decoding.search.rollouts import PromptCache, Rollouts
+from tta_ext.decoding.search.sampling import Noise, Sampling, restrict
 from tta_ext.decoding.search.scales import head_row_norm, lam_for_ess, prelogit_scale
 
 PROMPTS = ["hello there", "ab", "what is it"]

@@ -24,7 +24,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 import torch
 
@@ -38,16 +38,23 @@ __all__ = [
     "SentimentReward",
     "WeightedReward",
     "call_reward",
+    "check_reward",
     "parse_reward",
 ]
 
 _WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
 
 
-class Reward(Protocol):
-    """What rewards look like."""
+# Prompts and responses in, a number for each response out.
+Reward: TypeAlias = "Callable[[list[Any], list[Any]], Sequence[float] | torch.Tensor]"
 
-    def __call__(self, prompts: Sequence[Any], responses: Sequence[Any]) -> Sequence[float]: ...
+
+def check_reward(reward: Any) -> None:
+    """``TypeError`` unless a reward can be called."""
+    if not callable(reward):
+        raise TypeError(
+            f"reward is {type(reward).__name__}, expected a callable (prompts, responses) -> floats"
+        )
 
 
 def call_reward(reward: Reward, prompts: Sequence[Any], responses: Sequence[Any]) -> list[float]:
@@ -88,11 +95,7 @@ class RewardStream:
     """
 
     def __init__(self, reward: Reward, batch_size: int | None = None) -> None:
-        if not callable(reward):
-            raise TypeError(
-                f"reward is {type(reward).__name__}, expected a callable "
-                "(prompts, responses) -> floats"
-            )
+        check_reward(reward)
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"reward_batch_size is {batch_size}, expected at least 1")
         self.reward, self.batch_size = reward, batch_size

@@ -159,8 +159,8 @@ class AutoLength:
     def _stop(self, gain: float) -> None:
         memory, self._on = self.memory, False
         self.note = (
-            f"speculative decoding is off: {memory.stood.value:.0%} of the draft tokens stood, with "
-            f"which the best draft would run at {gain:.2f}x the speed of the plain loop"
+            f"speculative decoding is off: {memory.stood.value:.0%} of the draft tokens stood, "
+            f"with which the best draft would run at {gain:.2f}x the speed of the plain loop"
         )
         if not memory.lost:
             log.warning(self.note)

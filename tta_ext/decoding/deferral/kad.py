@@ -226,11 +226,11 @@ class KnapsackDeferral:
                 rejected tokens; the random numbers and the rule are the same.
             trace: True keeps a :class:`TokenTrace` for each token and runs the proxy at every step
                 to know ``q``; ``"lazy"`` leaves ``q`` None where the proxy was not needed.
-            padded_context: with ``input_ids``, processors and criteria see them as they are, padding
-                included, as in transformers' own ``generate``.
-            errors: a row whose logits have NaN or +inf, or nothing finite, has no token. ``"raise"``
-                stops with a ``ValueError`` that names prompt, position and model; ``"finish"`` ends
-                that answer alone, with ``finish`` ``"error"`` and the sentence in
+            padded_context: with ``input_ids``, processors and criteria see them as they are,
+                padding included, as in transformers' own ``generate``.
+            errors: a row whose logits have NaN or +inf, or nothing finite, has no token.
+                ``"raise"`` stops with a ``ValueError`` that names prompt, position and model;
+                ``"finish"`` ends that answer alone, with ``finish`` ``"error"`` and the sentence in
                 :attr:`Generation.errors`.
             batch_size: prompts in a batch at most; None takes all at once.
             streamer: an object with ``put`` and ``end``, such as transformers'

@@ -95,9 +95,7 @@ class Models:
     ) -> tuple[list[list[int]], list[list[int]]]:
         """Token ids for the base and for the others."""
         own, theirs = self.chat_template, self.proxy_chat_template or self.chat_template
-        base = encode_prompts(
-            prompts, self.tokenizer, template=own, fallback=self.proxy_tokenizer
-        )
+        base = encode_prompts(prompts, self.tokenizer, template=own, fallback=self.proxy_tokenizer)
         if proxy_prompts is None:
             proxy_prompts = prompts
         proxy = encode_prompts(
@@ -290,7 +288,9 @@ class Request:
         base, *followers = runners
         mixed = isinstance(self.rule, ImplicitReward)
         if self.policy is not None:
-            fast = SpeculativeImplicit if mixed else SpeculativeLazy if self.lazy else SpeculativeDense
+            fast = (
+                SpeculativeImplicit if mixed else SpeculativeLazy if self.lazy else SpeculativeDense
+            )
             return fast(base, followers, options, policy=self.policy)
         plain = ImplicitRewardLoop if mixed else LazyDeferral if self.lazy else DenseDeferral
         return plain(base, followers, options)

@@ -74,7 +74,9 @@ class Speculative(Loop):
     def step(self) -> None:
         """Advance every active row by one token or more."""
         start, rows, answers = perf_counter(), len(self.rows.active), self.rows
-        room = [self.options.limits.max_new_tokens - len(answers.tokens[i]) - 1 for i in answers.active]
+        room = [
+            self.options.limits.max_new_tokens - len(answers.tokens[i]) - 1 for i in answers.active
+        ]
         before = sum(map(len, answers.tokens))
         spent = self.drafter.seconds
         lengths = self.policy.plan(room)
@@ -218,9 +220,7 @@ class Speculative(Loop):
         rows, columns, size = logits.shape
         index = torch.arange(rows, device=logits.device).repeat_interleave(columns)
         places = position[:, None] + torch.arange(columns, device=logits.device)
-        drawn = self._plain(
-            logits.reshape(rows * columns, size), index, places.flatten(), drafts
-        )
+        drawn = self._plain(logits.reshape(rows * columns, size), index, places.flatten(), drafts)
         tokens = drawn.token.view(rows, columns).tolist()
         flags = [drawn.from_proxy[i * columns : (i + 1) * columns] for i in range(rows)]
         return tokens, flags
@@ -255,7 +255,7 @@ class Speculative(Loop):
         flags: list[list[bool]],
         logits: Tensor,
     ) -> list[int]:
-        """Emit what is known of each row, up to its first difference; how many draft tokens stood."""
+        """Emit each row up to its first difference; how many draft tokens stood."""
         stats = self.stats
         accepted = [0] * len(drafts)
         going = list(range(len(drafts)))
@@ -271,7 +271,9 @@ class Speculative(Loop):
             ended = self.emit(now, [tokens[i][k] for i in now], [flags[i][k] for i in now], seen)
             for i in now:
                 accepted[i] += tokens[i][k] == drafts[i][k]
-            going = [i for i in going if i not in ended and accepted[i] == min(k + 1, len(drafts[i]))]
+            going = [
+                i for i in going if i not in ended and accepted[i] == min(k + 1, len(drafts[i]))
+            ]
         for draft, count in zip(drafts, accepted, strict=True):
             if draft:
                 stats.draft_tokens += len(draft)
@@ -362,7 +364,9 @@ class SpeculativeImplicit(Speculative, ImplicitRewardLoop):
         self._others = [self.at_base(runner.score(drafts)) for runner in self.followers[1:]]
         return super()._score(drafts, read)
 
-    def _mixed(self, logits: Tensor, models: list[Tensor], index: Tensor, position: Tensor) -> Drawn:
+    def _mixed(
+        self, logits: Tensor, models: list[Tensor], index: Tensor, position: Tensor
+    ) -> Drawn:
         token = self.mix(logits, models, position, self.sequence[index])
         return Drawn(token, [False] * len(token))
 

@@ -162,6 +162,18 @@ class RaggedCache(Cache):
         for layer in self._ready():
             layer.copy_rows(source, target, width)
 
+    def adopt(self, source: RaggedCache, rows: Tensor, width: int) -> None:
+        """Copy the first ``width`` positions of rows (int64) of another cache to rows 0, 1, ..."""
+        layers = self.ragged
+        layers += [RaggedLayer(self) for _ in source.ragged[len(layers) :]]
+        for mine, theirs in zip(layers, source.ragged, strict=True):
+            if not mine.is_initialized:
+                mine.lazy_initialization(
+                    theirs.key_view[:1].transpose(1, 2), theirs.value_view[:1].transpose(1, 2)
+                )
+            mine.key_view[:, :width] = theirs.key_view[:, :width].index_select(0, rows)
+            mine.value_view[:, :width] = theirs.value_view[:, :width].index_select(0, rows)
+
     def keep(self, rows: Tensor, width: int) -> None:
         """Drop all rows but ``rows`` (ascending, int64), which move to the front.
 

@@ -135,6 +135,13 @@ class Rows:
         self.active = [self.active[row] for row in kept]
         return kept
 
+    def branch(self, parents: Sequence[int]) -> None:
+        """Make answer i a copy of what answer ``parents[i]`` is now; all of them go on."""
+        self._prompts = [self._prompts[parent] for parent in parents]
+        self.tokens = [self.tokens[parent].copy() for parent in parents]
+        self.finish = [""] * len(parents)
+        self.active = list(range(len(parents)))
+
 
 def _makes_no_law(logits: Tensor) -> bool:
     highest = logits.float().amax()  # NaN if there is one

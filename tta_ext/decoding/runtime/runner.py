@@ -173,14 +173,42 @@ class Runner:
         """Drop all rows but ``rows`` (ascending)."""
         if any(self._cached):
             self.cache.keep(torch.tensor(rows, device=self.device), max(self._cached))
-        self._tokens = [self._tokens[row] for row in rows]
+        self._take(rows)
+        first: dict[int, int] = {}
+        self._group = [first.setdefault(self._group[row], i) for i, row in enumerate(rows)]
+        self._place()
+
+    def adopt(self, source: Runner, rows: Sequence[int], room: int) -> None:
+        """Take over tokens and caches of some rows of another runner, of which all is cached.
+
+        Args:
+            source: a runner of the same model.
+            rows: which, repeated as needed.
+            room: as for the constructor.
+        """
+        self._load([source.tokens(row) for row in rows], room)
+        width = max(self._total, default=0)
+        self._make_room(width)
+        index = torch.tensor(rows, dtype=torch.int64, device=self.device)
+        self.cache.adopt(source.cache, index, width)
+        self._cached = self._total.copy()
+
+    def reorder(self, rows: Sequence[int]) -> None:
+        """Make row i a copy of what row ``rows[i]`` is now; not more rows than at the start."""
+        if rows:
+            source = torch.tensor(rows, dtype=torch.int64, device=self.device)
+            target = torch.arange(len(rows), device=self.device)
+            self.cache.copy_rows(source, target, max(self._cached[row] for row in rows))
+        self._take(rows)
+        self._group = list(range(len(rows)))
+        self._place()
+
+    def _take(self, rows: Sequence[int]) -> None:
+        self._tokens = [self._tokens[row].copy() for row in rows]
         self._prompt = [self._prompt[row] for row in rows]
         self._total = [self._total[row] for row in rows]
         self._cached = [self._cached[row] for row in rows]
-        first: dict[int, int] = {}
-        self._group = [first.setdefault(self._group[row], i) for i, row in enumerate(rows)]
         self.count = len(rows)
-        self._place()
 
     # ---- forwards ----------------------------------------------------------------------------
 

@@ -26,28 +26,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
-from tta_ext import ops, rng
-from tta_ext.decoding.deferral.kad import _seed
+from tta_ext import ops
 from tta_ext.decoding.rewards import Reward
 from tta_ext.decoding.runtime.prompts import normalise_prompts
 from tta_ext.decoding.search import checkpoint
-from tta_ext.decoding.search.base import (
-    Scored,
-    Search,
-    SearchMethod,
-    SearchSettings,
-    check_counts,
-    check_samples,
+from tta_ext.decoding.search.aisp_settings import (
+    ESS_SHARE,
+    LOGIT_NOISE,
+    AISPOptions,
+    AISPSettings,
 )
+from tta_ext.decoding.search.base import Scored, Search, SearchMethod
+from tta_ext.decoding.search.engine import LocalEngine, RolloutEngine, RolloutTask
 from tta_ext.decoding.search.outcome import Candidate, IterationRecord, SearchResult, Timing
-from tta_ext.decoding.search.rollouts import Noise
+from tta_ext.decoding.search.sampling import Noise
 from tta_ext.decoding.search.scales import deviation, head_row_norm, lam_for_ess, prelogit_scale
 
 __all__ = [
@@ -55,232 +55,6 @@ __all__ = [
     "AISPSettings",
     "AdaptiveImportanceSampling",
 ]
-
-SIGMA_UNITS = ("absolute", "prelogit", "logit")
-LAM_UNITS = ("absolute", "std", "ess")
-# The defaults were chosen on the tuning prompts of benchmarks/aisp_rewards.py.
-# Where no sigma is given: noise that moves logits by this much.
-LOGIT_NOISE = 2.0
-# Where no lambda is given: the effective sample size is this share of the rollouts.
-ESS_SHARE = 0.25
-
-
-@dataclass(frozen=True)
-class AISPSettings(SearchSettings):
-    """Settings of AISP.
-
-    Attributes:
-        n: rollouts an iteration.
-        iterations: iterations (kappa).
-        decoding: ``"greedy"`` (default): the most probable token under the noise, so that rollouts
-            differ by their noise alone and the reward's credit goes to it; ``"sample"``: tokens are
-            drawn on top of the noise.
-        sigma: standard deviation of the noise, in units of ``sigma_unit``; 0 is best-of-n. None:
-            the noise moves logits by about 2.
-        sigma_unit: ``"absolute"``; ``"prelogit"``: times the measured root mean square of the
-            pre-logits; ``"logit"``: divided by the mean norm of the head's rows.
-        sigma_decay: factor on sigma from iteration to iteration.
-        coherence: share of the noise's variance that is the same at all steps of a rollout, 0 (the
-            paper's noise) to 1.
-        lam: temperature lambda of the reward in units of ``lam_unit``; 0 puts all weight on the
-            best rollout. None: an effective sample size of a quarter of the rollouts.
-        lam_unit: ``"absolute"``; ``"std"``: times the standard deviation of the iteration's
-            rewards; ``"ess"``: lambda is chosen anew so that the reward alone gives this effective
-            sample size.
-        alpha: 0 to 1; below 1 moving away from the base model costs importance. Its standard
-            deviation is about ``(1 - alpha) sqrt(tau d / ess)``, so at usual sizes even 0.9 drowns
-            the reward.
-        window: steps with noise (tau); None: ``max_new_tokens``. Memory is ``4 tau d`` bytes a
-            prompt.
-        step_size: share of the update that is applied.
-        elites: only so many best rollouts get weight; None: all.
-        baseline: subtract 1/n from the weights. The mean of the noise is zero, so this changes no
-            expectation, and equal rewards then leave u where it is.
-        norm_cap: u is scaled down to this Euclidean norm where it exceeds it.
-        kl_budget: where an iteration's measured divergence from the base model (nats an answer)
-            exceeds this, u is scaled down by the square root of the ratio.
-        distinct_low: where a smaller share of an iteration's answers are different from each other,
-            u is halved: the search has collapsed onto one answer and should look about again.
-        ess_low, ess_high: a prompt's search ends when the effective sample size leaves this range.
-        kl_rollouts: rollouts an iteration on which the divergence is measured; 0 switches it off.
-    """
-
-    n: int = 16
-    iterations: int = 16
-    decoding: str = "greedy"
-    sigma: float | None = None
-    sigma_unit: str = "absolute"
-    sigma_decay: float = 1.0
-    coherence: float = 1.0
-    lam: float | None = None
-    lam_unit: str = "absolute"
-    alpha: float = 1.0
-    window: int | None = None
-    step_size: float = 1.0
-    elites: int | None = None
-    baseline: bool = False
-    norm_cap: float | None = None
-    kl_budget: float | None = None
-    distinct_low: float | None = None
-    ess_low: float | None = None
-    ess_high: float | None = None
-    kl_rollouts: int = 1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_counts(self.n, self.iterations)
-        self._check_choice("sigma_unit", SIGMA_UNITS)
-        self._check_choice("lam_unit", LAM_UNITS)
-        for name in ("sigma", "lam"):
-            value = getattr(self, name)
-            if value is not None and not 0.0 <= value < math.inf:
-                raise ValueError(f"{name} is {value!r}, expected a finite number >= 0")
-        if self.lam_unit == "ess" and self.lam is not None and not 1.0 <= self.lam <= self.n:
-            raise ValueError(f"lam is {self.lam!r} in units of ess, expected 1 to n = {self.n}")
-        for name in ("alpha", "coherence"):
-            value = getattr(self, name)
-            if not 0.0 <= value <= 1.0:
-                raise ValueError(f"{name} is {value!r}, expected 0 <= {name} <= 1")
-        for name in ("sigma_decay", "step_size", "norm_cap", "kl_budget"):
-            value = getattr(self, name)
-            if value is not None and not 0.0 < value < math.inf:
-                raise ValueError(f"{name} is {value!r}, expected a finite number > 0")
-        if self.distinct_low is not None and not 0.0 <= self.distinct_low <= 1.0:
-            raise ValueError(f"distinct_low is {self.distinct_low!r}, expected 0 to 1")
-        for name in ("window", "elites"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}, expected at least 1")
-        if not 0 <= self.kl_rollouts <= self.n:
-            raise ValueError(f"kl_rollouts is {self.kl_rollouts}, expected 0 to n = {self.n}")
-        if self.kl_budget is not None and not self.kl_rollouts:
-            raise ValueError("kl_budget needs a measured divergence; set kl_rollouts to 1 or more")
-
-    def _check_choice(self, name: str, known: Sequence[str]) -> None:
-        if getattr(self, name) not in known:
-            raise ValueError(
-                f"{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}"
-            )
-
-    def schedule(self) -> list[int]:
-        return [self.n] * self.iterations
-
-    def for_samples(self, samples: int) -> AISPSettings:
-        return replace(self, iterations=check_samples(samples, self.n) // self.n)
-
-    def for_seconds(self, seconds: float) -> AISPSettings:
-        return replace(self, iterations=rng.ITERATIONS, max_seconds=seconds)
-
-    @property
-    def tau(self) -> int:
-        """Steps with noise."""
-        return self.max_new_tokens if self.window is None else min(self.window, self.max_new_tokens)
-
-
-class AdaptiveImportanceSampling(SearchMethod[AISPSettings]):
-    """Steer a model towards a reward by learning noise on its pre-logits, prompt by prompt.
-
-    Args:
-        model, reward, tokenizer, chat_template, probe: see
-            :class:`SearchMethod`.
-        settings: fields of :class:`AISPSettings` and
-            :class:`SearchSettings`, such as ``n=32, iterations=8,
-            sigma=0.5, lam=0.01, alpha=1.0, window=32, max_new_tokens=64``. The defaults are the one
-            setting that benchmarks/aisp_rewards.py was tuned to; ``coherence=0`` is the paper's.
-
-    Example:
-        >>> aisp = AdaptiveImportanceSampling(model, reward, tokenizer, max_new_tokens=24)
-        >>> result = aisp.generate("Tell me a story.", seed=0)
-        >>> result.text, [record.mean for record in result.curves[0]]
-    """
-
-    name: ClassVar[str] = "aisp"
-    settings_type = AISPSettings
-
-    def __init__(
-        self,
-        model: Any,
-        reward: Reward,
-        tokenizer: Any = None,
-        *,
-        chat_template: str | None = None,
-        probe: bool = True,
-        **settings: Any,
-    ) -> None:
-        super().__init__(
-            model, reward, tokenizer, chat_template=chat_template, probe=probe, **settings
-        )
-        self._units: dict[str, float] = {"absolute": 1.0}
-
-    def sigma_factor(self, unit: str) -> float:
-        """What a sigma in this unit is multiplied with; measured once."""
-        if unit not in self._units:
-            if unit == "prelogit":
-                self._units[unit] = prelogit_scale(self.model)
-            else:
-                self._units[unit] = 1.0 / head_row_norm(self.model)
-        return self._units[unit]
-
-    def start(
-        self,
-        prompts: Any,
-        *,
-        seed: int | torch.Generator | None = None,
-        sequence: Sequence[int] | None = None,
-        **settings: Any,
-    ) -> AISPSearch:
-        return AISPSearch(
-            self, prompts, self._merge(self.settings, settings), _seed(seed), sequence
-        )
-
-    def generate(
-        self,
-        prompts: Any,
-        *,
-        checkpoint: str | Path | None = None,
-        seed: int | torch.Generator | None = None,
-        sequence: Sequence[int] | None = None,
-        progress: Callable[[int], None] | None = None,
-        **settings: Any,
-    ) -> SearchResult:
-        """Answer prompts; arguments as :meth:`SearchMethod.generate`.
-
-        Args:
-            checkpoint: a file that the state is saved to after each iteration; if it exists the run
-                goes on from it. All prompts then make one batch.
-
-        Raises:
-            ValueError: the checkpoint belongs to other prompts.
-        """
-        if checkpoint is None:
-            return super().generate(
-                prompts, seed=seed, sequence=sequence, progress=progress, **settings
-            )
-        path = Path(checkpoint)
-        if path.exists():
-            search = self.resume(path)
-            if search.prompts != normalise_prompts(prompts):
-                raise ValueError(
-                    f"{path} holds a run over other prompts; remove it or name another"
-                )
-        else:
-            search = self.start(prompts, seed=seed, sequence=sequence, **settings)
-        search.run(lambda current: search.save(path))
-        if progress is not None:
-            progress(len(search.prompts))
-        return search.result()
-
-    def resume(self, path: str | Path, *, iterations: int | None = None) -> AISPSearch:
-        """A run that :meth:`AISPSearch.save` has put away, to go on with the same bits.
-
-        Args:
-            path: the file.
-            iterations: a new total, to make the run longer.
-
-        Raises:
-            ValueError: not such a file, or saved with a model of another size.
-        """
-        return AISPSearch.load(self, Path(path), iterations)
 
 
 class AISPSearch(Search[AISPSettings]):
@@ -304,9 +78,9 @@ class AISPSearch(Search[AISPSettings]):
         self.mean = torch.zeros(
             len(self.prompts),
             settings.tau + (settings.coherence > 0),
-            self.cache.dimensions,
+            self.engine.dimensions,
             dtype=torch.float32,
-            device=self.cache.device,
+            device=self.engine.device,
         )
         if settings.sigma is None:
             self._sigma = LOGIT_NOISE * method.sigma_factor("logit")
@@ -396,7 +170,7 @@ class AISPSearch(Search[AISPSettings]):
         if settings.baseline:
             weights = weights - 1.0 / settings.n
         given: dict[str, Any] = {
-            "seed": self.seed_tensor,
+            "seed": self.seed,
             "iteration": self.iteration,
             "sequence": torch.tensor(
                 [self.sequence[prompt] for prompt in active], device=mean.device
@@ -519,3 +293,107 @@ class AISPSearch(Search[AISPSettings]):
         search.asked = [len(row) for row in search.candidates]
         search._before = Timing(**state["timing"])
         return search
+
+
+class AdaptiveImportanceSampling(SearchMethod[AISPSettings]):
+    """Steer a model towards a reward by learning noise on its pre-logits, prompt by prompt.
+
+    Args:
+        model, reward, tokenizer, chat_template, probe: see
+            :class:`SearchMethod`.
+        settings: fields of :class:`AISPSettings` and
+            :class:`SearchSettings`, such as ``n=32, iterations=8,
+            sigma=0.5, lam=0.01, alpha=1.0, window=32, max_new_tokens=64``. The defaults are the one
+            setting that benchmarks/aisp_rewards.py was tuned to; ``coherence=0`` is the paper's.
+
+    Example:
+        >>> aisp = AdaptiveImportanceSampling(model, reward, tokenizer, max_new_tokens=24)
+        >>> result = aisp.generate("Tell me a story.", seed=0)
+        >>> result.text, [record.mean for record in result.curves[0]]
+    """
+
+    name: ClassVar[str] = "aisp"
+    settings_type = AISPSettings
+    run_type = AISPSearch
+
+    if TYPE_CHECKING:
+        # What __init_subclass__ shows at run time.
+        def __init__(
+            self,
+            model: Any,
+            reward: Reward,
+            tokenizer: Any = None,
+            *,
+            chat_template: str | None = None,
+            probe: bool = True,
+            engine: Callable[[Any, RolloutTask], RolloutEngine] = LocalEngine,
+            **settings: Unpack[AISPOptions],
+        ) -> None: ...
+
+        def start(  # type: ignore[override]
+            self,
+            prompts: Any,
+            *,
+            seed: int | torch.Generator | None = None,
+            sequence: Sequence[int] | None = None,
+            **settings: Unpack[AISPOptions],
+        ) -> AISPSearch: ...
+
+    def sigma_factor(self, unit: str) -> float:
+        """What a sigma in this unit is multiplied with; measured once."""
+        units = self.__dict__.setdefault("_units", {"absolute": 1.0})
+        if unit not in units:
+            if unit == "prelogit":
+                units[unit] = prelogit_scale(self.model)
+            else:
+                units[unit] = 1.0 / head_row_norm(self.model)
+        return units[unit]
+
+    def generate(  # type: ignore[override]
+        self,
+        prompts: Any,
+        *,
+        checkpoint: str | Path | None = None,
+        seed: int | torch.Generator | None = None,
+        sequence: Sequence[int] | None = None,
+        progress: Callable[[int], None] | None = None,
+        **settings: Unpack[AISPOptions],
+    ) -> SearchResult:
+        """Answer prompts; arguments as :meth:`SearchMethod.generate`.
+
+        Args:
+            checkpoint: a file that the state is saved to after each iteration; if it exists the run
+                goes on from it. All prompts then make one batch.
+
+        Raises:
+            ValueError: the checkpoint belongs to other prompts.
+        """
+        if checkpoint is None:
+            return super().generate(
+                prompts, seed=seed, sequence=sequence, progress=progress, **settings
+            )
+        path = Path(checkpoint)
+        if path.exists():
+            search = self.resume(path)
+            if search.prompts != normalise_prompts(prompts):
+                raise ValueError(
+                    f"{path} holds a run over other prompts; remove it or name another"
+                )
+        else:
+            search = self.start(prompts, seed=seed, sequence=sequence, **settings)
+        search.run(lambda current: search.save(path))
+        if progress is not None:
+            progress(len(search.prompts))
+        return search.result()
+
+    def resume(self, path: str | Path, *, iterations: int | None = None) -> AISPSearch:
+        """A run that :meth:`AISPSearch.save` has put away, to go on with the same bits.
+
+        Args:
+            path: the file.
+            iterations: a new total, to make the run longer.
+
+        Raises:
+            ValueError: not such a file, or saved with a model of another size.
+        """
+        return AISPSearch.load(self, Path(path), iterations)

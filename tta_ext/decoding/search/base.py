@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
+from functools import wraps
 from time import perf_counter
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -18,12 +19,21 @@ import torch
 from torch import Tensor
 
 from tta_ext import rng
-from tta_ext.decoding.deferral.kad import _logits_of, _seed
-from tta_ext.decoding.rewards import Reward, RewardStream
+from tta_ext.decoding.rewards import Reward, RewardStream, check_reward
 from tta_ext.decoding.runtime.attention import check_model, probe_model
+from tta_ext.decoding.runtime.models import logits_of
 from tta_ext.decoding.runtime.prompts import encode_prompts, normalise_prompts
+from tta_ext.decoding.runtime.rows import check_prompts, sequence_ids
+from tta_ext.decoding.runtime.signatures import keywords_of
 from tta_ext.decoding.runtime.stopping import StopStrings, end_ids
 from tta_ext.decoding.runtime.vocabulary import align_vocabularies
+from tta_ext.decoding.search.engine import (
+    LocalEngine,
+    RolloutBatch,
+    RolloutEngine,
+    RolloutJob,
+    RolloutTask,
+)
 from tta_ext.decoding.search.outcome import (
     Candidate,
     IterationRecord,
@@ -32,75 +42,10 @@ from tta_ext.decoding.search.outcome import (
     best_of,
     spread,
 )
-from tta_ext.decoding.search.rollouts import Noise, PromptCache, Rollouts, Sampling
+from tta_ext.decoding.search.sampling import Noise, Sampling
+from tta_ext.decoding.search.settings import SearchSettings, check_counts
 
-__all__ = ["Search", "SearchMethod", "SearchSettings"]
-
-
-@dataclass(frozen=True)
-class SearchSettings:
-    """Settings that all methods share.
-
-    Attributes:
-        max_new_tokens: tokens after which an answer ends.
-        decoding: ``"sample"`` draws tokens, ``"greedy"`` takes the most probable ones.
-        temperature, top_k, top_p: of the draw; see :class:`Sampling`.
-        eos_token_id: an id or several that end an answer; None: the model's.
-        stop_strings: strings that end an answer; its text is cut before them.
-        batch_size: rows in a batch at most; None: all rollouts of all prompts at once.
-        reward_batch_size: ask the reward as soon as so many answers have finished; None: once an
-            iteration.
-        reward_target: a prompt's search ends when its best reward reaches this.
-        max_seconds: no iteration starts after this time.
-    """
-
-    max_new_tokens: int = 64
-    decoding: str = "sample"
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
-    eos_token_id: int | Sequence[int] | None = None
-    stop_strings: str | Sequence[str] | None = None
-    batch_size: int | None = None
-    reward_batch_size: int | None = None
-    reward_target: float | None = None
-    max_seconds: float | None = None
-
-    def __post_init__(self) -> None:
-        Sampling(self.decoding, self.temperature, self.top_k, self.top_p, self.max_new_tokens)
-        for name in ("batch_size", "reward_batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}, expected at least 1")
-        if self.max_seconds is not None and not self.max_seconds > 0:
-            raise ValueError(f"max_seconds is {self.max_seconds}, expected more than 0")
-
-    def schedule(self) -> list[int]:
-        """Number of rollouts of each iteration."""
-        raise TypeError(f"{type(self).__name__} has no iterations")
-
-    def for_samples(self, samples: int) -> SearchSettings:
-        """These settings, made to write about so many answers' worth of tokens a prompt."""
-        raise TypeError(f"{type(self).__name__} has no number of samples")
-
-    def for_seconds(self, seconds: float) -> SearchSettings:
-        """These settings, made to go on until a time has passed."""
-        raise TypeError(f"{type(self).__name__} has no iterations")
-
-
-def check_samples(samples: int, least: int) -> int:
-    """The number itself; ``ValueError`` if a method cannot do with so few."""
-    if samples < least:
-        raise ValueError(f"samples is {samples}, expected at least {least} with these settings")
-    return samples
-
-
-def check_counts(rollouts: int, iterations: int) -> None:
-    """``ValueError`` unless the random streams have counters for so many."""
-    if not 1 <= rollouts <= rng.ROLLOUTS:
-        raise ValueError(f"n is {rollouts}, expected 1 to {rng.ROLLOUTS} rollouts an iteration")
-    if not 1 <= iterations <= rng.ITERATIONS:
-        raise ValueError(f"iterations is {iterations}, expected 1 to {rng.ITERATIONS}")
+__all__ = ["Scored", "Search", "SearchMethod"]
 
 
 S = TypeVar("S", bound=SearchSettings)
@@ -116,6 +61,9 @@ class SearchMethod(Generic[S]):
         chat_template: overrides the tokenizer's.
         probe: run the model once on two short rows and refuse it if rows of different length cannot
             share its batch.
+        engine: ``(model, task) -> RolloutEngine``, what draws the rollouts; the model itself, in
+            this process (:class:`~tta_ext.decoding.search.engine.LocalEngine`), unless another is
+            given.
         settings: fields of the method's settings class.
 
     Raises:
@@ -125,6 +73,16 @@ class SearchMethod(Generic[S]):
 
     name: ClassVar[str]
     settings_type: ClassVar[type[Any]]
+    run_type: ClassVar[type[Any]]
+    # Works on rollouts token by token, which only the engine of this process has.
+    stepwise: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Spell the settings out in the signatures that ``help()`` and editors show."""
+        super().__init_subclass__(**kwargs)
+        for name in ("__init__", "start", "generate"):
+            own = _another(getattr(cls, name))
+            setattr(cls, name, keywords_of(cls.settings_type)(own))
 
     def __init__(
         self,
@@ -134,15 +92,21 @@ class SearchMethod(Generic[S]):
         *,
         chat_template: str | None = None,
         probe: bool = True,
+        engine: Callable[[Any, RolloutTask], RolloutEngine] = LocalEngine,
         **settings: Any,
     ) -> None:
         check_model(model, "model")
         model.eval()
-        RewardStream(reward)
+        check_reward(reward)
+        if self.stepwise and engine is not LocalEngine:
+            raise ValueError(
+                f"{type(self).__name__} looks at rollouts token by token; it takes no engine"
+            )
+        self.engine = engine
         self.model, self.reward, self.tokenizer = model, reward, tokenizer
         self.chat_template = chat_template
         self.settings: S = self._merge(None, settings)
-        size = _logits_of(model)
+        size = logits_of(model)
         self.vocabulary = align_vocabularies(
             size, size, tokenizer, tokenizer, proxy_name="the model"
         )
@@ -178,7 +142,9 @@ class SearchMethod(Generic[S]):
             sequence: a 32-bit id for each prompt, which names its random streams; default 0, 1, ...
             settings: in place of the constructor's.
         """
-        raise TypeError(f"{type(self).__name__} does not run in iterations")
+        return self.run_type(
+            self, prompts, self._merge(self.settings, settings), rng.resolve_seed(seed), sequence
+        )
 
     def run(self, prompts: Any, **options: Any) -> SearchResult:
         """The result of one batch of prompts; arguments as :meth:`start`."""
@@ -206,11 +172,9 @@ class SearchMethod(Generic[S]):
             progress: called with the number of prompts done after each group.
         """
         listed = normalise_prompts(prompts)
-        ids = list(range(len(listed))) if sequence is None else [int(i) for i in sequence]
-        if len(ids) != len(listed):
-            raise ValueError(f"sequence has {len(ids)} ids, expected {len(listed)}, one a prompt")
+        ids = sequence_ids(sequence, len(listed), "a prompt")
         merged = self._merge(self.settings, settings)
-        seed = _seed(seed)
+        seed = rng.resolve_seed(seed)
         group = len(listed) or 1
         if merged.batch_size is not None:
             group = max(1, merged.batch_size // self.rows(merged))
@@ -253,15 +217,11 @@ class Search(Generic[S]):
         self.method, self.settings, self.seed = method, settings, seed
         self.prompts = normalise_prompts(prompts)
         count = len(self.prompts)
-        self.sequence = list(range(count)) if sequence is None else [int(i) for i in sequence]
-        if len(self.sequence) != count:
-            raise ValueError(
-                f"sequence has {len(self.sequence)} ids, expected {count}, one a prompt"
-            )
+        self.sequence = sequence_ids(sequence, count, "a prompt")
         if encoded is None:
             encoded = encode_prompts(self.prompts, method.tokenizer, template=method.chat_template)
         self.encoded = [list(ids) for ids in encoded]
-        _check_lengths(method.model, self.encoded, settings.max_new_tokens)
+        check_prompts(method.model, "the model", self.encoded, settings.max_new_tokens)
         self.schedule = settings.schedule()
         check_counts(max(self.schedule), len(self.schedule))
         stop = settings.stop_strings
@@ -276,8 +236,15 @@ class Search(Generic[S]):
         )
         self.stream = RewardStream(method.reward, settings.reward_batch_size)
         self.streams = [self.stream]
-        self.cache = PromptCache(method.model, self.encoded, self.sequence, method.vocabulary)
-        self.seed_tensor = torch.tensor([seed], dtype=torch.int64, device=self.cache.device)
+        task = RolloutTask(
+            self.encoded,
+            self.sequence,
+            self.sampling,
+            seed,
+            method.vocabulary,
+            settings.batch_size,
+        )
+        self.engine = self.open(task)
         self.iteration = 0
         self.candidates: list[list[Candidate]] = [[] for _ in self.prompts]
         self.curves: list[list[IterationRecord]] = [[] for _ in self.prompts]
@@ -286,6 +253,10 @@ class Search(Generic[S]):
         self.asked = [0] * count
         self._before = Timing()
         self._seconds = perf_counter() - begin
+
+    def open(self, task: RolloutTask) -> RolloutEngine:
+        """What draws this run's rollouts."""
+        return self.method.engine(self.method.model, task)
 
     # ---- the loop ----------------------------------------------------------------------------
 
@@ -304,7 +275,7 @@ class Search(Generic[S]):
         """Wall-clock so far, runs before a resume included."""
         return self._before + Timing(
             total=self._seconds,
-            model=self.cache.seconds,
+            model=self.engine.seconds,
             reward=sum(stream.seconds for stream in self.streams),
             reward_calls=sum(stream.calls for stream in self.streams),
             reward_items=sum(stream.items for stream in self.streams),
@@ -330,7 +301,7 @@ class Search(Generic[S]):
                 self.stopped[prompt] = "iterations"
             return
         count = self.schedule[self.iteration]
-        batch = self._roll(active, count)
+        batch = self.roll(active, count)
         extra = self.update(active, batch)
         self._seconds += perf_counter() - begin
         elapsed = self.timing.total
@@ -358,63 +329,38 @@ class Search(Generic[S]):
         """Learn from an iteration; for each active prompt, fields of its record."""
         return [{} for _ in active]
 
-    def rollouts(self, cells: Sequence[tuple[int, int]]) -> Rollouts:
-        """A batch of this iteration's rollouts."""
-        return Rollouts(
-            self.cache,
-            cells,
-            sampling=self.sampling,
-            seed=self.seed_tensor,
-            iteration=self.iteration,
-            noise=self.noise(),
-            metered=self.metered,
-        )
+    def job(self, cells: Sequence[tuple[int, int]]) -> RolloutJob:
+        """This iteration's rollouts, as an engine takes them."""
+        return RolloutJob(cells, self.iteration, self.noise(), self.metered)
 
-    def _roll(self, active: list[int], count: int) -> Scored:
+    def roll(self, active: list[int], count: int) -> Scored:
         """Draw and score ``count`` rollouts of each active prompt."""
-        settings = self.settings
         cells = [(prompt, rollout) for rollout in range(count) for prompt in active]
-        size = len(cells) if settings.batch_size is None else settings.batch_size
-        scored = Scored(active, count, self.cache.device)
-        place = {prompt: i for i, prompt in enumerate(active)}
-        texts: dict[tuple[int, int], Any] = {}
-        finished: dict[tuple[int, int], tuple[list[int], str]] = {}
-        for first in range(0, len(cells), size):
-            rollouts = self.rollouts(cells[first : first + size])
+        texts: dict[tuple[int, int], str | None] = {}
 
-            def on_finish(number: int, rollouts: Rollouts = rollouts) -> None:
-                cell = rollouts.cells[number]
-                tokens = rollouts.tokens[number]
-                finished[cell] = (tokens, rollouts.finish[number])
-                texts[cell] = self.text(tokens)
-                response = tokens if texts[cell] is None else texts[cell]
-                self.stream.put(cell, self.prompts[cell[0]], response)
+        def on_finish(number: int, tokens: list[int]) -> None:
+            cell = cells[number]
+            text = texts[cell] = self.text(tokens)
+            self.stream.put(cell, self.prompts[cell[0]], tokens if text is None else text)
 
-            rollouts.run(on_finish)
-            for number, (prompt, rollout) in enumerate(rollouts.cells):
-                scored.length[place[prompt]][rollout] = len(rollouts.tokens[number])
-            rows = torch.tensor([place[prompt] for prompt, _ in rollouts.cells])
-            columns = torch.tensor([rollout for _, rollout in rollouts.cells])
-            scored.dot[rows, columns] = rollouts.dot
-            scored.common_dot[rows, columns] = rollouts.common_dot
-            for number, value in rollouts.kl.items():
-                scored.kl[place[rollouts.cells[number][0]]].append(value)
+        batch = self.engine.roll(self.job(cells), on_finish)
         rewards = self.stream.collect()
-        for prompt in active:
-            scored.candidates.append(
-                [
-                    Candidate(
-                        texts[prompt, i],
-                        finished[prompt, i][0],
-                        rewards[prompt, i],
-                        self.iteration,
-                        i,
-                        finished[prompt, i][1],
-                    )
-                    for i in range(count)
-                ]
-            )
-        return scored
+        place = {cell: number for number, cell in enumerate(cells)}
+        candidates = [
+            [
+                Candidate(
+                    texts[prompt, i],
+                    batch.tokens[place[prompt, i]],
+                    rewards[prompt, i],
+                    self.iteration,
+                    i,
+                    batch.finish[place[prompt, i]],
+                )
+                for i in range(count)
+            ]
+            for prompt in active
+        ]
+        return Scored(candidates, batch, len(active), self.engine.device)
 
     def text(self, tokens: Sequence[int]) -> str | None:
         """An answer's text; None without a tokenizer."""
@@ -483,22 +429,32 @@ class Scored:
 
     Attributes:
         candidates: for each active prompt, its rollouts in order.
-        length: number of tokens of each.
         dot: float32 ``[active, count]``, sum of u . eps of each.
         common_dot: the same of the noise's common part.
         kl: measured divergences of each prompt's metered rollouts.
     """
 
-    def __init__(self, active: Sequence[int], count: int, device: torch.device) -> None:
-        self.candidates: list[list[Candidate]] = []
-        self.length = [[0] * count for _ in active]
-        self.dot = torch.zeros(len(active), count, dtype=torch.float32, device=device)
-        self.common_dot = torch.zeros_like(self.dot)
-        self.kl: list[list[float]] = [[] for _ in active]
+    def __init__(
+        self,
+        candidates: list[list[Candidate]],
+        batch: RolloutBatch,
+        active: int,
+        device: torch.device,
+    ) -> None:
+        self.candidates = candidates
+        # Cells go rollout by rollout, each time over all active prompts.
+        self.dot, self.common_dot = (
+            part.to(device).view(-1, active).T.contiguous()
+            for part in (batch.dot, batch.common_dot)
+        )
+        self.kl: list[list[float]] = [[] for _ in range(active)]
+        for number, value in sorted(batch.kl.items()):
+            self.kl[number % active].append(value)
 
     def lengths(self) -> Tensor:
         """int64 ``[active, count]``."""
-        return torch.tensor(self.length, dtype=torch.int64, device=self.dot.device)
+        length = [[len(one.tokens) for one in row] for row in self.candidates]
+        return torch.tensor(length, dtype=torch.int64, device=self.dot.device)
 
     def rewards(self) -> Tensor:
         """float32 ``[active, count]``; finite rewards beyond float32 are its largest number."""
@@ -511,16 +467,11 @@ class Scored:
         )
 
 
-def _check_lengths(model: Any, prompts: Sequence[Sequence[int]], room: int) -> None:
-    """Ids without an embedding, and contexts without positions."""
-    size = model.get_input_embeddings().weight.shape[0]
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    for row, prompt in enumerate(prompts):
-        wrong = next((i for i in prompt if not 0 <= i < size), None)
-        if wrong is not None:
-            raise ValueError(f"prompt {row} has the id {wrong}, expected ids from 0 to {size - 1}")
-        if limit and len(prompt) + room - 1 > limit:
-            raise ValueError(
-                f"prompt {row} has {len(prompt)} tokens and max_new_tokens is {room}, "
-                f"but the model has only {limit} positions"
-            )
+def _another(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function as an object of its own."""
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    return call

@@ -6,22 +6,24 @@ The yardstick of every search by reward, on the same rollouts and the same accou
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from typing_extensions import Unpack
 
 from tta_ext import ops, rng
-from tta_ext.decoding.deferral.kad import _seed
-from tta_ext.decoding.search.base import (
-    Search,
-    SearchMethod,
+from tta_ext.decoding.rewards import Reward
+from tta_ext.decoding.search.base import Search, SearchMethod
+from tta_ext.decoding.search.engine import LocalEngine, RolloutEngine, RolloutTask
+from tta_ext.decoding.search.outcome import Candidate, SearchResult
+from tta_ext.decoding.search.settings import (
+    SearchOptions,
     SearchSettings,
     check_counts,
     check_samples,
 )
-from tta_ext.decoding.search.outcome import Candidate
 
 __all__ = ["BestOfN", "BestOfNSettings"]
 
@@ -66,32 +68,12 @@ class BestOfNSettings(SearchSettings):
         return replace(self, n=group * rng.ITERATIONS, group=group, max_seconds=seconds)
 
 
-class BestOfN(SearchMethod[BestOfNSettings]):
-    """Draw n answers and keep the best, or a soft choice among them.
+class BestOfNOptions(SearchOptions, total=False):
+    """The fields of :class:`BestOfNSettings` as keywords."""
 
-    Args:
-        settings: fields of :class:`BestOfNSettings` and
-            :class:`SearchSettings`; the rest as in
-            :class:`SearchMethod`.
-
-    Example:
-        >>> BestOfN(model, reward, tokenizer, n=32).generate("Tell me a story.", seed=0).text
-
-    Source: soft best-of-n: Verdun et al., arXiv:2505.03156.
-    """
-
-    name: ClassVar[str] = "best_of_n"
-    settings_type = BestOfNSettings
-
-    def start(
-        self,
-        prompts: Any,
-        *,
-        seed: int | torch.Generator | None = None,
-        sequence: Sequence[int] | None = None,
-        **settings: Any,
-    ) -> _Run:
-        return _Run(self, prompts, self._merge(self.settings, settings), _seed(seed), sequence)
+    n: int
+    group: int | None
+    soft: float
 
 
 class _Run(Search[BestOfNSettings]):
@@ -112,3 +94,46 @@ class _Run(Search[BestOfNSettings]):
             stream=rng.REWARD,
         )
         return candidates[int(chosen)]
+
+
+class BestOfN(SearchMethod[BestOfNSettings]):
+    """Draw n answers and keep the best, or a soft choice among them.
+
+    Args:
+        settings: fields of :class:`BestOfNSettings` and
+            :class:`SearchSettings`; the rest as in
+            :class:`SearchMethod`.
+
+    Example:
+        >>> BestOfN(model, reward, tokenizer, n=32).generate("Tell me a story.", seed=0).text
+
+    Source: soft best-of-n: Verdun et al., arXiv:2505.03156.
+    """
+
+    name: ClassVar[str] = "best_of_n"
+    settings_type = BestOfNSettings
+    run_type = _Run
+
+    if TYPE_CHECKING:
+        # What __init_subclass__ shows at run time.
+        def __init__(
+            self,
+            model: Any,
+            reward: Reward,
+            tokenizer: Any = None,
+            *,
+            chat_template: str | None = None,
+            probe: bool = True,
+            engine: Callable[[Any, RolloutTask], RolloutEngine] = LocalEngine,
+            **settings: Unpack[BestOfNOptions],
+        ) -> None: ...
+
+        def generate(  # type: ignore[override]
+            self,
+            prompts: Any,
+            *,
+            seed: int | torch.Generator | None = None,
+            sequence: Sequence[int] | None = None,
+            progress: Callable[[int], None] | None = None,
+            **settings: Unpack[BestOfNOptions],
+        ) -> SearchResult: ...

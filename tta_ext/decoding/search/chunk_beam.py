@@ -9,23 +9,24 @@ Source: controlled decoding, blockwise (Mudgal et al., arXiv:2310.17022); chunk-
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from typing_extensions import Unpack
 
 from tta_ext import rng
-from tta_ext.decoding.deferral.kad import _seed
-from tta_ext.decoding.search.base import (
-    Scored,
-    Search,
-    SearchMethod,
+from tta_ext.decoding.rewards import Reward
+from tta_ext.decoding.search.base import Scored, Search, SearchMethod
+from tta_ext.decoding.search.engine import LocalEngine, RolloutBatch
+from tta_ext.decoding.search.outcome import Candidate, SearchResult
+from tta_ext.decoding.search.settings import (
+    SearchOptions,
     SearchSettings,
     check_counts,
     check_samples,
 )
-from tta_ext.decoding.search.outcome import Candidate
 
 __all__ = ["ChunkBeamSearch", "ChunkBeamSettings"]
 
@@ -69,30 +70,13 @@ class ChunkBeamSettings(SearchSettings):
         return replace(self, restarts=rng.ITERATIONS // self.chunks, max_seconds=seconds)
 
 
-class ChunkBeamSearch(SearchMethod[ChunkBeamSettings]):
-    """Beam search whose steps are chunks of sampled tokens and whose score is the reward.
+class ChunkBeamOptions(SearchOptions, total=False):
+    """The fields of :class:`ChunkBeamSettings` as keywords."""
 
-    The candidates of the result are the last beams. ``batch_size`` limits the number of prompts in
-    a batch, not below one.
-
-    Args:
-        settings: fields of :class:`ChunkBeamSettings` and
-            :class:`SearchSettings`; the rest as in
-            :class:`SearchMethod`.
-    """
-
-    name: ClassVar[str] = "chunk_beam"
-    settings_type = ChunkBeamSettings
-
-    def start(
-        self,
-        prompts: Any,
-        *,
-        seed: int | torch.Generator | None = None,
-        sequence: Sequence[int] | None = None,
-        **settings: Any,
-    ) -> _Run:
-        return _Run(self, prompts, self._merge(self.settings, settings), _seed(seed), sequence)
+    beams: int
+    branches: int
+    chunk: int
+    restarts: int
 
 
 @dataclass
@@ -109,22 +93,24 @@ class _Beam:
 
 
 class _Run(Search[ChunkBeamSettings]):
-    def _roll(self, active: list[int], count: int) -> Scored:
+    def roll(self, active: list[int], count: int) -> Scored:
         settings = self.settings
-        rollouts = self.rollouts([(p, j) for j in range(count) for p in active])
+        assert isinstance(self.engine, LocalEngine)
+        rollouts = self.engine.rollouts(self.job([(p, j) for j in range(count) for p in active]))
+        rows = rollouts.rows
         finished: dict[int, list[_Beam]] = {prompt: [] for prompt in active}
         drawn = dict.fromkeys(active, 0)
         first = self.iteration * settings.chunks
         for chunk in range(first, first + settings.chunks):
             rollouts.iteration = chunk
-            before = [len(tokens) for tokens in rollouts.tokens]
+            before = [len(tokens) for tokens in rows.tokens]
             for _ in range(settings.chunk):
                 if not rollouts.done:
                     rollouts.step()
-            going = set(rollouts.active)
+            going = set(rows.active)
             pools: dict[int, list[_Beam]] = {prompt: [] for prompt in active}
             for cell, (prompt, rollout) in enumerate(rollouts.cells):
-                tokens = rollouts.tokens[cell]
+                tokens = rows.tokens[cell]
                 text = self.text(tokens)
                 drawn[prompt] += len(tokens) - before[cell]
                 self.stream.put(
@@ -132,9 +118,7 @@ class _Run(Search[ChunkBeamSettings]):
                 )
                 self.asked[prompt] += 1
                 row = cell if cell in going else None
-                pools[prompt].append(
-                    _Beam(tokens, text, rollouts.finish[cell], chunk, rollout, row)
-                )
+                pools[prompt].append(_Beam(tokens, text, rows.finish[cell], chunk, rollout, row))
             rewards = self.stream.collect()
             for prompt in active:
                 for beam in pools[prompt]:
@@ -157,10 +141,10 @@ class _Run(Search[ChunkBeamSettings]):
             rollouts.branch(
                 [(prompt, rollout) for rollout, prompt, _ in plan], [parent for *_, parent in plan]
             )
-        scored = Scored(active, count, self.cache.device)
+        found = []
         for prompt in active:
             final = sorted(finished[prompt], key=lambda beam: (beam.iteration, beam.rollout))
-            scored.candidates.append(
+            found.append(
                 [
                     Candidate(b.text, b.tokens, b.reward, b.iteration, b.rollout, b.finish)
                     for b in final
@@ -169,4 +153,46 @@ class _Run(Search[ChunkBeamSettings]):
             # The answers themselves are counted when they are recorded.
             self.tokens[prompt] += drawn[prompt] - sum(len(b.tokens) for b in final)
             self.asked[prompt] -= len(final)
-        return scored
+        none = RolloutBatch([], [], torch.empty(0), torch.empty(0), {})
+        return Scored(found, none, len(active), self.engine.device)
+
+
+class ChunkBeamSearch(SearchMethod[ChunkBeamSettings]):
+    """Beam search whose steps are chunks of sampled tokens and whose score is the reward.
+
+    The candidates of the result are the last beams. ``batch_size`` limits the number of prompts in
+    a batch, not below one.
+
+    Args:
+        settings: fields of :class:`ChunkBeamSettings` and
+            :class:`SearchSettings`; the rest as in
+            :class:`SearchMethod`.
+    """
+
+    name: ClassVar[str] = "chunk_beam"
+    settings_type = ChunkBeamSettings
+    run_type = _Run
+    stepwise = True
+
+    if TYPE_CHECKING:
+        # What __init_subclass__ shows at run time.
+        def __init__(
+            self,
+            model: Any,
+            reward: Reward,
+            tokenizer: Any = None,
+            *,
+            chat_template: str | None = None,
+            probe: bool = True,
+            **settings: Unpack[ChunkBeamOptions],
+        ) -> None: ...
+
+        def generate(  # type: ignore[override]
+            self,
+            prompts: Any,
+            *,
+            seed: int | torch.Generator | None = None,
+            sequence: Sequence[int] | None = None,
+            progress: Callable[[int], None] | None = None,
+            **settings: Unpack[ChunkBeamOptions],
+        ) -> SearchResult: ...

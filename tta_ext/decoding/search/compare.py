@@ -22,11 +22,12 @@ from typing import Any
 
 from tta_ext.decoding.rewards import Reward
 from tta_ext.decoding.search.aisp import AdaptiveImportanceSampling
-from tta_ext.decoding.search.base import SearchMethod, SearchSettings
+from tta_ext.decoding.search.base import SearchMethod
 from tta_ext.decoding.search.best_of_n import BestOfN
 from tta_ext.decoding.search.chunk_beam import ChunkBeamSearch
 from tta_ext.decoding.search.outcome import SearchResult
 from tta_ext.decoding.search.reward_guided import RewardGuidedSearch
+from tta_ext.decoding.search.settings import SearchSettings
 
 __all__ = [
     "METHODS",

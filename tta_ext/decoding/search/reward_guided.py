@@ -13,24 +13,27 @@ of all answers of all prompts in one call.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from tta_ext import rng
-from tta_ext.decoding.deferral.kad import _seed
-from tta_ext.decoding.rewards import RewardStream
-from tta_ext.decoding.search.base import (
-    Search,
-    SearchMethod,
+from tta_ext.decoding.rewards import Reward, RewardStream
+from tta_ext.decoding.search.base import Search, SearchMethod
+from tta_ext.decoding.search.engine import LocalEngine, RolloutTask
+from tta_ext.decoding.search.outcome import SearchResult
+from tta_ext.decoding.search.rollouts import PromptCache, Rollouts
+from tta_ext.decoding.search.settings import (
+    SearchOptions,
     SearchSettings,
     check_counts,
     check_samples,
 )
-from tta_ext.decoding.search.rollouts import Rollouts
 
 __all__ = ["RewardGuidedSearch", "RewardGuidedSettings"]
 
@@ -76,50 +79,20 @@ class RewardGuidedSettings(SearchSettings):
         return replace(self, restarts=rng.ITERATIONS, decoding="sample", max_seconds=seconds)
 
 
-class RewardGuidedSearch(SearchMethod[RewardGuidedSettings]):
-    """ARGS; the final answers' rewards are asked for once more, so results compare.
+class RewardGuidedOptions(SearchOptions, total=False):
+    """The fields of :class:`RewardGuidedSettings` as keywords."""
 
-    Args:
-        settings: fields of :class:`RewardGuidedSettings` and
-            :class:`SearchSettings`; the rest as in
-            :class:`SearchMethod`.
-    """
-
-    name: ClassVar[str] = "args"
-    settings_type = RewardGuidedSettings
-
-    def start(
-        self,
-        prompts: Any,
-        *,
-        seed: int | torch.Generator | None = None,
-        sequence: Sequence[int] | None = None,
-        **settings: Any,
-    ) -> _Run:
-        return _Run(self, prompts, self._merge(self.settings, settings), _seed(seed), sequence)
+    n: int
+    restarts: int
+    candidates: int
+    weight: float
 
 
-class _Run(Search[RewardGuidedSettings]):
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self.guide = RewardStream(self.method.reward, self.settings.reward_batch_size)
-        self.streams.append(self.guide)
-
-    def rollouts(self, cells: Sequence[tuple[int, int]]) -> Rollouts:
-        return _Guided(self, cells)
-
-
-class _Guided(Rollouts):
+class GuidedRollouts(Rollouts):
     """Rollouts whose tokens are chosen with the reward's help."""
 
-    def __init__(self, run: _Run, cells: Sequence[tuple[int, int]]) -> None:
-        super().__init__(
-            run.cache,
-            cells,
-            sampling=run.sampling,
-            seed=run.seed_tensor,
-            iteration=run.iteration,
-        )
+    def __init__(self, run: GuidedRun, prompts: PromptCache, cells: Any, **options: Any) -> None:
+        super().__init__(prompts, cells, **options)
         self.run_of = run
 
     def draw(self, logits: Tensor) -> Tensor:
@@ -130,8 +103,8 @@ class _Guided(Rollouts):
         values, tokens = log_p.sort(dim=-1, descending=True, stable=True)
         values, tokens = values[:, :count], tokens[:, :count]
         for row, ids in enumerate(tokens.tolist()):
-            cell = self.active[row]
-            prompt, written = self.cells[cell][0], self.tokens[cell]
+            cell = self.rows.active[row]
+            prompt, written = self.cells[cell][0], self.rows.tokens[cell]
             run.asked[prompt] += count
             for place, token in enumerate(ids):
                 text = run.text([*written, token])
@@ -149,4 +122,55 @@ class _Guided(Rollouts):
         lost = torch.isinf(score).all(-1, keepdim=True)
         score = torch.where(lost, values, score)
         chosen = self.pick(score, sampling, rng.REWARD)
-        return tokens.gather(1, chosen[:, None])[:, 0]
+        token = tokens.gather(1, chosen.clamp(min=0)[:, None])[:, 0]
+        return torch.where(chosen < 0, chosen, token)
+
+
+class GuidedRun(Search[RewardGuidedSettings]):
+    """The state of one run of ARGS."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.guide = RewardStream(self.method.reward, self.settings.reward_batch_size)
+        self.streams.append(self.guide)
+
+    def open(self, task: RolloutTask) -> LocalEngine:
+        return LocalEngine(self.method.model, task, partial(GuidedRollouts, self))
+
+
+class RewardGuidedSearch(SearchMethod[RewardGuidedSettings]):
+    """ARGS; the final answers' rewards are asked for once more, so results compare.
+
+    Args:
+        settings: fields of :class:`RewardGuidedSettings` and
+            :class:`SearchSettings`; the rest as in
+            :class:`SearchMethod`.
+    """
+
+    name: ClassVar[str] = "args"
+    settings_type = RewardGuidedSettings
+    run_type = GuidedRun
+    stepwise = True
+
+    if TYPE_CHECKING:
+        # What __init_subclass__ shows at run time.
+        def __init__(
+            self,
+            model: Any,
+            reward: Reward,
+            tokenizer: Any = None,
+            *,
+            chat_template: str | None = None,
+            probe: bool = True,
+            **settings: Unpack[RewardGuidedOptions],
+        ) -> None: ...
+
+        def generate(  # type: ignore[override]
+            self,
+            prompts: Any,
+            *,
+            seed: int | torch.Generator | None = None,
+            sequence: Sequence[int] | None = None,
+            progress: Callable[[int], None] | None = None,
+            **settings: Unpack[RewardGuidedOptions],
+        ) -> SearchResult: ...

@@ -14,7 +14,6 @@ arithmetic.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
@@ -22,94 +21,14 @@ import torch
 from torch import Tensor
 
 from tta_ext import ops, rng
-from tta_ext.decoding.runtime.cache import RaggedLayer
+from tta_ext.decoding.runtime.models import device_of
 from tta_ext.decoding.runtime.profiling import span
+from tta_ext.decoding.runtime.rows import Rows
 from tta_ext.decoding.runtime.runner import Runner
-from tta_ext.decoding.runtime.stopping import StopStrings
 from tta_ext.decoding.runtime.vocabulary import Vocabulary
+from tta_ext.decoding.search.sampling import Noise, Sampling, restrict
 
-__all__ = ["DECODING", "Noise", "PromptCache", "Rollouts", "Sampling", "restrict"]
-
-DECODING = ("sample", "greedy")
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How a rollout's tokens come out of its logits, and when it ends.
-
-    Attributes:
-        decoding: ``"sample"`` draws each token; ``"greedy"`` takes the most probable one, so that
-            rollouts differ by their noise alone.
-        temperature: of the draw; > 0.
-        top_k: draw from the k most probable tokens (and those tied with the last); None: from all.
-        top_p: draw from the smallest set of most probable tokens with at least this mass.
-        max_new_tokens: tokens after which a rollout ends.
-        ends: ids that end it.
-        stop: stop strings that end it.
-    """
-
-    decoding: str = "sample"
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
-    max_new_tokens: int = 64
-    ends: frozenset[int] = frozenset()
-    stop: StopStrings | None = None
-
-    def __post_init__(self) -> None:
-        if self.decoding not in DECODING:
-            raise ValueError(
-                f"decoding is {self.decoding!r}, expected one of {', '.join(DECODING)}"
-            )
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {self.max_new_tokens}, expected at least 1")
-        if not 0.0 < self.temperature < float("inf"):
-            raise ValueError(
-                f"temperature is {self.temperature!r}, expected a finite number > 0 "
-                "(for the most probable token take decoding='greedy')"
-            )
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k is {self.top_k}, expected at least 1")
-        if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
-            raise ValueError(f"top_p is {self.top_p}, expected 0 < top_p <= 1")
-
-
-@dataclass
-class Noise:
-    """Gaussian noise on pre-logits.
-
-    Attributes:
-        mean: u, float32 ``[P, tau, d]``; with ``common``, ``[P, 1 + tau, d]``.
-        sigma: standard deviation of each step's own noise.
-        common: standard deviation of a second draw that is the same at all of a rollout's steps
-            below tau; 0 is none. Row 0 of the mean is then this part's, row 1 + t that of step t,
-            and the random streams are numbered like the rows.
-    """
-
-    mean: Tensor
-    sigma: float
-    common: float = 0.0
-
-
-def restrict(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
-    """Logits with -inf for the tokens that top-k and top-p leave out.
-
-    Args:
-        logits: ``[rows, V]``.
-        temperature: at which ``top_p`` measures mass.
-        top_k, top_p: as in :class:`Sampling`; both may be None. Top-k comes first.
-    """
-    if top_k is not None and top_k < logits.shape[-1]:
-        last = logits.topk(top_k, dim=-1).values[..., -1:]
-        logits = logits.masked_fill(logits < last, float("-inf"))
-    if top_p is not None and top_p < 1.0:
-        ordered, order = logits.float().sort(dim=-1, descending=True, stable=True)
-        p = torch.softmax(ordered / temperature, dim=-1)
-        # A token goes if those before it have the mass already; the first always stays.
-        gone = p.cumsum(-1) - p >= top_p
-        gone[..., 0] = False
-        logits = logits.masked_fill(gone.scatter(-1, order, gone), float("-inf"))
-    return logits
+__all__ = ["PromptCache", "Rollouts"]
 
 
 class PromptCache:
@@ -139,13 +58,13 @@ class PromptCache:
         self.dimensions: int = self.head.weight.shape[1]
         self.prompts = [list(prompt) for prompt in prompts]
         self.count = len(self.prompts)
-        device = model.get_input_embeddings().weight.device
+        device = device_of(model)
         masked = torch.tensor(vocabulary.masked, device=device) if vocabulary.masked else None
         with torch.inference_mode():
             self.runner = Runner(
                 model, self.prompts, room=0, vocabulary=vocabulary.size, masked=masked, name="model"
             )
-            self._rows = _Rows(
+            self._rows = Runner(
                 model, [], room=0, vocabulary=vocabulary.size, masked=masked, name="model"
             )
             self.runner.prefill()
@@ -156,50 +75,13 @@ class PromptCache:
     def seconds(self) -> float:
         return self.runner.seconds + self._rows.seconds - self.hook_seconds
 
-    def rows(self, prompt: Sequence[int], room: int) -> _Rows:
+    def rows(self, prompt: Sequence[int], room: int) -> Runner:
         """Rows that continue these prompts (numbers, repeated as needed), their caches filled.
 
         There is one set of rows: those handed out before become invalid.
         """
-        self._rows.restart(self.runner, prompt, room)
+        self._rows.adopt(self.runner, prompt, room)
         return self._rows
-
-
-class _Rows(Runner):
-    """The rows of a batch of rollouts."""
-
-    def restart(self, source: Runner, rows: Sequence[int], room: int) -> None:
-        """Take over the tokens and the caches of some rows of ``source``, all of them cached."""
-        self._load([source.tokens(row) for row in rows], room)
-        width = max(self._total, default=0)
-        self._make_room(width)
-        index = torch.tensor(rows, dtype=torch.int64, device=self.device)
-        layers = self.cache.ragged
-        for place, theirs in enumerate(source.cache.ragged):
-            while len(layers) <= place:
-                layers.append(RaggedLayer(self.cache))
-            mine = layers[place]
-            if not mine.is_initialized:
-                mine.lazy_initialization(
-                    theirs.key_view[:1].transpose(1, 2), theirs.value_view[:1].transpose(1, 2)
-                )
-            mine.key_view[:, :width] = theirs.key_view[:, :width].index_select(0, index)
-            mine.value_view[:, :width] = theirs.value_view[:, :width].index_select(0, index)
-        self._cached = self._total.copy()
-
-    def reorder(self, rows: Sequence[int]) -> None:
-        """Make row i a copy of what row ``rows[i]`` is now; not more rows than at the start."""
-        if rows:
-            source = torch.tensor(rows, dtype=torch.int64, device=self.device)
-            target = torch.arange(len(rows), device=self.device)
-            self.cache.copy_rows(source, target, max(self._cached[row] for row in rows))
-        self._tokens = [self._tokens[row].copy() for row in rows]
-        self._prompt = [self._prompt[row] for row in rows]
-        self._total = [self._total[row] for row in rows]
-        self._cached = [self._cached[row] for row in rows]
-        self._group = list(range(len(rows)))
-        self.count = len(rows)
-        self._place()
 
 
 class Rollouts:
@@ -216,9 +98,7 @@ class Rollouts:
             each prompt, at the price of as many more rows in the head.
 
     Attributes:
-        active: cells that go on, by number, in the order of the rows.
-        tokens: ids of each cell's answer so far.
-        finish: why each cell ended: ``"eos"``, ``"stop"``, ``"length"``; "" while it goes on.
+        rows: the cells' answers, by number.
         dot: float32 ``[cells]``, sum over the steps of u . eps; complete when all have finished.
         common_dot: the same of the noise's common part, which counts once.
         kl: for each metered cell, the divergence of its next-token laws from the base model's, both
@@ -240,9 +120,8 @@ class Rollouts:
         self.sampling, self.seed, self.iteration = sampling, seed, iteration
         self.noise = noise
         count, device = len(self.cells), prompts.device
-        self.active = list(range(count))
-        self.tokens: list[list[int]] = [[] for _ in self.cells]
-        self.finish = [""] * count
+        lengths = [len(prompts.prompts[prompt]) for prompt, _ in self.cells]
+        self.rows = Rows(lengths, sampling.limits, self._title)
         self.dot = torch.zeros(count, dtype=torch.float32, device=device)
         self.common_dot = torch.zeros(count, dtype=torch.float32, device=device)
         self.kl: dict[int, float] = {}
@@ -255,23 +134,27 @@ class Rollouts:
         self._prompt = column([prompt for prompt, _ in self.cells])
         self._rollout = column([rollout for _, rollout in self.cells])
         self._sequence = column([prompts.sequence[prompt] for prompt, _ in self.cells])
-        self._position = column([len(prompts.prompts[prompt]) for prompt, _ in self.cells])
+        self._position = column(lengths)
         self._token = torch.empty(count, dtype=torch.int64, device=device)
         self._dot = torch.zeros(count, dtype=torch.float32, device=device)
-        self._rows: _Rows | None = None
+        self._runner: Runner | None = None
         self._step = 0
         self._fired = False
         self._arrange()
 
+    def _title(self, cell: int) -> str:
+        prompt, rollout = self.cells[cell]
+        return f"prompt {prompt}, rollout {rollout}"
+
     def _arrange(self) -> None:
         """What depends on which cells are active."""
-        self._meter = [row for row, cell in enumerate(self.active) if cell in self.kl]
+        self._meter = [row for row, cell in enumerate(self.rows.active) if cell in self.kl]
         self._meter_index = torch.tensor(self._meter, dtype=torch.int64, device=self.prompts.device)
 
     @property
     def done(self) -> bool:
         """Whether every rollout has ended."""
-        return not self.active
+        return not self.rows.active
 
     # ---- logits ------------------------------------------------------------------------------
 
@@ -280,7 +163,7 @@ class Rollouts:
         start = perf_counter()
         self._fired = True
         hidden = arguments[0][:, -1]
-        if self._rows is None:
+        if self._runner is None:
             hidden = hidden.index_select(0, self._prompt)
         base = hidden.index_select(0, self._meter_index) if self._meter else None
         if self.noise is not None:
@@ -325,7 +208,7 @@ class Rollouts:
         self._fired = False
         handle = self.prompts.head.register_forward_pre_hook(self._before_head)
         try:
-            logits = (self.prompts.runner if self._rows is None else self._rows).step()
+            logits = (self.prompts.runner if self._runner is None else self._runner).step()
         finally:
             handle.remove()
         if not self._fired:
@@ -334,9 +217,10 @@ class Rollouts:
                 "module, so its pre-logits cannot be changed"
             )
         if self._meter:
-            rows = len(self.active)
+            rows = len(self.rows.active)
             self._measure(logits[:rows], logits[rows:])
             logits = logits[:rows]
+        self._logits = logits
         return logits
 
     def _measure(self, logits: Tensor, base: Tensor) -> None:
@@ -349,7 +233,7 @@ class Rollouts:
         p = log_p.exp()
         terms = torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1).tolist()
         for row, value in zip(self._meter, terms, strict=True):
-            self.kl[self.active[row]] += value
+            self.kl[self.rows.active[row]] += value
 
     # ---- tokens ------------------------------------------------------------------------------
 
@@ -366,7 +250,7 @@ class Rollouts:
     ) -> Tensor:
         """An index of each active rollout's scores: the highest, or drawn under its own key."""
         if sampling.decoding == "greedy":
-            return ops.categorical_sample(scores, do_sample=False, out=out)
+            return ops.categorical_sample(scores, do_sample=False, check=False, out=out)
         return ops.categorical_sample(
             scores,
             temperature=sampling.temperature,
@@ -376,57 +260,38 @@ class Rollouts:
             iteration=self.iteration,
             rollout=self._rollout,
             stream=stream,
+            check=False,
             out=out,
         )
 
     @torch.inference_mode()
     def commit(self, token: Tensor) -> list[int]:
-        """Append a token to every active rollout; the cells that ended with it."""
+        """Append a token to every active rollout; the cells that ended with it.
+
+        Raises:
+            ValueError: a token is -1, as the logits held NaN or +inf, or nothing finite.
+        """
         values = token.tolist()
-        finished = []
-        for row, (cell, value) in enumerate(zip(self.active, values, strict=True)):
-            if value < 0:
-                # On CUDA the ops do not raise, they mark the row.
-                prompt, rollout = self.cells[cell]
-                raise ValueError(
-                    f"the logits of prompt {prompt}, rollout {rollout} have NaN or +inf, or no "
-                    "finite value"
-                )
-            self.tokens[cell].append(value)
-            self.finish[cell] = self._why(cell, value)
-            if self.finish[cell]:
-                finished.append(row)
-        ended = [self.active[row] for row in finished]
+        ended = self.rows.emit(
+            range(len(values)), values, lambda row: {"the model": self._logits[row]}
+        )
+        cells = [self.rows.active[row] for row in ended]
         self._step += 1
         self._position += 1
-        if len(finished) < len(values) and self._rows is None:
-            self._rows = self.prompts.rows(
-                [self.cells[cell][0] for cell in self.active], self.sampling.max_new_tokens
+        if len(ended) < len(values) and self._runner is None:
+            self._runner = self.prompts.rows(
+                [self.cells[cell][0] for cell in self.rows.active], self.sampling.max_new_tokens
             )
-        if self._rows is not None:
-            self._rows.append(values, token)
-        if finished:
-            self._drop(finished)
-        return ended
-
-    def _why(self, cell: int, token: int) -> str:
-        sampling = self.sampling
-        if token in sampling.ends:
-            return "eos"
-        if sampling.stop is not None and sampling.stop(self.tokens[cell]):
-            return "stop"
-        return "length" if len(self.tokens[cell]) >= sampling.max_new_tokens else ""
-
-    def _drop(self, finished: list[int]) -> None:
-        gone = set(finished)
-        kept = [row for row in range(len(self.active)) if row not in gone]
-        left = torch.tensor(finished, device=self._dot.device)
-        cells = torch.tensor([self.active[row] for row in finished], device=self._dot.device)
-        self.dot[cells] = self._dot[left]
-        self.active = [self.active[row] for row in kept]
-        if self._rows is not None and kept:
-            self._rows.keep(kept)
-        self._select(kept)
+        if self._runner is not None:
+            self._runner.append(values, token)
+        if ended:
+            index = torch.tensor(ended, device=self._dot.device)
+            self.dot[torch.tensor(cells, device=self._dot.device)] = self._dot[index]
+            kept = self.rows.drop(ended)
+            if self._runner is not None and kept:
+                self._runner.keep(kept)
+            self._select(kept)
+        return cells
 
     def _select(self, rows: Sequence[int]) -> None:
         index = torch.tensor(list(rows), dtype=torch.int64, device=self._dot.device)
@@ -442,7 +307,7 @@ class Rollouts:
 
     def run(self, on_finish: Callable[[int], None] | None = None) -> None:
         """Step until every rollout has ended, naming each as it does."""
-        while self.active:
+        while self.rows.active:
             for cell in self.step():
                 if on_finish is not None:
                     on_finish(cell)
@@ -455,13 +320,12 @@ class Rollouts:
             cells: (prompt, rollout) of the new rollouts, no more than there were at the start.
             parents: for each, the number of the active cell that it continues.
         """
-        place = {cell: row for row, cell in enumerate(self.active)}
+        place = {cell: row for row, cell in enumerate(self.rows.active)}
         rows = [place[parent] for parent in parents]
-        if self._rows is not None:
-            self._rows.reorder(rows)
-        self.tokens = [self.tokens[parent].copy() for parent in parents]
-        self.cells, self.finish = list(cells), [""] * len(rows)
-        self.active = list(range(len(rows)))
+        if self._runner is not None:
+            self._runner.reorder(rows)
+        self.cells = list(cells)
+        self.rows.branch(parents)
         self.dot = torch.zeros(len(rows), dtype=torch.float32, device=self._dot.device)
         self._select(rows)
         self._rollout = torch.tensor(

@@ -1,0 +1,94 @@
+"""Settings that all searches share, and their checks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypedDict
+
+from tta_ext import rng
+from tta_ext.decoding.search.sampling import Sampling
+
+__all__ = ["SearchOptions", "SearchSettings", "check_counts", "check_samples"]
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """Settings that all methods share.
+
+    Attributes:
+        max_new_tokens: tokens after which an answer ends.
+        decoding: ``"sample"`` draws tokens, ``"greedy"`` takes the most probable ones.
+        temperature, top_k, top_p: of the draw; see :class:`Sampling`.
+        eos_token_id: an id or several that end an answer; None: the model's.
+        stop_strings: strings that end an answer; its text is cut before them.
+        batch_size: rows in a batch at most; None: all rollouts of all prompts at once.
+        reward_batch_size: ask the reward as soon as so many answers have finished; None: once an
+            iteration.
+        reward_target: a prompt's search ends when its best reward reaches this.
+        max_seconds: no iteration starts after this time.
+    """
+
+    max_new_tokens: int = 64
+    decoding: str = "sample"
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    eos_token_id: int | Sequence[int] | None = None
+    stop_strings: str | Sequence[str] | None = None
+    batch_size: int | None = None
+    reward_batch_size: int | None = None
+    reward_target: float | None = None
+    max_seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        Sampling(self.decoding, self.temperature, self.top_k, self.top_p, self.max_new_tokens)
+        for name in ("batch_size", "reward_batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}, expected at least 1")
+        if self.max_seconds is not None and not self.max_seconds > 0:
+            raise ValueError(f"max_seconds is {self.max_seconds}, expected more than 0")
+
+    def schedule(self) -> list[int]:
+        """Number of rollouts of each iteration."""
+        raise TypeError(f"{type(self).__name__} has no iterations")
+
+    def for_samples(self, samples: int) -> SearchSettings:
+        """These settings, made to write about so many answers' worth of tokens a prompt."""
+        raise TypeError(f"{type(self).__name__} has no number of samples")
+
+    def for_seconds(self, seconds: float) -> SearchSettings:
+        """These settings, made to go on until a time has passed."""
+        raise TypeError(f"{type(self).__name__} has no iterations")
+
+
+class SearchOptions(TypedDict, total=False):
+    """The fields of :class:`SearchSettings` as keywords."""
+
+    max_new_tokens: int
+    decoding: str
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    eos_token_id: int | Sequence[int] | None
+    stop_strings: str | Sequence[str] | None
+    batch_size: int | None
+    reward_batch_size: int | None
+    reward_target: float | None
+    max_seconds: float | None
+
+
+def check_samples(samples: int, least: int) -> int:
+    """The number itself; ``ValueError`` if a method cannot do with so few."""
+    if samples < least:
+        raise ValueError(f"samples is {samples}, expected at least {least} with these settings")
+    return samples
+
+
+def check_counts(rollouts: int, iterations: int) -> None:
+    """``ValueError`` unless the random streams have counters for so many."""
+    if not 1 <= rollouts <= rng.ROLLOUTS:
+        raise ValueError(f"n is {rollouts}, expected 1 to {rng.ROLLOUTS} rollouts an iteration")
+    if not 1 <= iterations <= rng.ITERATIONS:
+        raise ValueError(f"iterations is {iterations}, expected 1 to {rng.ITERATIONS}")
