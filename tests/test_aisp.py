@@ -18,6 +18,7 @@ from tta_ext import ops
 from tta_ext.decoding import AdaptiveImportanceSampling, BestOfN
 from tta_ext.decoding.runtime.vocabulary import Vocabulary
 from tta_ext.decoding.search.aisp import AISPSearch
+from tta_ext.decoding.search.engine import LocalEngine, RolloutJob
 from tta_ext.decoding.search.rollouts import PromptCache, Rollouts
 from tta_ext.decoding.search.sampling import Noise, Sampling, restrict
 from tta_ext.decoding.search.scales import head_row_norm, lam_for_ess, prelogit_scale
@@ -99,13 +100,13 @@ def test_rollouts_are_the_definition(kind: str) -> None:
     rollouts.run()
     for i in range(3):
         tokens, dot, kl = by_hand(model, prompt, new, u[0], 0.5, i)
-        assert rollouts.tokens[i] == tokens
+        assert rollouts.rows.tokens[i] == tokens
         assert float(rollouts.dot[i]) == pytest.approx(dot, rel=1e-4, abs=1e-4)
         if i < 2:
             assert rollouts.kl[i] == pytest.approx(kl, rel=1e-3, abs=1e-4)
     assert set(rollouts.kl) == {0, 1}
-    assert rollouts.finish == ["length"] * 3
-    assert len({tuple(tokens) for tokens in rollouts.tokens}) > 1
+    assert rollouts.rows.finish == ["length"] * 3
+    assert len({tuple(tokens) for tokens in rollouts.rows.tokens}) > 1
 
 
 @pytest.mark.parametrize("coherence", [0.36, 1.0])
@@ -138,7 +139,7 @@ def test_coherent_noise_is_its_definition(coherence: float) -> None:
             if step < window:
                 z = z + u[0, 0] + common * eps[0] + u[0, 1 + step] + own * eps[1 + step]
             tokens.append(int(model.lm_head(z).argmax()))
-        assert rollouts.tokens[i] == tokens
+        assert rollouts.rows.tokens[i] == tokens
         dots = (u[0] * eps).sum(-1)
         assert float(rollouts.common_dot[i]) == pytest.approx(float(dots[0]), rel=1e-4, abs=1e-4)
         assert float(rollouts.dot[i]) == pytest.approx(float(dots[1:].sum()), rel=1e-4, abs=1e-4)
@@ -313,15 +314,9 @@ def test_lam_zero_takes_the_winner_of_best_of_n() -> None:
 
 def replayed(search: AISPSearch) -> list[list[int]]:
     """Each prompt's answer under u alone."""
-    again = Rollouts(
-        search.cache,
-        [(p, 0) for p in range(len(search.prompts))],
-        sampling=search.sampling,
-        seed=search.seed_tensor,
-        noise=Noise(search.result().mean, 0.0),
-    )
-    again.run()
-    return again.tokens
+    cells = [(p, 0) for p in range(len(search.prompts))]
+    job = RolloutJob(cells, 0, Noise(search.result().mean, 0.0))
+    return search.engine.roll(job, lambda cell, tokens: None).tokens
 
 
 def test_noise_after_the_end_of_a_rollout_does_not_count() -> None:
@@ -448,7 +443,7 @@ def test_learning_needs_no_memory_for_the_rollouts() -> None:
     largest = []
     for n in (4, 64):
         search = make(n=n, iterations=1, lam=0.1).start(PROMPTS[:1], seed=0)
-        batch = search._roll([0], n)
+        batch = search.roll([0], n)
         with tta_ext.use_backend("reference"), torch.inference_mode(), LargestTensor() as mode:
             search.update([0], batch)
         largest.append(mode.largest)
@@ -727,13 +722,14 @@ def test_broken_logits_are_refused() -> None:
     model = make_model(seed=5)
     with torch.no_grad():
         model.lm_head.weight[7] = math.nan
-    with pytest.raises(ValueError, match="row 0 of logits has NaN or \\+inf"):
+    message = "logits of the model for prompt 0, rollout 0, position 1, have NaN or \\+inf"
+    with pytest.raises(ValueError, match=message):
         make(model).generate("x", seed=0)
-    search = make().start("x", seed=0)
-    rollouts = search.rollouts([(0, 0), (0, 1)])
+    engine = make().start("x", seed=0).engine
+    assert isinstance(engine, LocalEngine)
+    rollouts = engine.rollouts(RolloutJob([(0, 0), (0, 1)], 0))
     rollouts.logits()
-    # What the ops say on devices where they do not raise.
-    with pytest.raises(ValueError, match="logits of prompt 0, rollout 1 have NaN"):
+    with pytest.raises(ValueError, match="prompt 0, rollout 1, position 1, have NaN"):
         rollouts.commit(torch.tensor([5, -1]))
 
 

@@ -432,7 +432,7 @@ def test_sequence_view_groups_rows() -> None:
     assert out.dtype == torch.float32
     assert out[:, 0].tolist() == [3, 3, 9]
     assert sorted(shapes) == [(1, 1), (2, 2)]
-    view.append(torch.tensor([7, 8, 9]))
+    view.write([0, 1, 2], [7, 8, 9])
     view.keep([1, 2], torch.tensor([1, 2]))
     assert view.process(processor, torch.zeros(1, 4), [0])[:, 0].tolist() == [11]
     assert view.stopped(lambda ids, scores: ids[:, -1] == 9, torch.zeros(2, 4)) == [False, True]
@@ -740,7 +740,8 @@ def test_broken_logits_name_the_row(kad: KnapsackDeferral) -> None:
     with torch.no_grad():
         model.lm_head.weight[7] = float("nan")
     broken = KnapsackDeferral(model, proxy_model(), probe=False)
-    with pytest.raises(ValueError, match="row 0 of base_logits"):
+    message = "logits of base for prompt 0, position 9, have NaN or \\+inf, or no finite value"
+    with pytest.raises(ValueError, match=message):
         answer(broken)
 
 

@@ -92,7 +92,7 @@ class ImplicitRewardLoop(Loop):
     ) -> Tensor:
         """A token a row, int64 ``[rows]``, from the logits ``[rows, V]`` of all models."""
         anti = others[self.experts :]
-        with span("draw"):
+        with span("sample"):
             return ops.implicit_reward_sample(
                 logits,
                 torch.stack(others[: self.experts]),

@@ -285,6 +285,9 @@ class KnapsackDeferral:
     def request(self, prompts: Any = None, **options: Unpack[GenerationOptions]) -> Request:
         """A call's arguments, checked: what :meth:`generate` runs, for loops of one's own."""
         given: dict[str, Any] = dict(options)
+        unknown = given.keys() - GenerationOptions.__annotations__.keys()
+        if unknown:
+            raise TypeError(f"generate() got an unexpected argument {min(unknown)!r}")
         rule = self._chosen({key: given.pop(key) for key in _RULE_KEYS if key in given})
         length = _either(given.pop("speculative", None), given.pop("num_assistant_tokens", None))
         if length is None:

@@ -63,8 +63,8 @@ def deferral_step(
     Raises:
         ValueError: a function for a rule that compares both models.
     """
-    with span("draw"):
-        if isinstance(proxy, Tensor):
+    if isinstance(proxy, Tensor):
+        with span("sample"):
             drawn = ops.deferral_sample(
                 base_logits,
                 proxy,
@@ -76,7 +76,8 @@ def deferral_step(
                 check=False,
                 out=out,
             )
-            return Drawn(drawn.token, drawn.deferred.tolist())
+        return Drawn(drawn.token, drawn.deferred.tolist())
+    with span("propose"):
         drawn = ops.deferral_propose(
             base_logits,
             rule=rule,
@@ -87,7 +88,7 @@ def deferral_step(
             check=False,
             out=out,
         )
-        flags = drawn.deferred.tolist()
+    flags = drawn.deferred.tolist()
     rows = [row for row, flag in enumerate(flags) if flag]
     if not rows:
         return Drawn(drawn.token, flags)

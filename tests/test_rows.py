@@ -1,0 +1,358 @@
+"""Rows in flight: when they end, what becomes of logits that make no law, and the seams."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from models import base_model, make_model, make_tokenizer, proxy_model, ragged_prompts
+from torch import Tensor
+
+import tta_ext
+from tta_ext import ops
+from tta_ext.decoding import (
+    AdaptiveImportanceSampling,
+    BestOfN,
+    ChunkBeamSearch,
+    Generation,
+    KnapsackDeferral,
+    RewardGuidedSearch,
+)
+from tta_ext.decoding.deferral.step import deferral_step
+from tta_ext.decoding.runtime.rows import Limits, Rows, check_prompts, sequence_ids
+from tta_ext.decoding.search.engine import LocalEngine, RolloutBatch, RolloutJob, RolloutTask
+from tta_ext.rules import Rule
+
+NEW = 12
+RULES: list[dict[str, Any]] = [
+    {"rule": "knapsack", "param": 0.6},
+    {"rule": "threshold", "param": 0.05},
+    {"rule": "confidence_bet", "param": 0.05},
+    {"rule": "implicit_reward", "param": 0.7},
+]
+METHODS = (AdaptiveImportanceSampling, BestOfN, ChunkBeamSearch, RewardGuidedSearch)
+
+
+def rule_name(options: dict[str, Any]) -> str:
+    return options["rule"]
+
+
+def test_rows_end_and_leave() -> None:
+    rows = Rows([4, 2, 1], Limits(3, frozenset([9])), lambda i: f"prompt {i}")
+    assert rows.emit([0, 1, 2], [5, 9, 5], lambda row: {}) == [1]
+    assert rows.drop([1]) == [0, 2]
+    assert rows.active == [0, 2]
+    assert rows.emit([1], [6], lambda row: {}) == []
+    assert rows.emit([0, 1], [7, 8], lambda row: {}) == [1]
+    assert rows.tokens == [[5, 7], [9], [5, 6, 8]]
+    assert rows.finish == ["", "eos", "length"]
+    rows.branch([0, 2])
+    assert (rows.active, rows.tokens, rows.finish) == ([0, 1], [[5, 7], [5, 6, 8]], ["", ""])
+    rows.tokens[0].append(1)
+    assert rows.tokens[1] == [5, 6, 8]
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_a_draw_that_failed_names_prompt_position_and_model(bad: float) -> None:
+    good, broken = torch.zeros(3), torch.zeros(3)
+    broken[:] = bad if bad < 0 else 0.0
+    broken[1] = bad
+    logits = {"base": good, "proxy": broken}
+    rows = Rows([4, 2], Limits(3), lambda i: f"prompt {i}")
+    rows.emit([0, 1], [5, 5], lambda row: logits)
+    message = "logits of proxy for prompt 1, position 3, have NaN or \\+inf, or no finite value"
+    with pytest.raises(ValueError, match=message):
+        rows.emit([1], [-1], lambda row: logits)
+    assert rows.tokens == [[5], [5]]
+    rows = Rows([4, 2], Limits(3), lambda i: f"prompt {i}", "finish")
+    assert rows.emit([0, 1], [5, -1], lambda row: logits) == [1]
+    assert rows.finish == ["", "error"]
+    assert rows.tokens == [[5], []]
+    assert list(rows.errors) == [1]
+    with pytest.raises(ValueError, match="errors is 'ignore', expected one of raise, finish"):
+        Rows([1], Limits(1), str, "ignore")
+
+
+@contextmanager
+def spoiled(model: Any, token: int) -> Iterator[None]:
+    """The model gives NaN for every row that has read a token."""
+    weight = model.get_input_embeddings().weight
+    with torch.no_grad():
+        kept = weight[token].clone()
+        weight[token] = torch.nan
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            weight[token] = kept
+
+
+def lonely(prompts: list[list[int]], result: Generation) -> tuple[int, int]:
+    """An answer and a place in it whose token no other answer and no prompt has."""
+    for row, tokens in enumerate(result.tokens):
+        others = {t for i, p in enumerate(prompts) for t in p + result.tokens[i] * (i != row)}
+        for place, token in enumerate(tokens[1:-3], 1):
+            if token not in others and token not in tokens[:place]:
+                return row, place
+    raise AssertionError("no such token; take another seed")
+
+
+@pytest.mark.parametrize("speculative", [None, 3])
+@pytest.mark.parametrize("which", ["base", "proxy"])
+@pytest.mark.parametrize("do_sample", [True, False])
+@pytest.mark.parametrize("rule", RULES, ids=rule_name)
+def test_no_token_is_ever_minus_one(
+    rule: dict[str, Any], do_sample: bool, which: str, speculative: int | None
+) -> None:
+    """On the CPU the loops ask the operators not to raise, as on CUDA, so this is that path."""
+    base, proxy, prompts = make_model(seed=0), make_model(seed=3), ragged_prompts()
+    kad = KnapsackDeferral(base, proxy, **rule)
+    options: dict[str, Any] = {
+        "seed": 5, "max_new_tokens": NEW, "eos_token_id": [], "do_sample": do_sample,
+        "speculative": speculative,
+    }  # fmt: skip
+    clean = kad.generate(prompts, **options)
+    row, place = lonely(prompts, clean)
+    broken = base if which == "base" else proxy
+    with spoiled(broken, clean.tokens[row][place]):
+        result = kad.generate(prompts, errors="finish", **options)
+        others = [i for i in range(len(prompts)) if i != row]
+        assert [result.tokens[i] for i in others] == [clean.tokens[i] for i in others]
+        answer = result.tokens[row]
+        assert answer == clean.tokens[row][: len(answer)]
+        assert len(answer) > place
+        assert min(min(tokens) for tokens in result.tokens) >= 0
+        assert [len(t) for t in result.tokens] == [len(d) for d in result.deferred]
+        if len(answer) < NEW:
+            assert result.finish[row] == "error"
+            position = len(prompts[row]) + len(answer)
+            where = f"logits of {which} for prompt {row}, position {position}, have NaN"
+            assert where in result.errors[row]
+            with pytest.raises(ValueError, match=where):
+                kad.generate(prompts, **options)
+        else:
+            # The lazy proxy was never asked again.
+            assert which == "proxy"
+            assert not any(clean.deferred[row][place + 1 :])
+        if which == "base":
+            assert len(answer) == place + 1
+
+
+def test_errors_are_numbered_over_batches_and_answers() -> None:
+    base, prompts = make_model(seed=0), [[5, 6], [7, 8], [5, 9]]
+    kad = KnapsackDeferral(base, make_model(seed=3))
+    with spoiled(base, 9):
+        result = kad.generate(
+            prompts, errors="finish", num_return_sequences=2, batch_size=3, seed=0,
+            max_new_tokens=2, eos_token_id=[], trace=True,
+        )  # fmt: skip
+        events = list(kad.stream([[5, 9]], errors="finish", seed=0, max_new_tokens=2))
+    assert sorted(result.errors) == [4, 5]
+    assert "prompt 2, answer 1, position 2" in result.errors[5]
+    assert result.finish == ["length"] * 4 + ["error"] * 2
+    assert [len(t) for t in (result.trace or [])] == [2, 2, 2, 2, 0, 0]
+    assert [(e.token, e.finish) for e in events] == [(-1, "error")]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
+def test_a_search_names_the_rollout(method: Any) -> None:
+    model = make_model(seed=0)
+    search = (
+        method(model, lambda p, r: [float(len(x)) for x in r], max_new_tokens=4, n=2)
+        if (method is not ChunkBeamSearch)
+        else method(model, lambda p, r: [float(len(x)) for x in r], max_new_tokens=4, chunk=2)
+    )
+    with (
+        spoiled(model, 9),
+        pytest.raises(ValueError, match="logits of the model for prompt 1, rollout 0, position 2,"),
+    ):
+        search.generate([[5, 6], [5, 9]], seed=0, eos_token_id=[])
+
+
+# ---- checks before anything runs -------------------------------------------------------------
+
+
+def test_checks_of_prompts_and_sequence_ids() -> None:
+    model = base_model()
+    check_prompts(model, "base", [[1, 2], []], 512 - 1)
+    with pytest.raises(ValueError, match="prompt 1 has the id -1, expected ids from 0 to"):
+        check_prompts(model, "base", [[1], [-1]], 4)
+    with pytest.raises(ValueError, match="prompt 0 has 3 tokens and max_new_tokens is 511, but b"):
+        check_prompts(model, "base", [[1, 2, 3]], 511)
+    assert sequence_ids(None, 2, "a prompt") == [0, 1]
+    assert sequence_ids(torch.tensor([7, 9]), 2, "a prompt") == [7, 9]
+    with pytest.raises(ValueError, match="sequence has 1 ids, expected 2, one a prompt"):
+        sequence_ids([3], 2, "a prompt")
+    with pytest.raises(ValueError, match="max_new_tokens is 0, expected at least 1"):
+        Limits(0)
+
+
+# ---- seams for foreign engines ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("do_sample", [True, False])
+@pytest.mark.parametrize("name", ["knapsack", "threshold", "nudging", "relative"])
+def test_a_step_is_the_operator_whether_the_proxy_is_there_or_asked(
+    name: str, do_sample: bool
+) -> None:
+    generator = torch.Generator().manual_seed(3)
+    base, proxy = 3 * torch.randn(2, 16, 50, generator=generator)
+    rule = Rule(name, torch.linspace(0.1, 0.9, 16, dtype=torch.float64))
+    keys: dict[str, Any] = {
+        "seed": 4, "position": torch.arange(16), "sequence": torch.arange(16) + 3,
+        "do_sample": do_sample,
+    }  # fmt: skip
+    expected = ops.deferral_sample(base, proxy, rule=rule, **keys)
+    asked: list[list[int]] = []
+
+    def ask(rows: list[int] | None, index: Tensor | None) -> Tensor:
+        asked.append(list(range(16)) if rows is None else rows)
+        return proxy if index is None else proxy[index]
+
+    there = deferral_step(base, proxy, rule, **keys)
+    lazy = deferral_step(base, ask, rule, **keys)
+    assert there.token.tolist() == lazy.token.tolist() == expected.token.tolist()
+    assert there.from_proxy == lazy.from_proxy == expected.deferred.tolist()
+    assert len(asked) == 1
+    assert set(asked[0]) >= {i for i, flag in enumerate(lazy.from_proxy) if flag}
+
+
+def test_a_step_marks_rows_without_a_law() -> None:
+    base, proxy = torch.zeros(2, 3, 5)
+    base[1, 2] = torch.nan
+    drawn = deferral_step(
+        base, proxy, Rule("threshold", 0.1), seed=0, position=torch.arange(3),
+        sequence=torch.arange(3),
+    )  # fmt: skip
+    assert [t < 0 for t in drawn.token.tolist()] == [False, True, False]
+
+
+class Shards:
+    """An engine that draws each job's halves by two engines of its own."""
+
+    def __init__(self, model: Any, task: RolloutTask) -> None:
+        self.parts = [LocalEngine(model, task), LocalEngine(model, task)]
+        self.device, self.dimensions = self.parts[0].device, self.parts[0].dimensions
+        self.jobs = 0
+
+    @property
+    def seconds(self) -> float:
+        return sum(part.seconds for part in self.parts)
+
+    def roll(self, job: RolloutJob, on_finish: Any) -> RolloutBatch:
+        self.jobs += 1
+        half = len(job.cells) // 2
+        out = []
+        for part, (a, b) in zip(self.parts, ((0, half), (half, len(job.cells))), strict=True):
+            piece = RolloutJob(job.cells[a:b], job.iteration, job.noise, job.metered)
+            out.append((a, part.roll(piece, lambda i, tokens, a=a: on_finish(a + i, tokens))))
+        return RolloutBatch(
+            [t for _, one in out for t in one.tokens],
+            [f for _, one in out for f in one.finish],
+            torch.cat([one.dot for _, one in out]),
+            torch.cat([one.common_dot for _, one in out]),
+            {a + i: kl for a, one in out for i, kl in one.kl.items()},
+        )
+
+
+def test_a_foreign_engine_draws_the_same_rollouts() -> None:
+    def reward(prompts: list[Any], responses: list[str]) -> list[float]:
+        return [float(text.count("e")) for text in responses]
+
+    options: dict[str, Any] = {
+        "n": 4, "iterations": 3, "sigma": 0.5, "lam": 0.5, "coherence": 0.5, "max_new_tokens": 6,
+    }  # fmt: skip
+    results = [
+        AdaptiveImportanceSampling(
+            base_model(), reward, make_tokenizer(), engine=engine, **options
+        ).generate(["ab", "the"], seed=2)
+        for engine in (LocalEngine, Shards)
+    ]
+    here, there = results
+    assert [c.tokens for row in here.candidates for c in row] == [
+        c.tokens for row in there.candidates for c in row
+    ]
+    assert here.rewards == there.rewards
+    assert here.mean is not None
+    assert there.mean is not None
+    assert torch.equal(here.mean, there.mean)
+    assert [r.kl for r in here.curves[0]] == pytest.approx([r.kl for r in there.curves[0]])
+    with pytest.raises(ValueError, match="ChunkBeamSearch looks at rollouts token by token"):
+        ChunkBeamSearch(base_model(), reward, engine=Shards)
+
+
+# ---- the public face -------------------------------------------------------------------------
+
+
+def test_signatures_name_every_argument() -> None:
+    for function in (KnapsackDeferral.generate, KnapsackDeferral.stream, KnapsackDeferral.chat):
+        parameters = inspect.signature(function).parameters
+        assert {"max_new_tokens", "stop_strings", "errors", "num_return_sequences"} <= set(
+            parameters
+        )
+        assert parameters["max_new_tokens"].default == 128
+    for method in METHODS:
+        for function in (method.__init__, method.start, method.generate):
+            parameters = inspect.signature(function).parameters
+            fields = method.settings_type.__dataclass_fields__
+            assert set(fields) <= set(parameters), function
+            assert all(p.kind is not p.VAR_KEYWORD for p in parameters.values())
+    assert inspect.signature(AdaptiveImportanceSampling.generate).parameters["n"].default == 16
+    assert inspect.signature(BestOfN.generate).parameters["n"].default == 32
+
+
+def test_typed_keywords_are_the_real_ones() -> None:
+    from tta_ext.decoding.deferral import request
+    from tta_ext.decoding.search import aisp_settings, best_of_n, chunk_beam, reward_guided
+
+    known = set(inspect.signature(request.Request).parameters) - {
+        "models", "rule", "memories", "prompts",
+    }  # fmt: skip
+    more = {"rule", "param", "critical", "temperature", "rule_temperature", "num_assistant_tokens"}
+    assert set(request.GenerationOptions.__annotations__) == known | more
+    for settings, options in (
+        (aisp_settings.AISPSettings, aisp_settings.AISPOptions),
+        (best_of_n.BestOfNSettings, best_of_n.BestOfNOptions),
+        (chunk_beam.ChunkBeamSettings, chunk_beam.ChunkBeamOptions),
+        (reward_guided.RewardGuidedSettings, reward_guided.RewardGuidedOptions),
+    ):
+        fields = settings.__dataclass_fields__
+        assert set(options.__annotations__) == set(fields), settings
+        types: dict[str, Any] = {}
+        for one in reversed(options.__mro__ if options.__mro__[1] is not dict else [options]):
+            types |= getattr(one, "__annotations__", {})
+        for name, annotation in types.items():
+            text = getattr(annotation, "__forward_arg__", annotation)
+            assert text == fields[name].type, name
+
+
+def test_a_rule_object_is_handed_down_whole() -> None:
+    prompts, keys = ragged_prompts(), {"seed": 3, "max_new_tokens": 6, "eos_token_id": []}
+    rule = tta_ext.Rule("knapsack", 0.3, critical="split", rule_temperature=0.8)
+    kad = KnapsackDeferral(base_model(), proxy_model(), rule=rule)
+    named = KnapsackDeferral(
+        base_model(), proxy_model(), rule="primal", param=0.3, critical="split",
+        rule_temperature=0.8,
+    )  # fmt: skip
+    assert kad.rule == named.rule == rule
+    expected = named.generate(prompts, **keys)
+    assert kad.generate(prompts, **keys).tokens == expected.tokens
+    plain = KnapsackDeferral(base_model(), proxy_model())
+    assert plain.generate(prompts, rule=rule, **keys).tokens == expected.tokens
+    assert plain.generate(prompts, rule=rule, num_assistant_tokens=3, **keys).tokens == (
+        expected.tokens
+    )
+    for call in (
+        lambda: KnapsackDeferral(base_model(), proxy_model(), rule=rule, param=0.2),
+        lambda: plain.generate(prompts, rule=rule, temperature=0.5),
+    ):
+        with pytest.raises(ValueError, match="rule is a Rule, which brings param"):
+            call()
+    with pytest.raises(ValueError, match="speculative and num_assistant_tokens are one argument"):
+        plain.generate(prompts, speculative=2, num_assistant_tokens=2)
+    with pytest.raises(ValueError, match="param is 0.3, expected None for rule 'argmax'"):
+        plain.generate(prompts, rule="argmax", param=0.3)
