@@ -106,14 +106,6 @@ def greedy_knapsack(
         if not capacity >= 0:
             raise ValueError(f"capacity is {capacity!r}, expected a capacity >= 0")
         limit = args.double(float(capacity))
-    if out is not None:
-        expected = (
-            (torch.bool, profit.shape),
-            (torch.float64, (rows,)),
-            (torch.float64, (rows,)),
-            (torch.int64, (rows,)),
-            (torch.float64, (rows,)),
-        )
-        args.check_outputs(out, Knapsack._fields, expected, device)
+    outs = args.outputs(_KNAPSACK, out, profit, Knapsack._fields)
     arguments = (profit, weight, limit, args.check_flag(check, profit))
-    return Knapsack(*invoke(_KNAPSACK, arguments, out))
+    return Knapsack(*invoke(_KNAPSACK, arguments, outs))

@@ -148,7 +148,7 @@ def prelogit_perturb(
     if out is None:
         out = hidden.new_empty(hidden.shape)
     else:
-        args.check_output(out, hidden.dtype, hidden.shape, device)
+        args.check_output("out", out, hidden.dtype, hidden.shape, device)
     arguments = (
         hidden,
         mean,
@@ -211,12 +211,10 @@ def importance_weights(
         raise ValueError(f"lam is {lam!r}, expected a finite number >= 0")
     if not 0.0 <= alpha <= 1.0:
         raise ValueError(f"alpha is {alpha!r}, expected 0 <= alpha <= 1")
-    if out is not None:
-        expected = ((torch.float32, reward.shape), (torch.float32, (reward.shape[0],)))
-        args.check_outputs(out, Weights._fields, expected, reward.device)
+    outs = args.outputs(_WEIGHTS, out, reward, Weights._fields)
     flag = args.check_flag(check, reward)
     arguments = (reward, dot, norm2, float(lam), float(alpha), _check_sigma(sigma), flag)
-    return Weights(*invoke(_WEIGHTS, arguments, out))
+    return Weights(*invoke(_WEIGHTS, arguments, outs))
 
 
 def _subtree(rollouts: tuple[int, int] | None, count: int) -> tuple[int, int, bool]:
@@ -294,11 +292,9 @@ def control_update(
         length = length.contiguous()
     rng.check_iteration(iteration)
     start, stop, partial = _subtree(rollouts, count)
-    outs = None
-    if out is not None:
-        outs = args.check_output(out, torch.float32, mean.shape, device)
-        if out is mean:
-            raise ValueError("out is mean, expected another tensor")
+    outs = args.outputs(_UPDATE, out, mean)
+    if out is mean:
+        raise ValueError("out is mean, expected another tensor")
     arguments = (
         mean,
         weights.contiguous(),
@@ -352,7 +348,5 @@ def control_merge(
             "of two"
         )
     args.check_tensor("partials", partials, torch.float32, (shards, *mean.shape), mean.device)
-    outs = None
-    if out is not None:
-        outs = args.check_output(out, torch.float32, mean.shape, mean.device)
+    outs = args.outputs(_MERGE, out, mean)
     return invoke(_MERGE, (mean, partials.contiguous(), _check_sigma(sigma)), outs)[0]
