@@ -31,7 +31,9 @@ def _describe(value: object) -> str:
     return repr(value)
 
 
-def check_logits(name: str, logits: Tensor, dims: int, form: str) -> None:
+def check_logits(
+    name: str, logits: Tensor, dims: int, form: str, *, unit_stride: bool = True
+) -> None:
     """Raise unless ``logits`` has an accepted dtype, shape and layout."""
     if not isinstance(logits, Tensor):
         raise TypeError(f"{name} is {type(logits).__name__}, expected a tensor {form}")
@@ -47,7 +49,7 @@ def check_logits(name: str, logits: Tensor, dims: int, form: str) -> None:
         raise ValueError(
             f"{name} has a last dimension of {shape[-1]}, expected 1 to {MAX_VOCABULARY}"
         )
-    if not logits.is_contiguous() and logits.stride(-1) != 1 and shape[-1] != 1:
+    if unit_stride and not logits.is_contiguous() and logits.stride(-1) != 1 and shape[-1] != 1:
         raise ValueError(
             f"{name} has stride {logits.stride(-1)} over its last dimension, expected 1; "
             "call .contiguous() on it"

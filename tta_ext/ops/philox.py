@@ -19,7 +19,7 @@ def philox(counter: Tensor, key: Tensor, *, out: Tensor | None = None) -> Tensor
     """The Philox4x32-10 block of every counter.
 
     Args:
-        counter: int64 ``[..., 4]``, contiguous; the low 32 bits of each word count.
+        counter: int64 ``[..., 4]``; the low 32 bits of each word count.
         key: int64 ``[2]``, likewise.
         out: contiguous int64 of the counter's shape to write.
 
@@ -48,7 +48,7 @@ def philox(counter: Tensor, key: Tensor, *, out: Tensor | None = None) -> Tensor
     if key.device != counter.device:
         raise ValueError(f"key is on {key.device}, expected {counter.device}")
     outs = args.outputs(_PHILOX, out, counter)
-    return invoke(_PHILOX, (counter.contiguous(), key.contiguous()), outs)[0]
+    return invoke(_PHILOX, (counter, key), outs)[0]
 
 
 def normal(

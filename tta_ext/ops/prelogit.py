@@ -65,8 +65,6 @@ def _check_mean(mean: Tensor, device: torch.device) -> None:
         raise ValueError(f"mean has shape {list(mean.shape)}, expected [P, tau, d]")
     if mean.device != device:
         raise ValueError(f"mean is on {mean.device}, expected {device}")
-    if not mean.is_contiguous():
-        raise ValueError("mean is not contiguous, expected a contiguous tensor")
 
 
 def prelogit_perturb(
@@ -88,7 +86,7 @@ def prelogit_perturb(
 
     Args:
         hidden: float32, float16 or bfloat16 ``[N, d]``, unit stride over d.
-        mean: u, float32 ``[P, tau, d]``, contiguous.
+        mean: u, float32 ``[P, tau, d]``; contiguous, or it is copied.
         step: int, or int64 with one element or ``[N]``. Rollouts at a step >= tau pass unchanged.
         row: the prompt of each rollout, 0 to P-1; int, or int64 with one element or ``[N]``.
         sequence: sequence id of each rollout's prompt, likewise.
@@ -203,7 +201,7 @@ def importance_weights(
         tensor([[0., 1., 0.]])
     """
     for name, values in (("reward", reward), ("dot", dot), ("norm2", norm2)):
-        args.check_logits(name, values, 2, "[P, n]")
+        args.check_logits(name, values, 2, "[P, n]", unit_stride=False)
         if values.dtype is not torch.float32:
             raise TypeError(f"{name} has dtype {values.dtype}, expected torch.float32")
         args.check_same(name, values, "reward", reward)
@@ -252,13 +250,13 @@ def control_update(
     subtree, returns the bare partial sum, and :func:`control_merge` finishes with the same bits.
 
     Args:
-        mean: u, float32 ``[P, tau, d]``, contiguous.
-        weights: float32 ``[P, n]``, finite, unit stride over n; column i is rollout i.
+        mean: u, float32 ``[P, tau, d]``; contiguous, or it is copied.
+        weights: float32 ``[P, n]``, finite; column i is rollout i.
         sigma: standard deviation of the noise, >= 0; 0 returns u.
         seed, iteration: those of the perturbation.
         sequence: sequence id of each prompt, int or int64 with one element or ``[P]``; default: the
             row number.
-        length: int64 ``[P, n]``, unit stride over n; eps counts as 0 from this step on.
+        length: int64 ``[P, n]``; eps counts as 0 from this step on.
         rollouts: the subtree to sum; default: all, and the result is the new mean.
         check: raise ``ValueError`` for weights that are not finite and ids out of range (default on
             the CPU).
@@ -289,7 +287,6 @@ def control_update(
         raise ValueError(f"weights has {count} rollouts, expected at most {rng.ROLLOUTS}")
     if length is not None:
         args.check_tensor("length", length, torch.int64, (prompts, count), device)
-        length = length.contiguous()
     rng.check_iteration(iteration)
     start, stop, partial = _subtree(rollouts, count)
     outs = args.outputs(_UPDATE, out, mean)
@@ -297,7 +294,7 @@ def control_update(
         raise ValueError("out is mean, expected another tensor")
     arguments = (
         mean,
-        weights.contiguous(),
+        weights,
         length,
         args.seed_tensor(seed, device),
         args.sequence_tensor(sequence, prompts, device),
@@ -317,8 +314,8 @@ def control_merge(
     """u + sigma times the tree sum of partial sums of :func:`control_update`.
 
     Args:
-        mean: u, float32 ``[P, tau, d]``, contiguous.
-        partials: float32 ``[S, P, tau, d]``, contiguous, S a power of two: the sums of the S equal
+        mean: u, float32 ``[P, tau, d]``; contiguous, or it is copied.
+        partials: float32 ``[S, P, tau, d]``, S a power of two: the sums of the S equal
             subtrees that cover the padded rollouts, in order.
         sigma: that of the update.
         out: contiguous float32 ``[P, tau, d]`` to write.
@@ -349,4 +346,4 @@ def control_merge(
         )
     args.check_tensor("partials", partials, torch.float32, (shards, *mean.shape), mean.device)
     outs = args.outputs(_MERGE, out, mean)
-    return invoke(_MERGE, (mean, partials.contiguous(), _check_sigma(sigma)), outs)[0]
+    return invoke(_MERGE, (mean, partials, _check_sigma(sigma)), outs)[0]
