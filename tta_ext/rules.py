@@ -22,13 +22,15 @@ rule               ``mu(v) = 1`` when          param       needs the proxy
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import TYPE_CHECKING, Final, TypedDict
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = [
     "ARGMAX",
@@ -197,6 +199,19 @@ def check_rule(
     return _check_param(rule, code, param), (code, policy, temperature, rule_temperature)
 
 
+Param = float | Tensor | list[float] | tuple[float, ...] | None
+
+
+class _Changes(TypedDict, total=False):
+    """What :meth:`Rule.replace` takes: the arguments of :class:`Rule`."""
+
+    name: str
+    param: Param
+    critical: str
+    temperature: float
+    rule_temperature: float | None
+
+
 @dataclass(frozen=True, eq=False, init=False)
 class Rule:
     """A deferral rule with all that belongs to it, checked once and handed down whole.
@@ -240,7 +255,7 @@ class Rule:
     def __init__(
         self,
         name: str = "threshold",
-        param: float | Tensor | list[float] | tuple[float, ...] | None = 0.4,
+        param: Param = 0.4,
         critical: str = "exclude",
         temperature: float = 1.0,
         rule_temperature: float | None = None,
@@ -264,9 +279,10 @@ class Rule:
         """Whether the rule looks at the proxy's probabilities before anything is drawn."""
         return self.codes[0] in NEEDS_PROXY
 
-    def replace(self, **changes: Any) -> Rule:
+    def replace(self, **changes: Unpack[_Changes]) -> Rule:
         """The same rule but for the arguments named; checked like a new one."""
-        return dataclasses.replace(self, **changes)
+        kept = {name: getattr(self, name) for name in _Changes.__annotations__}
+        return Rule(**{**kept, **changes})
 
     def select(self, index: int | slice | Tensor) -> Rule:
         """The rule for some of the rows, which have passed their checks.

@@ -368,7 +368,7 @@ def outputs(
     whole, device = like.shape if shape is None else shape, like.device
     for tensor, (name, dtype, dims) in zip(found, results):  # noqa: B905
         wanted = (whole[0],) if dims == 1 else whole if dims is None else whole[:dims]
-        if (
+        if (  # what most calls need, without another call
             type(tensor) is not Tensor
             or tensor.dtype is not dtype
             or tensor.shape != wanted

@@ -9,13 +9,17 @@ probability mu(v) that the rule sets, the next token has the law
 
 **Logits** are float32, float16 or bfloat16 of shape ``[B, V]``, ``1 <= V <= 2**20``, any ``B``, any
 row stride, unit stride over V; they are widened to float32 in registers. Base and proxy have the
-same shape and device; their dtypes may differ. -inf marks an impossible token.
+same shape and device; their dtypes may differ. -inf marks an impossible token. Arguments with one
+value a row or position have any stride, outputs are contiguous.
 
 **Rule arguments**: ``rule`` is a name or alias; ``param`` a float, or a float64 tensor with one
-element or one a row (None for ``argmax``); ``critical`` says what becomes of the first item that
-does not fit the knapsack: ``"exclude"`` keeps it, ``"include"`` defers it too, ``"split"`` defers
-the fraction that fills the budget; ``temperature`` T > 0 gives p, q and pi; ``rule_temperature``
-(default T) the p and q that the rule looks at.
+element or one a row (None for ``argmax``); ``critical`` is the policy that says what becomes of the
+first item that does not fit the knapsack: ``"exclude"`` keeps it, ``"include"`` defers it too,
+``"split"`` defers the fraction that fills the budget; ``temperature`` T > 0 gives p, q and pi;
+``rule_temperature`` (default T) the p and q that the rule looks at. Or ``rule`` is a
+:class:`~tta_ext.rules.Rule`, which holds all of these and was checked when it was made; the other
+four then stay at their defaults (``TypeError`` otherwise). In results, ``critical`` is that item's
+index.
 
 **Key arguments**: ``seed`` (int or int64 tensor, bits as unsigned), ``position`` (int, or int64
 tensor with one element or one a row) and ``sequence`` (the same; default: the row number) with
@@ -63,8 +67,9 @@ class Mask(NamedTuple):
 
     Attributes:
         mask: bool ``[B, V]``, tokens deferred for certain.
-        critical: int64 ``[B]``, first item the knapsack does not take; -1 if there is none, as for
-            all other rules; -2 for an invalid row.
+        critical: int64 ``[B]``, index of the first item the knapsack does not take (what becomes of
+            it, the *argument* ``critical`` says); -1 if there is none, as for all other rules; -2
+            for an invalid row.
         fraction: float32 ``[B]``, how much of the critical item is deferred: 0 (exclude), 1
             (include) or what fills the budget (split).
     """

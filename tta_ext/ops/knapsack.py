@@ -21,8 +21,8 @@ class Knapsack(NamedTuple):
         selected: bool ``[B, V]``.
         used: float64 ``[B]``, weight of the selected items, at most the capacity.
         value: float64 ``[B]``, their profit.
-        critical: int64 ``[B]``, first item in greedy order that was not taken; -1 if there is none,
-            -2 for an invalid row.
+        critical: int64 ``[B]``, index of the first item in greedy order that was not taken; -1 if
+            there is none, -2 for an invalid row.
         upper_bound: float64 ``[B]``, Dantzig's bound: no selection is worth more.
     """
 

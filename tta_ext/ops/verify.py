@@ -79,8 +79,9 @@ def deferral_verify(
         draft_length: int64 ``[B]``, 0 to K.
         rule, param, critical, temperature, rule_temperature: the rule by name with its parameter (a
             float, or float64 with one element, ``[B]`` or ``[B, K+1]``), or one
-            :class:`~tta_ext.rules.Rule` that holds all five. ``critical`` is the *policy* for the first item the knapsack has no room
-            for: ``"exclude"`` keeps it, ``"include"`` defers it, ``"split"`` defers what fits.
+            :class:`~tta_ext.rules.Rule` that holds all five. ``critical`` is the *policy* for the
+            first item the knapsack has no room for: ``"exclude"`` keeps it, ``"include"`` defers
+            it, ``"split"`` defers what fits.
         seed, position, sequence, iteration, rollout, do_sample: ints, or int64 with one element or
             ``[B]``, that name the random numbers (:mod:`tta_ext.rng`); ``position`` is that of the
             first draft token, the k-th draws with ``position + k``. ``sequence`` defaults to the
