@@ -1,4 +1,4 @@
-"""Names, aliases and integer codes of the deferral rules and of the critical-item policies.
+"""The deferral rules: :class:`Rule`, and names, aliases and integer codes.
 
 A rule decides with which probability ``mu(v)`` a token ``v`` proposed by the base model is rejected
 and replaced by a token of the proxy model. ``p`` and ``q`` are the probabilities of base and proxy:
@@ -22,13 +22,22 @@ rule               ``mu(v) = 1`` when          param       needs the proxy
 
 from __future__ import annotations
 
-from typing import Final
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final, TypedDict
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = [
     "ARGMAX",
     "CONFIDENCE_BET",
     "CRITICAL",
     "EXCLUDE",
+    "IMPLICIT_REWARD",
     "INCLUDE",
     "KNAPSACK",
     "NEEDS_PROXY",
@@ -41,6 +50,7 @@ __all__ = [
     "RULE_NAMES",
     "SPLIT",
     "THRESHOLD",
+    "Rule",
     "critical_code",
     "rule_code",
     "rule_name",
@@ -88,6 +98,10 @@ RULES: Final[dict[str, int]] = {name: code for code, name in enumerate(RULE_NAME
     alias: RULE_NAMES.index(name) for alias, name in RULE_ALIASES.items()
 }
 
+# Stands where a rule's name does in the decoding methods, but is none: nothing is deferred, the
+# models are mixed (tta_ext.ops.implicit_reward).
+IMPLICIT_REWARD: Final = "implicit_reward"
+
 # Rules that look at the proxy's probabilities before anything is drawn.
 NEEDS_PROXY: Final = frozenset({CONFIDENCE_BET, PROXY_BELOW, PROXY_ABOVE})
 
@@ -123,3 +137,175 @@ def critical_code(critical: str) -> int:
         raise ValueError(
             f"critical is {critical!r}, expected one of {', '.join(CRITICAL)}"
         ) from None
+
+
+_FLOAT32_MAX = 3.4028234663852886e38
+_FLOAT32_TINY = 1.1754943508222875e-38
+
+
+def check_temperature(name: str, value: float) -> float:
+    """A temperature whose inverse is a normal float32."""
+    try:
+        inverse = 1.0 / value
+    except (ZeroDivisionError, TypeError):
+        inverse = math.nan
+    if not _FLOAT32_TINY <= inverse <= _FLOAT32_MAX:
+        raise ValueError(
+            f"{name} is {value!r}, expected a positive finite number between 2.94e-39 and 8.5e37"
+        )
+    return float(value)
+
+
+# Rule, critical-item policy, temperature and temperature of the rule, as operators take them.
+Codes = tuple[int, int, float, float]
+
+
+def _check_param(rule: str, code: int, param: float | Tensor | None) -> float | Tensor:
+    if isinstance(param, Tensor):
+        if code == ARGMAX:
+            raise ValueError("param is a tensor, expected None for rule 'argmax'")
+        if param.dtype is not torch.float64:
+            raise TypeError(f"param has dtype {param.dtype}, expected torch.float64")
+        return param
+    if param is None:
+        if code != ARGMAX:
+            raise ValueError(f"param is None, expected a number for rule {rule!r}")
+        return 0.0
+    if code == ARGMAX:
+        raise ValueError(f"param is {param!r}, expected None for rule 'argmax'")
+    if isinstance(param, bool) or not isinstance(param, (int, float, torch.SymFloat)):
+        raise TypeError(f"param is {param!r}, expected a number or a float64 tensor")
+    if code == KNAPSACK and not param >= 0:
+        raise ValueError(f"param is {param!r}, expected a budget >= 0 for rule 'knapsack'")
+    if param != param:
+        raise ValueError(f"param is {param!r}, expected a number for rule {rule!r}")
+    return float(param)
+
+
+def check_rule(
+    rule: str,
+    param: float | Tensor | None,
+    critical: str,
+    temperature: float,
+    rule_temperature: float | None,
+) -> tuple[float | Tensor, Codes]:
+    """The parameter (0 for ``argmax``) and the codes; raises as :class:`Rule` does."""
+    code, policy = rule_code(rule), critical_code(critical)
+    temperature = check_temperature("temperature", temperature)
+    if rule_temperature is None:
+        rule_temperature = temperature
+    else:
+        rule_temperature = check_temperature("rule_temperature", rule_temperature)
+    return _check_param(rule, code, param), (code, policy, temperature, rule_temperature)
+
+
+Param = float | Tensor | list[float] | tuple[float, ...] | None
+
+
+class _Changes(TypedDict, total=False):
+    """What :meth:`Rule.replace` takes: the arguments of :class:`Rule`."""
+
+    name: str
+    param: Param
+    critical: str
+    temperature: float
+    rule_temperature: float | None
+
+
+@dataclass(frozen=True, eq=False, init=False)
+class Rule:
+    """A deferral rule with all that belongs to it, checked once and handed down whole.
+
+    The operators of :mod:`tta_ext.ops` take one as ``rule=`` in place of a name, and then check
+    nothing of it again but the shape and device of a ``param`` that has a value for each row.
+
+    Args:
+        name: one of :data:`RULE_NAMES` or of :data:`RULE_ALIASES`; kept as the canonical name.
+        param: the rule's parameter (the table in :mod:`tta_ext.rules`): a number, a float64 tensor
+            (one element, or one a row; for :func:`~tta_ext.ops.deferral_verify` also ``[B, K+1]``;
+            not copied), or numbers, which become such a tensor; None for ``argmax``.
+        critical: policy for the first item that does not fit the knapsack: ``"exclude"`` keeps it,
+            ``"include"`` defers it too, ``"split"`` defers the fraction that fills the budget.
+            (The *output* ``critical`` of the operators is the index of that item.)
+        temperature: T > 0 of base, proxy and the resulting law.
+        rule_temperature: T > 0 at which the rule looks at both models; None: ``temperature``.
+
+    Attributes:
+        codes: rule, critical-item policy, temperature and rule temperature as numbers, in the order
+            in which ``torch.ops.tta_ext.*`` take them after the parameter.
+
+    Raises:
+        ValueError: unknown name or policy; a temperature that is not positive and finite; a
+            parameter that is NaN, a negative budget, missing, or given for ``argmax``.
+        TypeError: a parameter that is neither a number nor float64.
+
+    Example:
+        >>> rule = Rule("primal", 0.3, critical="split")
+        >>> rule.name, rule.needs_proxy, rule.replace(param=0.5).param
+        ('knapsack', False, 0.5)
+    """
+
+    name: str
+    param: float | Tensor | None
+    critical: str
+    temperature: float
+    rule_temperature: float | None
+    codes: Codes = field(init=False, repr=False)
+
+    def __init__(
+        self,
+        name: str = "threshold",
+        param: Param = 0.4,
+        critical: str = "exclude",
+        temperature: float = 1.0,
+        rule_temperature: float | None = None,
+    ) -> None:
+        rest = critical, temperature, rule_temperature
+        if isinstance(param, (list, tuple)):
+            numbers = [check_rule(name, value, *rest)[0] for value in param]
+            param = torch.tensor(numbers, dtype=torch.float64)
+        value, codes = check_rule(name, param, *rest)
+        self.__dict__.update(
+            name=RULE_NAMES[codes[0]],
+            param=None if param is None else value,
+            critical=critical,
+            temperature=codes[2],
+            rule_temperature=None if rule_temperature is None else codes[3],
+            codes=codes,
+        )
+
+    @property
+    def needs_proxy(self) -> bool:
+        """Whether the rule looks at the proxy's probabilities before anything is drawn."""
+        return self.codes[0] in NEEDS_PROXY
+
+    def replace(self, **changes: Unpack[_Changes]) -> Rule:
+        """The same rule but for the arguments named; checked like a new one."""
+        kept = {name: getattr(self, name) for name in _Changes.__annotations__}
+        return Rule(**{**kept, **changes})
+
+    def select(self, index: int | slice | Tensor) -> Rule:
+        """The rule for some of the rows, which have passed their checks.
+
+        Args:
+            index: a row, a slice of them, or their numbers as int64 (or a bool mask) on the
+                device of ``param``. Only a ``param`` with a value for each row depends on it.
+        """
+        if not isinstance(self.param, Tensor) or self.param.numel() == 1:
+            return self
+        if isinstance(index, int):
+            index = slice(index, index + 1 or None)
+        chosen = object.__new__(type(self))
+        chosen.__dict__.update(self.__dict__, param=self.param[index])
+        return chosen
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Rule):
+            return NotImplemented
+        mine, its = self.param, other.param
+        if isinstance(mine, Tensor) and isinstance(its, Tensor):
+            return self.codes == other.codes and torch.equal(mine, its)
+        return self.codes == other.codes and type(mine) is type(its) and mine == its
+
+    def __hash__(self) -> int:
+        return hash(self.codes)

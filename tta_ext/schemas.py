@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,23 +37,32 @@ KEY = (
     "bool do_sample"
 )
 
-Outputs = tuple[Tensor, ...]
+
+class Output(NamedTuple):
+    """An output of an operator, in terms of the operator's first tensor."""
+
+    name: str
+    dtype: torch.dtype | None  # None: that of the first tensor
+    dims: int | None = None  # its shape: so many leading dimensions of the first tensor, or all
 
 
 @dataclass(frozen=True)
 class OpSpec:
-    """One operator: its arguments, its outputs and how to allocate them."""
+    """One operator: its arguments and its outputs, contiguous tensors on one device."""
 
     name: str
     arguments: str
-    outputs: tuple[str, ...]
-    allocate: Callable[..., Outputs]
-    # Outputs that `X.out` adds to instead of overwriting.
+    results: tuple[Output, ...]
+    # Outputs that `X.out` adds to instead of overwriting; `X` starts them from zeros.
     accumulated: tuple[str, ...] = ()
 
     @property
+    def outputs(self) -> tuple[str, ...]:
+        return tuple(output.name for output in self.results)
+
+    @property
     def functional_schema(self) -> str:
-        single = len(self.outputs) == 1
+        single = len(self.results) == 1
         returns = "Tensor" if single else f"({', '.join(f'Tensor {o}' for o in self.outputs)})"
         return f"{self.name}({self.arguments}) -> {returns}"
 
@@ -62,90 +71,27 @@ class OpSpec:
         outs = ", ".join(f"Tensor({chr(97 + i)}!) {o}" for i, o in enumerate(self.outputs))
         return f"{self.name}.out({self.arguments}, *, {outs}) -> ()"
 
-
-def _new(like: Tensor, shape: Any, dtype: torch.dtype) -> Tensor:
-    return like.new_empty(shape, dtype=dtype)
-
-
-def _mask(base_logits: Tensor, *_: Any) -> Outputs:
-    b = base_logits.shape[0]
-    return (
-        _new(base_logits, base_logits.shape, torch.bool),
-        _new(base_logits, b, torch.int64),
-        _new(base_logits, b, torch.float32),
-    )
-
-
-def _probs(base_logits: Tensor, *_: Any) -> Outputs:
-    return (_new(base_logits, base_logits.shape, torch.float32),)
-
-
-def _stats(base_logits: Tensor, *_: Any) -> Outputs:
-    b = base_logits.shape[0]
-    return (
-        _new(base_logits, b, torch.float64),
-        _new(base_logits, b, torch.int64),
-        _new(base_logits, b, torch.float32),
-        _new(base_logits, b, torch.float64),
-    )
+    def allocate(self, *args: Any) -> tuple[Tensor, ...]:
+        """New tensors for the outputs of a call."""
+        like = args[0]
+        if isinstance(like, Tensor):
+            shape: tuple[int, ...] = like.shape
+        else:  # a number of elements, and then a tensor
+            shape, like = (like,), args[1]
+        new, rows, accumulated = like.new_empty, shape[0], self.accumulated
+        return tuple(
+            [
+                (like.new_zeros if name in accumulated else new)(
+                    rows if dims == 1 else shape[:dims], dtype=dtype or like.dtype
+                )
+                for name, dtype, dims in self.results
+            ]
+        )
 
 
-def _proposal(base_logits: Tensor, *_: Any) -> Outputs:
-    b = base_logits.shape[0]
-    return _new(base_logits, b, torch.int64), _new(base_logits, b, torch.bool)
-
-
-def _verified(base_logits: Tensor, *_: Any) -> Outputs:
-    b, positions = base_logits.shape[0], base_logits.shape[1]
-    return (
-        _new(base_logits, b, torch.int64),
-        _new(base_logits, b, torch.int64),
-        _new(base_logits, b, torch.bool),
-        _new(base_logits, (b, positions), torch.float64),
-    )
-
-
-def _token(logits: Tensor, *_: Any) -> Outputs:
-    return (_new(logits, logits.shape[0], torch.int64),)
-
-
-def _knapsack(profit: Tensor, *_: Any) -> Outputs:
-    b = profit.shape[0]
-    return (
-        _new(profit, profit.shape, torch.bool),
-        _new(profit, b, torch.float64),
-        _new(profit, b, torch.float64),
-        _new(profit, b, torch.int64),
-        _new(profit, b, torch.float64),
-    )
-
-
-def _perturbed(hidden: Tensor, *_: Any) -> Outputs:
-    # `dot` is accumulated into, so it starts from zeros.
-    return (
-        _new(hidden, hidden.shape, hidden.dtype),
-        hidden.new_zeros(hidden.shape[0], dtype=torch.float32),
-    )
-
-
-def _weights(reward: Tensor, *_: Any) -> Outputs:
-    return (
-        _new(reward, reward.shape, torch.float32),
-        _new(reward, reward.shape[0], torch.float32),
-    )
-
-
-def _like_float32(mean: Tensor, *_: Any) -> Outputs:
-    return (_new(mean, mean.shape, torch.float32),)
-
-
-def _like_int64(counter: Tensor, *_: Any) -> Outputs:
-    return (_new(counter, counter.shape, torch.int64),)
-
-
-def _normal(n: Any, seed: Tensor, *_: Any) -> Outputs:
-    return (_new(seed, (n,), torch.float32),)
-
+_PROPOSAL = (Output("token", torch.int64, 1), Output("deferred", torch.bool, 1))
+_FLOATS = (Output("out", torch.float32),)
+_TOKEN = (Output("out", torch.int64, 1),)
 
 OPS: dict[str, OpSpec] = {
     spec.name: spec
@@ -153,100 +99,100 @@ OPS: dict[str, OpSpec] = {
         OpSpec(
             "deferral_mask",
             f"Tensor base_logits, Tensor? proxy_logits, {RULE}, bool check",
-            ("mask", "critical_index", "fraction"),
-            _mask,
+            (
+                Output("mask", torch.bool),
+                Output("critical_index", torch.int64, 1),
+                Output("fraction", torch.float32, 1),
+            ),
         ),
         OpSpec(
             "deferral_probs",
             f"Tensor base_logits, Tensor proxy_logits, {RULE}, bool check",
-            ("out",),
-            _probs,
+            _FLOATS,
         ),
         OpSpec(
             "deferral_stats",
             f"Tensor base_logits, Tensor? proxy_logits, {RULE}, bool check",
-            ("deferred_mass", "critical_index", "cut_logit", "used"),
-            _stats,
+            (
+                Output("deferred_mass", torch.float64, 1),
+                Output("critical_index", torch.int64, 1),
+                Output("cut_logit", torch.float32, 1),
+                Output("used", torch.float64, 1),
+            ),
         ),
         OpSpec(
             "deferral_propose",
             f"Tensor base_logits, {RULE}, {KEY}, bool check",
-            ("token", "deferred"),
-            _proposal,
+            _PROPOSAL,
         ),
         OpSpec(
             "deferral_sample",
             f"Tensor base_logits, Tensor proxy_logits, {RULE}, {KEY}, bool check",
-            ("token", "deferred"),
-            _proposal,
+            _PROPOSAL,
         ),
         OpSpec(
             "deferral_verify",
             "Tensor base_logits, Tensor proxy_logits, Tensor draft, Tensor draft_length, "
             f"{RULE}, {KEY}, bool return_mass, bool check",
-            ("accepted", "token", "deferred", "mass"),
-            _verified,
+            (Output("accepted", torch.int64, 1), *_PROPOSAL, Output("mass", torch.float64, 2)),
         ),
         OpSpec(
             "implicit_reward_probs",
             "Tensor base_logits, Tensor expert_logits, Tensor? anti_logits, Tensor beta, "
             "float temperature, bool check",
-            ("out",),
-            _probs,
+            _FLOATS,
         ),
         OpSpec(
             "implicit_reward_sample",
             "Tensor base_logits, Tensor expert_logits, Tensor? anti_logits, Tensor beta, "
             f"float temperature, {KEY}, bool check",
-            ("out",),
-            _token,
+            _TOKEN,
         ),
         OpSpec(
             "categorical_sample",
             f"Tensor logits, float temperature, {KEY}, int stream, SymInt draw, bool check",
-            ("out",),
-            _token,
+            _TOKEN,
         ),
         OpSpec(
             "greedy_knapsack",
             "Tensor profit, Tensor weight, Tensor capacity, bool check",
-            ("selected", "used", "value", "critical_index", "upper_bound"),
-            _knapsack,
+            (
+                Output("selected", torch.bool),
+                Output("used", torch.float64, 1),
+                Output("value", torch.float64, 1),
+                Output("critical_index", torch.int64, 1),
+                Output("upper_bound", torch.float64, 1),
+            ),
         ),
         OpSpec(
             "prelogit_perturb",
             "Tensor hidden, Tensor mean, Tensor step, Tensor row, Tensor sequence, "
             "Tensor rollout, SymInt iteration, float sigma, Tensor seed, bool check",
-            ("out", "dot"),
-            _perturbed,
+            (Output("out", None), Output("dot", torch.float32, 1)),
             accumulated=("dot",),
         ),
         OpSpec(
             "importance_weights",
             "Tensor reward, Tensor dot, Tensor norm2, float lam, float alpha, float sigma, "
             "bool check",
-            ("weights", "ess"),
-            _weights,
+            (Output("weights", torch.float32), Output("ess", torch.float32, 1)),
         ),
         OpSpec(
             "control_update",
             "Tensor mean, Tensor weights, Tensor? length, Tensor seed, Tensor sequence, "
             "SymInt iteration, float sigma, SymInt start, SymInt stop, bool partial, bool check",
-            ("out",),
-            _like_float32,
+            _FLOATS,
         ),
         OpSpec(
             "control_merge",
             "Tensor mean, Tensor partials, float sigma",
-            ("out",),
-            _like_float32,
+            _FLOATS,
         ),
-        OpSpec("philox", "Tensor counter, Tensor key", ("out",), _like_int64),
+        OpSpec("philox", "Tensor counter, Tensor key", (Output("out", torch.int64),)),
         OpSpec(
             "normal",
             "SymInt n, Tensor seed, SymInt step, SymInt sequence, SymInt iteration, SymInt rollout",
-            ("out",),
-            _normal,
+            _FLOATS,
         ),
     )
 }

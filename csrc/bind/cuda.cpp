@@ -116,7 +116,7 @@ InvalidRow* Cuda::invalid() {
 
 InvalidRow Cuda::found() const {
   InvalidRow row;
-  if (invalid_) fetch(row.code(), invalid_->const_data_ptr(), sizeof(int64_t));
+  if (invalid_) fetch(row.code(), invalid_->const_data_ptr(), sizeof(int64_t), 1, sizeof(int64_t));
   return row;
 }
 
@@ -128,10 +128,14 @@ Tensor Cuda::allocate(size_t bytes) const {
   return Tensor(made);
 }
 
-void Cuda::fetch(void* to, const void* from, size_t bytes) const {
-  if (bytes == 0) return;
-  check_cuda(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, stream_),
-             "copying from the device", device_);
+// Elements of `size` bytes that lie `pitch` bytes apart.
+void Cuda::fetch(void* to, const void* from, size_t size, size_t count, size_t pitch) const {
+  if (count == 0) return;
+  check_cuda(
+      pitch == size
+          ? cudaMemcpyAsync(to, from, size * count, cudaMemcpyDeviceToHost, stream_)
+          : cudaMemcpy2DAsync(to, size, from, pitch, size, count, cudaMemcpyDeviceToHost, stream_),
+      "copying from the device", device_);
   check_cuda(cudaStreamSynchronize(stream_), "waiting for the device", device_);
 }
 

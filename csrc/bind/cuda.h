@@ -52,15 +52,16 @@ class Cuda {
   }
 
   template <class T>
-  HostCopy<T> host(const T* values, int64_t n) const {
+  HostCopy<T> host(const T* values, int64_t n, int64_t stride = 1) const {
     std::vector<T> copy(static_cast<size_t>(n));
-    fetch(copy.data(), values, copy.size() * sizeof(T));
+    fetch(copy.data(), values, sizeof(T), copy.size(), static_cast<size_t>(stride) * sizeof(T));
     return HostCopy<T>(std::move(copy));
   }
   template <class T>
   HostCopy<T> host(const PerRow<T>& rows, int64_t n) const {
-    if (rows.data) return host(rows.data, rows.stride ? n : n < 1 ? n : 1);
-    return HostCopy<T>(std::vector<T>(static_cast<size_t>(n), rows.value));
+    if (!rows.data) return HostCopy<T>(std::vector<T>(static_cast<size_t>(n), rows.value));
+    if (rows.stride) return host(rows.data, n, rows.stride);
+    return host(rows.data, n < 1 ? n : 1);
   }
 
   // On the device; null without check.
@@ -114,7 +115,7 @@ class Cuda {
   };
 
   Tensor allocate(size_t bytes) const;
-  void fetch(void* to, const void* from, size_t bytes) const;
+  void fetch(void* to, const void* from, size_t size, size_t count, size_t pitch) const;
   bool capturing() const;
 
   int device_;

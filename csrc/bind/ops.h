@@ -21,7 +21,7 @@ void raise_invalid(Device& device, bool check) {
 
 template <class Device>
 void fill(Device& device, DeferralArgs* a, const Tensor& base, const std::optional<Tensor>& proxy,
-          const Tensor& param, int64_t rule, int64_t critical, double temperature,
+          Tensor& param, int64_t rule, int64_t critical, double temperature,
           double rule_temperature, bool check) {
   a->base = logits(device, base, "base_logits");
   a->batch = base.size(0);
@@ -85,11 +85,10 @@ void deferral_stats(Tensor base, std::optional<Tensor> proxy, Tensor param, int6
 }
 
 template <class Device>
-void sample(const Tensor& base, const std::optional<Tensor>& proxy, const Tensor& param,
-            int64_t rule, int64_t critical, double temperature, double rule_temperature,
-            const Tensor& seed, const Tensor& position, const Tensor& sequence, int64_t iteration,
-            const Tensor& rollout, bool do_sample, bool check, const Tensor& token,
-            const Tensor& deferred) {
+void sample(const Tensor& base, const std::optional<Tensor>& proxy, Tensor& param, int64_t rule,
+            int64_t critical, double temperature, double rule_temperature, const Tensor& seed,
+            Tensor& position, Tensor& sequence, int64_t iteration, Tensor& rollout, bool do_sample,
+            bool check, const Tensor& token, const Tensor& deferred) {
   Device device(base, "base_logits", check);
   SampleArgs a;
   fill(device, &a, base, proxy, param, rule, critical, temperature, rule_temperature, check);
@@ -145,12 +144,12 @@ void deferral_verify(Tensor base, Tensor proxy, Tensor draft, Tensor draft_lengt
   check_dtype(draft_length, ScalarType::Long, "draft_length");
   STD_TORCH_CHECK(draft.dim() == 2 && draft.size(0) == a.batch && draft.size(1) == a.draft_capacity,
                   "draft must be [", a.batch, ", ", a.draft_capacity, "]");
-  STD_TORCH_CHECK(draft_length.numel() == a.batch && draft_length.is_contiguous(),
-                  "draft_length must hold ", a.batch, " contiguous elements");
+  STD_TORCH_CHECK(draft_length.numel() == a.batch, "draft_length has ", draft_length.numel(),
+                  " elements, expected ", a.batch);
   a.draft = static_cast<const int64_t*>(draft.const_data_ptr());
   a.draft_row_stride = draft.stride(0);
   a.draft_position_stride = draft.stride(1);
-  a.draft_length = static_cast<const int64_t*>(draft_length.const_data_ptr());
+  a.draft_length = static_cast<const int64_t*>(dense(draft_length).const_data_ptr());
   const int64_t params = param.numel();
   const bool each = params != 1 && params != a.batch;
   a.rule = rule_spec(device, param, rule, critical, temperature, rule_temperature,
@@ -225,7 +224,7 @@ Logits expert_logits(const Device& device, const Tensor& x, const MixtureArgs& a
 
 template <class Device>
 void fill(Device& device, MixtureArgs* a, const Tensor& base, const Tensor& expert,
-          const std::optional<Tensor>& anti, const Tensor& beta, double temperature, bool check) {
+          const std::optional<Tensor>& anti, Tensor& beta, double temperature, bool check) {
   a->base = logits(device, base, "base_logits");
   a->base.row_stride = a->base.batch_stride;
   a->base.batch_stride = 0;
@@ -233,10 +232,9 @@ void fill(Device& device, MixtureArgs* a, const Tensor& base, const Tensor& expe
   a->experts = beta.numel();
   device.own(beta, "beta");
   check_dtype(beta, ScalarType::Float, "beta");
-  STD_TORCH_CHECK(beta.is_contiguous(), "beta must be contiguous");
   STD_TORCH_CHECK(1 + 2 * a->experts < InvalidRow::kTensors, "beta has ", a->experts,
                   " elements, expected fewer than ", InvalidRow::kTensors / 2);
-  a->beta = static_cast<const float*>(beta.const_data_ptr());
+  a->beta = static_cast<const float*>(dense(beta).const_data_ptr());
   if (check) {
     const auto values = device.host(a->beta, a->experts);
     for (int64_t e = 0; e < a->experts; ++e)
@@ -343,10 +341,9 @@ void philox(Tensor counter, Tensor key, Tensor out) {
   check_dtype(key, ScalarType::Long, "key");
   STD_TORCH_CHECK(counter.dim() >= 1 && counter.size(counter.dim() - 1) == 4,
                   "counter must have 4 words in its last dimension");
-  STD_TORCH_CHECK(key.numel() == 2 && key.is_contiguous(), "key must have 2 words");
-  STD_TORCH_CHECK(counter.is_contiguous(), "counter must be contiguous");
-  a.counter = static_cast<const int64_t*>(counter.const_data_ptr());
-  a.key_low = device.template one<int64_t>(key, "key", 0);
+  STD_TORCH_CHECK(key.numel() == 2, "key must have 2 words");
+  a.counter = static_cast<const int64_t*>(dense(counter).const_data_ptr());
+  a.key_low = device.template one<int64_t>(dense(key), "key", 0);
   a.key_high = device.template one<int64_t>(key, "key", 1);
   a.out = output<int64_t>(device, out, ScalarType::Long, counter.numel(), "out");
   a.blocks = counter.numel() / 4;

@@ -20,12 +20,11 @@ inline float finite_float(double x, const char* name) {
 
 // u and its like, [P, tau, d].
 template <class Device>
-const float* control(const Device& device, const Tensor& mean, const char* name) {
+const float* control(const Device& device, Tensor& mean, const char* name) {
   device.own(mean, name);
   check_dtype(mean, ScalarType::Float, name);
   STD_TORCH_CHECK(mean.dim() == 3, name, " has ", mean.dim(), " dimensions, expected 3");
-  STD_TORCH_CHECK(mean.is_contiguous(), name, " must be contiguous");
-  return static_cast<const float*>(mean.const_data_ptr());
+  return static_cast<const float*>(dense(mean).const_data_ptr());
 }
 
 template <class Device>
@@ -72,13 +71,13 @@ void prelogit_perturb(Tensor hidden, Tensor mean, Tensor step, Tensor row, Tenso
 }
 
 template <class Device>
-const float* rewards(const Device& device, const Tensor& x, const Tensor& like, int64_t* stride,
+const float* rewards(const Device& device, Tensor& x, const Tensor& like, int64_t* stride,
                      const char* name) {
   device.own(x, name);
   check_dtype(x, ScalarType::Float, name);
   STD_TORCH_CHECK(x.dim() == 2 && x.size(0) == like.size(0) && x.size(1) == like.size(1), name,
                   " must be [P, n] like reward");
-  check_unit_stride(x, name);
+  if (x.stride(1) != 1) dense(x);
   *stride = x.stride(0);
   return static_cast<const float*>(x.const_data_ptr());
 }
@@ -144,19 +143,19 @@ void control_update(Tensor mean, Tensor weights, std::optional<Tensor> length, T
   a.dim = mean.size(2);
   device.own(weights, "weights");
   check_dtype(weights, ScalarType::Float, "weights");
-  STD_TORCH_CHECK(weights.dim() == 2 && weights.size(0) == a.prompts && weights.is_contiguous(),
-                  "weights must be contiguous [", a.prompts, ", n]");
+  STD_TORCH_CHECK(weights.dim() == 2 && weights.size(0) == a.prompts, "weights must be [",
+                  a.prompts, ", n]");
   a.rollouts = weights.size(1);
   STD_TORCH_CHECK(a.rollouts <= kMaxRollouts, "weights has ", a.rollouts,
                   " rollouts, expected at most 65536");
-  a.weights = static_cast<const float*>(weights.const_data_ptr());
+  a.weights = static_cast<const float*>(dense(weights).const_data_ptr());
   if (length) {
     device.own(*length, "length");
     check_dtype(*length, ScalarType::Long, "length");
-    STD_TORCH_CHECK(length->dim() == 2 && length->size(0) == a.prompts &&
-                        length->size(1) == a.rollouts && length->is_contiguous(),
-                    "length must be contiguous [", a.prompts, ", ", a.rollouts, "]");
-    a.length = static_cast<const int64_t*>(length->const_data_ptr());
+    STD_TORCH_CHECK(
+        length->dim() == 2 && length->size(0) == a.prompts && length->size(1) == a.rollouts,
+        "length must be [", a.prompts, ", ", a.rollouts, "]");
+    a.length = static_cast<const int64_t*>(dense(*length).const_data_ptr());
   }
   a.sequence = per_row<int64_t>(device, sequence, ScalarType::Long, a.prompts, "sequence");
   a.seed = seed_of(device, seed);
@@ -184,14 +183,13 @@ void control_merge(Tensor mean, Tensor partials, double sigma, Tensor out) {
   device.own(partials, "partials");
   check_dtype(partials, ScalarType::Float, "partials");
   a.count = mean.numel();
-  STD_TORCH_CHECK(partials.dim() == 4 && partials.is_contiguous(),
-                  "partials must be contiguous [S, P, tau, d]");
+  STD_TORCH_CHECK(partials.dim() == 4, "partials must be [S, P, tau, d]");
   a.shards = partials.size(0);
   STD_TORCH_CHECK(a.shards >= 1 && (a.shards & (a.shards - 1)) == 0, "partials has ", a.shards,
                   " shards, expected a power of two");
   STD_TORCH_CHECK(partials.numel() == a.shards * a.count, "partials has ", partials.numel(),
                   " elements, expected ", a.shards * a.count);
-  a.partials = static_cast<const float*>(partials.const_data_ptr());
+  a.partials = static_cast<const float*>(dense(partials).const_data_ptr());
   a.sigma = finite_float(sigma, "sigma");
   a.out = output<float>(device, out, ScalarType::Float, a.count, "out");
   device.run(a);

@@ -12,6 +12,9 @@
 //   invalid()             what the kernels note bad rows in
 //   run(args)             the kernel
 //   found()               the InvalidRow after run(), only with check
+//
+// Small arguments (one value a row or position) may have any stride, logits and hidden rows any but
+// over their last dimension, outputs are contiguous.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -107,17 +110,23 @@ T* output(const Device& device, const Tensor& x, ScalarType type, int64_t numel,
   return static_cast<T*>(x.mutable_data_ptr());
 }
 
-// A tensor of one element, or of one a row.
+// A small argument as one block: itself, or a copy that takes its place.
+inline Tensor& dense(Tensor& x) {
+  if (!x.is_contiguous()) x = torch::stable::contiguous(x);
+  return x;
+}
+
+// A tensor of one element, or of one a row at any stride.
 template <class T, class Device>
-PerRow<T> per_row(const Device& device, const Tensor& x, ScalarType type, int64_t rows,
+PerRow<T> per_row(const Device& device, Tensor& x, ScalarType type, int64_t rows,
                   const char* name) {
   check_dtype(x, type, name);
   const int64_t n = x.numel();
   STD_TORCH_CHECK(n == 1 || n == rows, name, " has ", n, " elements, expected 1 or ", rows);
   if (n == 1) return device.template one<T>(x, name);
   device.own(x, name);
-  STD_TORCH_CHECK(x.is_contiguous(), name, " must be contiguous");
-  return {static_cast<const T*>(x.const_data_ptr()), 1};
+  if (x.dim() != 1) dense(x);
+  return {static_cast<const T*>(x.const_data_ptr()), x.dim() == 1 ? x.stride(0) : 1};
 }
 
 template <class Device>
@@ -135,7 +144,7 @@ inline float inverse_temperature(double t, const char* name) {
 }
 
 template <class Device>
-RuleSpec rule_spec(const Device& device, const Tensor& param, int64_t rule, int64_t critical,
+RuleSpec rule_spec(const Device& device, Tensor& param, int64_t rule, int64_t critical,
                    double temperature, double rule_temperature, int64_t rows, bool check) {
   RuleSpec out;
   STD_TORCH_CHECK(rule >= kKnapsack && rule <= kProxyAbove, "rule is ", rule, ", expected 0 to 7");
@@ -176,9 +185,8 @@ inline uint32_t counter_field(int64_t value, int64_t limit, const char* name) {
 }
 
 template <class Device>
-KeySpec key_spec(const Device& device, const Tensor& seed, const Tensor& position,
-                 const Tensor& sequence, int64_t iteration, const Tensor& rollout, bool do_sample,
-                 int64_t rows, bool check) {
+KeySpec key_spec(const Device& device, const Tensor& seed, Tensor& position, Tensor& sequence,
+                 int64_t iteration, Tensor& rollout, bool do_sample, int64_t rows, bool check) {
   KeySpec out;
   out.seed = seed_of(device, seed);
   out.position = per_row<int64_t>(device, position, ScalarType::Long, rows, "position");

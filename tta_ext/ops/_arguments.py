@@ -6,20 +6,18 @@ tensors, and tensors are looked at through attributes alone: nothing here reads 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tta_ext import rng, rules
+from tta_ext.ops._dispatch import Op
+from tta_ext.rules import Rule
 
 LOGIT_DTYPES = frozenset((torch.float32, torch.float16, torch.bfloat16))
 MAX_VOCABULARY = 1 << 20
-
-_FLOAT32_MAX = 3.4028234663852886e38
-_FLOAT32_TINY = 1.1754943508222875e-38
 
 RuleArguments = tuple[Tensor, int, int, float, float]
 KeyArguments = tuple[Tensor, Tensor, Tensor, int, Tensor, bool]
@@ -33,7 +31,9 @@ def _describe(value: object) -> str:
     return repr(value)
 
 
-def check_logits(name: str, logits: Tensor, dims: int, form: str) -> None:
+def check_logits(
+    name: str, logits: Tensor, dims: int, form: str, *, unit_stride: bool = True
+) -> None:
     """Raise unless ``logits`` has an accepted dtype, shape and layout."""
     if not isinstance(logits, Tensor):
         raise TypeError(f"{name} is {type(logits).__name__}, expected a tensor {form}")
@@ -49,22 +49,11 @@ def check_logits(name: str, logits: Tensor, dims: int, form: str) -> None:
         raise ValueError(
             f"{name} has a last dimension of {shape[-1]}, expected 1 to {MAX_VOCABULARY}"
         )
-    if logits.stride(-1) != 1 and shape[-1] != 1:
+    if unit_stride and not logits.is_contiguous() and logits.stride(-1) != 1 and shape[-1] != 1:
         raise ValueError(
             f"{name} has stride {logits.stride(-1)} over its last dimension, expected 1; "
             "call .contiguous() on it"
         )
-
-
-def plain_matrix(logits: Tensor) -> bool:
-    """Whether logits surely pass ``check_logits(..., dims=2)``: a few attribute reads."""
-    return (
-        type(logits) is Tensor
-        and logits.dim() == 2
-        and logits.dtype in LOGIT_DTYPES
-        and logits.is_contiguous()
-        and 0 < logits.shape[1] <= MAX_VOCABULARY
-    )
 
 
 def check_same(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
@@ -78,6 +67,19 @@ def check_same(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
         raise ValueError(
             f"{name} is on {tensor.device}, expected the device of {like_name}, {like.device}"
         )
+
+
+def check_alike(name: str, logits: Tensor, like_name: str, like: Tensor, form: str) -> None:
+    """Raise unless logits pass :func:`check_logits` and are of the shape and device of others."""
+    if (  # what most calls need
+        type(logits) is not Tensor
+        or logits.dtype not in LOGIT_DTYPES
+        or logits.shape != like.shape
+        or logits.device != like.device
+        or not logits.is_contiguous()
+    ):
+        check_logits(name, logits, like.dim(), form)
+        check_same(name, logits, like_name, like)
 
 
 def check_tensor(
@@ -177,17 +179,6 @@ def index_tensor(name: str, value: int | Tensor, count: int, device: torch.devic
     return integer(value)
 
 
-def _plain_index(value: object, count: int) -> TypeGuard[Tensor]:
-    """Whether a tensor surely passes :func:`index_tensor` beside CPU logits."""
-    return (
-        type(value) is Tensor
-        and value.is_cpu
-        and value.dtype is torch.int64
-        and value.numel() == count
-        and value.dim() == 1
-    )
-
-
 def sequence_tensor(value: int | Tensor | None, count: int, device: torch.device) -> Tensor:
     """Sequence ids; row numbers where the caller gives none."""
     if value is None:
@@ -231,7 +222,7 @@ def key_arguments(
     do_sample: bool,
 ) -> KeyArguments:
     """The arguments that name random numbers, as the operators take them."""
-    count, device, on_cpu = like.shape[0], like.device, like.is_cpu
+    count, device = like.shape[0], like.device
     if seed is None or position is None:
         if do_sample:
             missing = "seed" if seed is None else "position"
@@ -240,68 +231,57 @@ def key_arguments(
         position = 0 if position is None else position
     if not 0 <= iteration < rng.ITERATIONS:
         rng.check_iteration(iteration)
-    plain = on_cpu and not _compiling()
+    plain = not _compiling()
     known_seed = _seeds.get(seed) if plain and type(seed) is int else None
     known_rollout = _rollouts.get(rollout) if plain and type(rollout) is int else None
     return (
         seed_tensor(seed, device) if known_seed is None else known_seed,
-        position
-        if on_cpu and _plain_index(position, count)
-        else index_tensor("position", position, count, device),
-        sequence
-        if on_cpu and _plain_index(sequence, count)
-        else sequence_tensor(sequence, count, device),
+        index_tensor("position", position, count, device),
+        sequence_tensor(sequence, count, device),
         iteration,
         rollout_tensor(rollout, count, device) if known_rollout is None else known_rollout,
         bool(do_sample),
     )
 
 
-def check_temperature(name: str, value: float) -> float:
-    """A temperature whose inverse is a normal float32."""
-    try:
-        inverse = 1.0 / value
-    except (ZeroDivisionError, TypeError):
-        inverse = math.nan
-    if not _FLOAT32_TINY <= inverse <= _FLOAT32_MAX:
-        raise ValueError(
-            f"{name} is {value!r}, expected a positive finite number between 2.94e-39 and 8.5e37"
-        )
-    return float(value)
+def _refuse_beside_rule(
+    param: object, critical: object, temperature: object, rule_temperature: object
+) -> None:
+    given = {
+        "param": param is not None,
+        "critical": critical != "exclude",
+        "temperature": temperature != 1.0,
+        "rule_temperature": rule_temperature is not None,
+    }
+    names = ", ".join(name for name, there in given.items() if there)
+    raise TypeError(f"rule is a Rule, which holds {names} already; expected none beside it")
 
 
-def _rule_numbers(
-    rule: str,
-    param: float | None,
-    critical: str,
-    temperature: float,
-    rule_temperature: float | None,
-) -> tuple[float, int, int, float, float]:
-    code = rules.rule_code(rule)
-    critical_code = rules.critical_code(critical)
-    temperature = check_temperature("temperature", temperature)
-    if rule_temperature is None:
-        rule_temperature = temperature
-    else:
-        rule_temperature = check_temperature("rule_temperature", rule_temperature)
+def _param_tensor(param: float | Tensor | None, like: Tensor, positions: int | None) -> Tensor:
+    """A checked parameter as float64: one for all rows, or one a row or position."""
     if param is None:
-        if code != rules.ARGMAX:
-            raise ValueError(f"param is None, expected a number for rule {rule!r}")
-        param = 0.0
-    elif code == rules.ARGMAX:
-        raise ValueError(f"param is {param!r}, expected None for rule 'argmax'")
-    if isinstance(param, bool) or not isinstance(param, (int, float, torch.SymFloat)):
-        raise TypeError(f"param is {param!r}, expected a number or a float64 tensor")
-    if code == rules.KNAPSACK and not param >= 0:
-        raise ValueError(f"param is {param!r}, expected a budget >= 0 for rule 'knapsack'")
-    if param != param:
-        raise ValueError(f"param is {param!r}, expected a number for rule {rule!r}")
-    return float(param), code, critical_code, temperature, rule_temperature
+        return double(0.0)
+    if not isinstance(param, Tensor):
+        return double(param)
+    count, size = like.shape[0], param.numel()
+    accepted = (count,) if positions is None else (count, positions)
+    if size != 1 and param.shape not in ((count,), accepted):
+        more = "" if positions is None else f" or [{count}, {positions}]"
+        raise ValueError(
+            f"param has shape {list(param.shape)}, expected one element or [{count}]{more}"
+        )
+    if param.device != like.device and (size != 1 or not param.is_cpu):
+        raise ValueError(f"param is on {param.device}, expected {like.device}")
+    return param
+
+
+# What rule_arguments made of plain numbers: a decoding loop asks the same every step.
+_rules: dict[tuple[object, ...], RuleArguments] = {}
 
 
 def rule_arguments(
     like: Tensor,
-    rule: str,
+    rule: str | Rule,
     param: float | Tensor | None,
     critical: str,
     temperature: float,
@@ -312,101 +292,89 @@ def rule_arguments(
 
     ``positions`` is the number of positions a row where a parameter for each of them is accepted.
     """
-    count = like.shape[0]
-    if isinstance(param, Tensor):
-        code = rules.rule_code(rule)
-        if code == rules.ARGMAX:
-            raise ValueError("param is a tensor, expected None for rule 'argmax'")
-        if param.dtype is not torch.float64:
-            raise TypeError(f"param has dtype {param.dtype}, expected torch.float64")
-        size = param.numel()
-        accepted = (count,) if positions is None else (count, positions)
-        if size != 1 and param.shape not in ((count,), accepted):
-            more = "" if positions is None else f" or [{count}, {positions}]"
-            raise ValueError(
-                f"param has shape {list(param.shape)}, expected one element or [{count}]{more}"
-            )
-        if param.device != like.device and (size != 1 or not param.is_cpu):
-            raise ValueError(f"param is on {param.device}, expected {like.device}")
-        number, tensor = 1.0, param
-    else:
-        number, tensor = param, None  # type: ignore[assignment]
-    numbers = _rule_numbers(rule, number, critical, temperature, rule_temperature)
-    if tensor is None:
-        tensor = double(numbers[0])
-    return tensor, numbers[1], numbers[2], numbers[3], numbers[4]
-
-
-# What rule_arguments made of plain numbers; of no use to a compiler, which wants to see them made.
-_rules: dict[tuple[object, ...], RuleArguments] = {}
-
-
-def quick_rule_arguments(
-    like: Tensor,
-    rule: str,
-    param: float | Tensor | None,
-    critical: str,
-    temperature: float,
-    rule_temperature: float | None,
-) -> RuleArguments:
-    """:func:`rule_arguments`, remembered for numbers: a decoding loop asks the same every step."""
-    if type(param) is not float or _compiling():
-        return rule_arguments(like, rule, param, critical, temperature, rule_temperature)
+    if isinstance(rule, Rule):
+        if (
+            param is not None
+            or rule_temperature is not None
+            or critical != "exclude"
+            or temperature != 1.0
+        ):
+            _refuse_beside_rule(param, critical, temperature, rule_temperature)
+        return _param_tensor(rule.param, like, positions), *rule.codes
     key = rule, param, critical, temperature, rule_temperature
-    try:
-        made = _rules.get(key)
-    except TypeError:  # something unhashable: let the checks name it
-        made = None
-    if made is None:
-        made = rule_arguments(like, *key)
-        if type(made[0]) is Tensor:
-            if len(_rules) >= _CACHE_LIMIT:
-                _rules.clear()
-            _rules[key] = made
+    plain = type(param) is float and not _compiling()
+    if plain:
+        try:
+            made = _rules.get(key)
+        except TypeError:  # something unhashable: let the checks name it
+            made = None
+        if made is not None:
+            return made
+    value, codes = rules.check_rule(*key)
+    made = _param_tensor(value, like, positions), *codes
+    if plain and type(made[0]) is Tensor:
+        if len(_rules) >= _CACHE_LIMIT:
+            _rules.clear()
+        _rules[key] = made
     return made
 
 
-def refuse_proxy_rule(name: str, rule: str, code: int) -> None:
+def refuse_proxy_rule(name: str, rule: str | Rule, code: int) -> None:
     """Raise for a rule that needs the proxy's probabilities where there are none."""
     if code in rules.NEEDS_PROXY:
+        given = rule.name if isinstance(rule, Rule) else rule
         raise ValueError(
-            f"rule is {rule!r}, which needs proxy_logits; {name} accepts "
+            f"rule is {given!r}, which needs proxy_logits; {name} accepts "
             + ", ".join(n for i, n in enumerate(rules.RULE_NAMES) if i not in rules.NEEDS_PROXY)
         )
 
 
-def check_outputs(
-    out: Sequence[Tensor],
-    names: tuple[str, ...],
-    expected: Sequence[tuple[torch.dtype, Sequence[int]]],
-    device: torch.device,
-) -> Sequence[Tensor]:
-    """Raise unless ``out`` holds contiguous tensors of the expected dtypes and shapes."""
-    if len(out) != len(names):
-        raise ValueError(f"out has {len(out)} tensors, expected {len(names)}: {', '.join(names)}")
-    for tensor, name, (dtype, shape) in zip(out, names, expected):  # noqa: B905
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"out.{name} is {type(tensor).__name__}, expected a tensor")
-        if tensor.dtype is not dtype or tensor.shape != shape or tensor.device != device:
-            raise ValueError(
-                f"out.{name} is {_describe(tensor)}, expected shape {list(shape)}, {dtype}, "
-                f"on {device}"
-            )
-        if not tensor.is_contiguous():
-            raise ValueError(f"out.{name} is not contiguous, expected a contiguous tensor")
-    return out
-
-
 def check_output(
-    out: Tensor, dtype: torch.dtype, shape: Sequence[int], device: torch.device
-) -> tuple[Tensor]:
-    """The same for an operator with a single output."""
-    if not isinstance(out, Tensor):
-        raise TypeError(f"out is {type(out).__name__}, expected a tensor")
-    if out.dtype is not dtype or out.shape != torch.Size(shape) or out.device != device:
+    name: str, tensor: Tensor, dtype: torch.dtype, shape: Sequence[int], device: torch.device
+) -> None:
+    """Raise unless a tensor to write is contiguous and has this dtype, shape and device."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} is {type(tensor).__name__}, expected a tensor")
+    if tensor.dtype is not dtype or tensor.shape != shape or tensor.device != device:
         raise ValueError(
-            f"out is {_describe(out)}, expected shape {list(shape)}, {dtype}, on {device}"
+            f"{name} is {_describe(tensor)}, expected shape {list(shape)}, {dtype}, on {device}"
         )
-    if not out.is_contiguous():
-        raise ValueError("out is not contiguous, expected a contiguous tensor")
-    return (out,)
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} is not contiguous, expected a contiguous tensor")
+
+
+def outputs(
+    op: Op,
+    out: Tensor | Sequence[Tensor] | None,
+    like: Tensor,
+    fields: tuple[str, ...] = (),
+    shape: tuple[int, ...] | None = None,
+) -> Sequence[Tensor] | None:
+    """``out`` as :func:`~tta_ext.ops._dispatch.invoke` takes it, checked against the op's table.
+
+    Args:
+        like: the operator's first tensor.
+        fields: what the public result calls its outputs, where there are several.
+        shape: in place of that of ``like``.
+    """
+    if out is None:
+        return None
+    found: Any = out if fields else (out,)
+    results = op.results
+    if len(found) != len(results):
+        raise ValueError(
+            f"out has {len(found)} tensors, expected {len(results)}: {', '.join(fields)}"
+        )
+    whole, device = like.shape if shape is None else shape, like.device
+    for tensor, (name, dtype, dims) in zip(found, results):  # noqa: B905
+        wanted = (whole[0],) if dims == 1 else whole if dims is None else whole[:dims]
+        if (  # what most calls need, without another call
+            type(tensor) is not Tensor
+            or tensor.dtype is not dtype
+            or tensor.shape != wanted
+            or tensor.device != device
+            or not tensor.is_contiguous()
+        ):
+            given = f"out.{fields[op.outputs.index(name)]}" if fields else "out"
+            check_output(given, tensor, dtype or like.dtype, wanted, device)
+    return found

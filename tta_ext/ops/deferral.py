@@ -9,13 +9,17 @@ probability mu(v) that the rule sets, the next token has the law
 
 **Logits** are float32, float16 or bfloat16 of shape ``[B, V]``, ``1 <= V <= 2**20``, any ``B``, any
 row stride, unit stride over V; they are widened to float32 in registers. Base and proxy have the
-same shape and device; their dtypes may differ. -inf marks an impossible token.
+same shape and device; their dtypes may differ. -inf marks an impossible token. Arguments with one
+value a row or position have any stride, outputs are contiguous.
 
 **Rule arguments**: ``rule`` is a name or alias; ``param`` a float, or a float64 tensor with one
-element or one a row (None for ``argmax``); ``critical`` says what becomes of the first item that
-does not fit the knapsack: ``"exclude"`` keeps it, ``"include"`` defers it too, ``"split"`` defers
-the fraction that fills the budget; ``temperature`` T > 0 gives p, q and pi; ``rule_temperature``
-(default T) the p and q that the rule looks at.
+element or one a row (None for ``argmax``); ``critical`` is the policy that says what becomes of the
+first item that does not fit the knapsack: ``"exclude"`` keeps it, ``"include"`` defers it too,
+``"split"`` defers the fraction that fills the budget; ``temperature`` T > 0 gives p, q and pi;
+``rule_temperature`` (default T) the p and q that the rule looks at. Or ``rule`` is a
+:class:`~tta_ext.rules.Rule`, which holds all of these and was checked when it was made; the other
+four then stay at their defaults (``TypeError`` otherwise). In results, ``critical`` is that item's
+index.
 
 **Key arguments**: ``seed`` (int or int64 tensor, bits as unsigned), ``position`` (int, or int64
 tensor with one element or one a row) and ``sequence`` (the same; default: the row number) with
@@ -40,11 +44,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from tta_ext.ops import _arguments as args
 from tta_ext.ops._dispatch import Op, invoke
+from tta_ext.rules import Rule
 
 __all__ = [
     "Mask",
@@ -63,8 +67,9 @@ class Mask(NamedTuple):
 
     Attributes:
         mask: bool ``[B, V]``, tokens deferred for certain.
-        critical: int64 ``[B]``, first item the knapsack does not take; -1 if there is none, as for
-            all other rules; -2 for an invalid row.
+        critical: int64 ``[B]``, index of the first item the knapsack does not take (what becomes of
+            it, the *argument* ``critical`` says); -1 if there is none, as for all other rules; -2
+            for an invalid row.
         fraction: float32 ``[B]``, how much of the critical item is deferred: 0 (exclude), 1
             (include) or what fills the budget (split).
     """
@@ -112,50 +117,23 @@ _SAMPLE = Op("deferral_sample")
 _MATRIX = "[B, V]"
 
 
-def _pair(base_logits: Tensor, proxy_logits: Tensor) -> tuple[Tensor, Tensor]:
-    if (
-        args.plain_matrix(base_logits)
-        and type(proxy_logits) is Tensor
-        and proxy_logits.dtype in args.LOGIT_DTYPES
-        and proxy_logits.shape == base_logits.shape
-        and proxy_logits.is_cpu
-        and base_logits.is_cpu
-        and proxy_logits.is_contiguous()
-    ):
-        return base_logits, proxy_logits
-    if not args.plain_matrix(base_logits):
+def _pair(base_logits: Tensor, proxy_logits: Tensor) -> None:
+    args.check_logits("base_logits", base_logits, 2, _MATRIX)
+    args.check_alike("proxy_logits", proxy_logits, "base_logits", base_logits, _MATRIX)
+
+
+def _one_or_pair(base_logits: Tensor, proxy_logits: Tensor | None) -> None:
+    if proxy_logits is None:
         args.check_logits("base_logits", base_logits, 2, _MATRIX)
-    args.check_logits("proxy_logits", proxy_logits, 2, _MATRIX)
-    args.check_same("proxy_logits", proxy_logits, "base_logits", base_logits)
-    return base_logits, proxy_logits
-
-
-def _check_proposal(out: Sequence[Tensor], base: Tensor) -> None:
-    if type(out) is Proposal and base.is_cpu:
-        token, deferred = out
-        rows = base.shape[0]
-        if (
-            token.dtype is torch.int64
-            and deferred.dtype is torch.bool
-            and token.dim() == deferred.dim() == 1
-            and token.numel() == deferred.numel() == rows
-            and token.is_cpu
-            and deferred.is_cpu
-            and token.is_contiguous()
-            and deferred.is_contiguous()
-        ):
-            return
-    shape = (base.shape[0],)
-    args.check_outputs(
-        out, Proposal._fields, ((torch.int64, shape), (torch.bool, shape)), base.device
-    )
+    else:
+        _pair(base_logits, proxy_logits)
 
 
 def deferral_mask(
     base_logits: Tensor,
     proxy_logits: Tensor | None = None,
     *,
-    rule: str,
+    rule: str | Rule,
     param: float | Tensor | None = None,
     critical: str = "exclude",
     temperature: float = 1.0,
@@ -173,8 +151,12 @@ def deferral_mask(
         base_logits: ``[B, V]``.
         proxy_logits: ``[B, V]``; needed by ``confidence_bet``, ``proxy_below`` and ``proxy_above``,
             not read by the other rules.
-        rule, param, critical, temperature, rule_temperature: rule arguments, see the module.
-        check: see the module.
+        rule, param, critical, temperature, rule_temperature: the rule by name with its parameter (a
+            float, or float64 with one element or ``[B]``), or one :class:`~tta_ext.rules.Rule` that
+            holds all five. ``critical`` is the *policy* for the first item the knapsack has no room
+            for: ``"exclude"`` keeps it, ``"include"`` defers it, ``"split"`` defers what fits.
+        check: raise ``ValueError`` for a row with NaN, +inf or only -inf (default on the CPU);
+            otherwise its mask is empty, its critical item -2 and its fraction NaN.
         out: a :class:`Mask` (or tuple) of contiguous tensors to write.
 
     ========== ======= ========
@@ -194,29 +176,20 @@ def deferral_mask(
         >>> deferral_mask(logits, rule="knapsack", param=0.1).mask
         tensor([[False, False,  True,  True]])
     """
-    if not args.plain_matrix(base_logits):
-        args.check_logits("base_logits", base_logits, 2, _MATRIX)
-    numbers = args.quick_rule_arguments(
-        base_logits, rule, param, critical, temperature, rule_temperature
-    )
-    base = base_logits
-    if proxy_logits is not None:
-        base, proxy_logits = _pair(base_logits, proxy_logits)
-    else:
+    _one_or_pair(base_logits, proxy_logits)
+    numbers = args.rule_arguments(base_logits, rule, param, critical, temperature, rule_temperature)
+    if proxy_logits is None:
         args.refuse_proxy_rule("a call without them", rule, numbers[1])
-    if out is not None:
-        rows = (base.shape[0],)
-        expected = ((torch.bool, base.shape), (torch.int64, rows), (torch.float32, rows))
-        args.check_outputs(out, Mask._fields, expected, base.device)
-    arguments = (base, proxy_logits, *numbers, args.check_flag(check, base))
-    return Mask(*invoke(_MASK, arguments, out))
+    outs = args.outputs(_MASK, out, base_logits, Mask._fields)
+    arguments = (base_logits, proxy_logits, *numbers, args.check_flag(check, base_logits))
+    return Mask(*invoke(_MASK, arguments, outs))
 
 
 def deferral_probs(
     base_logits: Tensor,
     proxy_logits: Tensor,
     *,
-    rule: str,
+    rule: str | Rule,
     param: float | Tensor | None = None,
     critical: str = "exclude",
     temperature: float = 1.0,
@@ -228,8 +201,12 @@ def deferral_probs(
 
     Args:
         base_logits, proxy_logits: ``[B, V]``; both are read whatever the rule.
-        rule, param, critical, temperature, rule_temperature: rule arguments, see the module.
-        check: see the module.
+        rule, param, critical, temperature, rule_temperature: the rule by name with its parameter (a
+            float, or float64 with one element or ``[B]``), or one :class:`~tta_ext.rules.Rule` that
+            holds all five. ``critical`` is the *policy* for the first item the knapsack has no room
+            for: ``"exclude"`` keeps it, ``"include"`` defers it, ``"split"`` defers what fits.
+        check: raise ``ValueError`` for a row with NaN, +inf or only -inf (default on the CPU);
+            otherwise it is NaN.
         out: contiguous float32 ``[B, V]`` to write.
 
     Bytes moved: ``B V (2 s + 4)`` with s bytes a logit.
@@ -239,19 +216,18 @@ def deferral_probs(
         >>> deferral_probs(base, proxy, rule="argmax")
         tensor([[0.7438, 0.2562]])
     """
-    base, proxy = _pair(base_logits, proxy_logits)
-    numbers = args.quick_rule_arguments(base, rule, param, critical, temperature, rule_temperature)
-    outs = None
-    if out is not None:
-        outs = args.check_output(out, torch.float32, base.shape, base.device)
-    return invoke(_PROBS, (base, proxy, *numbers, args.check_flag(check, base)), outs)[0]
+    _pair(base_logits, proxy_logits)
+    numbers = args.rule_arguments(base_logits, rule, param, critical, temperature, rule_temperature)
+    outs = args.outputs(_PROBS, out, base_logits)
+    flag = args.check_flag(check, base_logits)
+    return invoke(_PROBS, (base_logits, proxy_logits, *numbers, flag), outs)[0]
 
 
 def deferral_stats(
     base_logits: Tensor,
     proxy_logits: Tensor | None = None,
     *,
-    rule: str,
+    rule: str | Rule,
     param: float | Tensor | None = None,
     critical: str = "exclude",
     temperature: float = 1.0,
@@ -264,8 +240,12 @@ def deferral_stats(
     Args:
         base_logits: ``[B, V]``.
         proxy_logits: ``[B, V]``, for the rules that need it.
-        rule, param, critical, temperature, rule_temperature: rule arguments, see the module.
-        check: see the module.
+        rule, param, critical, temperature, rule_temperature: the rule by name with its parameter (a
+            float, or float64 with one element or ``[B]``), or one :class:`~tta_ext.rules.Rule` that
+            holds all five. ``critical`` is the *policy* for the first item the knapsack has no room
+            for: ``"exclude"`` keeps it, ``"include"`` defers it, ``"split"`` defers what fits.
+        check: raise ``ValueError`` for a row with NaN, +inf or only -inf (default on the CPU);
+            otherwise its critical item is -2 and its numbers are NaN.
         out: a :class:`Stats` (or tuple) of contiguous tensors to write.
 
     ============= ======= =====
@@ -283,33 +263,19 @@ def deferral_stats(
         >>> deferral_stats(torch.zeros(1, 4), rule="knapsack", param=0.5).critical
         tensor([2])
     """
-    if not args.plain_matrix(base_logits):
-        args.check_logits("base_logits", base_logits, 2, _MATRIX)
-    numbers = args.quick_rule_arguments(
-        base_logits, rule, param, critical, temperature, rule_temperature
-    )
-    base = base_logits
-    if proxy_logits is not None:
-        base, proxy_logits = _pair(base_logits, proxy_logits)
-    else:
+    _one_or_pair(base_logits, proxy_logits)
+    numbers = args.rule_arguments(base_logits, rule, param, critical, temperature, rule_temperature)
+    if proxy_logits is None:
         args.refuse_proxy_rule("a call without them", rule, numbers[1])
-    if out is not None:
-        rows = (base.shape[0],)
-        expected = (
-            (torch.float64, rows),
-            (torch.int64, rows),
-            (torch.float32, rows),
-            (torch.float64, rows),
-        )
-        args.check_outputs(out, Stats._fields, expected, base.device)
-    arguments = (base, proxy_logits, *numbers, args.check_flag(check, base))
-    return Stats(*invoke(_STATS, arguments, out))
+    outs = args.outputs(_STATS, out, base_logits, Stats._fields)
+    arguments = (base_logits, proxy_logits, *numbers, args.check_flag(check, base_logits))
+    return Stats(*invoke(_STATS, arguments, outs))
 
 
 def deferral_propose(
     base_logits: Tensor,
     *,
-    rule: str,
+    rule: str | Rule,
     param: float | Tensor | None = None,
     critical: str = "exclude",
     temperature: float = 1.0,
@@ -336,9 +302,15 @@ def deferral_propose(
 
     Args:
         base_logits: ``[B, V]``.
-        rule, param, critical, temperature, rule_temperature: rule arguments, see the module.
-        seed, position, sequence, iteration, rollout, do_sample: key arguments, see the module.
-        check: see the module.
+        rule, param, critical, temperature, rule_temperature: the rule by name with its parameter (a
+            float, or float64 with one element or ``[B]``), or one :class:`~tta_ext.rules.Rule` that
+            holds all five. ``critical`` is the *policy* for the first item the knapsack has no room
+            for: ``"exclude"`` keeps it, ``"include"`` defers it, ``"split"`` defers what fits.
+        seed, position, sequence, iteration, rollout, do_sample: ints, or int64 with one element or
+            ``[B]``, that name the random numbers (:mod:`tta_ext.rng`); ``sequence`` defaults to the
+            row number. ``do_sample=False`` takes argmax pi, the lowest id of equals, without them.
+        check: raise ``ValueError`` for a row with NaN, +inf or only -inf (default on the CPU);
+            otherwise its token is -1.
         out: a :class:`Proposal` (or tuple) of contiguous tensors to write: int64 and bool ``[B]``.
 
     Bytes moved: ``B V s`` with s bytes a logit.
@@ -349,17 +321,13 @@ def deferral_propose(
         ... )
         Proposal(token=tensor([0]), deferred=tensor([False]))
     """
-    if not args.plain_matrix(base_logits):
-        args.check_logits("base_logits", base_logits, 2, _MATRIX)
-    numbers = args.quick_rule_arguments(
-        base_logits, rule, param, critical, temperature, rule_temperature
-    )
+    args.check_logits("base_logits", base_logits, 2, _MATRIX)
+    numbers = args.rule_arguments(base_logits, rule, param, critical, temperature, rule_temperature)
     args.refuse_proxy_rule("deferral_propose", rule, numbers[1])
     key = args.key_arguments(base_logits, seed, position, sequence, iteration, rollout, do_sample)
-    if out is not None:
-        _check_proposal(out, base_logits)
+    outs = args.outputs(_PROPOSE, out, base_logits, Proposal._fields)
     flag = args.check_flag(check, base_logits)
-    result = invoke(_PROPOSE, (base_logits, *numbers, *key, flag), out)
+    result = invoke(_PROPOSE, (base_logits, *numbers, *key, flag), outs)
     return result if type(result) is Proposal else Proposal(*result)
 
 
@@ -367,7 +335,7 @@ def deferral_sample(
     base_logits: Tensor,
     proxy_logits: Tensor,
     *,
-    rule: str,
+    rule: str | Rule,
     param: float | Tensor | None = None,
     critical: str = "exclude",
     temperature: float = 1.0,
@@ -386,10 +354,16 @@ def deferral_sample(
     Args:
         base_logits, proxy_logits: ``[B, V]``. Where the rule looks at p alone, a proxy row is read
             (and checked) only if the base model's token is rejected.
-        rule, param, critical, temperature, rule_temperature: rule arguments, see the module.
-        seed, position, sequence, iteration, rollout, do_sample: key arguments, see the module;
-            streams BASE, SPLIT and PROXY.
-        check: see the module.
+        rule, param, critical, temperature, rule_temperature: the rule by name with its parameter (a
+            float, or float64 with one element or ``[B]``), or one :class:`~tta_ext.rules.Rule` that
+            holds all five. ``critical`` is the *policy* for the first item the knapsack has no room
+            for: ``"exclude"`` keeps it, ``"include"`` defers it, ``"split"`` defers what fits.
+        seed, position, sequence, iteration, rollout, do_sample: ints, or int64 with one element or
+            ``[B]``, that name the random numbers (:mod:`tta_ext.rng`); ``sequence`` defaults to the
+            row number. ``do_sample=False`` takes argmax pi, the lowest id of equals, without
+            them. Streams: BASE, SPLIT and PROXY.
+        check: raise ``ValueError`` for a row with NaN, +inf or only -inf (default on the CPU);
+            otherwise its token is -1.
         out: a :class:`Proposal` (or tuple) of contiguous tensors to write: int64 and bool ``[B]``.
 
     Returns:
@@ -404,11 +378,10 @@ def deferral_sample(
         >>> deferral_sample(base, proxy, rule="nudging", param=1.1, seed=0, position=0)
         Proposal(token=tensor([1]), deferred=tensor([True]))
     """
-    base, proxy = _pair(base_logits, proxy_logits)
-    numbers = args.quick_rule_arguments(base, rule, param, critical, temperature, rule_temperature)
-    key = args.key_arguments(base, seed, position, sequence, iteration, rollout, do_sample)
-    if out is not None:
-        _check_proposal(out, base)
-    flag = args.check_flag(check, base)
-    result = invoke(_SAMPLE, (base, proxy, *numbers, *key, flag), out)
+    _pair(base_logits, proxy_logits)
+    numbers = args.rule_arguments(base_logits, rule, param, critical, temperature, rule_temperature)
+    key = args.key_arguments(base_logits, seed, position, sequence, iteration, rollout, do_sample)
+    outs = args.outputs(_SAMPLE, out, base_logits, Proposal._fields)
+    flag = args.check_flag(check, base_logits)
+    result = invoke(_SAMPLE, (base_logits, proxy_logits, *numbers, *key, flag), outs)
     return result if type(result) is Proposal else Proposal(*result)

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from tta_ext import rules
 from tta_ext.ops import _arguments as args
 from tta_ext.ops._dispatch import Op, invoke
 
@@ -65,7 +66,7 @@ def _models(
     if len(dtypes) > 1:
         base_logits, expert_logits = base_logits.float(), expert_logits.float()
         anti_logits = None if anti_logits is None else anti_logits.float()
-    temperature = args.check_temperature("temperature", temperature)
+    temperature = rules.check_temperature("temperature", temperature)
     return base_logits, expert_logits, anti_logits, beta, temperature
 
 
@@ -105,9 +106,7 @@ def implicit_reward_probs(
     """
     models = _models(base_logits, expert_logits, anti_logits, beta, temperature)
     base = models[0]
-    outs = None
-    if out is not None:
-        outs = args.check_output(out, torch.float32, base.shape, base.device)
+    outs = args.outputs(_PROBS, out, base)
     return invoke(_PROBS, (*models, args.check_flag(check, base)), outs)[0]
 
 
@@ -147,7 +146,5 @@ def implicit_reward_sample(
     models = _models(base_logits, expert_logits, anti_logits, beta, temperature)
     base = models[0]
     key = args.key_arguments(base, seed, position, sequence, iteration, rollout, do_sample)
-    outs = None
-    if out is not None:
-        outs = args.check_output(out, torch.int64, (base.shape[0],), base.device)
+    outs = args.outputs(_SAMPLE, out, base)
     return invoke(_SAMPLE, (*models, *key, args.check_flag(check, base)), outs)[0]

@@ -21,8 +21,8 @@ class Knapsack(NamedTuple):
         selected: bool ``[B, V]``.
         used: float64 ``[B]``, weight of the selected items, at most the capacity.
         value: float64 ``[B]``, their profit.
-        critical: int64 ``[B]``, first item in greedy order that was not taken; -1 if there is none,
-            -2 for an invalid row.
+        critical: int64 ``[B]``, index of the first item in greedy order that was not taken; -1 if
+            there is none, -2 for an invalid row.
         upper_bound: float64 ``[B]``, Dantzig's bound: no selection is worth more.
     """
 
@@ -106,14 +106,6 @@ def greedy_knapsack(
         if not capacity >= 0:
             raise ValueError(f"capacity is {capacity!r}, expected a capacity >= 0")
         limit = args.double(float(capacity))
-    if out is not None:
-        expected = (
-            (torch.bool, profit.shape),
-            (torch.float64, (rows,)),
-            (torch.float64, (rows,)),
-            (torch.int64, (rows,)),
-            (torch.float64, (rows,)),
-        )
-        args.check_outputs(out, Knapsack._fields, expected, device)
+    outs = args.outputs(_KNAPSACK, out, profit, Knapsack._fields)
     arguments = (profit, weight, limit, args.check_flag(check, profit))
-    return Knapsack(*invoke(_KNAPSACK, arguments, out))
+    return Knapsack(*invoke(_KNAPSACK, arguments, outs))

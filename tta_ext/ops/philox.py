@@ -19,7 +19,7 @@ def philox(counter: Tensor, key: Tensor, *, out: Tensor | None = None) -> Tensor
     """The Philox4x32-10 block of every counter.
 
     Args:
-        counter: int64 ``[..., 4]``, contiguous; the low 32 bits of each word count.
+        counter: int64 ``[..., 4]``; the low 32 bits of each word count.
         key: int64 ``[2]``, likewise.
         out: contiguous int64 of the counter's shape to write.
 
@@ -47,10 +47,8 @@ def philox(counter: Tensor, key: Tensor, *, out: Tensor | None = None) -> Tensor
         raise ValueError(f"key has shape {list(key.shape)}, expected [2]")
     if key.device != counter.device:
         raise ValueError(f"key is on {key.device}, expected {counter.device}")
-    outs = None
-    if out is not None:
-        outs = args.check_output(out, torch.int64, counter.shape, counter.device)
-    return invoke(_PHILOX, (counter.contiguous(), key.contiguous()), outs)[0]
+    outs = args.outputs(_PHILOX, out, counter)
+    return invoke(_PHILOX, (counter, key), outs)[0]
 
 
 def normal(
@@ -95,7 +93,5 @@ def normal(
     rng.check_word("sequence", sequence)
     rng.check_iteration(iteration)
     rng.check_rollout(rollout)
-    outs = None
-    if out is not None:
-        outs = args.check_output(out, torch.float32, (n,), device)
+    outs = args.outputs(_NORMAL, out, key, shape=(n,))
     return invoke(_NORMAL, (n, key, step, sequence, iteration, rollout), outs)[0]

@@ -65,8 +65,6 @@ def _check_mean(mean: Tensor, device: torch.device) -> None:
         raise ValueError(f"mean has shape {list(mean.shape)}, expected [P, tau, d]")
     if mean.device != device:
         raise ValueError(f"mean is on {mean.device}, expected {device}")
-    if not mean.is_contiguous():
-        raise ValueError("mean is not contiguous, expected a contiguous tensor")
 
 
 def prelogit_perturb(
@@ -88,7 +86,7 @@ def prelogit_perturb(
 
     Args:
         hidden: float32, float16 or bfloat16 ``[N, d]``, unit stride over d.
-        mean: u, float32 ``[P, tau, d]``, contiguous.
+        mean: u, float32 ``[P, tau, d]``; contiguous, or it is copied.
         step: int, or int64 with one element or ``[N]``. Rollouts at a step >= tau pass unchanged.
         row: the prompt of each rollout, 0 to P-1; int, or int64 with one element or ``[N]``.
         sequence: sequence id of each rollout's prompt, likewise.
@@ -148,7 +146,7 @@ def prelogit_perturb(
     if out is None:
         out = hidden.new_empty(hidden.shape)
     else:
-        args.check_output(out, hidden.dtype, hidden.shape, device)
+        args.check_output("out", out, hidden.dtype, hidden.shape, device)
     arguments = (
         hidden,
         mean,
@@ -203,7 +201,7 @@ def importance_weights(
         tensor([[0., 1., 0.]])
     """
     for name, values in (("reward", reward), ("dot", dot), ("norm2", norm2)):
-        args.check_logits(name, values, 2, "[P, n]")
+        args.check_logits(name, values, 2, "[P, n]", unit_stride=False)
         if values.dtype is not torch.float32:
             raise TypeError(f"{name} has dtype {values.dtype}, expected torch.float32")
         args.check_same(name, values, "reward", reward)
@@ -211,12 +209,10 @@ def importance_weights(
         raise ValueError(f"lam is {lam!r}, expected a finite number >= 0")
     if not 0.0 <= alpha <= 1.0:
         raise ValueError(f"alpha is {alpha!r}, expected 0 <= alpha <= 1")
-    if out is not None:
-        expected = ((torch.float32, reward.shape), (torch.float32, (reward.shape[0],)))
-        args.check_outputs(out, Weights._fields, expected, reward.device)
+    outs = args.outputs(_WEIGHTS, out, reward, Weights._fields)
     flag = args.check_flag(check, reward)
     arguments = (reward, dot, norm2, float(lam), float(alpha), _check_sigma(sigma), flag)
-    return Weights(*invoke(_WEIGHTS, arguments, out))
+    return Weights(*invoke(_WEIGHTS, arguments, outs))
 
 
 def _subtree(rollouts: tuple[int, int] | None, count: int) -> tuple[int, int, bool]:
@@ -254,13 +250,13 @@ def control_update(
     subtree, returns the bare partial sum, and :func:`control_merge` finishes with the same bits.
 
     Args:
-        mean: u, float32 ``[P, tau, d]``, contiguous.
-        weights: float32 ``[P, n]``, finite, unit stride over n; column i is rollout i.
+        mean: u, float32 ``[P, tau, d]``; contiguous, or it is copied.
+        weights: float32 ``[P, n]``, finite; column i is rollout i.
         sigma: standard deviation of the noise, >= 0; 0 returns u.
         seed, iteration: those of the perturbation.
         sequence: sequence id of each prompt, int or int64 with one element or ``[P]``; default: the
             row number.
-        length: int64 ``[P, n]``, unit stride over n; eps counts as 0 from this step on.
+        length: int64 ``[P, n]``; eps counts as 0 from this step on.
         rollouts: the subtree to sum; default: all, and the result is the new mean.
         check: raise ``ValueError`` for weights that are not finite and ids out of range (default on
             the CPU).
@@ -291,17 +287,14 @@ def control_update(
         raise ValueError(f"weights has {count} rollouts, expected at most {rng.ROLLOUTS}")
     if length is not None:
         args.check_tensor("length", length, torch.int64, (prompts, count), device)
-        length = length.contiguous()
     rng.check_iteration(iteration)
     start, stop, partial = _subtree(rollouts, count)
-    outs = None
-    if out is not None:
-        outs = args.check_output(out, torch.float32, mean.shape, device)
-        if out is mean:
-            raise ValueError("out is mean, expected another tensor")
+    outs = args.outputs(_UPDATE, out, mean)
+    if out is mean:
+        raise ValueError("out is mean, expected another tensor")
     arguments = (
         mean,
-        weights.contiguous(),
+        weights,
         length,
         args.seed_tensor(seed, device),
         args.sequence_tensor(sequence, prompts, device),
@@ -321,8 +314,8 @@ def control_merge(
     """u + sigma times the tree sum of partial sums of :func:`control_update`.
 
     Args:
-        mean: u, float32 ``[P, tau, d]``, contiguous.
-        partials: float32 ``[S, P, tau, d]``, contiguous, S a power of two: the sums of the S equal
+        mean: u, float32 ``[P, tau, d]``; contiguous, or it is copied.
+        partials: float32 ``[S, P, tau, d]``, S a power of two: the sums of the S equal
             subtrees that cover the padded rollouts, in order.
         sigma: that of the update.
         out: contiguous float32 ``[P, tau, d]`` to write.
@@ -352,7 +345,5 @@ def control_merge(
             "of two"
         )
     args.check_tensor("partials", partials, torch.float32, (shards, *mean.shape), mean.device)
-    outs = None
-    if out is not None:
-        outs = args.check_output(out, torch.float32, mean.shape, mean.device)
-    return invoke(_MERGE, (mean, partials.contiguous(), _check_sigma(sigma)), outs)[0]
+    outs = args.outputs(_MERGE, out, mean)
+    return invoke(_MERGE, (mean, partials, _check_sigma(sigma)), outs)[0]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from tta_ext import rng
+from tta_ext import rng, rules
 from tta_ext.ops import _arguments as args
 from tta_ext.ops._dispatch import Op, invoke
 
@@ -56,14 +55,12 @@ def categorical_sample(
         tensor([1])
     """
     args.check_logits("logits", logits, 2, "[B, V]")
-    temperature = args.check_temperature("temperature", temperature)
+    temperature = rules.check_temperature("temperature", temperature)
     key = args.key_arguments(logits, seed, position, sequence, iteration, rollout, do_sample)
     if not 0 <= stream <= rng.USER:
         rng.check_stream(stream)
     if not 0 <= draw < rng.WORD:
         rng.check_word("draw", draw)
-    outs = None
-    if out is not None:
-        outs = args.check_output(out, torch.int64, (logits.shape[0],), logits.device)
+    outs = args.outputs(_SAMPLE, out, logits)
     flag = args.check_flag(check, logits)
     return invoke(_SAMPLE, (logits, temperature, *key, stream, draw, flag), outs)[0]

@@ -11,6 +11,7 @@ from torch import Tensor
 from tta_ext import rules
 from tta_ext.ops import _arguments as args
 from tta_ext.ops._dispatch import Op, invoke
+from tta_ext.rules import Rule
 
 __all__ = ["Verified", "deferral_verify"]
 
@@ -42,7 +43,7 @@ def deferral_verify(
     draft: Tensor,
     draft_length: Tensor,
     *,
-    rule: str,
+    rule: str | Rule,
     param: float | Tensor | None = None,
     critical: str = "exclude",
     temperature: float = 1.0,
@@ -76,10 +77,15 @@ def deferral_verify(
             rejected: the caller draws it from q (stream PROXY). Rules that need q want K+1.
         draft: int64 ``[B, K]``; entries at and after a row's length are not read.
         draft_length: int64 ``[B]``, 0 to K.
-        rule, critical, temperature, rule_temperature: as in :mod:`tta_ext.ops.deferral`.
-        param: a float, or float64 with one element, ``[B]`` or ``[B, K+1]``.
-        seed, sequence, iteration, rollout, do_sample: as in :mod:`tta_ext.ops.deferral`.
-        position: of the first draft token; the k-th draws with ``position + k``.
+        rule, param, critical, temperature, rule_temperature: the rule by name with its parameter (a
+            float, or float64 with one element, ``[B]`` or ``[B, K+1]``), or one
+            :class:`~tta_ext.rules.Rule` that holds all five. ``critical`` is the *policy* for the
+            first item the knapsack has no room for: ``"exclude"`` keeps it, ``"include"`` defers
+            it, ``"split"`` defers what fits.
+        seed, position, sequence, iteration, rollout, do_sample: ints, or int64 with one element or
+            ``[B]``, that name the random numbers (:mod:`tta_ext.rng`); ``position`` is that of the
+            first draft token, the k-th draws with ``position + k``. ``sequence`` defaults to the
+            row number; ``do_sample=False`` needs none of them.
         return_mass: compute D of every position reached; otherwise ``mass`` is -1 and D is summed
             only where the decision hangs on it.
         check: raise for invalid rows among the positions reached (default on the CPU); otherwise
@@ -138,14 +144,7 @@ def deferral_verify(
             "which needs the proxy at every position"
         )
     key = args.key_arguments(base, seed, position, sequence, iteration, rollout, do_sample)
-    if out is not None:
-        expected = (
-            (torch.int64, (rows,)),
-            (torch.int64, (rows,)),
-            (torch.bool, (rows,)),
-            (torch.float64, (rows, positions)),
-        )
-        args.check_outputs(out, Verified._fields, expected, base.device)
+    outs = args.outputs(_VERIFY, out, base, Verified._fields)
     flag = args.check_flag(check, base)
     arguments = (base, proxy, draft, draft_length, *numbers, *key, bool(return_mass), flag)
-    return Verified(*invoke(_VERIFY, arguments, out))
+    return Verified(*invoke(_VERIFY, arguments, outs))
