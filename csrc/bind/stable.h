@@ -147,7 +147,7 @@ template <class Device>
 RuleSpec rule_spec(const Device& device, Tensor& param, int64_t rule, int64_t critical,
                    double temperature, double rule_temperature, int64_t rows, bool check) {
   RuleSpec out;
-  STD_TORCH_CHECK(rule >= kKnapsack && rule <= kProxyAbove, "rule is ", rule, ", expected 0 to 7");
+  STD_TORCH_CHECK(rule >= 0 && rule < kRules, "rule is ", rule, ", expected 0 to ", kRules - 1);
   STD_TORCH_CHECK(critical >= kExclude && critical <= kSplitItem, "critical is ", critical,
                   ", expected 0 to 2");
   out.param = per_row<double>(device, param, ScalarType::Double, rows, "param");

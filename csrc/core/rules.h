@@ -26,6 +26,10 @@ enum Rule : int {
 #undef TTA_CODE
 };
 
+#define TTA_ONE(name, code, reads_q, test) +1
+constexpr int kRules = TTA_RULES(TTA_ONE);
+#undef TTA_ONE
+
 enum Critical : int { kExclude = 0, kInclude = 1, kSplitItem = 2 };
 
 TTA_INLINE bool rule_needs_proxy(int rule) {

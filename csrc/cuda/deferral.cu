@@ -303,7 +303,7 @@ __global__ void __launch_bounds__(kThreads, 5) deferral_draw_kernel(const Drawn 
       const double z = slot[kBaseRuleSlot].z, bound = mul_rn(a.param(row), z);
       deferred = z <= bound;
       if (!deferred) {
-        step = kOpen;
+        step = kSeeksVerdict;
         r.bound = bound;
         r.drawn = {v, a.base_row(row).at(v)};
       }
@@ -334,7 +334,7 @@ __global__ void __launch_bounds__(kThreads, 4) deferral_judge_kernel(const Drawn
   const uint32_t row = a.row();
   const int t = a.tile();
   RowState& r = a.s.state(row);
-  if (r.step != kOpen) return;
+  if (r.step != kSeeksVerdict) return;
   const int slot = a.base_rule_slot();
   const int64_t v = r.drawn.id;
   const float x = r.drawn.x;

@@ -70,7 +70,7 @@ struct Kad {
     return same_temperature ? kBaseSlot : kBaseRuleSlot;
   }
   __device__ __forceinline__ bool seeks_cut(int64_t row) const {
-    return s.state(row).valid && s.state(row).step == kOpen;
+    return s.state(row).valid && s.state(row).step == kSeeksCut;
   }
   __device__ __forceinline__ float* nodes_of(int64_t row, int t) const {
     return nodes + (row * s.tiles + t) * kNodes;

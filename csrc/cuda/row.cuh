@@ -80,9 +80,9 @@ struct WalkEnd {
   EndDraw draw;
 };
 
-// What the next stage has to do. kOpen: find the knapsack's critical item, or its verdict on a
-// token.
-enum Step : int32_t { kDone, kOpen, kWantsProxy };
+// What the next stage has to do: find the knapsack's cut, or its verdict on the drawn token, or
+// draw from the proxy.
+enum Step : int32_t { kDone, kSeeksCut, kSeeksVerdict, kWantsProxy };
 
 struct RowState {
   SlotNumbers slot[kSlots];

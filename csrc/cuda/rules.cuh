@@ -127,7 +127,7 @@ __device__ __forceinline__ void prepare_row(const Kad& a, int64_t row, const Slo
   r.deferral = d;
   r.bound = bound;
   r.valid = valid;
-  r.step = open ? kOpen : kDone;
+  r.step = open ? kSeeksCut : kDone;
 }
 
 }  // namespace cuda

@@ -91,8 +91,8 @@ __global__ void __launch_bounds__(kThreads, 4) verify_statistics_kernel(const Ve
   r.verdict.proxy_valid = proxy_valid;
   r.verdict.token = token;
   // Accepted whatever D is: then nobody has to add it up.
-  r.verdict.stands = valid && k < n && a.v.key.do_sample && !a.v.return_mass && r.step != kOpen &&
-                     stands(a, row, 0.0);
+  r.verdict.stands = valid && k < n && a.v.key.do_sample && !a.v.return_mass &&
+                     r.step != kSeeksCut && stands(a, row, 0.0);
 }
 
 // ---- the walk ----------------------------------------------------------------------------------

@@ -92,7 +92,7 @@ template <class Args, class Use>
 void each_rule(int64_t positions, const Use& use) {
   for (const int dtype : {kFloat32, kFloat16, kBFloat16}) {
     const Array base(kRows * kVocab, 3.0, dtype, 1), proxy(kRows * kVocab, 3.0, dtype, 2);
-    for (int rule = kKnapsack; rule <= kProxyAbove; ++rule)
+    for (int rule = 0; rule < kRules; ++rule)
       for (int critical = kExclude; critical <= (rule == kKnapsack ? kSplitItem : kExclude);
            ++critical) {
         Args a;

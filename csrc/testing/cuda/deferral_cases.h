@@ -20,7 +20,7 @@ void each_rule(int64_t repetition, int64_t rows, int64_t vocab, Random* random, 
   Rows base(rows, vocab, dtype, random), proxy(rows, vocab, dtype, random);
   if (random->below(6) == 0) base.spoil(random);
   if (random->below(6) == 0) proxy.spoil(random);
-  for (int rule = kKnapsack; rule <= kProxyAbove; ++rule)
+  for (int rule = 0; rule < kRules; ++rule)
     for (int critical = kExclude; critical <= (rule == kKnapsack ? kSplitItem : kExclude);
          ++critical) {
       const RandomRule random_rule(rule, critical, rows, random);
