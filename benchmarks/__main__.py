@@ -92,12 +92,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows = []
         for case in STEMS[stem].cases(grid_of(args)):
             rows += harness.run_case(case, args.seconds)
-        print(harness.table_of(rows))
         if not args.output:
-            harness.save(RESULTS / f"{stem}.md", command, harness.table_of(rows))
+            harness.report(command, harness.table_of(rows), RESULTS / f"{stem}.md")
         every += rows
     if args.output:
-        harness.save(args.output, command, harness.table_of(every))
+        harness.report(command, harness.table_of(every), args.output)
     return int(any(row.error for row in every))
 
 

@@ -354,9 +354,7 @@ def main() -> None:
             for name in args.reward:
                 own = [r for r in records if r["scorer"] == name]
                 comparison.plot(own, args.plot / f"{name.replace(':', '_')}.png", name)
-    print(table)
-    if args.output is not None:
-        harness.save(args.output, ["python", "-m", "benchmarks.aisp_rewards", *sys.argv[1:]], table)
+    harness.report(["python", "-m", "benchmarks.aisp_rewards", *sys.argv[1:]], table, args.output)
 
 
 if __name__ == "__main__":

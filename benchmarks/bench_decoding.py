@@ -143,8 +143,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         for batch in args.batch
         for rule, param in (("threshold", 0.4), ("knapsack", 0.3), ("confidence_bet", 0.1))
     ]
-    table = harness.table(HEADER, map(_cells, lines))
-    print(table)
-    if args.output:
-        harness.save(args.output, ["python", "-m", "benchmarks", "decoding", *(argv or [])], table)
+    command = ["python", "-m", "benchmarks", "decoding", *(argv or [])]
+    harness.report(command, harness.table(HEADER, map(_cells, lines)), args.output)
     return int(any(line.bound is not None and line.share > line.bound for line in lines))

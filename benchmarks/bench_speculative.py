@@ -6,8 +6,8 @@ which are read and multiplied like any other and change nothing. Providers: the 
 speculative decoding at several lengths and ``"auto"``, the base alone in our loop, and for single
 rows transformers' own ``generate`` (base alone; assisted by the proxy, whose law is the base's, not
 the rule's). Rounds of all providers alternate; medians count. Every answer has the full length.
-``predicted`` is what the cost model of :mod:`draft_costs` expects of a length over
-the plain loop: costs of each model's forwards are measured on their own at every number of rows and
+A length is promised what the cost model of :mod:`tta_ext.decoding.draft_costs` is sure of, over the
+plain loop: costs of each model's forwards are measured on their own at every number of rows and
 columns that occurs, the chance that a draft token stands is the run's, and whole calls are played
 by them, to the last row's last token. Calls differ by luck, so the model gives a range for the
 median of the calls that are measured; where its low end (one in twenty falls below) is
@@ -48,7 +48,6 @@ class Line:
     provider: str
     tokens_per_second: float
     times_plain: float
-    predicted: float | None = None
     predicted_low: float | None = None
     acceptance: float | None = None
     tokens_per_base_forward: float | None = None
@@ -155,7 +154,7 @@ Costs = dict[tuple[int, int], float]
 @torch.inference_mode()
 def _forward_costs(model: Any, prompts: list[list[int]], longest: int, repeats: int = 5) -> Costs:
     """Median seconds of a forward of the loop's runner over (rows, columns), all that may occur."""
-    from tta_ext.decoding.runtime.runner import Runner
+    from tta_ext.decoding.runner import Runner
 
     middle = 48  # tokens that an answer has written at half time
     rows = [[*prompt, *([prompt[-1]] * middle)] for prompt in prompts]
@@ -236,8 +235,8 @@ def _predict(
     speculative: dict[int, list[Any]],
     plain: list[Any],
     dense: bool,
-) -> dict[str, tuple[float, float]]:
-    """What the cost model expects of each length, and the low end of what may be measured."""
+) -> dict[str, float]:
+    """The low end of what the cost model expects to be measured, of each length."""
     base, proxy = costs
     share = _pooled(plain, "deferral_rate", "tokens")
     own = statistics.median(stats.other_seconds / stats.steps for stats in plain)
@@ -251,7 +250,7 @@ def _predict(
             statistics.median(calls[i : i + len(runs)]) for i in range(len(calls) - len(runs) + 1)
         ]
         slow = statistics.quantiles(medians, n=20)[-1]
-        found[f"speculative {length}"] = (alone / statistics.mean(calls), alone / slow)
+        found[f"speculative {length}"] = alone / slow
     return found
 
 
@@ -301,7 +300,7 @@ def measure(
     lines = []
     for name, found in results.items():
         line = Line(rule, param, batch, name, speeds[name], speeds[name] / speeds["plain"])
-        line.predicted, line.predicted_low = predicted.get(name, (None, None))
+        line.predicted_low = predicted.get(name)
         if stats[name]:
             last = stats[name][-1]
             line.base_share = last.base_seconds / last.seconds
@@ -368,8 +367,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         costs = (_forward_costs(base, ids, max(LENGTHS)), _forward_costs(pair.proxy, ids, 1))
         for rule, param in (("threshold", 0.4), ("confidence_bet", 0.2)):
             lines += measure(base, pair, rule, param, prompts, args.tokens, args.repeats, costs)
-    table = harness.table(HEADER, map(_cells, lines))
-    print(table)
+    command = ["python", "-m", "benchmarks", "speculative", *(argv or [])]
+    harness.report(command, harness.table(HEADER, map(_cells, lines)), args.output)
     slow = [x for x in lines if x.provider.endswith("auto") and x.times_plain < SLOWEST_AUTO]
     dear = [x for x in lines if (x.verify_share or 0.0) > VERIFY_SHARE]
     promised = [x for x in lines if (x.predicted_low or 0.0) >= PAYS]
@@ -387,8 +386,4 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"MISS: auto at {line.times_plain:.2f}x plain ({line.rule}, B={line.batch})")
     for line in dear:
         print(f"MISS: verification takes {line.verify_share:.1%} ({line.provider}, B={line.batch})")
-    if args.output:
-        harness.save(
-            args.output, ["python", "-m", "benchmarks", "speculative", *(argv or [])], table
-        )
     return int(bool(slow or dear or broken or not promised))

@@ -307,9 +307,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         *overhead(args.seconds),
         *lean_import(),
     ]
-    print(table_of(claims))
+    command = ["python", "-m", "benchmarks", "claims", *(argv or [])]
+    harness.report(command, table_of(claims), args.output)
     print(f"\n{time.perf_counter() - start:.0f} s in all")
-    if args.output:
-        command = ["python", "-m", "benchmarks", "claims", *(argv or [])]
-        harness.save(args.output, command, table_of(claims))
     return int(not all(claim.holds for claim in claims))

@@ -204,12 +204,11 @@ def measure(arguments: argparse.Namespace) -> int:
         us = 1e3 * do_bench_cudagraph(case.call, return_mode="median")
         rows.append((case.op, case.dtype, str(case.rows), str(case.columns), f"{us:.2f}"))
         print(*rows[-1], flush=True)
-    table = harness.table(("op", "dtype", "rows", "columns", "us"), rows)
-    print(table)
-    if arguments.output:
-        harness.save(
-            arguments.output, ["python", "-m", "benchmarks.gpu_times", *sys.argv[1:]], table
-        )
+    harness.report(
+        ["python", "-m", "benchmarks.gpu_times", *sys.argv[1:]],
+        harness.table(("op", "dtype", "rows", "columns", "us"), rows),
+        arguments.output,
+    )
     return 0
 
 

@@ -211,8 +211,11 @@ def document(title: str, command: str, facts: Mapping[str, str], body: str) -> s
     return "\n".join([f"# {title}", "", f"`{command}`", "", *head, "", body]) + "\n"
 
 
-def save(path: Path, command: Sequence[str], body: str) -> None:
-    """Write a table, with its head, to a Markdown file that is named after the benchmark."""
+def report(command: Sequence[str], body: str, path: Path | None) -> None:
+    """Print a table; write it, with its head, to a Markdown file named after the benchmark."""
+    print(body)
+    if path is None:
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(document(path.stem, " ".join(command), environment(), body), encoding="utf-8")
     print(f"written: {path}")

@@ -38,15 +38,17 @@ def test_every_operator_passes_its_check(stem: str) -> None:
 
 
 def test_the_file_says_what_was_run(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "sampling.md"
-    arguments = "sampling --vocab 700 --batch 3 --seconds 0.001 --provider ours".split()
+    path = tmp_path / "new" / "deferral.md"
+    arguments = "deferral --vocab 700 --batch 3 --seconds 0.001 --provider ours".split()
+    arguments += "--rule threshold --dtype bfloat16".split()
     assert main([*arguments, "--output", str(path)]) == 0
     head, _, table = path.read_text().partition("\n| op ")
-    assert head.startswith(f"# sampling\n\n`python -m benchmarks {' '.join(arguments)}")
+    assert head.startswith(f"# deferral\n\n`python -m benchmarks {' '.join(arguments)}")
     for fact in ("torch", "threads", "instruction set in use", "processor"):
         assert f"- {fact}: " in head
-    rows = table.splitlines()[2:]
-    assert rows[0].startswith("| categorical_sample | ")
+    rows = [[cell.strip() for cell in row.split("|")] for row in table.splitlines()[2:]]
+    assert "deferral_sample" in {row[1] for row in rows}
+    assert {tuple(row[2:6]) for row in rows} == {("threshold", "bfloat16", "3x700", "ours")}
 
 
 def test_tables_are_even() -> None:
