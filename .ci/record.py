@@ -23,7 +23,7 @@ RECORD = ROOT / ".ci" / "full.json"
 SOURCES = (
     "CMakeLists.txt",
     "csrc/**/*",
-    "tta_ext/_compile*.py",
+    "tta_ext/build/*.py",
     "tta_ext/rng.py",
     "tta_ext/rules.py",
     "tta_ext/schemas.py",

@@ -50,7 +50,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from scripts import kernel_table
-from tta_ext import _compile, _compile_cuda
+from tta_ext.build import BuildError, cuda, toolchain
 
 from . import machine_code
 
@@ -229,12 +229,12 @@ def digest() -> str:
         for path in sorted(CSRC.glob(pattern))
         if path.is_file()
     ]
-    return _compile.digest_of(CSRC, files, _compile_cuda.FLAGS)
+    return toolchain.digest_of(CSRC, files, cuda.FLAGS)
 
 
 def concurrently(function: Callable[[Task], Done], tasks: Sequence[Task]) -> list[Done]:
     """The function of every task, in their order, a thread each core: programs do the work."""
-    with concurrent.futures.ThreadPoolExecutor(_compile.job_count(len(tasks))) as pool:
+    with concurrent.futures.ThreadPoolExecutor(toolchain.job_count(len(tasks))) as pool:
         futures = [pool.submit(function, task) for task in tasks]
         try:
             return [future.result() for future in futures]
@@ -272,7 +272,7 @@ class Emulator:
         self.tool.chmod(0o755)
         run(["make", "-s", "-C", str(self.tool)])
         self.folder = folder
-        self.nvcc = _compile_cuda.find_toolkit().compiler.command
+        self.nvcc = cuda.find_toolkit().compiler.command
         if not kernels:
             kernels = sorted((CSRC / "cuda").glob("*.cu"))
             hosts = sorted([*(CSRC / "cpu").glob("*.cpp"), *(CSRC / "testing/cuda").glob("*.cpp")])
@@ -670,9 +670,9 @@ def main() -> int:
             print("emulate: skipped, TTA_EXT_PTXEMU does not name the emulator's folder")
             return 0
         try:
-            _compile_cuda.find_toolkit()
+            cuda.find_toolkit()
             nvdisasm = kernel_table.tool("nvdisasm")
-        except _compile.BuildError as error:
+        except BuildError as error:
             print(f"emulate: skipped, {error}")
             return 0
         before = digest()

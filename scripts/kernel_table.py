@@ -31,8 +31,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TypeVar
 
-from tta_ext import _compile, _compile_cuda
-from tta_ext._compile import BuildError
+from tta_ext.build import LIBRARIES, BuildError, cuda, toolchain
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "benchmarks" / "results" / "kernels.json"
@@ -121,10 +120,9 @@ def sources() -> list[Path]:
 
 def digests() -> dict[str, str]:
     """For each .cu file the SHA-256 of what its kernels depend on: itself, all headers, flags."""
-    headers = _compile.headers_of(CSRC, ("core", "cuda"), _compile_cuda.HEADER_SUFFIXES)
+    headers = [path for path in LIBRARIES["cuda"].headers() if path.parent.name != "bind"]
     return {
-        path.name: _compile.digest_of(CSRC, (path, *headers), _compile_cuda.FLAGS)
-        for path in sources()
+        path.name: toolchain.digest_of(CSRC, (path, *headers), cuda.FLAGS) for path in sources()
     }
 
 
@@ -218,13 +216,11 @@ def count(opcodes: Counter[str], kind: str, width: str = "") -> int:
     )
 
 
-def assemble(
-    toolkit: _compile_cuda.Toolkit, source: Path, arch: str, cubin: Path
-) -> dict[str, Assembled]:
+def assemble(toolkit: cuda.Toolkit, source: Path, arch: str, cubin: Path) -> dict[str, Assembled]:
     """Compile a file for an architecture; what ptxas reports, by mangled name."""
     log = output_of(
         *toolkit.compiler.command,
-        *_compile_cuda.FLAGS,
+        *cuda.FLAGS,
         f"-gencode=arch=compute_{arch},code=sm_{arch}",
         "-Xptxas=-v",
         "-cubin",
@@ -260,13 +256,13 @@ def assemble(
     }
 
 
-def assemble_one(toolkit: _compile_cuda.Toolkit, source: Path, arch: str) -> list[Assembled]:
+def assemble_one(toolkit: cuda.Toolkit, source: Path, arch: str) -> list[Assembled]:
     """The kernels of a file on an architecture, without a look at their machine code."""
     with tempfile.TemporaryDirectory() as folder:
         return list(assemble(toolkit, source, arch, Path(folder) / "kernels.cubin").values())
 
 
-def compile_one(toolkit: _compile_cuda.Toolkit, source: Path, arch: str) -> list[Kernel]:
+def compile_one(toolkit: cuda.Toolkit, source: Path, arch: str) -> list[Kernel]:
     """The kernels of a file on an architecture."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernels.cubin"
@@ -298,13 +294,13 @@ def compile_one(toolkit: _compile_cuda.Toolkit, source: Path, arch: str) -> list
 
 
 def measure(
-    compile_file: Callable[[_compile_cuda.Toolkit, Path, str], list[T]],
-    toolkit: _compile_cuda.Toolkit,
+    compile_file: Callable[[cuda.Toolkit, Path, str], list[T]],
+    toolkit: cuda.Toolkit,
     files: Sequence[Path],
 ) -> list[T]:
     """The kernels of files on all architectures, sorted."""
-    jobs = [(source, arch) for arch in _compile_cuda.ARCHITECTURES for source in files]
-    with concurrent.futures.ThreadPoolExecutor(_compile.job_count(len(jobs))) as pool:
+    jobs = [(source, arch) for arch in cuda.ARCHITECTURES for source in files]
+    with concurrent.futures.ThreadPoolExecutor(toolchain.job_count(len(jobs))) as pool:
         found = list(pool.map(lambda job: compile_file(toolkit, *job), jobs))
     return in_order(kernel for part in found for kernel in part)
 
@@ -320,7 +316,7 @@ def render(kernels: list[Kernel], compiler: str) -> str:
         "# CUDA kernels as compiled",
         "",
         f"Written by `scripts/kernel_table.py` with {compiler}; no GPU was involved. Flags: "
-        f"`{' '.join(_compile_cuda.FLAGS)}`. No kernel may spill or use local memory.",
+        f"`{' '.join(cuda.FLAGS)}`. No kernel may spill or use local memory.",
         "Loads and stores are counted in the machine code, whatever how often they run. Occupancy:",
         "blocks of the launch bound's threads that fit an SM by registers, static shared memory,",
         "warps and slots, as a part of its warps.",
@@ -364,7 +360,7 @@ def faults(kernels: Sequence[Assembled]) -> list[str]:
     return [f"{k.file} {k.kernel} {k.arch}: {k.fault()}" for k in kernels if k.fault()]
 
 
-def check(toolkit: _compile_cuda.Toolkit | None, dumps: bool = True) -> list[str]:
+def check(toolkit: cuda.Toolkit | None, dumps: bool = True) -> list[str]:
     """Why the checked-in table does not stand; empty if it does.
 
     Args:
@@ -392,7 +388,7 @@ def check(toolkit: _compile_cuda.Toolkit | None, dumps: bool = True) -> list[str
     return problems
 
 
-def write(toolkit: _compile_cuda.Toolkit) -> list[Kernel]:
+def write(toolkit: cuda.Toolkit) -> list[Kernel]:
     """Write the table; files that have not changed since it was written keep their lines."""
     record, kernels = recorded()
     before, known = digests(), record.get("sources")
@@ -422,7 +418,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="compare with the checked-in table")
     arguments = parser.parse_args()
     try:
-        toolkit = _compile_cuda.find_toolkit()
+        toolkit = cuda.find_toolkit()
     except BuildError as error:
         if not arguments.check:
             sys.exit(f"kernel_table: {error}")

@@ -17,9 +17,9 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from tta_ext._compile import BuildError
 
 from tta_ext import _compile, _compile_cuda, jit, jit_cuda
-from tta_ext._compile import BuildError
 from tta_ext.ops import _dispatch
 
 ROOT = Path(__file__).resolve().parent.parent

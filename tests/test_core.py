@@ -13,7 +13,7 @@ import native
 import numpy as np
 import pytest
 
-from tta_ext import _compile
+from tta_ext.build import BuildError
 
 MAX_FLOAT = np.finfo(np.float32).max
 SMALLEST_ARGUMENT = np.float32(float.fromhex("-0x1.5d589ep+6"))  # just above ln 2^-126
@@ -23,7 +23,7 @@ SMALLEST_ARGUMENT = np.float32(float.fromhex("-0x1.5d589ep+6"))  # just above ln
 def core() -> ModuleType:
     try:
         return native.testing_module()
-    except _compile.BuildError as error:
+    except BuildError as error:
         pytest.skip(f"no C++ compiler: {error}")
 
 

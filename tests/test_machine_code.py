@@ -9,8 +9,7 @@ import pytest
 
 from benchmarks import emulate, machine_code
 from scripts import kernel_table
-from tta_ext import _compile_cuda
-from tta_ext._compile import BuildError
+from tta_ext.build import BuildError, cuda
 
 BLOCKS, THREADS, LOOPS, EXTRA = 3, 128, 40, 48
 WARPS = BLOCKS * THREADS // 32
@@ -68,7 +67,7 @@ def emulator(tmp_path_factory: pytest.TempPathFactory) -> emulate.Emulator:
     if not tool:
         pytest.skip("TTA_EXT_PTXEMU does not name the emulator's folder")
     try:
-        _compile_cuda.find_toolkit()
+        cuda.find_toolkit()
         nvdisasm = kernel_table.tool("nvdisasm")
     except BuildError as error:
         pytest.skip(str(error))

@@ -322,7 +322,7 @@ def test_examples_in_docstrings(module: str) -> None:
 
 
 def test_use_backend_refuses_what_is_not_there() -> None:
-    with pytest.raises(ValueError, match="expected one of reference, cpu, cuda, triton"):
+    with pytest.raises(ValueError, match=r"expected one of reference, cpu, cuda$"):
         tta_ext.use_backend("gpu")
     if not torch.cuda.is_available():
         with pytest.raises(RuntimeError, match="'cuda' is not available: torch finds no CUDA"):
@@ -363,7 +363,8 @@ def test_import_is_lean() -> None:
         "start = time.process_time()\n"
         "import tta_ext\n"
         "print((time.process_time() - start) * 1e3)\n"
-        "heavy = {'transformers', 'triton', 'tta_ext.jit', 'tta_ext.decoding'} & set(sys.modules)\n"
+        "heavy = {'transformers', 'triton', 'tta_ext.build', 'tta_ext.decoding'}\n"
+        "heavy &= set(sys.modules)\n"
         "assert not heavy, heavy\n"
         "assert not torch.cuda.is_initialized()\n"
     )

@@ -1,25 +1,29 @@
-"""How the CUDA library is compiled: toolkit, architectures, flags. Nothing here imports torch."""
+"""The CUDA library: toolkit, architectures, flags. Nothing here imports torch but :func:`gpus`."""
 
 from __future__ import annotations
 
-import ctypes
+import dataclasses
 import logging
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from tta_ext import _compile
-from tta_ext._compile import BuildError, Compiler
+from tta_ext.build.library import Library, NotNeeded
+from tta_ext.build.toolchain import (
+    CXX_FLAGS,
+    BuildError,
+    Compiler,
+    Recipe,
+    Torch,
+    answer_of,
+    find_compiler,
+)
 
 logger = logging.getLogger("tta_ext")
-
-LIBRARY_NAME = "_C_cuda.so"
-SOURCE_GLOBS = ("cuda/*.cu", "bind/cuda*.cpp")
-HEADER_FOLDERS = ("core", "cuda", "bind")
-HEADER_SUFFIXES = (*_compile.HEADER_SUFFIXES, ".cuh")
 
 #: What the library is compiled for where nobody says and no GPU is seen.
 ARCHITECTURES = ("80", "90", "100", "120")
@@ -34,14 +38,14 @@ FLAGS = (
     "--fmad=false",
     "-lineinfo",
     "-Xcompiler=-fPIC,-ffp-contract=off,-fno-math-errno,-fvisibility=hidden",
-    *(flag for flag in _compile.CXX_FLAGS if flag.startswith("-D")),
+    *(flag for flag in CXX_FLAGS if flag.startswith("-D")),
     "-DUSE_CUDA",
 )
 #: Environment that nvcc adds to its command line by itself.
 NVCC_VARIABLES = ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS", "NVCC_CCBIN")
 
-#: The driver's numbers of a GPU's compute capability, major and minor.
-_CAPABILITY = (75, 76)
+#: A GPU: its name and its compute capability.
+Gpu = tuple[str, tuple[int, int]]
 
 _ENTRY = re.compile(r"(\d+)\.(\d)([af]?)(\+PTX)?", re.IGNORECASE)
 
@@ -55,28 +59,12 @@ class Toolkit:
     known: frozenset[str]
 
 
-def sources(root: Path) -> list[Path]:
-    """Translation units of the CUDA library, sorted."""
-    return _compile.files_of(root, SOURCE_GLOBS)
-
-
-def headers(root: Path) -> list[Path]:
-    """Every header that a translation unit of the CUDA library may include, sorted."""
-    return _compile.headers_of(root, HEADER_FOLDERS, HEADER_SUFFIXES)
-
-
-def source_digest(root: Path) -> str:
-    """SHA-256 of the CUDA library's sources, headers and flags."""
-    return _compile.digest_of(root, (*sources(root), *headers(root)), FLAGS)
-
-
-def _nvcc_path() -> Path:
+def _nvcc_path() -> str:
     for variable in ("CUDA_HOME", "CUDA_PATH"):
-        home = os.environ.get(variable, "").strip()
-        if home:
+        if home := os.environ.get(variable, "").strip():
             path = Path(home) / "bin" / "nvcc"
             if path.is_file():
-                return path
+                return str(path)
             raise BuildError(
                 f"no CUDA compiler: {variable}={home!r} has no bin/nvcc; "
                 f"mend it with: export {variable}=<the folder of a CUDA toolkit>"
@@ -88,7 +76,7 @@ def _nvcc_path() -> Path:
             "mend it with: conda install -y -c nvidia cuda-nvcc, or export CUDA_HOME=<the folder "
             "of a CUDA toolkit>"
         )
-    return Path(found)
+    return found
 
 
 def find_toolkit() -> Toolkit:
@@ -97,14 +85,14 @@ def find_toolkit() -> Toolkit:
     Raises:
         BuildError: none was found, or it does not run; the message says what was looked for.
     """
-    path = str(_nvcc_path())
+    path = _nvcc_path()
     name, remedy = f"the CUDA compiler {path}", "export CUDA_HOME=<the folder of a CUDA toolkit>"
-    text = _compile.answer_of([path, "--version"], name, remedy)
+    text = answer_of([path, "--version"], name, remedy)
     release = re.search(r"release (\d+\.\d+)", text)
     version = re.search(r"V\d+\.\d+\.\d+", text)
     if release is None:
         raise BuildError(f"{name} does not say its release; mend it with: {remedy}")
-    codes = _compile.answer_of([path, "--list-gpu-code"], name, remedy)
+    codes = answer_of([path, "--list-gpu-code"], name, remedy)
     known = frozenset(re.findall(r"sm_(\d+[af]?)", codes))
     compiler = Compiler((path, *host_compiler()), f"nvcc {version[0] if version else release[1]}")
     return Toolkit(compiler, release[1], known)
@@ -117,7 +105,7 @@ def host_compiler() -> tuple[str, ...]:
     """
     if not os.environ.get("CXX", "").strip() or os.environ.get("NVCC_CCBIN"):
         return ()
-    return (f"-ccbin={_compile.find_compiler().command[-1]}",)
+    return (f"-ccbin={find_compiler().command[-1]}",)
 
 
 def check_release(toolkit: Toolkit, torch_cuda: str) -> None:
@@ -130,14 +118,26 @@ def check_release(toolkit: Toolkit, torch_cuda: str) -> None:
         )
 
 
-def _number(architecture: str) -> int:
-    return int(architecture.rstrip("af"))
+def gpus() -> list[Gpu]:
+    """Every GPU that torch can use; empty without one."""
+    import torch
+
+    if torch.version.cuda is None or not torch.cuda.is_available():
+        return []
+    return [
+        (torch.cuda.get_device_name(i), torch.cuda.get_device_capability(i))
+        for i in range(torch.cuda.device_count())
+    ]
+
+
+def _number(image: str) -> int:
+    return int(image.rpartition("_")[2].rstrip("af"))
 
 
 def _listed(text: str) -> list[str]:
     """Images that ``TORCH_CUDA_ARCH_LIST`` asks for."""
     images = []
-    for entry in re.split(r"[;,\s]+", text.strip()):
+    for entry in re.split(r"[;,\s]+", text):
         match = _ENTRY.fullmatch(entry)
         if match is None:
             raise BuildError(
@@ -150,30 +150,27 @@ def _listed(text: str) -> list[str]:
     return images
 
 
-def _seen(capabilities: Sequence[tuple[int, int]], known: frozenset[str]) -> list[str]:
+def _seen(gpus: Sequence[Gpu], known: frozenset[str]) -> list[str]:
     """Images for GPUs: their own code, or the nearest PTX where nvcc is older than the GPU."""
-    plain = sorted((number for number in known if number.isdigit()), key=int)
     images = []
-    for major, minor in capabilities:
+    for _, (major, minor) in gpus:
         own = f"{major}{minor}"
-        if own in known:
-            images += [f"sm_{own}"]
-        else:
-            images += [f"compute_{number}" for number in plain if int(number) <= int(own)][-1:]
+        older = sorted(int(n) for n in known if n.isdigit() and int(n) <= int(own))
+        images += [f"sm_{own}"] if own in known else [f"compute_{n}" for n in older[-1:]]
     return images
 
 
-def images_to_build(known: frozenset[str], capabilities: Sequence[tuple[int, int]]) -> list[str]:
+def images_to_build(known: frozenset[str], gpus: Sequence[Gpu]) -> list[str]:
     """What the library shall hold: machine code (``sm_90``) and PTX (``compute_90``), sorted.
 
     ``TORCH_CUDA_ARCH_LIST`` decides if it is set (with PTX only where it asks for it), else the
-    GPUs of this machine, else :data:`ARCHITECTURES`; the latter two with PTX of the newest, for
-    GPUs to come. Architectures that nvcc does not know, or that are older than the kernels can do
-    with, are left out, and a log message says so.
+    GPUs, else :data:`ARCHITECTURES`; the latter two with PTX of the newest, for GPUs to come.
+    Architectures that nvcc does not know, or that are older than the kernels can do with, are left
+    out, and a log message says so.
 
     Args:
         known: numbers of the architectures that nvcc knows, such as ``90`` or ``90a``.
-        capabilities: compute capability of each visible GPU.
+        gpus: those of this machine.
 
     Raises:
         BuildError: an entry that is no architecture, or nothing is left.
@@ -181,41 +178,23 @@ def images_to_build(known: frozenset[str], capabilities: Sequence[tuple[int, int
     text = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
     if text:
         wanted = _listed(text)
-    elif capabilities:
-        wanted = _seen(capabilities, known)
     else:
-        wanted = [f"sm_{number}" for number in ARCHITECTURES]
-    kept: set[str] = set()
-    dropped: set[str] = set()
-    for image in wanted:
-        number = image.partition("_")[2]
-        usable = number in known and _number(number) >= OLDEST
-        (kept if usable else dropped).add(image)
-    if dropped:
-        logger.warning(
-            "tta_ext: leaving out %s: nvcc knows sm_%s, the kernels need sm_%d or newer",
-            " ".join(sorted(dropped)),
-            " sm_".join(sorted(known, key=_number)),
-            OLDEST,
-        )
+        wanted = _seen(gpus, known) if gpus else [f"sm_{number}" for number in ARCHITECTURES]
+    kept = {i for i in wanted if i.partition("_")[2] in known and _number(i) >= OLDEST}
+    limits = (
+        f"nvcc knows sm_{' sm_'.join(sorted(known, key=_number))}, the kernels need sm_{OLDEST} "
+        "or newer"
+    )
     if not kept:
         raise BuildError(
-            f"no architecture is left of {' '.join(wanted) or 'none'}: nvcc knows sm_"
-            f"{' sm_'.join(sorted(known, key=_number))}, the kernels need sm_{OLDEST} or newer; "
+            f"no architecture is left of {' '.join(wanted) or 'none'}: {limits}; "
             "mend it with: export TORCH_CUDA_ARCH_LIST='8.0;9.0+PTX'"
         )
+    if dropped := set(wanted) - kept:
+        logger.warning("tta_ext: leaving out %s: %s", " ".join(sorted(dropped)), limits)
     if not text:
-        newest = max((image.partition("_")[2] for image in kept), key=_number)
-        kept.add(f"compute_{newest}")
-    return sorted(kept, key=lambda image: (_number(image.partition("_")[2]), image))
-
-
-def image_flags(images: Sequence[str]) -> list[str]:
-    """nvcc's options that put the images into the library, compressed: a quarter of the size."""
-    return [
-        *(f"-gencode=arch=compute_{image.partition('_')[2]},code={image}" for image in images),
-        "-Xfatbin=-compress-all",
-    ]
+        kept.add(f"compute_{max(kept, key=_number).partition('_')[2]}")
+    return sorted(kept, key=lambda image: (_number(image), image))
 
 
 def runs_on(image: str, capability: tuple[int, int]) -> bool:
@@ -224,113 +203,73 @@ def runs_on(image: str, capability: tuple[int, int]) -> bool:
     Machine code runs on its own major version from its minor version up, PTX on everything newer;
     with the suffix ``a`` on exactly its GPU, with ``f`` on its major version.
     """
-    kind, _, number = image.partition("_")
-    major, minor = divmod(_number(number), 10)
-    if number.endswith("a"):
-        return capability == (major, minor)
-    if kind == "compute" and not number.endswith("f"):
-        return capability >= (major, minor)
-    return capability[0] == major and capability[1] >= minor
+    own = divmod(_number(image), 10)
+    if image.endswith("a"):
+        return capability == own
+    if image.startswith("compute_") and not image.endswith("f"):
+        return capability >= own
+    return capability[0] == own[0] and capability >= own
 
 
-def link_flags(torch_root: Path | None) -> list[str]:
-    """Flags that make the shared library on the CUDA runtime that torch has loaded."""
-    flags = ["-shared", "-cudart=shared", "-Xlinker=--as-needed,-z,defs"]
-    if torch_root is not None:
-        flags += [f"-L{torch_root / 'lib'}", "-ltorch_cpu", "-ltorch_cuda"]
-    return flags
-
-
-def build_key(root: Path, toolkit: Toolkit, torch_version: str, images: Sequence[str]) -> str:
-    """SHA-256 that names a build of the CUDA library."""
-    variables = (f"{name}={os.environ.get(name, '')}" for name in NVCC_VARIABLES)
-    host = _compile.find_compiler().version
-    return _compile.key_of(
-        source_digest(root), toolkit.compiler, torch_version, host, *images, *variables
-    )
-
-
-def torch_cuda(torch_root: Path) -> tuple[str, str | None]:
-    """(version of torch, version of its CUDA or None), from its files."""
-    text = (torch_root / "version.py").read_text()
-    version = re.search(r"^__version__ = '([^']*)'", text, re.MULTILINE)
-    cuda = re.search(r"^cuda\b[^=]*= '([^']*)'", text, re.MULTILINE)
-    return version[1] if version else "unknown", cuda[1] if cuda else None
-
-
-def toolkit_for(version: str, cuda: str | None) -> Toolkit:
-    """The toolkit that builds for this torch.
-
-    Raises:
-        BuildError: torch has no CUDA, or no toolkit of its major version is here.
-    """
-    if cuda is None:
-        raise BuildError(
-            f"torch {version} is built without CUDA; install a CUDA build of torch to mend it"
+def _cuda_of(torch: Torch) -> str:
+    if torch.cuda is None:
+        raise NotNeeded(
+            f"torch {torch.version} is built without CUDA; install a CUDA build of torch to mend it"
         )
-    _compile.find_compiler()
-    toolkit = find_toolkit()
-    check_release(toolkit, cuda)
-    return toolkit
+    return torch.cuda
 
 
-def visible_gpus() -> list[tuple[int, int]]:
-    """Compute capability of every GPU that the driver shows this process; empty without one."""
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return []
-    count, device, value = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
-    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
-        return []
-    capabilities = []
-    for i in range(count.value):
-        numbers = []
-        for attribute in _CAPABILITY:
-            if driver.cuDeviceGet(ctypes.byref(device), i) or driver.cuDeviceGetAttribute(
-                ctypes.byref(value), attribute, device
-            ):
-                return []
-            numbers.append(value.value)
-        capabilities.append((numbers[0], numbers[1]))
-    return capabilities
+class CudaLibrary(Library):
+    """The library of the CUDA kernels, on the CUDA runtime that torch has loaded."""
 
+    device = "CUDA"
+    name = "_C_cuda.so"
+    variable = "TTA_EXT_CUDA"
+    source_globs = ("cuda/*.cu", "bind/cuda*.cpp")
+    header_folders = ("core", "cuda", "bind")
+    header_suffixes = (*Library.header_suffixes, ".cuh")
+    flags = FLAGS
+    loss = "tta_ext runs its PyTorch reference on CUDA tensors"
 
-@dataclass(frozen=True)
-class Plan:
-    """How a wheel's library is compiled: toolkit, images, version of torch's CUDA."""
+    def recipe(self, torch: Torch) -> Recipe:
+        """As :meth:`Library.recipe`; also raises if torch has no CUDA, no toolkit of its major
+        version is here, or no architecture is left.
+        """
+        cuda, host, toolkit = _cuda_of(torch), super().recipe(torch), find_toolkit()
+        check_release(toolkit, cuda)
+        images = images_to_build(toolkit.known, gpus())
+        gencode = (f"-gencode=arch=compute_{i.partition('_')[2]},code={i}" for i in images)
+        link = ("-shared", "-cudart=shared", "-Xlinker=--as-needed,-z,defs")
+        variables = (f"{name}={os.environ.get(name, '')}" for name in NVCC_VARIABLES)
+        return dataclasses.replace(
+            host,
+            compiler=toolkit.compiler,
+            # Compressed images take a quarter of the size.
+            flags=(*FLAGS, *gencode, "-Xfatbin=-compress-all"),
+            link=(*link, f"-L{torch.root / 'lib'}", "-ltorch_cpu", "-ltorch_cuda"),
+            more=(host.compiler.version, *variables),
+            record={**host.record, "images": images, "cuda": cuda},
+        )
 
-    toolkit: Toolkit
-    images: list[str]
-    cuda: str
+    def require(self, torch: Torch, wanted: str) -> None:
+        _cuda_of(torch)
+        if wanted == "auto" and not gpus():
+            raise NotNeeded("torch finds no CUDA device")
 
+    def check(self, record: Mapping[str, Any], torch: Torch) -> None:
+        built_for, cuda = record.get("cuda") or "unknown", _cuda_of(torch)
+        if built_for.split(".")[0] != cuda.split(".")[0]:
+            raise BuildError(f"the prebuilt library is for CUDA {built_for}, torch has CUDA {cuda}")
+        images, present = record.get("images", ()), gpus()
+        # An old card beside a new one must not switch the new one's kernels off.
+        for name, capability in [g for g in present if g[1] >= divmod(OLDEST, 10)] or present:
+            if not any(runs_on(image, capability) for image in images):
+                number = ".".join(map(str, capability))
+                raise BuildError(
+                    f"the GPU {name} has compute capability {number}, the CUDA library holds "
+                    f"{' '.join(images) or 'nothing'}; mend it with: export TORCH_CUDA_ARCH_LIST="
+                    f"{number} (the kernels need {OLDEST / 10} or newer)"
+                )
 
-def plan(torch_root: Path) -> Plan:
-    """What a build of the CUDA library beside this torch will do.
-
-    Raises:
-        BuildError: torch has no CUDA, no toolkit of its major version is here, or there is no
-            architecture to compile for.
-    """
-    version, cuda = torch_cuda(torch_root)
-    toolkit = toolkit_for(version, cuda)
-    return Plan(toolkit, images_to_build(toolkit.known, visible_gpus()), str(cuda))
-
-
-def build_library(plan: Plan, output: Path, torch_root: Path, root: Path) -> dict[str, object]:
-    """Compile the CUDA library into ``output``; what its record shall say."""
-    _compile.compile_library(
-        plan.toolkit.compiler,
-        sources(root),
-        output,
-        include_dirs=[root],
-        torch_root=torch_root,
-        flags=(*FLAGS, *image_flags(plan.images)),
-        link=link_flags(torch_root),
-    )
-    return {
-        "digest": source_digest(root),
-        "compiler": plan.toolkit.compiler.version,
-        "images": plan.images,
-        "cuda": plan.cuda,
-    }
+    def remedy(self) -> str:
+        return "export CUDA_HOME=<the folder of another CUDA toolkit>"

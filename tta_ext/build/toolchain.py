@@ -1,29 +1,25 @@
-"""How the native CPU library is compiled, in the standard library alone.
+"""Compiling shared libraries: the C++ compiler, torch's files, and what a library is made of.
 
-One description serves three callers, so that they cannot drift apart: ``setup.py`` (a wheel with
-the library inside), :mod:`tta_ext.jit` (the first native op of an installation without one) and
-the tests. Nothing here imports torch: the caller says where torch's headers and libraries lie.
-:mod:`tta_ext._compile_cuda` adds what differs for the CUDA library.
+Standard library alone and no import of torch, so that ``setup.py`` and an installation without
+torch can use it too.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
 import hashlib
+import importlib.util
 import os
 import platform
+import runpy
 import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-
-#: Folders of ``csrc`` that reach the CPU library; ``csrc/testing`` and ``csrc/cuda`` do not.
-HEADER_FOLDERS = ("core", "cpu", "bind")
-HEADER_SUFFIXES = (".h", ".hpp", ".inl")
-SOURCE_GLOBS = ("cpu/*.cpp", "bind/cpu*.cpp")
+from typing import Any
 
 #: ISA variants live behind target pragmas inside the files, so every file has the same flags.
 #: Contraction stays off because the numerics contract wants the same bits from every instruction
@@ -38,13 +34,44 @@ CXX_FLAGS = (
     # The oldest torch whose stable ABI the library may rely on: 2.10.
     "-DTORCH_TARGET_VERSION=0x020a000000000000",
 )
-LIBRARY_NAME = "_C.so"
 MINIMUM_TORCH = (2, 10)
-SWITCH_VALUES = ("auto", "0", "1")
 
 
 class BuildError(RuntimeError):
     """The library could not be compiled; the message names the command that mends it."""
+
+
+@dataclass(frozen=True)
+class Torch:
+    """An installed torch: its folder, its version and that of its CUDA, if it has one."""
+
+    root: Path
+    version: str
+    cuda: str | None
+
+
+def find_torch() -> Torch:
+    """The torch of this environment, by its files.
+
+    Raises:
+        BuildError: it is not installed, or has no stable ABI that the libraries can use.
+    """
+    spec = importlib.util.find_spec("torch")
+    if spec is None or not spec.origin:
+        raise BuildError(
+            "torch is not installed in the build environment; mend it with: "
+            "pip install --no-build-isolation ."
+        )
+    root = Path(spec.origin).resolve().parent
+    facts = runpy.run_path(str(root / "version.py"))
+    version = str(facts["__version__"])
+    if tuple(map(int, version.split("+")[0].split(".")[:2])) < MINIMUM_TORCH:
+        least = ".".join(map(str, MINIMUM_TORCH))
+        raise BuildError(
+            f"torch {version} is older than {least}, the first with the stable ABI that the "
+            f"kernels use; mend it with: pip install 'torch>={least}'"
+        )
+    return Torch(root, version, facts.get("cuda"))
 
 
 @dataclass(frozen=True)
@@ -55,62 +82,6 @@ class Compiler:
 
     command: tuple[str, ...]
     version: str
-
-
-def switch(name: str) -> str:
-    """The environment variable ``TTA_EXT_NATIVE`` or ``TTA_EXT_CUDA``: auto (also unset), 0 or 1.
-
-    Raises:
-        ValueError: another value.
-    """
-    value = os.environ.get(name, "").strip().lower() or "auto"
-    if value not in SWITCH_VALUES:
-        raise ValueError(f"{name}={value!r} is not one of {', '.join(SWITCH_VALUES)}")
-    return value
-
-
-def source_root() -> Path:
-    """The C++ tree: inside an installed package, or beside it in a checkout and an editable
-    install.
-    """
-    package = Path(__file__).resolve().parent
-    shipped = package / "_csrc"
-    return shipped if shipped.is_dir() else package.parent / "csrc"
-
-
-def files_of(root: Path, globs: Iterable[str]) -> list[Path]:
-    """Translation units that match the patterns, sorted."""
-    return sorted(path for pattern in globs for path in root.glob(pattern))
-
-
-def headers_of(root: Path, folders: Iterable[str], suffixes: Sequence[str]) -> list[Path]:
-    """Headers in the folders, sorted."""
-    return sorted(
-        path for folder in folders for path in (root / folder).rglob("*") if path.suffix in suffixes
-    )
-
-
-def cpu_sources(root: Path) -> list[Path]:
-    """Translation units of the CPU library, sorted."""
-    return files_of(root, SOURCE_GLOBS)
-
-
-def cpu_headers(root: Path) -> list[Path]:
-    """Every header that a translation unit of the CPU library may include, sorted."""
-    return headers_of(root, HEADER_FOLDERS, HEADER_SUFFIXES)
-
-
-def link_flags(torch_root: Path | None) -> list[str]:
-    """Flags that make a shared library; unused torch libraries are dropped, undefined symbols
-    refused.
-    """
-    flags = ["-shared"]
-    if sys.platform == "darwin":
-        return [*flags, "-Wl,-undefined,dynamic_lookup"]
-    flags.append("-Wl,--as-needed")
-    if torch_root is not None:
-        flags += [f"-L{torch_root / 'lib'}", "-Wl,-z,defs", "-ltorch_cpu"]
-    return flags
 
 
 def install_hint() -> str:
@@ -136,17 +107,11 @@ def answer_of(command: Sequence[str], name: str, remedy: str) -> str:
         BuildError: it does not run; the message calls it ``name`` and says what mends it.
     """
     try:
-        answer = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=True,
-            stdin=subprocess.DEVNULL,
+        return subprocess.check_output(
+            command, stderr=subprocess.PIPE, text=True, timeout=60, stdin=subprocess.DEVNULL
         )
     except (OSError, subprocess.SubprocessError) as error:
         raise BuildError(f"{name} does not run ({error}); mend it with: {remedy}") from error
-    return answer.stdout
 
 
 def find_compiler() -> Compiler:
@@ -175,41 +140,30 @@ def find_compiler() -> Compiler:
     )
 
 
+def link_flags(torch: Torch | None) -> list[str]:
+    """Flags that make a shared library; unused torch libraries are dropped, undefined symbols
+    refused.
+    """
+    flags = ["-shared"]
+    if sys.platform == "darwin":
+        return [*flags, "-Wl,-undefined,dynamic_lookup"]
+    flags.append("-Wl,--as-needed")
+    if torch is not None:
+        flags += [f"-L{torch.root / 'lib'}", "-Wl,-z,defs", "-ltorch_cpu"]
+    return flags
+
+
 def digest_of(root: Path, files: Iterable[Path], flags: Sequence[str]) -> str:
-    """SHA-256 of files (names and contents) and flags."""
+    """SHA-256 of flags and files: contents, and names below ``root`` or their own tree's folder."""
     digest = hashlib.sha256()
     for path in files:
+        inside = path.is_relative_to(root)
+        name = path.relative_to(root) if inside else Path(path.parent.name, path.name)
         content = path.read_bytes()
-        digest.update(f"{path.relative_to(root).as_posix()}\0{len(content)}\0".encode())
+        digest.update(f"{name.as_posix()}\0{len(content)}\0".encode())
         digest.update(content)
     digest.update("\0".join(flags).encode())
     return digest.hexdigest()
-
-
-def source_digest(root: Path, flags: Sequence[str] = CXX_FLAGS) -> str:
-    """SHA-256 of the CPU library's sources, headers and flags."""
-    return digest_of(root, (*cpu_sources(root), *cpu_headers(root)), flags)
-
-
-def key_of(digest: str, compiler: Compiler, torch_version: str, *more: str) -> str:
-    """SHA-256 that names a build: digest of the sources, compiler, torch, machine, what else."""
-    parts = (
-        digest,
-        *compiler.command,
-        compiler.version,
-        torch_version,
-        sys.platform,
-        platform.machine(),
-        *more,
-    )
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
-
-
-def build_key(
-    root: Path, compiler: Compiler, torch_version: str, flags: Sequence[str] = CXX_FLAGS
-) -> str:
-    """The name of a build of the CPU library."""
-    return key_of(source_digest(root, flags), compiler, torch_version)
 
 
 def job_count(files: int) -> int:
@@ -217,10 +171,8 @@ def job_count(files: int) -> int:
     try:
         wanted = int(os.environ["MAX_JOBS"])
     except (KeyError, ValueError):
-        try:
-            wanted = len(os.sched_getaffinity(0))
-        except AttributeError:  # not Linux
-            wanted = os.cpu_count() or 1
+        only_linux = getattr(os, "sched_getaffinity", None)
+        wanted = len(only_linux(0)) if only_linux else os.cpu_count() or 1
     return max(1, min(files, wanted))
 
 
@@ -230,58 +182,69 @@ def _run(command: Sequence[str]) -> None:
         raise BuildError(f"{shlex.join(command)}\n{done.stderr or done.stdout}")
 
 
-def compile_library(
-    compiler: Compiler,
-    sources: Sequence[Path],
-    output: Path,
-    *,
-    include_dirs: Iterable[Path],
-    torch_root: Path | None,
-    flags: Sequence[str] = CXX_FLAGS,
-    link: Sequence[str] | None = None,
-) -> None:
-    """Compile ``sources`` side by side and link them into ``output``; objects go into its folder.
+@dataclass(frozen=True)
+class Recipe:
+    """All that a shared library is made of.
 
-    Args:
+    Attributes:
+        library: file name of the library.
+        root: folder of the C++ tree, searched first for headers.
+        sources: files to compile.
+        headers: files that they may include.
         compiler: as found by :func:`find_compiler`.
-        sources: C++ files.
-        output: the shared library to write.
-        include_dirs: searched before torch's own headers.
-        torch_root: folder of the torch package, for its headers and libraries; None links
-            without torch.
+        torch: whose headers and libraries are used; None builds without torch.
         flags: compiler flags for every file.
-        link: flags that link; those of :func:`link_flags` by default.
-
-    Raises:
-        BuildError: with the failing command and what the compiler printed.
+        link: flags that link; those of :func:`link_flags` if empty.
+        include_dirs: searched after ``root`` and before torch's headers.
+        more: what else the outcome depends on.
+        record: what a file beside the library says about it.
     """
-    if not sources:
-        raise BuildError(f"no C++ sources found beside {Path(__file__).parent}; reinstall tta_ext")
-    includes = [f"-I{folder}" for folder in include_dirs]
-    if torch_root is not None:
-        # System headers: their warnings are not ours to mend.
-        includes += ["-isystem", str(torch_root / "include")]
-    objects = [output.parent / f"{index}_{path.stem}.o" for index, path in enumerate(sources)]
-    commands = [
-        [*compiler.command, *flags, *includes, "-c", str(source), "-o", str(object_file)]
-        for source, object_file in zip(sources, objects, strict=True)
-    ]
-    with concurrent.futures.ThreadPoolExecutor(job_count(len(sources))) as pool:
-        running = [pool.submit(_run, command) for command in commands]
-        try:
-            for job in running:
-                job.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
-    link = link_flags(torch_root) if link is None else link
-    _run([*compiler.command, *map(str, objects), "-o", str(output), *link])
-    for path in objects:
-        path.unlink()
 
+    library: str
+    root: Path
+    sources: Sequence[Path]
+    headers: Sequence[Path]
+    compiler: Compiler
+    torch: Torch | None
+    flags: Sequence[str] = CXX_FLAGS
+    link: Sequence[str] = ()
+    include_dirs: Sequence[Path] = ()
+    more: Sequence[str] = ()
+    record: Mapping[str, Any] = field(default_factory=dict)
 
-def build_cpu_library(output: Path, torch_root: Path, root: Path | None = None) -> Compiler:
-    """Compile the CPU library from ``root`` (default: this package's sources) into ``output``."""
-    root = source_root() if root is None else root
-    compiler = find_compiler()
-    compile_library(compiler, cpu_sources(root), output, include_dirs=[root], torch_root=torch_root)
-    return compiler
+    def key(self) -> str:
+        """SHA-256 of everything the library depends on."""
+        parts = (
+            digest_of(self.root, (*self.sources, *self.headers), self.flags),
+            *self.compiler.command,
+            self.compiler.version,
+            self.torch.version if self.torch else "no torch",
+            sys.platform,
+            platform.machine(),
+            *self.more,
+        )
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+    def compile(self, output: Path) -> None:
+        """Compile side by side and link into ``output``; objects go into its folder meanwhile.
+
+        Raises:
+            BuildError: with the failing command and what the compiler printed.
+        """
+        if not self.sources:
+            raise BuildError(f"no C++ sources found in {self.root}; reinstall tta_ext")
+        includes = [f"-I{folder}" for folder in (self.root, *self.include_dirs)]
+        if self.torch is not None:
+            # System headers: their warnings are not ours to mend.
+            includes += ["-isystem", str(self.torch.root / "include")]
+        objects = [str(output.parent / f"{i}_{path.stem}.o") for i, path in enumerate(self.sources)]
+        commands = [
+            [*self.compiler.command, *self.flags, *includes, "-c", str(source), "-o", made]
+            for source, made in zip(self.sources, objects, strict=True)
+        ]
+        with concurrent.futures.ThreadPoolExecutor(job_count(len(commands))) as pool:
+            list(pool.map(_run, commands))  # the first failure cancels those that have not begun
+        link = self.link or link_flags(self.torch)
+        _run([*self.compiler.command, *objects, "-o", str(output), *link])
+        for path in objects:
+            os.unlink(path)
