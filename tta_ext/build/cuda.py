@@ -160,7 +160,7 @@ def _seen(gpus: Sequence[Gpu], known: frozenset[str]) -> list[str]:
     return images
 
 
-def images_to_build(known: frozenset[str], gpus: Sequence[Gpu]) -> list[str]:
+def images_to_build(known: frozenset[str]) -> list[str]:
     """What the library shall hold: machine code (``sm_90``) and PTX (``compute_90``), sorted.
 
     ``TORCH_CUDA_ARCH_LIST`` decides if it is set (with PTX only where it asks for it), else the
@@ -170,7 +170,6 @@ def images_to_build(known: frozenset[str], gpus: Sequence[Gpu]) -> list[str]:
 
     Args:
         known: numbers of the architectures that nvcc knows, such as ``90`` or ``90a``.
-        gpus: those of this machine.
 
     Raises:
         BuildError: an entry that is no architecture, or nothing is left.
@@ -178,8 +177,10 @@ def images_to_build(known: frozenset[str], gpus: Sequence[Gpu]) -> list[str]:
     text = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
     if text:
         wanted = _listed(text)
+    elif present := gpus():
+        wanted = _seen(present, known)
     else:
-        wanted = _seen(gpus, known) if gpus else [f"sm_{number}" for number in ARCHITECTURES]
+        wanted = [f"sm_{number}" for number in ARCHITECTURES]
     kept = {i for i in wanted if i.partition("_")[2] in known and _number(i) >= OLDEST}
     limits = (
         f"nvcc knows sm_{' sm_'.join(sorted(known, key=_number))}, the kernels need sm_{OLDEST} "
@@ -237,7 +238,7 @@ class CudaLibrary(Library):
         """
         cuda, host, toolkit = _cuda_of(torch), super().recipe(torch), find_toolkit()
         check_release(toolkit, cuda)
-        images = images_to_build(toolkit.known, gpus())
+        images = images_to_build(toolkit.known)
         gencode = (f"-gencode=arch=compute_{i.partition('_')[2]},code={i}" for i in images)
         link = ("-shared", "-cudart=shared", "-Xlinker=--as-needed,-z,defs")
         variables = (f"{name}={os.environ.get(name, '')}" for name in NVCC_VARIABLES)
