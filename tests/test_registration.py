@@ -335,6 +335,23 @@ def test_forcing_the_native_backend_says_why_not(monkeypatch: pytest.MonkeyPatch
         tta_ext.use_backend("cpu").__enter__()
 
 
+def test_a_library_of_another_version_is_off_for_its_device_alone(
+    monkeypatch: pytest.MonkeyPatch, native: None
+) -> None:
+    """Its kernels are registered, so the operators walk around them, and around no others."""
+    by_reference = []
+    run = _dispatch.reference
+    monkeypatch.setattr(_dispatch, "reference", lambda name: by_reference.append(name) or run(name))
+    monkeypatch.setattr(_dispatch, "_stale", set())
+    counter, key = torch.zeros(1, 4, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
+    want = ops.philox(counter, key)
+    for device, calls in (("CUDA", []), ("CPU", ["philox"])):
+        with pytest.warns(UserWarning, match=f"native {device} operators are off: .* version -1"):
+            assert "reinstall tta_ext" in _dispatch._check_version(-1, "/library.so", device)
+        assert torch.equal(ops.philox(counter, key), want)
+        assert by_reference == calls
+
+
 def test_without_a_native_library_the_reference_serves() -> None:
     """In another process, as kernels cannot be taken back; it warns once and works."""
     program = (
