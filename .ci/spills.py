@@ -10,19 +10,19 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tta_ext import _compile, _compile_cuda
+from tta_ext.build import BuildError, cuda, toolchain
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 STRICT = "-Xptxas=--warn-on-spills,--warn-on-local-memory-usage,--warning-as-error"
 
 
-def fault(toolkit: _compile_cuda.Toolkit, source: Path, arch: str) -> str:
+def fault(toolkit: cuda.Toolkit, source: Path, arch: str) -> str:
     """What the compiler says against a file, empty if nothing."""
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(
             [
                 *toolkit.compiler.command,
-                *_compile_cuda.FLAGS,
+                *cuda.FLAGS,
                 f"-gencode=arch=compute_{arch},code=sm_{arch}",
                 STRICT,
                 f"-I{CSRC}",
@@ -36,13 +36,13 @@ def fault(toolkit: _compile_cuda.Toolkit, source: Path, arch: str) -> str:
 
 def main() -> int:
     try:
-        toolkit = _compile_cuda.find_toolkit()
-    except _compile.BuildError as error:
+        toolkit = cuda.find_toolkit()
+    except BuildError as error:
         print(f"spills: skipped, {error}")
         return 0
-    archs = [arch for arch in _compile_cuda.ARCHITECTURES if arch in toolkit.known]
+    archs = [arch for arch in cuda.ARCHITECTURES if arch in toolkit.known]
     jobs = [(source, arch) for source in sorted(CSRC.glob("cuda/*.cu")) for arch in archs]
-    with concurrent.futures.ThreadPoolExecutor(_compile.job_count(len(jobs))) as pool:
+    with concurrent.futures.ThreadPoolExecutor(toolchain.job_count(len(jobs))) as pool:
         faults = list(filter(None, pool.map(lambda job: fault(toolkit, *job), jobs)))
     print(*faults, sep="\n", end="")
     if not faults:

@@ -1,18 +1,31 @@
-"""Fixtures: backends, instruction sets, threads; skips that ``TTA_EXT_REQUIRE`` makes failures."""
+"""Fixtures: backends, instruction sets, threads, a tiny library to build; skips that
+``TTA_EXT_REQUIRE`` makes failures.
+"""
 
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 import tta_ext
+from tta_ext.build import BuildError, Library
+from tta_ext.build.toolchain import find_compiler
 from tta_ext.ops import _dispatch
 
 ISA_LEVELS = {"scalar": 0, "avx2": 1, "avx512": 2}
 REQUIRED = frozenset(filter(None, os.environ.get("TTA_EXT_REQUIRE", "").split(",")))
+# In the layout of csrc; without torch's headers a file compiles in no time.
+_TINY = {
+    "core/answer.h": "#pragma once\nint answer();\n",
+    "cpu/answer.cpp": '#include "core/answer.h"\nint answer() { return 42; }\n',
+    "bind/cpu.cpp": '#include "core/answer.h"\n'
+    'extern "C" __attribute__((visibility("default"))) int tta_answer() { return answer(); }\n',
+}
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -81,3 +94,45 @@ def isa(request: pytest.FixtureRequest, native: None) -> Iterator[str]:
         skip_or_fail(request.param, f"this machine has no {request.param}")
     yield request.param
     torch.ops.tta_ext.cpu_isa(before)
+
+
+@pytest.fixture
+def cxx() -> None:
+    """Skips where there is no C++ compiler."""
+    try:
+        find_compiler()
+    except BuildError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Library:
+    """A library that compiles in no time, not loaded yet, with a cache and locks of its own.
+
+    Its C function ``tta_answer`` returns 42.
+    """
+    for name in ("TTA_EXT_NATIVE", "CXX", "MAX_JOBS", "TTA_EXT_LOCK_TIMEOUT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TTA_EXT_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for name, text in _TINY.items():
+        path = tmp_path / "csrc" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return Library(tmp_path / "csrc")
+
+
+def fake_nvcc(home: Path, release: str, compiles: bool = True) -> Path:
+    """A program that answers as nvcc does when it is asked who it is; what it compiles is empty."""
+    path = home / "bin" / "nvcc"
+    path.parent.mkdir(parents=True)
+    compiling = 'while [ "$1" != -o ]; do shift; done; : > "$2"'
+    path.write_text(
+        "#!/bin/sh\n"
+        f'case "$1" in --version) echo "Cuda tools, release {release}, V{release}.1";;\n'
+        '--list-gpu-code) printf "sm_80\\nsm_90\\nsm_90a\\n";;\n'
+        f"*) {compiling if compiles else 'echo planted error: >&2; exit 1'};; esac\n"
+    )
+    path.chmod(0o755)
+    return path

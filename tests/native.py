@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib.machinery
 import importlib.util
 import sys
@@ -11,7 +10,8 @@ import sysconfig
 from pathlib import Path
 from types import ModuleType
 
-from tta_ext import _compile, jit
+from tta_ext.build import LIBRARIES, cache
+from tta_ext.build.toolchain import Recipe, find_compiler
 
 NAME = "tta_ext_testing"
 
@@ -27,29 +27,19 @@ def testing_module() -> ModuleType:
     """
     import pybind11
 
-    root = _compile.source_root()
-    binding = root / "testing" / "pybind.cpp"
-    compiler = _compile.find_compiler()
-    headers = [path for path in (root / "testing").iterdir() if path.suffix == ".h"]
-    key = hashlib.sha256(
-        b"\0".join(
-            [
-                _compile.build_key(root, compiler, "no torch").encode(),
-                *(path.read_bytes() for path in (binding, *sorted(headers))),
-                pybind11.__version__.encode(),
-                sys.version.encode(),
-            ]
-        )
-    ).hexdigest()
-    path, _ = jit.build(
-        [root / "cpu" / "isa.cpp", binding],
-        key,
-        compiler=compiler,
-        include_dirs=[root, Path(pybind11.get_include()), Path(sysconfig.get_paths()["include"])],
-        torch_root=None,
-        stem="testing",
-        library=f"{NAME}.so",
+    cpu = LIBRARIES["cpu"]
+    testing = cpu.root / "testing"
+    recipe = Recipe(
+        f"{NAME}.so",
+        cpu.root,
+        [cpu.root / "cpu" / "isa.cpp", testing / "pybind.cpp"],
+        [*cpu.headers(), *sorted(testing.glob("*.h"))],
+        find_compiler(),
+        torch=None,
+        include_dirs=[Path(pybind11.get_include()), Path(sysconfig.get_paths()["include"])],
+        more=(pybind11.__version__, sys.version),
     )
+    path, _ = cache.get(recipe, "testing")
     loader = importlib.machinery.ExtensionFileLoader(NAME, str(path))
     spec = importlib.util.spec_from_loader(NAME, loader)
     assert spec is not None

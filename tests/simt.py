@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import os
 import platform
 import shlex
@@ -26,6 +25,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
+
+    from tta_ext.build.toolchain import Torch
 
 MODES = ("plain", "hooks", "asan")
 
@@ -82,13 +83,13 @@ _STATISTICS = (
 
 def missing() -> str:
     """Why the SIMT layer cannot be built here, or ""."""
-    from tta_ext import _compile
+    from tta_ext.build import toolchain
 
     if sys.platform != "linux" or platform.machine() != "x86_64":
         return f"the SIMT layer is for x86-64 Linux, not {platform.machine()} {sys.platform}"
     try:
-        compiler = _compile.find_compiler()
-    except _compile.BuildError as error:
+        compiler = toolchain.find_compiler()
+    except toolchain.BuildError as error:
         return f"no C++ compiler: {error}"
     if "clang" in compiler.version:
         return f"the SIMT layer needs g++, not {compiler.version}"
@@ -110,13 +111,13 @@ def _build(
     root: Path,
     sources: Sequence[Path],
     headers: Sequence[Path],
-    torch_root: Path | None,
+    torch: Torch | None,
     namespace: str,
 ) -> Path:
-    from tta_ext import _compile, jit
+    from tta_ext.build import cache, toolchain
 
-    plain = _compile.find_compiler()
-    torch_flags = [flag for flag in _compile.CXX_FLAGS if flag.startswith("-DTORCH_")]
+    plain = toolchain.find_compiler()
+    torch_flags = [flag for flag in toolchain.CXX_FLAGS if flag.startswith("-DTORCH_")]
     script = _SCRIPT.format(
         compiler=shlex.join(plain.command),
         kernel=_KERNEL_FLAGS[mode],
@@ -124,25 +125,17 @@ def _build(
         binding=shlex.join([f"-DTTA_SIMT_LIBRARY={namespace}", *torch_flags]),
         sanitize=_SANITIZE if mode == "asan" else "",
     )
-    compiler = _compile.Compiler(("sh", "-c", script, "g++"), plain.version)
-    flags = (*_FLAGS, *_fused_multiply_add())
-    digest = hashlib.sha256()
-    for path in (*sources, *headers):
-        digest.update(f"{path.parent.name}/{path.name}\0".encode())
-        digest.update(path.read_bytes())
-    for text in (script, *flags, plain.version, str(torch_root)):
-        digest.update(text.encode() + b"\0")
-    path, _ = jit.build(
+    recipe = toolchain.Recipe(
+        f"{stem}.so",
+        root,
         sources,
-        digest.hexdigest(),
-        compiler=compiler,
-        include_dirs=[root, root / "testing" / "simt"],
-        torch_root=torch_root,
-        flags=flags,
-        stem=f"{stem}-{mode}",
-        library=f"{stem}.so",
+        headers,
+        toolchain.Compiler(("sh", "-c", script, "g++"), plain.version),
+        torch,
+        (*_FLAGS, *_fused_multiply_add()),
+        include_dirs=[root / "testing" / "simt"],
     )
-    return path
+    return cache.get(recipe, f"{stem}-{mode}")[0]
 
 
 def _files(root: Path, *folders: str, suffixes: Sequence[str]) -> list[Path]:
@@ -244,9 +237,9 @@ def build_selftest(mode: str) -> Path:
     Raises:
         BuildError: compilation failed.
     """
-    from tta_ext import _compile
+    from tta_ext.build.library import source_root
 
-    root = _compile.source_root()
+    root = source_root()
     headers = _files(root, "testing/simt", suffixes=(".h",))
     return _build("simt_selftest", mode, root, _layer(root, "selftest.cu"), headers, None, "")
 
@@ -328,11 +321,10 @@ def build_kernels(mode: str, namespace: str, changed: Mapping[str, Path] | None 
     Raises:
         BuildError: compilation failed.
     """
-    import torch
+    from tta_ext.build.library import source_root
+    from tta_ext.build.toolchain import find_torch
 
-    from tta_ext import _compile
-
-    root, trees = _compile.source_root(), changed or {}
+    root, trees = source_root(), changed or {}
     units = [
         trees[path.name] / "cuda" / path.name if path.name in trees else path
         for path in _files(root, "cuda", suffixes=(".cu",))
@@ -341,8 +333,7 @@ def build_kernels(mode: str, namespace: str, changed: Mapping[str, Path] | None 
     headers = _files(root, "bind", "core", "cuda", "testing/simt", suffixes=(".h", ".cuh"))
     for name in sorted(trees):
         headers += _files(trees[name], "cuda", suffixes=(".cuh",))
-    torch_root = Path(torch.__file__).resolve().parent
-    return _build("simt", mode, root, sources, headers, torch_root, namespace)
+    return _build("simt", mode, root, sources, headers, find_torch(), namespace)
 
 
 @functools.cache
@@ -361,9 +352,9 @@ def asan_environment() -> dict[str, str] | None:
     """Environment variables for a Python that can load ``asan`` builds; None where g++ has no
     sanitizers.
     """
-    from tta_ext import _compile
+    from tta_ext.build import toolchain
 
-    compiler = _compile.find_compiler()
+    compiler = toolchain.find_compiler()
     libraries = []
     for name in ("libasan.so", "libubsan.so"):
         found = subprocess.run(

@@ -5,48 +5,34 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
-import os
 import re
 import shutil
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
 import pytest
-import torch
+from conftest import fake_nvcc
 
-from tta_ext import _compile, _compile_cuda, jit, jit_cuda
-from tta_ext._compile import BuildError
+from tta_ext import build
+from tta_ext.build import LIBRARIES, BuildError, Library, cuda
+from tta_ext.build.cuda import CudaLibrary
+from tta_ext.build.toolchain import Compiler, Torch
 from tta_ext.ops import _dispatch
 
 ROOT = Path(__file__).resolve().parent.parent
 KNOWN = frozenset(("75", "80", "86", "90", "90a", "100", "120"))
-HOPPER = ("NVIDIA H100", (9, 0))
+AMPERE, HOPPER = ("NVIDIA A100", (8, 0)), ("NVIDIA H100", (9, 0))
+TORCH = Torch(Path("/torch"), "2.14.1", "13.0")
 
 
 @pytest.fixture(autouse=True)
 def _clean(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No toolkit or architecture named from outside, nothing loaded before."""
+    """No toolkit, architecture or GPU from outside, nothing loaded before."""
     for name in ("CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST", "TTA_EXT_CUDA", "NVCC_CCBIN"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(jit_cuda._once, "result", None)
+    monkeypatch.setattr(cuda, "gpus", list)
+    monkeypatch.setitem(LIBRARIES, "cuda", CudaLibrary())
     monkeypatch.setattr(_dispatch, "_cuda", None)
-
-
-def fake_nvcc(home: Path, release: str, compiles: bool = True) -> Path:
-    """A program that answers as nvcc does when it is asked who it is; what it compiles is empty."""
-    path = home / "bin" / "nvcc"
-    path.parent.mkdir(parents=True)
-    compiling = 'while [ "$1" != -o ]; do shift; done; : > "$2"'
-    path.write_text(
-        "#!/bin/sh\n"
-        f'case "$1" in --version) echo "Cuda tools, release {release}, V{release}.1";;\n'
-        '--list-gpu-code) printf "sm_80\\nsm_90\\nsm_90a\\n";;\n'
-        f"*) {compiling if compiles else 'echo planted error: >&2; exit 1'};; esac\n"
-    )
-    path.chmod(0o755)
-    return path
 
 
 # ---------------------------------------------------------------------------- architectures
@@ -69,7 +55,8 @@ def test_images(
     monkeypatch: pytest.MonkeyPatch, text: str, gpus: list[tuple[int, int]], images: str
 ) -> None:
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", text)
-    assert _compile_cuda.images_to_build(KNOWN, gpus) == images.split()
+    monkeypatch.setattr(cuda, "gpus", lambda: [("a GPU", capability) for capability in gpus])
+    assert cuda.images_to_build(KNOWN) == images.split()
 
 
 def test_images_left_out_are_named(
@@ -77,7 +64,7 @@ def test_images_left_out_are_named(
 ) -> None:
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.5;8.0;13.0")
     with caplog.at_level(logging.WARNING, logger="tta_ext"):
-        _compile_cuda.images_to_build(KNOWN, ())
+        cuda.images_to_build(KNOWN)
     (record,) = caplog.records
     assert "sm_130 sm_75" in record.getMessage()
 
@@ -93,7 +80,7 @@ def test_images_left_out_are_named(
 def test_bad_architectures(monkeypatch: pytest.MonkeyPatch, text: str, words: str) -> None:
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", text)
     with pytest.raises(BuildError) as error:
-        _compile_cuda.images_to_build(KNOWN, ())
+        cuda.images_to_build(KNOWN)
     assert words in str(error.value)
     assert "export TORCH_CUDA_ARCH_LIST=" in str(error.value)
 
@@ -115,13 +102,16 @@ def test_bad_architectures(monkeypatch: pytest.MonkeyPatch, text: str, words: st
     ],
 )
 def test_what_runs_where(image: str, capability: tuple[int, int], runs: bool) -> None:
-    assert _compile_cuda.runs_on(image, capability) is runs
+    assert cuda.runs_on(image, capability) is runs
 
 
-def test_unserved_gpu_is_one_sentence() -> None:
-    jit_cuda.check_images(["sm_90"], [HOPPER], "the library")
+def test_unserved_gpu_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An old card beside it, which nothing can serve, does not count."""
+    monkeypatch.setattr(cuda, "gpus", lambda: [("NVIDIA T4", (7, 5)), HOPPER])
+    record = {"cuda": "13.2", "images": ["sm_90"]}
+    CudaLibrary().check(record, TORCH)
     with pytest.raises(BuildError) as error:
-        jit_cuda.check_images(["sm_80", "compute_100"], [HOPPER], "the library")
+        CudaLibrary().check({**record, "images": ["sm_80", "compute_100"]}, TORCH)
     text = str(error.value)
     assert "NVIDIA H100 has compute capability 9.0" in text
     assert "sm_80 compute_100" in text
@@ -137,14 +127,14 @@ def test_toolkit_by_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     other = fake_nvcc(tmp_path / "path", "12.4")
     monkeypatch.setenv("PATH", f"{other.parent}:/usr/bin:/bin")
     monkeypatch.delenv("CXX", raising=False)
-    assert _compile_cuda.find_toolkit().release == "12.4"
+    assert cuda.find_toolkit().release == "12.4"
     monkeypatch.setenv("CUDA_PATH", str(home.parent.parent))
-    found = _compile_cuda.find_toolkit()
+    found = cuda.find_toolkit()
     assert (found.release, found.compiler.command) == ("13.2", (str(home),))
     assert found.known == {"80", "90", "90a"}
-    _compile_cuda.check_release(found, "13.0")
+    cuda.check_release(found, "13.0")
     with pytest.raises(BuildError, match=r"of CUDA 13\.2, torch of CUDA 12\.8; mend it with: "):
-        _compile_cuda.check_release(found, "12.8")
+        cuda.check_release(found, "12.8")
 
 
 def test_missing_toolkit_says_what_was_looked_for(
@@ -152,10 +142,10 @@ def test_missing_toolkit_says_what_was_looked_for(
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(BuildError, match="nvcc in CUDA_HOME, CUDA_PATH and on the PATH"):
-        _compile_cuda.find_toolkit()
+        cuda.find_toolkit()
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     with pytest.raises(BuildError, match=r"CUDA_HOME='.*' has no bin/nvcc"):
-        _compile_cuda.find_toolkit()
+        cuda.find_toolkit()
 
 
 def test_host_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,238 +153,136 @@ def test_host_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     if compiler is None:
         pytest.skip("no C++ compiler")
     monkeypatch.setenv("CXX", f"env {compiler}")
-    assert _compile_cuda.host_compiler() == (f"-ccbin={compiler}",)
+    assert cuda.host_compiler() == (f"-ccbin={compiler}",)
     monkeypatch.setenv("NVCC_CCBIN", "clang++")
-    assert _compile_cuda.host_compiler() == ()
+    assert cuda.host_compiler() == ()
 
 
+@pytest.mark.usefixtures("cxx")
 def test_key_depends_on_everything(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     root = tmp_path / "csrc"
     for name in ("core/a.h", "cuda/a.cu", "cuda/a.cuh", "bind/cuda.cpp", "bind/cpu.cpp"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(name)
 
-    def key(version: str = "nvcc 1", torch_version: str = "2", images: str = "sm_90") -> str:
-        compiler = _compile.Compiler(("nvcc",), version)
-        toolkit = _compile_cuda.Toolkit(compiler, "13.0", KNOWN)
-        return _compile_cuda.build_key(root, toolkit, torch_version, images.split())
+    def key(version: str = "nvcc 1", torch_version: str = "2", images: str = "9.0") -> str:
+        toolkit = cuda.Toolkit(Compiler(("nvcc",), version), "13.0", KNOWN)
+        monkeypatch.setattr(cuda, "find_toolkit", lambda: toolkit)
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", images)
+        return CudaLibrary(root).recipe(dataclasses.replace(TORCH, version=torch_version)).key()
 
-    keys = {key(), key(version="nvcc 2"), key(torch_version="3"), key(images="sm_90 sm_100")}
+    keys = {key(), key(version="nvcc 2"), key(torch_version="3"), key(images="9.0 10.0")}
     monkeypatch.setenv("NVCC_APPEND_FLAGS", "-G")
     keys.add(key())
-    assert len(keys) == 5
-    on_cpu = _compile.source_digest(root)
+    host = Compiler(("c++",), "another release")
+    monkeypatch.setattr("tta_ext.build.library.find_compiler", lambda: host)
+    keys.add(key())
+    assert len(keys) == 6
+    on_cpu = Library(root).digest()
     for name in ("cuda/a.cu", "cuda/a.cuh", "bind/cuda.cpp", "core/a.h"):
         (root / name).write_text("changed")
         assert key() not in keys
         keys.add(key())
         # A kernel's change must not have everybody compile the CPU library again.
-        assert (_compile.source_digest(root) == on_cpu) is (name != "core/a.h")
+        assert (Library(root).digest() == on_cpu) is (name != "core/a.h")
 
 
 def test_cmake_has_the_same_kernels() -> None:
     text = (ROOT / "CMakeLists.txt").read_text()
     (pattern,) = re.findall(r"file\(GLOB TTA_EXT_CUDA_SOURCES CONFIGURE_DEPENDS (\S+)\)", text)
-    kernels = [path for path in _compile_cuda.sources(ROOT / "csrc") if path.suffix == ".cu"]
+    kernels = [path for path in CudaLibrary(ROOT / "csrc").sources() if path.suffix == ".cu"]
     assert sorted(ROOT.glob(pattern)) == kernels
     assert kernels
     for flag in ("--fmad=false", "-lineinfo", "-ffp-contract=off", "-fno-math-errno"):
         assert flag in text
-        assert any(flag in words for words in _compile_cuda.FLAGS)
-
-
-# ---------------------------------------------------------------------------- wheels
-
-
-class Wheel:
-    """setup.py's build of the libraries beside a torch and a CUDA toolkit that are made up."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.library = folder / "out" / "tta_ext" / "_C_cuda.so"
-
-    def torch(self, cuda: str | None) -> None:
-        package = self.folder / "site" / "torch"
-        package.mkdir(parents=True)
-        (package / "__init__.py").touch()
-        (package / "version.py").write_text(f"__version__ = '2.14.1'\ncuda = {cuda!r}\n")
-
-    def build(self, **variables: str) -> tuple[int, list[str]]:
-        """Exit code, and lines on stderr."""
-        base, temp = self.folder / "out", self.folder / "temp"
-        done = subprocess.run(
-            [
-                *(sys.executable, "setup.py", "-q", "build_ext"),
-                *("--build-lib", str(base), "--build-temp", str(temp)),
-            ],
-            cwd=ROOT,
-            env={
-                **os.environ,
-                "CUDA_HOME": str(self.folder / "home"),
-                "PYTHONPATH": str(self.folder / "site"),
-                "TTA_EXT_NATIVE": "0",
-                **variables,
-            },
-            capture_output=True,
-            text=True,
-        )
-        return done.returncode, done.stderr.splitlines()
-
-    def record(self) -> dict[str, object]:
-        return json.loads(self.library.with_suffix(".json").read_text())
-
-
-@pytest.fixture
-def wheel(tmp_path: Path) -> Wheel:
-    if shutil.which("c++") is None and shutil.which("g++") is None:
-        pytest.skip("no C++ compiler")
-    return Wheel(tmp_path)
-
-
-# A driver that shows one GPU of compute capability 8.0.
-DRIVER = """
-extern "C" {
-int cuInit(unsigned) { return 0; }
-int cuDeviceGetCount(int* count) { *count = 1; return 0; }
-int cuDeviceGet(int* device, int) { *device = 7; return 0; }
-int cuDeviceGetAttribute(int* value, int attribute, int device) {
-  *value = attribute == 75 ? 8 : 0;
-  return device != 7 || (attribute != 75 && attribute != 76);
-}
-}
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="the driver's library is Linux's")
-@pytest.mark.parametrize("wanted", ["auto", "1"])
-def test_wheel_carries_kernels_for_the_gpus_of_the_machine(wheel: Wheel, wanted: str) -> None:
-    wheel.torch("13.0")
-    fake_nvcc(wheel.folder / "home", "13.2")
-    source = wheel.folder / "driver.cpp"
-    source.write_text(DRIVER)
-    compiler = _compile.find_compiler().command
-    subprocess.run(
-        [*compiler, "-shared", "-fPIC", source, "-o", wheel.folder / "libcuda.so.1"], check=True
-    )
-    gpu = {"LD_LIBRARY_PATH": str(wheel.folder), "TTA_EXT_CUDA": wanted}
-    assert wheel.build(**gpu) == (0, [])
-    assert wheel.library.exists()
-    assert wheel.record() == {
-        "digest": _compile_cuda.source_digest(ROOT / "csrc"),
-        "compiler": "nvcc V13.2.1",
-        "images": ["compute_80", "sm_80"],
-        "cuda": "13.0",
-    }
-    assert wheel.build(**gpu, TORCH_CUDA_ARCH_LIST="9.0") == (0, [])
-    assert wheel.record()["images"] == ["sm_90"]
-
-
-@pytest.mark.parametrize(
-    ("cuda", "release", "reason"),
-    [
-        (None, "13.0", "torch 2.14.1 is built without CUDA; install a CUDA build of torch"),
-        ("13.0", "12.4", "is of CUDA 12.4, torch of CUDA 13.0; mend it with: export CUDA_HOME="),
-        ("13.0", None, "no CUDA compiler: CUDA_HOME="),
-    ],
-)
-def test_wheel_says_why_it_has_no_kernels(
-    wheel: Wheel, cuda: str | None, release: str | None, reason: str
-) -> None:
-    """One sentence by default, an error where they are demanded, nothing where they are not."""
-    wheel.torch(cuda)
-    if release is not None:
-        fake_nvcc(wheel.folder / "home", release)
-    code, (line,) = wheel.build()
-    assert code == 0
-    assert line.startswith("tta_ext: the first op compiles the CUDA library: ")
-    assert reason in line
-    code, (line,) = wheel.build(TTA_EXT_CUDA="1")
-    assert code == 1
-    assert line.startswith("TTA_EXT_CUDA=1, but ")
-    assert reason in line
-    assert wheel.build(TTA_EXT_CUDA="0") == (0, [])
-    assert not wheel.library.exists()
-
-
-def test_wheel_survives_a_toolkit_that_does_not_compile(wheel: Wheel) -> None:
-    wheel.torch("13.0")
-    fake_nvcc(wheel.folder / "home", "13.0", compiles=False)
-    code, lines = wheel.build(TORCH_CUDA_ARCH_LIST="9.0")
-    assert code == 0
-    assert lines[0] == "tta_ext: the first op compiles the CUDA library: it does not compile now:"
-    assert "planted error:" in lines
-    code, lines = wheel.build(TORCH_CUDA_ARCH_LIST="9.0", TTA_EXT_CUDA="1")
-    assert code == 1
-    assert lines[0] == "tta_ext: _C_cuda.so does not compile:"
-    assert not wheel.library.exists()
-
-
-def test_isolated_build_is_quiet(wheel: Wheel) -> None:
-    """Without torch: one sentence for both libraries, and no toolkit is asked."""
-    site = wheel.folder / "site"
-    site.mkdir()
-    (site / "sitecustomize.py").write_text(
-        "import importlib.util as util\n"
-        "find = util.find_spec\n"
-        "util.find_spec = lambda name, *more: None if name == 'torch' else find(name, *more)\n"
-    )
-    code, (line,) = wheel.build(TTA_EXT_NATIVE="auto")
-    assert code == 0
-    assert line.startswith(
-        "tta_ext: the first op compiles the CPU and the CUDA library: torch is not installed"
-    )
+        assert any(flag in words for words in cuda.FLAGS)
 
 
 # ---------------------------------------------------------------------------- loading
 
 
+def in_torch(monkeypatch: pytest.MonkeyPatch, cuda_version: str | None) -> None:
+    """As if the torch of this environment had this CUDA."""
+    found = dataclasses.replace(TORCH, cuda=cuda_version)
+    monkeypatch.setattr("tta_ext.build.library.find_torch", lambda: found)
+
+
 def test_switches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TTA_EXT_CUDA", "0")
-    assert jit_cuda.load().reason == "switched off by TTA_EXT_CUDA=0"
-    monkeypatch.setattr(jit_cuda._once, "result", None)
+    assert build.load("cuda").reason == "switched off by TTA_EXT_CUDA=0"
     monkeypatch.setenv("TTA_EXT_CUDA", "yes")
     with pytest.raises(ValueError, match="TTA_EXT_CUDA='yes' is not one of auto, 0, 1"):
-        jit_cuda.load()
+        CudaLibrary().load()
 
 
-@pytest.mark.skipif(torch.version.cuda is not None, reason="torch has CUDA")
-def test_torch_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("cxx")
+@pytest.mark.parametrize(
+    ("version", "reason", "demanded"),
+    [
+        (None, "is built without CUDA", "torch 2.14.1 is built without CUDA"),
+        ("13.0", "torch finds no CUDA device", "no CUDA compiler: CUDA_HOME='/none' has no"),
+    ],
+)
+def test_without_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, version: str | None, reason: str, demanded: str
+) -> None:
     """Silent by default, because nothing is slower for it; one sentence where CUDA is demanded."""
+    in_torch(monkeypatch, version)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        result = jit_cuda.load()
+        result = build.load("cuda")
     assert not result.loaded
-    assert "is built without CUDA" in result.reason
+    assert reason in result.reason
     assert _dispatch.serves("philox", "cuda") == ("reference", result.reason)
-    monkeypatch.setattr(jit_cuda._once, "result", None)
     monkeypatch.setenv("TTA_EXT_CUDA", "1")
-    with pytest.raises(RuntimeError, match=r"^TTA_EXT_CUDA=1, but torch .* built without CUDA"):
-        jit_cuda.load()
+    monkeypatch.setenv("CUDA_HOME", "/none")
+    with pytest.raises(RuntimeError, match=f"^TTA_EXT_CUDA=1, but {demanded}"):
+        CudaLibrary().load()
 
 
 def test_a_gpu_without_kernels_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(wanted: str) -> None:
+    def fail(torch: Torch) -> None:
         raise BuildError("no CUDA compiler; mend it with: something")
 
-    monkeypatch.setattr(jit_cuda, "_load", fail)
-    monkeypatch.setattr(jit_cuda, "gpus", lambda: [HOPPER])
-    with pytest.warns(jit.NativeWarning, match=r"reference on CUDA tensors.*no CUDA compiler") as w:
-        results = [jit_cuda.load() for _ in range(3)]
+    in_torch(monkeypatch, "13.0")
+    monkeypatch.setattr(LIBRARIES["cuda"], "recipe", fail)
+    monkeypatch.setattr(cuda, "gpus", lambda: [HOPPER])
+    with pytest.warns(build.NativeWarning, match=r"reference on CUDA.*no CUDA compiler") as w:
+        results = [build.load("cuda") for _ in range(3)]
     assert len(w) == 1
+    assert w[0].filename == __file__
     assert not any(result.loaded for result in results)
 
 
+@pytest.mark.usefixtures("cxx")
 def test_prebuilt_library_must_fit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Of another CUDA, for other GPUs: passed over, and the reason is kept."""
-    library = tmp_path / "_C_cuda.so"
-    record = {"cuda": "13.0", "images": ["sm_80"]}
-    library.with_suffix(".json").write_text(json.dumps(record))
-    monkeypatch.setattr(jit, "prebuilt", lambda name, digest: (library, ""))
-    assert jit_cuda._prebuilt("13.1", [("NVIDIA A100", (8, 0))]) == (library, "")
-    assert "is for CUDA 13.0, torch has CUDA 12.8" in jit_cuda._prebuilt("12.8", [])[1]
-    path, why = jit_cuda._prebuilt("13.0", [HOPPER])
-    assert path is None
-    assert "NVIDIA H100 has compute capability 9.0" in why
+    """Of another CUDA, for other GPUs, of other sources: passed over, and the reason is kept."""
+    monkeypatch.setattr("tta_ext.build.library.PACKAGE", tmp_path)
+    monkeypatch.setattr("tta_ext.build.library._open", lambda path, kind: None)
+    monkeypatch.setattr("tta_ext.build.cache.get", lambda recipe, stem: (tmp_path, True))
+    library = CudaLibrary(ROOT / "csrc")
+    prebuilt = tmp_path / library.name
+    prebuilt.touch()
+    record = {"digest": library.digest(), "cuda": "13.0", "images": ["sm_80"]}
+
+    def reason(version: str, gpu: cuda.Gpu, **changes: str) -> str:
+        prebuilt.with_suffix(".json").write_text(json.dumps({**record, **changes}))
+        monkeypatch.setenv("CUDA_HOME", str(fake_nvcc(tmp_path / version, version).parent.parent))
+        monkeypatch.setattr(cuda, "gpus", lambda: [gpu])
+        in_torch(monkeypatch, version)
+        return CudaLibrary(ROOT / "csrc").load().reason
+
+    assert reason("13.1", AMPERE) == "prebuilt in the package, for sm_80"
+    compiled = "compiled in the cache, for compute_{0} sm_{0}; "
+    assert reason("12.8", AMPERE) == compiled.format(80) + (
+        "the prebuilt library is for CUDA 13.0, torch has CUDA 12.8"
+    )
+    other_gpu = reason("13.0", HOPPER)
+    assert other_gpu.startswith(compiled.format(90) + "the GPU NVIDIA H100 has compute capability ")
+    assert "the CUDA library holds sm_80" in other_gpu
+    assert reason("13.2", AMPERE, digest="?") == compiled.format(80) + (
+        "the prebuilt library is older than the C++ sources"
+    )
 
 
 # ---------------------------------------------------------------------------- what nvcc makes
@@ -403,7 +291,7 @@ def test_prebuilt_library_must_fit(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 def test_local_memory_is_found(tmp_path: Path) -> None:
     """A planted array that no register can hold; the kernel beside it is clean."""
     try:
-        toolkit = _compile_cuda.find_toolkit()
+        toolkit = cuda.find_toolkit()
     except BuildError as error:
         pytest.skip(str(error))
     path = ROOT / ".ci" / "spills.py"

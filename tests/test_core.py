@@ -14,7 +14,8 @@ import native
 import numpy as np
 import pytest
 
-from tta_ext import _compile, rules
+from tta_ext import rules
+from tta_ext.build import BuildError
 
 MAX_FLOAT = np.finfo(np.float32).max
 SMALLEST_ARGUMENT = np.float32(float.fromhex("-0x1.5d589ep+6"))  # just above ln 2^-126
@@ -24,7 +25,7 @@ SMALLEST_ARGUMENT = np.float32(float.fromhex("-0x1.5d589ep+6"))  # just above ln
 def core() -> ModuleType:
     try:
         return native.testing_module()
-    except _compile.BuildError as error:
+    except BuildError as error:
         pytest.skip(f"no C++ compiler: {error}")
 
 

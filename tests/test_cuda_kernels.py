@@ -26,7 +26,8 @@ import torch
 from conftest import skip_or_fail
 from torch import Tensor
 
-from tta_ext import _compile, rules, schemas
+from tta_ext import rules, schemas
+from tta_ext.build.library import source_root
 
 pytestmark = pytest.mark.usefixtures("native")
 
@@ -527,7 +528,7 @@ BUGS = (
 
 def plant(bug: Bug, tree: Path) -> Path:
     """The tree, with the bug's translation unit and the file that the bug is in."""
-    source = _compile.source_root() / "cuda"
+    source = source_root() / "cuda"
     (tree / "cuda").mkdir()
     for name in {f"{bug.unit}.cu", bug.file}:
         text = (source / name).read_text()

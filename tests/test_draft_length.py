@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import pytest
-
 from tta_ext.decoding.deferral.draft_budget import Budget
 from tta_ext.decoding.deferral.draft_costs import CostModel, ForwardCost
+
 from tta_ext.decoding.deferral.draft_length import AdaptiveLength, FixedLength, Memory, StepReport
 
 FLOOR = 0.97

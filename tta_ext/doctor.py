@@ -6,7 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from tta_ext import env, jit, jit_cuda
+from tta_ext import build, env
+from tta_ext.build import LoadResult
+from tta_ext.build.cache import cache_dir
+from tta_ext.build.cuda import gpus
 
 
 @dataclass(frozen=True)
@@ -35,8 +38,8 @@ class Diagnosis:
     """
 
     env: dict[str, str]
-    native: jit.LoadResult
-    cuda: jit.LoadResult
+    native: LoadResult
+    cuda: LoadResult
     cpu_isa: str | None
     cache: str
     ops: list[OpStatus]
@@ -58,21 +61,21 @@ def diagnose() -> Diagnosis:
     from tta_ext.ops import _dispatch
 
     try:
-        native = jit.load()
+        native = build.load("cpu")
         unusable = _dispatch.native_status()
     except RuntimeError as error:  # TTA_EXT_NATIVE=1
-        native = jit.LoadResult(False, str(error), None, 0.0, False)
+        native = LoadResult(False, str(error))
         unusable = native.reason
     try:
-        cuda = jit_cuda.load()
-        others = {name: _dispatch.unavailable(name) for name in ("cuda", "triton")}
+        cuda = build.load("cuda")
+        no_cuda = _dispatch.unavailable("cuda")
     except RuntimeError as error:  # TTA_EXT_CUDA=1
-        cuda = jit.LoadResult(False, str(error), None, 0.0, False)
-        others = {"cuda": cuda.reason, "triton": _dispatch.unavailable("triton")}
+        cuda = LoadResult(False, str(error))
+        no_cuda = cuda.reason
     ops = []
     for name in schemas.OPS:
         on_cpu = not unusable and _dispatch.has_kernel(name, "cpu")
-        why_not = {backend: why for backend, why in others.items() if why}
+        why_not = {"cuda": no_cuda} if no_cuda else {}
         if not on_cpu:
             why_not["cpu"] = unusable or "the native library has no kernel for it"
         ops.append(OpStatus(name, "cpu" if on_cpu else "reference", why_not))
@@ -81,15 +84,15 @@ def diagnose() -> Diagnosis:
         native=native,
         cuda=cuda,
         cpu_isa=_cpu_isa() if native.loaded and not unusable else None,
-        cache=str(jit.cache_dir()),
+        cache=str(cache_dir()),
         ops=ops,
         advice=_advice(native, cuda),
     )
 
 
-def _advice(native: jit.LoadResult, cuda: jit.LoadResult) -> list[str]:
+def _advice(native: LoadResult, cuda: LoadResult) -> list[str]:
     advice = []
-    for library in (native, cuda if jit_cuda.gpus() else native):
+    for library in (native, cuda if gpus() else native):
         if not library.loaded:
             _, marker, command = library.reason.partition("mend it with: ")
             line = command if marker else library.reason
@@ -109,7 +112,7 @@ def common_reasons(ops: list[OpStatus]) -> dict[str, str]:
     }
 
 
-def library_state(library: jit.LoadResult) -> str:
+def library_state(library: LoadResult) -> str:
     """How a library was found, in a line."""
     state = "not loaded"
     if library.loaded:

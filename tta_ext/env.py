@@ -11,8 +11,10 @@ import platform
 import sys
 from pathlib import Path
 
-from tta_ext import _compile, _compile_cuda
 from tta_ext._version import __version__
+from tta_ext.build import BuildError, cuda
+from tta_ext.build.library import source_root
+from tta_ext.build.toolchain import find_compiler
 
 _PACKAGES = (
     "torch",
@@ -91,10 +93,8 @@ def _torch() -> dict[str, str]:
 
 
 def _gpus() -> str:
-    from tta_ext import jit_cuda
-
     try:
-        found = jit_cuda.gpus()
+        found = cuda.gpus()
     except Exception as error:  # a broken driver is what the report is for
         return f"cannot be asked: {type(error).__name__}: {error}"
     return ", ".join(f"{name} ({major}.{minor})" for name, (major, minor) in found) or "none"
@@ -102,16 +102,16 @@ def _gpus() -> str:
 
 def _nvcc() -> str:
     try:
-        found = _compile_cuda.find_toolkit()
-    except _compile.BuildError as error:
+        found = cuda.find_toolkit()
+    except BuildError as error:
         return str(error)
     return f"{found.compiler.version} ({found.compiler.command[0]})"
 
 
 def _compiler() -> str:
     try:
-        found = _compile.find_compiler()
-    except _compile.BuildError as error:
+        found = find_compiler()
+    except BuildError as error:
         return str(error)
     return f"{found.version} ({' '.join(found.command)})"
 
@@ -133,7 +133,7 @@ def collect() -> dict[str, str]:
         ),
         "C++ compiler": _compiler(),
         "CUDA compiler": _nvcc(),
-        "C++ sources": str(_compile.source_root()),
+        "C++ sources": str(source_root()),
         "variables": ", ".join(
             f"{name}={os.environ[name]}" for name in _VARIABLES if name in os.environ
         )

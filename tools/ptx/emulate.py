@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from tta_ext._compile import BuildError
+from tta_ext.build import BuildError
 
 from .emulator import LAUNCH, Emulator, Failed, concurrently
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from tta_ext import _compile, _compile_cuda
+from tta_ext.build import BuildError, cuda, toolchain
 
 from . import counters, machine_code
 from .kernel_table import CSRC, tool
@@ -29,7 +29,7 @@ LAUNCH = re.compile(r"^(\S.*): (\d+) instr$", re.MULTILINE)
 
 def concurrently(function: Callable[[Task], Done], tasks: Sequence[Task]) -> list[Done]:
     """The function of every task, in their order, a thread each core: programs do the work."""
-    with concurrent.futures.ThreadPoolExecutor(_compile.job_count(len(tasks))) as pool:
+    with concurrent.futures.ThreadPoolExecutor(toolchain.job_count(len(tasks))) as pool:
         futures = [pool.submit(function, task) for task in tasks]
         try:
             return [future.result() for future in futures]
@@ -62,9 +62,9 @@ class Emulator:
         """
         place = os.environ.get("TTA_EXT_PTXEMU", "")
         if not place:
-            raise _compile.BuildError("TTA_EXT_PTXEMU does not name the emulator's folder")
+            raise BuildError("TTA_EXT_PTXEMU does not name the emulator's folder")
         nvdisasm = tool("nvdisasm")
-        self.nvcc = _compile_cuda.find_toolkit().compiler.command
+        self.nvcc = cuda.find_toolkit().compiler.command
         self.tool = folder / "ptxemu"
         # It is built where it stands, and the folder given may be read-only.
         shutil.copytree(place, self.tool, ignore=shutil.ignore_patterns("build"))

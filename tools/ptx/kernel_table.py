@@ -27,8 +27,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from tta_ext import _compile, _compile_cuda
-from tta_ext._compile import BuildError
+from tta_ext.build import BuildError, cuda, toolchain
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CSRC = ROOT / "csrc"
@@ -171,13 +170,13 @@ def count(opcodes: Counter[str], kind: str, width: str = "") -> int:
     )
 
 
-def compile_one(toolkit: _compile_cuda.Toolkit, source: Path, arch: str) -> list[Kernel]:
+def compile_one(toolkit: cuda.Toolkit, source: Path, arch: str) -> list[Kernel]:
     """The kernels of a file on an architecture."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = str(Path(folder) / "kernels.cubin")
         log = output_of(
             *toolkit.compiler.command,
-            *_compile_cuda.FLAGS,
+            *cuda.FLAGS,
             f"-gencode=arch=compute_{arch},code=sm_{arch}",
             "-Xptxas=-v",
             f"-I{CSRC}",
@@ -226,10 +225,10 @@ def compile_one(toolkit: _compile_cuda.Toolkit, source: Path, arch: str) -> list
     return kernels
 
 
-def measure(toolkit: _compile_cuda.Toolkit, files: Sequence[Path]) -> list[Kernel]:
+def measure(toolkit: cuda.Toolkit, files: Sequence[Path]) -> list[Kernel]:
     """The kernels of files on all architectures, by file, name and architecture."""
-    jobs = [(source, arch) for arch in _compile_cuda.ARCHITECTURES for source in files]
-    with concurrent.futures.ThreadPoolExecutor(_compile.job_count(len(jobs))) as pool:
+    jobs = [(source, arch) for arch in cuda.ARCHITECTURES for source in files]
+    with concurrent.futures.ThreadPoolExecutor(toolchain.job_count(len(jobs))) as pool:
         parts = list(pool.map(lambda job: compile_one(toolkit, *job), jobs))
     kernels = [kernel for part in parts for kernel in part]
     return sorted(kernels, key=lambda k: (k.file, k.kernel, int(k.arch[3:])))
@@ -253,7 +252,7 @@ def main() -> None:
     parser.add_argument("files", nargs="*", type=Path, help="those of csrc/cuda, if none is named")
     arguments = parser.parse_args()
     try:
-        toolkit = _compile_cuda.find_toolkit()
+        toolkit = cuda.find_toolkit()
         tool("cuobjdump")
     except BuildError as error:
         sys.exit(f"kernel_table: {error}")

@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu_times import DRAFT, ROLLOUTS, SHARDS, STEPS
-from tta_ext._compile import BuildError
+from tta_ext.build import BuildError
 
 from . import machine_code
 from .emulator import LAUNCH, Emulator, Failed, concurrently

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from tta_ext.jit import cache_dir
+from tta_ext.build.cache import cache_dir
 
 __all__ = ["NAME", "available", "folder", "load"]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import threading
 import warnings
 from collections.abc import Callable, Sequence
@@ -18,7 +17,7 @@ from tta_ext.schemas import OpSpec
 
 __all__ = ["BACKENDS", "Op", "invoke", "native_status", "serves", "use_backend"]
 
-BACKENDS = ("reference", "cpu", "cuda", "triton")
+BACKENDS = ("reference", "cpu", "cuda")
 
 _INVALID = "invalid row: "
 
@@ -29,6 +28,9 @@ _lock = threading.RLock()
 # Of each library: "" = usable, other text = why not, None = not tried yet.
 _native: str | None = None
 _cuda: str | None = None
+# Devices whose loaded library is of another version: its kernels are registered and cannot be taken
+# back, so they must be walked around.
+_stale: set[str] = set()
 
 
 class Op:
@@ -60,9 +62,9 @@ def native_status() -> str:
 
 
 def _load_native() -> str:
-    from tta_ext import jit
+    from tta_ext import build
 
-    result = jit.load()
+    result = build.load("cpu")
     if not result.loaded:
         return result.reason or "no reason given"
     return _check_version(torch.ops.tta_ext.native_version(), str(result.path), "CPU")
@@ -79,9 +81,9 @@ def cuda_status() -> str:
 
 
 def _load_cuda() -> str:
-    from tta_ext import jit_cuda
+    from tta_ext import build
 
-    result = jit_cuda.load()
+    result = build.load("cuda")
     if not result.loaded:
         return result.reason or "no reason given"
     return _check_version(torch.ops.tta_ext.cuda_version(), str(result.path), "CUDA")
@@ -89,7 +91,6 @@ def _load_cuda() -> str:
 
 def _check_version(version: int, path: str, device: str) -> str:
     """Why a loaded library must not be used; empty if it may."""
-    global _forced
     if version == schemas.NATIVE_VERSION:
         return ""
     reason = (
@@ -97,8 +98,7 @@ def _check_version(version: int, path: str, device: str) -> str:
         f"{schemas.NATIVE_VERSION}; reinstall tta_ext to mend it"
     )
     warnings.warn(f"native {device} operators are off: {reason}", stacklevel=3)
-    # Its kernels are registered and cannot be taken back, so they must be walked around.
-    _forced = "reference"
+    _stale.add(device.lower())
     return reason
 
 
@@ -142,29 +142,25 @@ def run_without_kernel(spec: OpSpec, args: Sequence[Any], outputs: dict[str, Ten
     if untried and serves(spec.name, first.device.type)[0] != "reference":
         getattr(torch.ops.tta_ext, spec.name).out(*args, **outputs)
         return
+    _run_reference(spec, args, [outputs[name] for name in spec.outputs])
+
+
+def _run_reference(spec: OpSpec, args: Sequence[Any], outputs: Sequence[Tensor]) -> None:
     with torch.no_grad():
-        _into(spec, reference(spec.name)(*args), [outputs[name] for name in spec.outputs])
+        _into(spec, reference(spec.name)(*args), outputs)
 
 
-def _run_forced(op: Op, args: Sequence[Any], out: Sequence[Tensor] | None) -> Sequence[Tensor]:
-    if out is None:
-        out = op.allocate(*args)
-    if _forced == "reference":
-        with torch.no_grad():
-            _into(op.spec, reference(op.name)(*args), out)
+def _run_forced(op: Op, args: Sequence[Any], out: Sequence[Tensor]) -> Sequence[Tensor]:
+    device = out[0].device.type
+    if _forced == "reference" or (_forced is None and device in _stale):
+        _run_reference(op.spec, args, out)
         return out
-    device = "cuda" if _forced == "triton" else _forced
-    if out[0].device.type != device:
+    if _forced is not None and device != _forced:
         raise RuntimeError(
             f"backend {_forced!r} is forced but the tensors are on {out[0].device}; move them to "
-            f"{device} or leave use_backend"
+            f"{_forced} or leave use_backend"
         )
-    if _forced == "triton":
-        module = importlib.import_module("tta_ext.backends.triton")
-        with torch.no_grad():
-            _into(op.spec, getattr(module, op.name)(*args), out)
-        return out
-    if device != "cpu" and not has_kernel(op.name, str(device)):
+    if _forced == "cuda" and not has_kernel(op.name, "cuda"):
         raise RuntimeError(
             f"backend {_forced!r} has no kernel of {op.name}; use_backend('reference') has one"
         )
@@ -196,10 +192,10 @@ def invoke(op: Op, args: Sequence[Any], out: Sequence[Tensor] | None) -> Sequenc
             return (result,) if len(op.outputs) == 1 else result
         op.out(*args, **dict(zip(op.outputs, out)))  # noqa: B905
         return out
-    if _forced is not None:
-        return _run_forced(op, args, out)
     if out is None:
         out = op.allocate(*args)
+    if _forced is not None or _stale:
+        return _run_forced(op, args, out)
     names = op.outputs
     try:
         if len(names) == 2:  # decoding steps: spares the zip
@@ -219,21 +215,15 @@ def unavailable(backend: str) -> str:
         return native_status()
     if not torch.cuda.is_available():
         return "torch finds no CUDA device; install a CUDA build of torch on a machine with one"
-    if backend == "cuda":
-        return cuda_status()
-    if importlib.util.find_spec("tta_ext.backends.triton") is None:
-        return "this version has no Triton kernels; use 'cuda' or 'reference'"
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed; pip install triton"
-    return ""
+    return cuda_status()
 
 
 class use_backend:
     """Make all public operators of this process use one backend, inside a ``with`` block.
 
     Args:
-        backend: ``"reference"`` (plain PyTorch, any device), ``"cpu"``, ``"cuda"`` (compiled) or
-            ``"triton"``.
+        backend: ``"reference"`` (plain PyTorch, any device), ``"cpu"`` or ``"cuda"``
+            (compiled).
 
     Raises:
         ValueError: not a backend.

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from tools.ptx import kernel_table
-from tta_ext import _compile_cuda
-from tta_ext._compile import BuildError
+from tta_ext.build import BuildError, cuda
 
 
 def test_occupancy() -> None:
@@ -27,7 +26,7 @@ def test_occupancy() -> None:
 def test_what_is_seen_of_a_kernel(tmp_path: Path) -> None:
     """One with an array that no register can hold, and a clean one beside it."""
     try:
-        toolkit = _compile_cuda.find_toolkit()
+        toolkit = cuda.find_toolkit()
         kernel_table.tool("cuobjdump")
     except BuildError as error:
         pytest.skip(str(error))
@@ -51,7 +50,7 @@ def test_what_is_seen_of_a_kernel(tmp_path: Path) -> None:
     assert [(k.kernel, k.arch) for k in kernels] == [
         (name, f"sm_{arch}")
         for name in ("planted<64>", "wide")
-        for arch in _compile_cuda.ARCHITECTURES
+        for arch in cuda.ARCHITECTURES
     ]
     planted, wide = kernels[0], kernels[-1]
     assert planted.threads == 128

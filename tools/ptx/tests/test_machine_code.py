@@ -7,7 +7,7 @@ import pytest
 from tools.ptx import counters, machine_code
 from tools.ptx.emulator import Emulator
 from tools.ptx.kernel_table import tool
-from tta_ext._compile import BuildError
+from tta_ext.build import BuildError
 
 BLOCKS, THREADS, LOOPS, EXTRA = 3, 128, 40, 48
 WARPS = BLOCKS * THREADS // 32

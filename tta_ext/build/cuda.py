@@ -1,0 +1,276 @@
+"""The CUDA library: toolkit, architectures, flags. Nothing here imports torch but :func:`gpus`."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tta_ext.build.library import Library, NotNeeded
+from tta_ext.build.toolchain import (
+    CXX_FLAGS,
+    BuildError,
+    Compiler,
+    Recipe,
+    Torch,
+    answer_of,
+    find_compiler,
+)
+
+logger = logging.getLogger("tta_ext")
+
+#: What the library is compiled for where nobody says and no GPU is seen.
+ARCHITECTURES = ("80", "90", "100", "120")
+#: The kernels use warp reductions that older GPUs do not have.
+OLDEST = 80
+
+#: Contraction is off on both sides, as in the CPU library; -lineinfo costs nothing at run time and
+#: lets profilers and sanitizers name lines. The runtime is shared with torch's.
+FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "--fmad=false",
+    "-lineinfo",
+    "-Xcompiler=-fPIC,-ffp-contract=off,-fno-math-errno,-fvisibility=hidden",
+    *(flag for flag in CXX_FLAGS if flag.startswith("-D")),
+    "-DUSE_CUDA",
+)
+#: Environment that nvcc adds to its command line by itself.
+NVCC_VARIABLES = ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS", "NVCC_CCBIN")
+
+#: A GPU: its name and its compute capability.
+Gpu = tuple[str, tuple[int, int]]
+
+_ENTRY = re.compile(r"(\d+)\.(\d)([af]?)(\+PTX)?", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Toolkit:
+    """An nvcc: how it is called, its release (``13.0``) and the architectures it knows."""
+
+    compiler: Compiler
+    release: str
+    known: frozenset[str]
+
+
+def _nvcc_path() -> str:
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        if home := os.environ.get(variable, "").strip():
+            path = Path(home) / "bin" / "nvcc"
+            if path.is_file():
+                return str(path)
+            raise BuildError(
+                f"no CUDA compiler: {variable}={home!r} has no bin/nvcc; "
+                f"mend it with: export {variable}=<the folder of a CUDA toolkit>"
+            )
+    found = shutil.which("nvcc")
+    if found is None:
+        raise BuildError(
+            "no CUDA compiler: looked for nvcc in CUDA_HOME, CUDA_PATH and on the PATH; "
+            "mend it with: conda install -y -c nvidia cuda-nvcc, or export CUDA_HOME=<the folder "
+            "of a CUDA toolkit>"
+        )
+    return found
+
+
+def find_toolkit() -> Toolkit:
+    """The nvcc of ``CUDA_HOME``, else of ``CUDA_PATH``, else of the PATH.
+
+    Raises:
+        BuildError: none was found, or it does not run; the message says what was looked for.
+    """
+    path = _nvcc_path()
+    name, remedy = f"the CUDA compiler {path}", "export CUDA_HOME=<the folder of a CUDA toolkit>"
+    text = answer_of([path, "--version"], name, remedy)
+    release = re.search(r"release (\d+\.\d+)", text)
+    version = re.search(r"V\d+\.\d+\.\d+", text)
+    if release is None:
+        raise BuildError(f"{name} does not say its release; mend it with: {remedy}")
+    codes = answer_of([path, "--list-gpu-code"], name, remedy)
+    known = frozenset(re.findall(r"sm_(\d+[af]?)", codes))
+    compiler = Compiler((path, *host_compiler()), f"nvcc {version[0] if version else release[1]}")
+    return Toolkit(compiler, release[1], known)
+
+
+def host_compiler() -> tuple[str, ...]:
+    """nvcc's option for the C++ compiler of ``CXX``, where nothing else names one.
+
+    ``CXX`` may hold words such as ``ccache g++``; nvcc takes a single program.
+    """
+    if not os.environ.get("CXX", "").strip() or os.environ.get("NVCC_CCBIN"):
+        return ()
+    return (f"-ccbin={find_compiler().command[-1]}",)
+
+
+def check_release(toolkit: Toolkit, torch_cuda: str) -> None:
+    """``BuildError`` unless the toolkit has the major version of torch's CUDA runtime."""
+    wanted = torch_cuda.split(".")[0]
+    if toolkit.release.split(".")[0] != wanted:
+        raise BuildError(
+            f"nvcc at {toolkit.compiler.command[0]} is of CUDA {toolkit.release}, torch of CUDA "
+            f"{torch_cuda}; mend it with: export CUDA_HOME=<the folder of a CUDA {wanted} toolkit>"
+        )
+
+
+def gpus() -> list[Gpu]:
+    """Every GPU that torch can use; empty without one."""
+    import torch
+
+    if torch.version.cuda is None or not torch.cuda.is_available():
+        return []
+    return [
+        (torch.cuda.get_device_name(i), torch.cuda.get_device_capability(i))
+        for i in range(torch.cuda.device_count())
+    ]
+
+
+def _number(image: str) -> int:
+    return int(image.rpartition("_")[2].rstrip("af"))
+
+
+def _listed(text: str) -> list[str]:
+    """Images that ``TORCH_CUDA_ARCH_LIST`` asks for."""
+    images = []
+    for entry in re.split(r"[;,\s]+", text):
+        match = _ENTRY.fullmatch(entry)
+        if match is None:
+            raise BuildError(
+                f"TORCH_CUDA_ARCH_LIST has {entry!r}, which is no architecture such as 9.0 or "
+                "9.0+PTX; mend it with: export TORCH_CUDA_ARCH_LIST='8.0;9.0+PTX'"
+            )
+        major, minor, suffix, ptx = match.groups()
+        number = f"{major}{minor}{suffix.lower()}"
+        images += [f"sm_{number}"] + ([f"compute_{number}"] if ptx else [])
+    return images
+
+
+def _seen(gpus: Sequence[Gpu], known: frozenset[str]) -> list[str]:
+    """Images for GPUs: their own code, or the nearest PTX where nvcc is older than the GPU."""
+    images = []
+    for _, (major, minor) in gpus:
+        own = f"{major}{minor}"
+        older = sorted(int(n) for n in known if n.isdigit() and int(n) <= int(own))
+        images += [f"sm_{own}"] if own in known else [f"compute_{n}" for n in older[-1:]]
+    return images
+
+
+def images_to_build(known: frozenset[str]) -> list[str]:
+    """What the library shall hold: machine code (``sm_90``) and PTX (``compute_90``), sorted.
+
+    ``TORCH_CUDA_ARCH_LIST`` decides if it is set (with PTX only where it asks for it), else the
+    GPUs, else :data:`ARCHITECTURES`; the latter two with PTX of the newest, for GPUs to come.
+    Architectures that nvcc does not know, or that are older than the kernels can do with, are left
+    out, and a log message says so.
+
+    Args:
+        known: numbers of the architectures that nvcc knows, such as ``90`` or ``90a``.
+
+    Raises:
+        BuildError: an entry that is no architecture, or nothing is left.
+    """
+    text = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
+    if text:
+        wanted = _listed(text)
+    elif present := gpus():
+        wanted = _seen(present, known)
+    else:
+        wanted = [f"sm_{number}" for number in ARCHITECTURES]
+    kept = {i for i in wanted if i.partition("_")[2] in known and _number(i) >= OLDEST}
+    limits = (
+        f"nvcc knows sm_{' sm_'.join(sorted(known, key=_number))}, the kernels need sm_{OLDEST} "
+        "or newer"
+    )
+    if not kept:
+        raise BuildError(
+            f"no architecture is left of {' '.join(wanted) or 'none'}: {limits}; "
+            "mend it with: export TORCH_CUDA_ARCH_LIST='8.0;9.0+PTX'"
+        )
+    if dropped := set(wanted) - kept:
+        logger.warning("tta_ext: leaving out %s: %s", " ".join(sorted(dropped)), limits)
+    if not text:
+        kept.add(f"compute_{max(kept, key=_number).partition('_')[2]}")
+    return sorted(kept, key=lambda image: (_number(image), image))
+
+
+def runs_on(image: str, capability: tuple[int, int]) -> bool:
+    """Whether a GPU can run machine code or PTX of the library.
+
+    Machine code runs on its own major version from its minor version up, PTX on everything newer;
+    with the suffix ``a`` on exactly its GPU, with ``f`` on its major version.
+    """
+    own = divmod(_number(image), 10)
+    if image.endswith("a"):
+        return capability == own
+    if image.startswith("compute_") and not image.endswith("f"):
+        return capability >= own
+    return capability[0] == own[0] and capability >= own
+
+
+def _cuda_of(torch: Torch) -> str:
+    if torch.cuda is None:
+        raise NotNeeded(
+            f"torch {torch.version} is built without CUDA; install a CUDA build of torch to mend it"
+        )
+    return torch.cuda
+
+
+class CudaLibrary(Library):
+    """The library of the CUDA kernels, on the CUDA runtime that torch has loaded."""
+
+    device = "CUDA"
+    name = "_C_cuda.so"
+    variable = "TTA_EXT_CUDA"
+    source_globs = ("cuda/*.cu", "bind/cuda*.cpp")
+    header_folders = ("core", "cuda", "bind")
+    header_suffixes = (*Library.header_suffixes, ".cuh")
+    flags = FLAGS
+    loss = "tta_ext runs its PyTorch reference on CUDA tensors"
+
+    def recipe(self, torch: Torch) -> Recipe:
+        """As :meth:`Library.recipe`; also raises if torch has no CUDA, no toolkit of its major
+        version is here, or no architecture is left.
+        """
+        cuda, host, toolkit = _cuda_of(torch), super().recipe(torch), find_toolkit()
+        check_release(toolkit, cuda)
+        images = images_to_build(toolkit.known)
+        gencode = (f"-gencode=arch=compute_{i.partition('_')[2]},code={i}" for i in images)
+        link = ("-shared", "-cudart=shared", "-Xlinker=--as-needed,-z,defs")
+        variables = (f"{name}={os.environ.get(name, '')}" for name in NVCC_VARIABLES)
+        return dataclasses.replace(
+            host,
+            compiler=toolkit.compiler,
+            # Compressed images take a quarter of the size.
+            flags=(*FLAGS, *gencode, "-Xfatbin=-compress-all"),
+            link=(*link, f"-L{torch.root / 'lib'}", "-ltorch_cpu", "-ltorch_cuda"),
+            more=(host.compiler.version, *variables),
+            record={**host.record, "images": images, "cuda": cuda},
+        )
+
+    def require(self, torch: Torch, wanted: str) -> None:
+        _cuda_of(torch)
+        if wanted == "auto" and not gpus():
+            raise NotNeeded("torch finds no CUDA device")
+
+    def check(self, record: Mapping[str, Any], torch: Torch) -> None:
+        built_for, cuda = record.get("cuda") or "unknown", _cuda_of(torch)
+        if built_for.split(".")[0] != cuda.split(".")[0]:
+            raise BuildError(f"the prebuilt library is for CUDA {built_for}, torch has CUDA {cuda}")
+        images, present = record.get("images", ()), gpus()
+        # An old card beside a new one must not switch the new one's kernels off.
+        for name, capability in [g for g in present if g[1] >= divmod(OLDEST, 10)] or present:
+            if not any(runs_on(image, capability) for image in images):
+                number = ".".join(map(str, capability))
+                raise BuildError(
+                    f"the GPU {name} has compute capability {number}, the CUDA library holds "
+                    f"{' '.join(images) or 'nothing'}; mend it with: export TORCH_CUDA_ARCH_LIST="
+                    f"{number} (the kernels need {OLDEST / 10} or newer)"
+                )
+
+    def remedy(self) -> str:
+        return "export CUDA_HOME=<the folder of another CUDA toolkit>"
