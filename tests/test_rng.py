@@ -132,6 +132,19 @@ def test_seed_from_generator() -> None:
     assert all(-(2**63) <= seed < 2**63 for seed in (first, second))
 
 
+def test_resolve_seed() -> None:
+    assert rng.resolve_seed(2**64 - 1) == -1
+    assert rng.resolve_seed(torch.tensor(5)) == 5  # type: ignore[arg-type]
+    first = rng.seed_from_generator(torch.Generator().manual_seed(3))
+    assert rng.resolve_seed(torch.Generator().manual_seed(3)) == first
+    state = torch.get_rng_state()
+    try:
+        torch.manual_seed(3)
+        assert rng.resolve_seed(None) == first != rng.resolve_seed(None)
+    finally:
+        torch.set_rng_state(state)
+
+
 def test_seed_and_key_conversions() -> None:
     assert rng.as_seed(2**64 - 1) == -1
     assert rng.as_seed(2**63) == -(2**63)

@@ -23,7 +23,7 @@ from tta_ext.decoding import (
     RewardGuidedSearch,
 )
 from tta_ext.decoding.deferral.step import deferral_step
-from tta_ext.decoding.runtime.rows import Limits, Rows, check_prompts, sequence_ids
+from tta_ext.decoding.runtime.rows import Limits, Rows
 from tta_ext.decoding.search.engine import LocalEngine, RolloutBatch, RolloutJob, RolloutTask
 from tta_ext.rules import Rule
 
@@ -73,6 +73,8 @@ def test_a_draw_that_failed_names_prompt_position_and_model(bad: float) -> None:
     assert rows.finish == ["", "error"]
     assert rows.tokens == [[5], []]
     assert list(rows.errors) == [1]
+    with pytest.raises(ValueError, match="max_new_tokens is 0, expected at least 1"):
+        Limits(0)
     with pytest.raises(ValueError, match="errors is 'ignore', expected one of raise, finish"):
         Rows([1], Limits(1), str, "ignore")
 
@@ -171,24 +173,6 @@ def test_a_search_names_the_rollout(method: Any) -> None:
         pytest.raises(ValueError, match="logits of the model for prompt 1, rollout 0, position 2,"),
     ):
         search.generate([[5, 6], [5, 9]], seed=0, eos_token_id=[])
-
-
-# ---- checks before anything runs -------------------------------------------------------------
-
-
-def test_checks_of_prompts_and_sequence_ids() -> None:
-    model = base_model()
-    check_prompts(model, "base", [[1, 2], []], 512 - 1)
-    with pytest.raises(ValueError, match="prompt 1 has the id -1, expected ids from 0 to"):
-        check_prompts(model, "base", [[1], [-1]], 4)
-    with pytest.raises(ValueError, match="prompt 0 has 3 tokens and max_new_tokens is 511, but b"):
-        check_prompts(model, "base", [[1, 2, 3]], 511)
-    assert sequence_ids(None, 2, "a prompt") == [0, 1]
-    assert sequence_ids(torch.tensor([7, 9]), 2, "a prompt") == [7, 9]
-    with pytest.raises(ValueError, match="sequence has 1 ids, expected 2, one a prompt"):
-        sequence_ids([3], 2, "a prompt")
-    with pytest.raises(ValueError, match="max_new_tokens is 0, expected at least 1"):
-        Limits(0)
 
 
 # ---- seams for foreign engines ---------------------------------------------------------------
@@ -354,5 +338,5 @@ def test_a_rule_object_is_handed_down_whole() -> None:
             call()
     with pytest.raises(ValueError, match="speculative and num_assistant_tokens are one argument"):
         plain.generate(prompts, speculative=2, num_assistant_tokens=2)
-    with pytest.raises(ValueError, match="param is 0.3, expected None for rule 'argmax'"):
+    with pytest.raises(ValueError, match=r"param is 0\.3, expected None for rule 'argmax'"):
         plain.generate(prompts, rule="argmax", param=0.3)

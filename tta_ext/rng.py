@@ -61,6 +61,7 @@ __all__ = [
     "check_iteration",
     "check_rollout",
     "key",
+    "resolve_seed",
     "seed_from_generator",
     "stream_word",
 ]
@@ -147,6 +148,20 @@ def seed_from_generator(generator: torch.Generator) -> int:
         0, WORD, (2,), generator=generator, device=generator.device, dtype=torch.int64
     ).tolist()
     return as_seed(words[1] << 32 | words[0])
+
+
+def resolve_seed(seed: int | torch.Generator | None) -> int:
+    """The signed 64-bit seed that a caller means.
+
+    Args:
+        seed: an integer as for :func:`as_seed`, a generator that supplies one and advances, or None
+            for torch's default generator.
+    """
+    if seed is None:
+        seed = torch.default_generator
+    if isinstance(seed, torch.Generator):
+        return seed_from_generator(seed)
+    return as_seed(int(seed))
 
 
 def key(seed: int) -> tuple[int, int]:

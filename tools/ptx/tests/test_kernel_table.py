@@ -48,9 +48,7 @@ def test_what_is_seen_of_a_kernel(tmp_path: Path) -> None:
     )
     kernels = kernel_table.measure(toolkit, [source])
     assert [(k.kernel, k.arch) for k in kernels] == [
-        (name, f"sm_{arch}")
-        for name in ("planted<64>", "wide")
-        for arch in cuda.ARCHITECTURES
+        (name, f"sm_{arch}") for name in ("planted<64>", "wide") for arch in cuda.ARCHITECTURES
     ]
     planted, wide = kernels[0], kernels[-1]
     assert planted.threads == 128

@@ -20,7 +20,7 @@ from tta_ext.decoding.deferral.request import GenerationOptions, Models, Request
 from tta_ext.decoding.deferral.result import Generation
 from tta_ext.decoding.runtime.attention import check_model, probe_model
 from tta_ext.decoding.runtime.loading import load_model, load_tokenizer
-from tta_ext.decoding.runtime.models import device_of, logits_of
+from tta_ext.decoding.runtime.models import device_of, logit_count
 from tta_ext.decoding.runtime.signatures import keywords_of
 from tta_ext.decoding.runtime.streaming import StreamEvent
 from tta_ext.decoding.runtime.vocabulary import align_vocabularies
@@ -121,7 +121,7 @@ class KnapsackDeferral:
             check_model(model, name)
             model.eval()
         proxy_tokenizer = tokenizer if proxy_tokenizer is None else proxy_tokenizer
-        sizes = [logits_of(model) for model, _ in named]
+        sizes = [logit_count(model) for model, _ in named]
         # All agree: ids come from the tokenizers, or all models have the same number of logits.
         vocabulary, *_ = [
             align_vocabularies(sizes[0], size, tokenizer, proxy_tokenizer, proxy_name=name)

@@ -27,8 +27,14 @@ from tta_ext.decoding.deferral.speculative import (
 )
 from tta_ext.decoding.runtime.models import device_of
 from tta_ext.decoding.runtime.processors import SequenceView, as_criteria, as_processors
-from tta_ext.decoding.runtime.prompts import encode_prompts, normalise_prompts, unpad
-from tta_ext.decoding.runtime.rows import Limits, check_prompts, sequence_ids
+from tta_ext.decoding.runtime.prompts import (
+    check_prompts,
+    encode_prompts,
+    normalise_prompts,
+    sequence_ids,
+    unpad,
+)
+from tta_ext.decoding.runtime.rows import Limits
 from tta_ext.decoding.runtime.runner import Runner
 from tta_ext.decoding.runtime.stopping import StopStrings, end_ids
 from tta_ext.decoding.runtime.streaming import StreamEvent, TextDeltas
@@ -174,14 +180,14 @@ class Request:
         if len(base) != len(proxy):
             raise ValueError(f"there are {len(base)} prompts and {len(proxy)} proxy prompts")
         for i, (model, name) in enumerate(models.named):
-            check_prompts(model, name, proxy if i else base, max_new_tokens)
+            check_prompts(model, proxy if i else base, max_new_tokens, name)
         context = base if input_ids is None or not padded_context else input_ids.tolist()
         self.repeats = num_return_sequences
         self.base, self.proxy, self.context = (
             [prompt for prompt in each for _ in range(num_return_sequences)]
             for each in (base, proxy, context)
         )
-        self.sequence = sequence_ids(sequence, len(self.base), "for each answer")
+        self.sequence = sequence_ids(sequence, len(self.base))
         self.rule = self._spread(rule, len(base))
         self.policy = self._policy(speculative, memories)
         self.seed = rng.resolve_seed(seed)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tta_ext.decoding.runtime import compat
+from tta_ext.decoding.runtime.models import embedding_count, logit_count
 
 __all__ = ["MaskBuilder", "check_model", "probe_model"]
 
@@ -155,10 +156,9 @@ def probe_model(model: Any, role: str) -> None:
     from tta_ext.decoding.runtime.runner import Runner
 
     if model not in _probed:
-        ids = [1 + i % (model.get_input_embeddings().weight.shape[0] - 1) for i in range(6)]
+        ids = [1 + i % (embedding_count(model) - 1) for i in range(6)]
         rows = [ids, ids[3:5]]
-        size = model.get_output_embeddings().weight.shape[0]
-        runner = Runner(model, rows, room=1, vocabulary=size, name=role)
+        runner = Runner(model, rows, room=1, vocabulary=logit_count(model), name=role)
         runner.prefill()
         together = runner.step().double()
         worst = 0.0

@@ -1,4 +1,4 @@
-"""What the loops ask of a causal language model."""
+"""Facts about a causal language model of transformers, whatever its family."""
 
 from __future__ import annotations
 
@@ -6,14 +6,24 @@ from typing import Any
 
 import torch
 
-__all__ = ["device_of", "logits_of"]
-
-
-def logits_of(model: Any) -> int:
-    """Number of logits of a model."""
-    return model.get_output_embeddings().weight.shape[0]
+__all__ = ["device_of", "embedding_count", "logit_count", "position_limit"]
 
 
 def device_of(model: Any) -> torch.device:
-    """The device on which a model takes token ids."""
+    """Where a model takes its token ids."""
     return model.get_input_embeddings().weight.device
+
+
+def embedding_count(model: Any) -> int:
+    """Number of ids that a model has an embedding for."""
+    return model.get_input_embeddings().weight.shape[0]
+
+
+def logit_count(model: Any) -> int:
+    """Number of logits that a model gives, padding included."""
+    return model.get_output_embeddings().weight.shape[0]
+
+
+def position_limit(model: Any) -> int | None:
+    """Tokens that a model has positions for; None if its configuration does not say."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)

@@ -13,7 +13,17 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-__all__ = ["Conversation", "Prompt", "encode_prompts", "normalise_prompts", "unpad"]
+from tta_ext.decoding.runtime.models import embedding_count, position_limit
+
+__all__ = [
+    "Conversation",
+    "Prompt",
+    "check_prompts",
+    "encode_prompts",
+    "normalise_prompts",
+    "sequence_ids",
+    "unpad",
+]
 
 Conversation: TypeAlias = Sequence[Mapping[str, str]]
 Prompt: TypeAlias = "str | Conversation | Sequence[int]"
@@ -109,6 +119,46 @@ def encode_prompts(
             ids = [start]
         encoded.append(list(ids))
     return encoded
+
+
+def check_prompts(
+    model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, name: str = "the model"
+) -> None:
+    """Refuse ids without an embedding and contexts without positions.
+
+    Args:
+        model: the model that will read the prompts.
+        prompts: token ids of each.
+        max_new_tokens: tokens that follow each at most; the last of them needs no position.
+        name: what messages call the model.
+
+    Raises:
+        ValueError: names the first such prompt.
+    """
+    size, limit = embedding_count(model), position_limit(model)
+    for row, prompt in enumerate(prompts):
+        if prompt and not 0 <= min(prompt) <= max(prompt) < size:
+            wrong = next(i for i in prompt if not 0 <= i < size)
+            raise ValueError(
+                f"prompt {row} has the id {wrong}, expected ids from 0 to {size - 1} for {name}"
+            )
+        if limit and len(prompt) + max_new_tokens - 1 > limit:
+            raise ValueError(
+                f"prompt {row} has {len(prompt)} tokens and max_new_tokens is {max_new_tokens}, "
+                f"but {name} has only {limit} positions"
+            )
+
+
+def sequence_ids(given: Sequence[int] | Tensor | None, count: int) -> list[int]:
+    """The ids of random streams, one for each prompt or answer: given, or 0, 1, ...
+
+    Raises:
+        ValueError: there are not ``count`` of them.
+    """
+    ids = list(range(count)) if given is None else [int(i) for i in given]
+    if len(ids) != count:
+        raise ValueError(f"sequence has {len(ids)} ids, expected {count}")
+    return ids
 
 
 def unpad(input_ids: Tensor, attention_mask: Tensor | None) -> list[list[int]]:

@@ -1,21 +1,20 @@
 """Answers in flight: the one place that adds a token, says why an answer ended, and lets it go.
 
 Every loop holds a :class:`Rows`. Its *active* answers are the rows of the models' batch, in order;
-an answer keeps its number when others leave. Prompts are checked here too, before anything runs.
+an answer keeps its number when others leave.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from tta_ext.decoding.runtime.stopping import StopStrings
 
-__all__ = ["ERRORS", "Limits", "Rows", "check_prompts", "sequence_ids"]
+__all__ = ["ERRORS", "Limits", "Rows"]
 
 # What becomes of a row whose logits make no law.
 ERRORS = ("raise", "finish")
@@ -146,51 +145,3 @@ class Rows:
 def _makes_no_law(logits: Tensor) -> bool:
     highest = logits.float().amax()  # NaN if there is one
     return not bool(torch.isfinite(highest))
-
-
-def check_prompts(
-    model: Any, name: str, prompts: Sequence[Sequence[int]], max_new_tokens: int
-) -> None:
-    """Refuse ids that a model has no embedding for, and contexts that it has no positions for.
-
-    Args:
-        model: a causal language model.
-        name: what messages call it.
-        prompts: token ids of each row.
-        max_new_tokens: tokens that will follow at most.
-
-    Raises:
-        ValueError: names the prompt and what is accepted.
-    """
-    size = model.get_input_embeddings().weight.shape[0]
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    for row, prompt in enumerate(prompts):
-        wrong = next((i for i in prompt if not 0 <= i < size), None)
-        if wrong is not None:
-            raise ValueError(
-                f"prompt {row} has the id {wrong}, expected ids from 0 to {size - 1} for {name}"
-            )
-        if limit and len(prompt) + max_new_tokens - 1 > limit:
-            raise ValueError(
-                f"prompt {row} has {len(prompt)} tokens and max_new_tokens is {max_new_tokens}, "
-                f"but {name} has only {limit} positions"
-            )
-
-
-def sequence_ids(given: Sequence[int] | Tensor | None, count: int, each: str) -> list[int]:
-    """Ids of random streams as given, one for each of ``count``, or 0, 1, ...
-
-    Args:
-        given: the caller's, or None.
-        count: number expected.
-        each: of what there is one each, for the message.
-
-    Raises:
-        ValueError: a wrong number of them.
-    """
-    if given is None:
-        return list(range(count))
-    ids = [int(i) for i in given]
-    if len(ids) != count:
-        raise ValueError(f"sequence has {len(ids)} ids, expected {count}, one {each}")
-    return ids

@@ -25,6 +25,7 @@ from torch import Tensor
 from tta_ext.decoding.runtime.attention import MaskBuilder, check_model
 from tta_ext.decoding.runtime.cache import Plan, RaggedCache
 from tta_ext.decoding.runtime.compat import accepts, cache_argument
+from tta_ext.decoding.runtime.models import device_of
 from tta_ext.decoding.runtime.profiling import span
 
 __all__ = ["Runner"]
@@ -69,7 +70,7 @@ class Runner:
         check_model(model, name)
         self.model, self.name = model, name
         self.vocabulary, self.masked = vocabulary, masked
-        self.device = model.get_input_embeddings().weight.device
+        self.device = device_of(model)
         self._cache_argument = cache_argument(model)
         self._keep_last = accepts(model, "logits_to_keep")
         self._masks = MaskBuilder(model.config.get_text_config(), model.dtype, self.device)

@@ -21,9 +21,13 @@ from torch import Tensor
 from tta_ext import rng
 from tta_ext.decoding.rewards import Reward, RewardStream, check_reward
 from tta_ext.decoding.runtime.attention import check_model, probe_model
-from tta_ext.decoding.runtime.models import logits_of
-from tta_ext.decoding.runtime.prompts import encode_prompts, normalise_prompts
-from tta_ext.decoding.runtime.rows import check_prompts, sequence_ids
+from tta_ext.decoding.runtime.models import logit_count
+from tta_ext.decoding.runtime.prompts import (
+    check_prompts,
+    encode_prompts,
+    normalise_prompts,
+    sequence_ids,
+)
 from tta_ext.decoding.runtime.signatures import keywords_of
 from tta_ext.decoding.runtime.stopping import StopStrings, end_ids
 from tta_ext.decoding.runtime.vocabulary import align_vocabularies
@@ -106,7 +110,7 @@ class SearchMethod(Generic[S]):
         self.model, self.reward, self.tokenizer = model, reward, tokenizer
         self.chat_template = chat_template
         self.settings: S = self._merge(None, settings)
-        size = logits_of(model)
+        size = logit_count(model)
         self.vocabulary = align_vocabularies(
             size, size, tokenizer, tokenizer, proxy_name="the model"
         )
@@ -172,7 +176,7 @@ class SearchMethod(Generic[S]):
             progress: called with the number of prompts done after each group.
         """
         listed = normalise_prompts(prompts)
-        ids = sequence_ids(sequence, len(listed), "a prompt")
+        ids = sequence_ids(sequence, len(listed))
         merged = self._merge(self.settings, settings)
         seed = rng.resolve_seed(seed)
         group = len(listed) or 1
@@ -217,11 +221,11 @@ class Search(Generic[S]):
         self.method, self.settings, self.seed = method, settings, seed
         self.prompts = normalise_prompts(prompts)
         count = len(self.prompts)
-        self.sequence = sequence_ids(sequence, count, "a prompt")
+        self.sequence = sequence_ids(sequence, count)
         if encoded is None:
             encoded = encode_prompts(self.prompts, method.tokenizer, template=method.chat_template)
         self.encoded = [list(ids) for ids in encoded]
-        check_prompts(method.model, "the model", self.encoded, settings.max_new_tokens)
+        check_prompts(method.model, self.encoded, settings.max_new_tokens)
         self.schedule = settings.schedule()
         check_counts(max(self.schedule), len(self.schedule))
         stop = settings.stop_strings
