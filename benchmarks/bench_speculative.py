@@ -341,7 +341,7 @@ def show(lines: Sequence[Line]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table; the exit status is 1 if a bound of it is missed."""
-    from tta_ext.demo.evaluate import load_pair
+    from tta_ext.demo.pair import demo_pair
     from tta_ext.demo.task import evaluation_problems
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks speculative")
@@ -353,7 +353,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    pair = load_pair()
+    pair = demo_pair()
     base = widen(pair.base, args.width)
     lines = []
     for batch in args.batch:

