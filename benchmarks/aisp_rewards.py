@@ -22,7 +22,6 @@ Ratios are given in processor time as well, which other processes disturb less.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -33,13 +32,13 @@ from typing import Any
 
 import torch
 
-from tta_ext.cli.common import JsonLines
 from tta_ext.decoding import AdaptiveImportanceSampling, BestOfN
 from tta_ext.decoding.rewards import call_reward, parse_reward
 from tta_ext.decoding.search import compare as comparison
 from tta_ext.decoding.search.base import SearchMethod
 from tta_ext.decoding.search.outcome import SearchResult, spread
 from tta_ext.demo import smollm2
+from tta_ext.journal import Journal, model_facts, resume_key
 
 from . import harness
 
@@ -135,10 +134,6 @@ def rescored(result: SearchResult, at: int, reward: Any) -> dict[str, Any]:
     return record | {"reward": values[winner], "text": candidates[winner].text}
 
 
-def key_of(*parts: Any) -> str:
-    return json.dumps(parts, default=str)
-
-
 def indifferent(prompts: Sequence[Any], responses: Sequence[Any]) -> list[float]:
     return [0.0] * len(responses)
 
@@ -167,52 +162,48 @@ def baseline_records(
     method: SearchMethod[Any],
     prompts: Sequence[Any],
     args: argparse.Namespace,
-    file: JsonLines,
+    file: Journal,
 ) -> list[dict[str, Any]]:
     """A baseline's answers, drawn once, with a record for every reward."""
     scorers = {name: parse_reward(name) for name in args.reward}
-    known = {record["key"]: record for record in file.records}
     settings = asdict(method.settings)
     keys = {
-        (place, name): key_of(label, name, place, prompts[place], settings, args.seed)
+        (place, name): resume_key(
+            label=label, reward=name, place=place, prompt=prompts[place], settings=settings,
+            seed=args.seed, model=model_facts(method.model),
+        )
         for place in range(len(prompts))
         for name in scorers
-    }
+    }  # fmt: skip
     for first in range(0, len(prompts), args.at_once):
         part = [
             place
             for place in range(first, min(first + args.at_once, len(prompts)))
-            if any(keys[place, name] not in known for name in scorers)
+            if any(keys[place, name] not in file.records for name in scorers)
         ]
         if not part:
             continue
         result = method.generate([prompts[i] for i in part], seed=args.seed, sequence=part)
-        new = [
-            {"key": keys[place, name], "scorer": name, "index": place, "label": label}
-            | rescored(result, at, scorer)
-            for at, place in enumerate(part)
-            for name, scorer in scorers.items()
-            if keys[place, name] not in known
-        ]
-        file.write(new)
-        known.update({record["key"]: record for record in new})
+        file.add(
+            {
+                keys[place, name]: {"scorer": name, "index": place, "label": label}
+                | rescored(result, at, scorer)
+                for at, place in enumerate(part)
+                for name, scorer in scorers.items()
+                if keys[place, name] not in file.records
+            }
+        )
         print(f"{label}: {part[-1] + 1} of {len(prompts)} prompts", flush=True)
-    return [known[key] for key in keys.values()]
+    return [file.records[key] for key in keys.values()]
 
 
 def steered_records(
-    model: Any, tokenizer: Any, prompts: Sequence[Any], args: argparse.Namespace, file: JsonLines
+    model: Any, tokenizer: Any, prompts: Sequence[Any], args: argparse.Namespace, file: Journal
 ) -> list[dict[str, Any]]:
     """Every AISP contestant with every reward."""
     contestants = [comparison.Contestant.parse(text) for text in args.aisp]
     found: list[dict[str, Any]] = []
     for name in args.reward:
-
-        def write(records: list[dict[str, Any]], name: str = name) -> None:
-            file.write([record | {"scorer": name} for record in records])
-            done = records[-1]["index"] + 1
-            print(f"{name}: {records[0]['label']}: {done} of {len(prompts)} prompts", flush=True)
-
         records = comparison.compare(
             model,
             tokenizer,
@@ -223,10 +214,10 @@ def steered_records(
             seed=args.seed,
             common={"max_new_tokens": args.max_new_tokens},
             prompts_at_once=args.at_once,
-            tag=[smollm2.NAME, name],
-            records=file.records,
-            write=write,
+            tag=[model_facts(model), name],
+            journal=file,
         )
+        print(f"{name}: {len(records)} answers", flush=True)
         found += [record | {"scorer": name} for record in records]
     return found
 
@@ -343,7 +334,7 @@ def main() -> None:
     if args.timing:
         table = timing(model, tokenizer, prompts, args)
     else:
-        file = JsonLines(args.journal)
+        file = Journal(args.journal)
         records: list[dict[str, Any]] = []
         for label, method in baselines(model, tokenizer, args).items():
             records += baseline_records(label, method, prompts, args, file)

@@ -127,7 +127,7 @@ def _cells(line: Line) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table; the exit status is 1 if the share at B=16 is above its bound."""
-    from tta_ext.demo.evaluate import load_pair
+    from tta_ext.demo.pair import demo_pair
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks decoding")
     parser.add_argument("--batch", type=int, nargs="+", default=[16, 1])
@@ -137,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="also write the table to this file")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    pair = load_pair()
+    pair = demo_pair()
     lines = [
         measure(pair, rule, param, batch, args.tokens, args.repeats)
         for batch in args.batch

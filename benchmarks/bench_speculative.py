@@ -154,7 +154,7 @@ Costs = dict[tuple[int, int], float]
 @torch.inference_mode()
 def _forward_costs(model: Any, prompts: list[list[int]], longest: int, repeats: int = 5) -> Costs:
     """Median seconds of a forward of the loop's runner over (rows, columns), all that may occur."""
-    from tta_ext.decoding.runner import Runner
+    from tta_ext.decoding.runtime.runner import Runner
 
     middle = 48  # tokens that an answer has written at half time
     rows = [[*prompt, *([prompt[-1]] * middle)] for prompt in prompts]
@@ -346,7 +346,7 @@ def _cells(line: Line) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table; the exit status is 1 if a bound of it is missed."""
-    from tta_ext.demo.evaluate import load_pair
+    from tta_ext.demo.pair import demo_pair
     from tta_ext.demo.task import evaluation_problems
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks speculative")
@@ -358,7 +358,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="also write the table to this file")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    pair = load_pair()
+    pair = demo_pair()
     base = widen(pair.base, args.width)
     lines = []
     for batch in args.batch:

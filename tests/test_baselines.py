@@ -18,6 +18,7 @@ from tta_ext import ops, rng
 from tta_ext.decoding import BestOfN, ChunkBeamSearch, RewardGuidedSearch, rewards
 from tta_ext.decoding.search import compare as comparison
 from tta_ext.decoding.search.base import SearchMethod
+from tta_ext.journal import Journal
 
 PROMPTS = ["hello there", "ab", "what is it"]
 SMALL = {"max_new_tokens": 8, "eos_token_id": [], "probe": False}
@@ -356,7 +357,7 @@ def test_classifier_reward(kind: str) -> None:
 CONTESTANTS = ["aisp:n=4,sigma=0.4", "plain=best_of_n:group=4", "chunk_beam:beams=2,branches=2"]
 
 
-def run(records: Any = (), write: Any = None, **options: Any) -> list[dict[str, Any]]:
+def run(journal: Journal | None = None, **options: Any) -> list[dict[str, Any]]:
     return comparison.compare(
         base_model(),
         make_tokenizer(),
@@ -364,24 +365,30 @@ def run(records: Any = (), write: Any = None, **options: Any) -> list[dict[str, 
         PROMPTS,
         [comparison.Contestant.parse(text) for text in CONTESTANTS],
         common={"max_new_tokens": 6},
-        records=records,
-        write=write,
+        journal=journal,
         **({"samples": 8} | options),
     )
 
 
-def test_compare_resumes_and_pairs() -> None:
-    journal: list[dict[str, Any]] = []
-    whole = run(write=journal.extend)
-    assert len(journal) == len(whole) == 9
-    again: list[dict[str, Any]] = []
-    assert run(json.loads(json.dumps(journal[:4])), again.extend)
-    assert [r["key"] for r in again] == [r["key"] for r in journal[4:]]
-    assert [r["reward"] for r in again] == [r["reward"] for r in journal[4:]]
-    assert run(journal, pytest.fail)
-    other: list[dict[str, Any]] = []
-    run(journal, other.extend, tag="another model")
-    assert len(other) == 9
+def test_compare_resumes_and_pairs(tmp_path: Any, monkeypatch: Any) -> None:
+    path = tmp_path / "journal.jsonl"
+    whole = run(Journal(path))
+    lines = path.read_text().splitlines(keepends=True)
+    assert len(lines) == len(whole) == 9
+    path.write_text("".join(lines[:4]))
+
+    def timeless(records: Any) -> list[tuple[Any, ...]]:
+        return [(r["key"], r["index"], r["label"], r["reward"], r["text"]) for r in records]
+
+    assert timeless(run(Journal(path))) == timeless(whole)
+    again = path.read_text().splitlines(keepends=True)
+    assert again[:4] == lines[:4]
+    assert timeless(map(json.loads, again)) == timeless(map(json.loads, lines))
+    with monkeypatch.context() as patch:
+        patch.setattr(SearchMethod, "generate", pytest.fail)
+        assert timeless(run(Journal(path))) == timeless(whole)
+    run(Journal(path), tag="another model")
+    assert len(path.read_text().splitlines()) == 18
     by_prompt = [r["reward"] for r in whole if r["label"] == "plain"]
     steered = [r["reward"] for r in whole if r["label"] == CONTESTANTS[0]]
     pair = comparison.paired(whole, "plain")[0]
@@ -446,10 +453,10 @@ def command(*words: str) -> int:
     return run_command(words)
 
 
-def test_generate_command(folder: str, tmp_path: Any, capsys: Any) -> None:
+def test_search_command(folder: str, tmp_path: Any, capsys: Any) -> None:
     out = tmp_path / "out.jsonl"
     words = [
-        "generate", "--method", "aisp", "--model", folder, "--reward", "words:3", "--n", "4",
+        "search", "--method", "aisp", "--model", folder, "--reward", "words:3", "--n", "4",
         "--iterations", "2", "--sigma", "0.4", "--set", "alpha=0.99", "--max-new-tokens", "6",
         "--seed", "1", "--output", str(out), "hello",
     ]  # fmt: skip
@@ -459,11 +466,39 @@ def test_generate_command(folder: str, tmp_path: Any, capsys: Any) -> None:
     assert [record["index"] for record in records] == [0, 1]
     assert len(records[0]["rewards"]) == 8
     assert len(records[0]["curve"]) == 2
-    assert command("generate", "--method", "best-of-n", "--model", folder, "hello") == 1
-    assert "needs --reward" in capsys.readouterr().err
-    greedy_words = ["generate", "--method", "args", "--model", folder, "--reward", "json"]
+    assert command("search", "--method", "best-of-n", "--model", folder, "hello") == 2
+    assert "Missing option '--reward'" in capsys.readouterr().err
+    greedy_words = ["search", "--method", "args", "--model", folder, "--reward", "json"]
     assert command(*greedy_words, "--max-new-tokens", "4", "hello") == 0
     assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--method", "best_of_n", "--sigma", "1"], "--method best_of_n does not use --sigma"),
+        (["--method", "chunk-beam", "--n", "4"], "--method chunk-beam does not use --n"),
+        (["--soft", "0.5"], "--method aisp does not use --soft"),
+        (["--method", "args", "--iterations", "2"], "--method args does not use --iterations"),
+        (["--output", "x.jsonl", "--jsonl"], "--output does not use --jsonl"),
+    ],
+)
+def test_an_unused_option_is_refused(words: list[str], message: str, capsys: Any) -> None:
+    """Before any model is loaded."""
+    assert command("search", "--model", "/nowhere", "--reward", "json", *words, "hello") == 1
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_search_resumes_without_a_seed(folder: str, tmp_path: Any) -> None:
+    out = tmp_path / "out.jsonl"
+    words = ["search", "--model", folder, "--reward", "json", "--n", "2", "--iterations", "1",
+             "--max-new-tokens", "3", "--batch-size", "1", "--output", str(out)]  # fmt: skip
+    assert command(*words, "hello", "ab") == 0
+    lines = out.read_text().splitlines(keepends=True)
+    out.write_text(lines[0])
+    assert command(*words, "hello", "ab") == 0
+    again = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [one["text"] for one in again] == [json.loads(line)["text"] for line in lines]
 
 
 def test_compare_command(folder: str, tmp_path: Any, capsys: Any) -> None:
@@ -482,5 +517,5 @@ def test_compare_command(folder: str, tmp_path: Any, capsys: Any) -> None:
     assert capsys.readouterr().out == first
     report = json.loads((tmp_path / "o.json").read_text())
     assert report["paired"][0]["prompts"] == 2
-    assert command("compare", "--model", folder, "hello") == 1
+    assert command("compare", "--model", folder, "hello") == 2
     assert command(*words, "--baseline", "x") == 1

@@ -15,8 +15,8 @@ from rich.console import Console
 from tta_ext.cli import app as app_module
 from tta_ext.cli import common
 from tta_ext.cli.app import run
-from tta_ext.cli.evaluate import found_answer, parse_range
-from tta_ext.demo.evaluate import ASSETS
+from tta_ext.cli.evaluate import parse_range
+from tta_ext.evaluation import data_task
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant: "
 
@@ -131,6 +131,7 @@ def test_eval_and_sweep_on_data(capsys: Any, pair: list[str], tmp_path: Path) ->
     assert rows[0]["exact"] == pytest.approx(2 / 3)
     assert rows[0]["proxy_call_rate"] == 0.0
     assert rows[1]["deferred_rate"] == 1.0
+    assert all(row["tokens"] == 4.0 for row in rows[:2])
     assert "0.667" in out
     lines = journal.read_text().splitlines()
     assert len(lines) == 6
@@ -158,16 +159,48 @@ def base_answer(prompt: str) -> str:
     return tokenizer.decode(tokens, skip_special_tokens=True)
 
 
-def test_helpers() -> None:
+def test_parse_range() -> None:
     assert parse_range("0.1:0.5:0.2") == [0.1, 0.3, 0.5]
     assert parse_range("1,2.5") == [1.0, 2.5]
     for wrong in ("a", "1:2", "1:0:1", "1:2:0"):
         with pytest.raises(ValueError, match="--params"):
             parse_range(wrong)
-    assert found_answer(" x ", None) == "x"
-    assert found_answer("#### 4 or #### 56", r"#### (\d+)") == "56"
-    assert found_answer("4 5", r"\d") == "5"
-    assert found_answer("none", r"\d") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "pattern", "exact", "formatted"),
+    [
+        (" 56 ", None, True, True),
+        ("#### 4 or #### 56", r"#### (\d+)", True, True),
+        ("#### 56 or #### 4", r"#### (\d+)", False, True),
+        ("4 56", r"\d+", True, True),
+        ("none", r"\d", False, False),
+    ],
+)
+def test_scores_of_data(
+    tmp_path: Path, text: str, pattern: str | None, exact: bool, formatted: bool
+) -> None:
+    data = tmp_path / "d.jsonl"
+    data.write_text('\ufeff{"prompt": "a\u2028", "answer": 56}\n\n{"messages": [], "answer": 1}\n')
+    task = data_task(data, pattern=pattern)
+    assert task.prompts == ["a\u2028", []]
+    assert task.score(0, text) == (exact, exact, formatted)
+
+
+def test_bad_data(tmp_path: Path) -> None:
+    data = tmp_path / "d.jsonl"
+    for content, message in (
+        ("\n", "has no problems"),
+        ('{"prompt": "a"}\n', "record 1 of .* has no 'answer'"),
+        ('{"answer": "a"}\n', "neither 'prompt' nor 'messages'"),
+        ('\n{"answer"\n', "line 2 of .* is not JSON"),
+    ):
+        data.write_text(content)
+        with pytest.raises(ValueError, match=message):
+            data_task(data)
+    data.write_text('{"prompt": "a", "answer": 1}\n')
+    with pytest.raises(ValueError, match="not a regular expression"):
+        data_task(data, pattern="(")
 
 
 def test_doctor_and_version(capsys: Any) -> None:
@@ -185,12 +218,33 @@ def test_doctor_and_version(capsys: Any) -> None:
     [
         (["generate", "--base", "x", "hi"], 1, "--base and --proxy belong together"),
         (["generate", "--rule", "best", "hi"], 1, "rule is 'best'"),
-        (["generate", "--dtype", "int3", "hi", "--base", "x", "--proxy", "y"], 1, "--dtype is"),
+        (["generate", "--dtype", "int3", "hi"], 2, "Invalid value for '--dtype'"),
+        (["generate", "--method", "aisp", "hi"], 1, "tta search --method aisp"),
+        (["generate", "--method", "best_of_n", "hi"], 1, "tta search --method best_of_n"),
+        (["generate", "--method", "magic", "hi"], 1, "expected kad or implicit-reward"),
+        (["generate", "--reward", "json", "hi"], 2, "No such option"),
+        (["generate", "--rule", "argmax", "--param", ".3", "hi"], 1, "argmax does not use --param"),
+        (["generate", "--anti", "x", "hi"], 1, "rule threshold does not use --anti"),
+        (["generate", "--critical", "split", "hi"], 1, "rule threshold does not use --critical"),
+        (
+            ["generate", "--method", "implicit-reward", "--rule", "nudging", "hi"],
+            1,
+            "--method implicit-reward does not use --rule",
+        ),
+        (["generate", "--stream", "--jsonl", "hi"], 1, "--stream does not use --jsonl"),
+        (["generate", "--stream", "--output", "x", "hi"], 1, "--stream does not use --output"),
+        (["generate", "--jsonl", "--colour", "hi"], 1, "--jsonl does not use --colour"),
+        (["trace", "--rule", "dual", "--critical", "split", "hi"], 1, "does not use --critical"),
+        (["sweep", "--critical", "split"], 1, "rule threshold does not use --critical"),
+        (["eval", "base", "--anti", "x"], 1, "does not use --anti"),
+        (["eval", "base", "--pattern", "x"], 1, "does not use --pattern"),
         (["generate", "--base", "/nowhere", "--proxy", "/nowhere", "hi"], 1, "no folder"),
         (["generate", "--nonsense", "hi"], 2, "No such option"),
-        (["generate", "--threads", "0", "hi"], 1, "--threads is 0"),
+        (["generate", "--threads", "0", "hi"], 2, "Invalid value for '--threads'"),
         (["eval", "threshold"], 1, "has no parameter"),
-        (["eval", "--data", "x.jsonl"], 1, "belong together"),
+        (["eval", "--data", "nothing.jsonl"], 1, "nothing.jsonl"),
+        (["eval", "--proxy", "x"], 1, "belong together"),
+        (["sweep", "--rule", "argmax"], 1, "argmax has no parameter"),
         (["nonsense"], 2, "No such command"),
     ],
 )
@@ -214,6 +268,10 @@ def test_input_errors(capsys: Any, tmp_path: Path) -> None:
     source.write_text('{"text": "a"}\n')
     with pytest.raises(ValueError, match="neither 'prompt' nor 'messages'"):
         common.read_prompts(None, source)
+    source.write_bytes("\ufeffone\x0cpage\r\n\nnext\u2028line\x85\n".encode())
+    assert common.read_prompts(None, source) == ["one\x0cpage", "next\u2028line\x85"]
+    source.write_bytes('\ufeff{"prompt": "a\u2028b"}\r\n'.encode())
+    assert common.read_prompts(None, source) == ["a\u2028b"]
     source.write_text("\n")
     with pytest.raises(ValueError, match="no prompts"):
         common.read_prompts(None, source)
@@ -222,8 +280,6 @@ def test_input_errors(capsys: Any, tmp_path: Path) -> None:
 
 
 def test_demo(capsys: Any) -> None:
-    if not (ASSETS / "base" / "model.safetensors").is_file():
-        pytest.skip("the pair is not there")
     status, out, _ = call(capsys, "demo", "--n", "2", "--answers", "1", "--threads", "1")
     assert status == 0
     assert "threshold 0.4" in out

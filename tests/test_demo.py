@@ -1,4 +1,4 @@
-"""The demo: problems, scores, training text, the shipped pair, and the evaluation."""
+"""The demo: problems, scores, training text and training, the shipped pair, its evaluation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,14 @@ import torch
 
 pytest.importorskip("transformers")
 
-from tta_ext.demo import corpus, evaluate, task, train
+import tta_ext
+from benchmarks import demo_pair
+from scripts.demo_training import corpus, train
+from tta_ext import evaluation
+from tta_ext.cli.common import load_models
+from tta_ext.demo import task
+from tta_ext.demo.pair import ASSETS
+from tta_ext.journal import Journal
 
 EVALUATION_DIGEST = "77e97321fbdd3da0"
 KAD = "threshold:0.4"
@@ -53,8 +60,9 @@ def test_problem_texts():
     ],
 )
 def test_scores(completion, strict, lenient):
-    assert task.score_strict(PROBLEM, completion) is strict
-    assert task.score_lenient(PROBLEM, completion) is lenient
+    score = task.score(PROBLEM, completion)
+    assert (score.exact, score.lenient) == (strict, lenient)
+    assert score.formatted == (task.strict_answer(completion) is not None)
 
 
 def test_problems_are_sound():
@@ -68,7 +76,7 @@ def test_problems_are_sound():
             assert 1 <= total <= task.NARROW.total
         assert problem.answer == total
         assert str(problem.start) in problem.prompt
-        assert task.score_strict(problem, problem.formatted_answer())
+        assert task.score(problem, problem.formatted_answer()).exact
 
 
 def test_evaluation_is_a_function_of_its_seed():
@@ -97,7 +105,7 @@ def test_training_text_is_a_function_of_its_seed():
 def test_formatted_documents_follow_the_format():
     for text, problem in islice(corpus.formatted_documents(0), 100):
         assert text == problem.prompt + problem.formatted_answer()
-        assert task.score_strict(problem, text[len(problem.prompt) :])
+        assert task.score(problem, text[len(problem.prompt) :]).exact
 
 
 def test_raw_text_holds_the_answers_but_rarely_the_mark():
@@ -113,7 +121,7 @@ def test_raw_text_holds_the_answers_but_rarely_the_mark():
 
 def test_no_evaluation_problem_was_asked_in_training():
     """Every document that training read, made again from the recorded seeds and counts."""
-    training = json.loads((evaluate.ASSETS / "training.json").read_text())
+    training = json.loads((ASSETS / "training.json").read_text())
     problems = task.evaluation_problems(1000)
     chains = {problem.chain for problem in problems}
     stories = {problem.story for problem in problems}
@@ -139,15 +147,24 @@ def test_no_evaluation_problem_was_asked_in_training():
 
 @pytest.fixture(scope="module")
 def pair():
-    return evaluate.load_pair()
+    return load_models(None, None, implicit=True)
+
+
+def evaluate(pair, settings, n, **options):
+    return list(evaluation.evaluate(pair, task.evaluation_task(n), settings, **options))
+
+
+def test_demo_pair_is_what_the_example_says():
+    kad = tta_ext.KnapsackDeferral(*tta_ext.demo_pair(), rule="threshold", param=0.4)
+    assert kad.base.dtype == torch.float32
+    assert kad.generate(PROBLEM.prompt, seed=0).text == PROBLEM.formatted_answer()
 
 
 def test_assets_are_small_and_complete():
-    files = [file for file in evaluate.ASSETS.rglob("*") if file.is_file()]
+    files = [file for file in ASSETS.rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) <= 8_000_000
     tokenizers = {
-        (evaluate.ASSETS / name / "tokenizer.json").read_bytes()
-        for name in ("base", "proxy", "proxy_init")
+        (ASSETS / name / "tokenizer.json").read_bytes() for name in ("base", "proxy", "proxy_init")
     }
     assert len(tokenizers) == 1
     assert {file.suffix for file in files} == {".json", ".safetensors", ".md"}
@@ -156,9 +173,12 @@ def test_assets_are_small_and_complete():
 @pytest.mark.parametrize("name", ["base", "proxy", "proxy_init"])
 def test_assets_load_with_transformers(name):
     transformers = pytest.importorskip("transformers")
-    model = transformers.AutoModelForCausalLM.from_pretrained(evaluate.ASSETS / name)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(evaluate.ASSETS / name)
+    model = transformers.AutoModelForCausalLM.from_pretrained(ASSETS / name)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(ASSETS / name)
     assert model.dtype == torch.float32
+    # Engines choose the class by this name, before any weights.
+    config = json.loads((ASSETS / name / "config.json").read_text())
+    assert config["architectures"] == [type(model).__name__]
     assert model.config.vocab_size == len(tokenizer)
     text = "Q: Eva has 104 shells.\nA: 104-35=69; #### 69"
     ids = tokenizer(text)["input_ids"]
@@ -173,10 +193,10 @@ def test_assets_load_with_transformers(name):
 
 def test_deferral_beats_both_models(pair):
     """A small run of the claim; benchmarks/results/demo_pair.md has it at n = 500."""
-    rows = evaluate.evaluate(["base", "proxy", KAD], 40, pair=pair, batch_size=40)
+    rows = evaluate(pair, ["base", "proxy", KAD], 40, batch_size=40)
     by = {(row.setting.label, row.mode): row for row in rows}
-    label = evaluate.Setting.parse(KAD).label
-    for mode in evaluate.MODES:
+    label = evaluation.Setting.parse(KAD).label
+    for mode in evaluation.MODES:
         kad, base, proxy = by[label, mode], by["base", mode], by["proxy", mode]
         assert kad.exact >= base.exact + 0.3
         assert kad.exact >= proxy.exact + 0.3
@@ -189,11 +209,11 @@ def test_deferral_beats_both_models(pair):
 
 def test_rows_do_not_depend_on_other_rows(pair):
     settings = ["base", "proxy", "confidence_bet:0.2"]
-    rows = evaluate.evaluate(settings, 8, pair=pair, modes=["sampled"])
-    again = evaluate.evaluate(settings[::-1], 8, pair=pair, modes=["sampled"])[::-1]
+    rows = evaluate(pair, settings, 8, modes=["sampled"])
+    again = evaluate(pair, settings[::-1], 8, modes=["sampled"])[::-1]
     for one, other in zip(rows, again, strict=True):
         assert timeless(one) == timeless(other)
-    other_seed = evaluate.evaluate(["base"], 8, pair=pair, modes=["sampled"], seed=1)
+    other_seed = evaluate(pair, ["base"], 8, modes=["sampled"], seed=1)
     assert other_seed[0].tokens != rows[0].tokens
 
 
@@ -202,51 +222,54 @@ def timeless(row):
 
 
 def test_a_killed_run_resumes(pair, tmp_path, monkeypatch):
-    journal = tmp_path / "journal.jsonl"
-    arguments = {"n": 6, "pair": pair, "batch_size": 2, "modes": ["sampled"]}
-    whole = evaluate.evaluate(["proxy", "threshold:0.4"], **arguments)
+    path, settings = tmp_path / "journal.jsonl", ["proxy", "threshold:0.4"]
+    options = {"batch_size": 2, "modes": ["sampled"]}
+    whole = evaluate(pair, settings, 6, **options)
 
     class Killed(Exception):
         pass
 
-    def killed_after_two(count):
-        killed_after_two.left -= 1
-        if not killed_after_two.left:
+    done = []
+
+    def killed_after_four(count):
+        done.append(count)
+        if len(done) == 4:
             raise Killed
 
-    killed_after_two.left = 4
     with pytest.raises(Killed):
-        evaluate.evaluate(
-            ["proxy", "threshold:0.4"], journal=journal, progress=killed_after_two, **arguments
-        )
-    assert len(journal.read_text().splitlines()) == 4
-    with journal.open("a") as file:
-        file.write('{"key": {"rule": "thr')  # a line cut off by the kill
+        evaluate(pair, settings, 6, journal=Journal(path), progress=killed_after_four, **options)
+    lines = path.read_text().splitlines()
+    assert len(lines) == 4
+    with path.open("a") as file:
+        file.write(lines[0][:60])  # a line cut off by the kill
 
     ran = []
-    run = evaluate._run_batch
-    monkeypatch.setattr(evaluate, "_run_batch", lambda *a: ran.append(a[1:5]) or run(*a))
-    rows = evaluate.evaluate(["proxy", "threshold:0.4"], journal=journal, **arguments)
+    generate = tta_ext.KnapsackDeferral.generate
+    monkeypatch.setattr(
+        tta_ext.KnapsackDeferral,
+        "generate",
+        lambda *a, **k: ran.append(k["sequence"]) or generate(*a, **k),
+    )
+    rows = evaluate(pair, settings, 6, journal=Journal(path), **options)
     assert [timeless(row) for row in rows] == [timeless(row) for row in whole]
-    assert [start for _, _, _, start in ran] == [2, 4]
-    lines = [json.loads(line) for line in journal.read_text().splitlines()]
-    keys = [json.dumps(line["key"], sort_keys=True) for line in lines]
+    assert ran == [[2, 3], [4, 5]]
+    keys = [json.loads(line)["key"] for line in path.read_text().splitlines()]
     assert len(keys) == len(set(keys)) == 6
 
 
 @pytest.mark.parametrize(
     ("text", "setting"),
     [
-        ("base", evaluate.Setting("base")),
-        ("threshold:0.4", evaluate.Setting("threshold", 0.4)),
-        ("dual_kad:0.4", evaluate.Setting("threshold", 0.4)),
-        ("knapsack:0.9:split", evaluate.Setting("knapsack", 0.9, "split")),
-        ("argmax", evaluate.Setting("argmax")),
-        ("implicit_reward:1", evaluate.Setting("implicit_reward", 1.0)),
+        ("base", evaluation.Setting("base")),
+        ("threshold:0.4", evaluation.Setting("threshold", 0.4)),
+        ("dual_kad:0.4", evaluation.Setting("threshold", 0.4)),
+        ("knapsack:0.9:split", evaluation.Setting("knapsack", 0.9, "split")),
+        ("argmax", evaluation.Setting("argmax")),
+        ("implicit_reward:1", evaluation.Setting("implicit_reward", 1.0)),
     ],
 )
 def test_settings_parse(text, setting):
-    assert evaluate.Setting.parse(text) == setting
+    assert evaluation.Setting.parse(text) == setting
 
 
 @pytest.mark.parametrize(
@@ -258,26 +281,27 @@ def test_settings_parse(text, setting):
         ("threshold:x", "threshold:x"),
         ("knapsack:0.5:most", "most"),
         ("base:0.5", "base:0.5"),
+        ("threshold:0.4:split", "threshold has no critical item"),
     ],
 )
 def test_bad_settings_are_named(text, named):
     with pytest.raises(ValueError, match=named):
-        evaluate.Setting.parse(text)
+        evaluation.Setting.parse(text)
 
 
-def test_bad_arguments_are_named(pair, tmp_path):
+def test_bad_arguments_are_named(pair):
     with pytest.raises(ValueError, match="n is 0"):
-        evaluate.evaluate(n=0, pair=pair)
+        task.evaluation_task(0)
     with pytest.raises(ValueError, match="warm"):
-        evaluate.evaluate(n=1, pair=pair, modes=["warm"])
-    with pytest.raises(ValueError, match=r"base/model\.safetensors"):
-        evaluate.load_pair(tmp_path)
+        evaluate(pair, ["base"], 1, modes=["warm"])
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        evaluate(pair, ["base"], 1, batch_size=0)
 
 
 def test_table_and_summary(pair):
-    rows = evaluate.evaluate(["base", "proxy", "threshold:0.5"], 5, pair=pair)
-    assert len(evaluate.table(rows).splitlines()) == 2 + len(rows)
-    result = evaluate.summary(rows)
+    rows = evaluate(pair, ["base", "proxy", "threshold:0.5"], 5)
+    assert len(demo_pair.table(rows).splitlines()) == 2 + len(rows)
+    result = demo_pair.summary(rows)
     assert result["greedy"]["best_kad"] == "threshold 0.5"
     json.dumps([result, *(row.as_dict() for row in rows)], allow_nan=False)
     run = {
@@ -289,10 +313,10 @@ def test_table_and_summary(pair):
         "threads": 1,
         "batch_size": 5,
     }
-    page = evaluate.report(run | {"summary": result}, rows)
+    page = demo_pair.report(run | {"summary": result}, rows)
     assert "format-free" in page
-    assert evaluate.table(rows) in page
-    mean, error = evaluate.difference(rows[4], rows[4])
+    assert demo_pair.table(rows) in page
+    mean, error = evaluation.difference(rows[4], rows[4])
     assert mean == error == 0.0
 
 
@@ -326,6 +350,7 @@ def test_training_is_reproducible(tmp_path, monkeypatch):
         assert files[0].read_bytes() == files[1].read_bytes()
         tokenizers = [file.with_name("tokenizer.json").read_bytes() for file in files]
         assert tokenizers[0] == tokenizers[1]
-    assert evaluate.load_pair(tmp_path / "one").fingerprint
+        config = json.loads(files[0].with_name("config.json").read_text())
+        assert config["architectures"] == ["LlamaForCausalLM"]
     with pytest.raises(ValueError, match="scale"):
         train.train_pair(tmp_path, scale=0)

@@ -208,10 +208,10 @@ def test_the_shipped_pair_writes_what_it_writes_without_drafts(rule: dict[str, A
     """First tokens and their sources agree within sampling error, over all prompts together."""
     from scipy import stats
 
-    from tta_ext.demo.evaluate import load_pair
+    from tta_ext.demo.pair import demo_pair
     from tta_ext.demo.task import evaluation_problems
 
-    shipped = load_pair()
+    shipped = demo_pair()
     pair = KnapsackDeferral(shipped.base, shipped.proxy, shipped.tokenizer)
     prompts = [problem.prompt for problem in evaluation_problems(6)]
     count, seen = 400, 6

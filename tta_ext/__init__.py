@@ -26,12 +26,14 @@ else:
 if TYPE_CHECKING:
     from tta_ext import hf, ops, rng, rules
     from tta_ext.decoding import KnapsackDeferral
+    from tta_ext.demo.pair import demo_pair
     from tta_ext.env import env_report
     from tta_ext.ops._dispatch import use_backend
 
 __all__ = [
     "KnapsackDeferral",
     "__version__",
+    "demo_pair",
     "env_report",
     "hf",
     "ops",
@@ -44,6 +46,7 @@ _MODULES = frozenset({"decoding", "hf", "ops", "rng", "rules"})
 _ATTRIBUTES = {
     "AdaptiveImportanceSampling": "tta_ext.decoding",
     "KnapsackDeferral": "tta_ext.decoding",
+    "demo_pair": "tta_ext.demo.pair",
     "env_report": "tta_ext.env",
     "use_backend": "tta_ext.ops._dispatch",
 }

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import typer
 
 from tta_ext._version import __version__
-from tta_ext.cli import bench, compare, demo, doctor, evaluate, generate, trace
+from tta_ext.cli import bench, compare, demo, doctor, evaluate, generate, search, trace
 from tta_ext.cli.common import errors
 
 __all__ = ["app", "run"]
@@ -23,6 +23,7 @@ app = typer.Typer(
 )
 app.command("demo")(demo.demo)
 app.command("generate")(generate.generate)
+app.command("search")(search.search)
 app.command("eval")(evaluate.evaluate)
 app.command("sweep")(evaluate.sweep)
 app.command("compare")(compare.compare)
@@ -62,6 +63,6 @@ def run(argv: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, OSError, ImportError) as error:
         if os.environ.get("TTA_EXT_TRACEBACK"):
             raise
-        errors.print(f"tta: {error}", style="red", markup=False, highlight=False)
+        errors.print(f"tta: {error}", style="red")
         return 1
     return 0

@@ -1,51 +1,89 @@
-"""What the commands share: consoles, model options, prompts, colours, durable files."""
+"""What the commands share: consoles, options, models, prompts, answers that resume."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from enum import Enum
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.text import Text
+
+from tta_ext.journal import Journal, json_line, parse_jsonl, resume_key
 
 if TYPE_CHECKING:
-    from tta_ext.decoding import KnapsackDeferral
+    from tta_ext.evaluation import Models, Setting
 
 __all__ = ["console", "errors"]
 
-console = Console()
-errors = Console(stderr=True)
+# What is printed is text of models, paths and tokens, never markup.
+console = Console(markup=False, highlight=False, emoji=False)
+errors = Console(stderr=True, markup=False, highlight=False, emoji=False)
 
-PROXY_STYLE = "bold magenta"
+PROXY_STYLE = "magenta"
 BASE_STYLE = "cyan"
 
+
+class Dtype(Enum):
+    """Dtypes of weights."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Policy(Enum):
+    """What becomes of the knapsack's critical item."""
+
+    exclude = "exclude"
+    include = "include"
+    split = "split"
+
+
+Prompts = Annotated[list[str] | None, typer.Argument(help="Prompts; default: stdin.")]
+Source = Annotated[
+    Path | None, typer.Option("--input", help="File of prompts, one a line, or JSONL; - is stdin.")
+]
+Chat = Annotated[
+    bool, typer.Option("--chat", help="Wrap text prompts in the models' chat templates.")
+]
+System = Annotated[str | None, typer.Option(help="System message; implies --chat.")]
+Output = Annotated[
+    Path | None,
+    typer.Option(help="JSONL file to append answers to; a run cut short goes on from there."),
+]
+Jsonl = Annotated[bool, typer.Option("--jsonl", help="Print JSONL instead of text.")]
+Stop = Annotated[list[str] | None, typer.Option(help="String that ends an answer.")]
 Base = Annotated[
     str | None,
     typer.Option(help="Base model: folder, .gguf file or hub name. Default: the demo's."),
 ]
 Proxy = Annotated[str | None, typer.Option(help="Proxy model, likewise.")]
+Anti = Annotated[
+    str | None, typer.Option(help="The proxy before alignment, for implicit reward, likewise.")
+]
 Rule = Annotated[str, typer.Option(help="Deferral rule, or implicit_reward.")]
 Param = Annotated[
     float | None, typer.Option(help="The rule's parameter (beta for implicit_reward).")
 ]
-Critical = Annotated[str, typer.Option(help="Knapsack's critical item: exclude, include or split.")]
+Critical = Annotated[Policy, typer.Option(help="Knapsack's critical item.")]
 Temperature = Annotated[float, typer.Option(help="Temperature of both models.")]
 RuleTemperature = Annotated[
     float | None, typer.Option(help="Temperature at which the rule looks at the models.")
 ]
 Greedy = Annotated[bool, typer.Option("--greedy", help="Take the most probable token.")]
 Seed = Annotated[int | None, typer.Option(help="Seed; the same seed gives the same answers.")]
-MaxNewTokens = Annotated[int, typer.Option(help="Tokens after which an answer ends.")]
-BatchSize = Annotated[int, typer.Option(help="Answers decoded together.")]
-Dtype = Annotated[str, typer.Option(help="Dtype of the weights: auto, float32, bfloat16, float16.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Tokens after which an answer ends.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Answers decoded together.")]
+DtypeOption = Annotated[Dtype, typer.Option(help="Dtype of the weights.")]
 Device = Annotated[str | None, typer.Option(help="Device of the models, such as cuda.")]
-Threads = Annotated[int | None, typer.Option(help="Threads of torch.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads of torch.")]
 
 DEFAULT_PARAM = {
     "knapsack": 0.9,
@@ -59,13 +97,59 @@ DEFAULT_PARAM = {
 }
 
 
+def refuse_unused(context: typer.Context, choice: str, unused: Iterable[str]) -> None:
+    """``ValueError`` if the command line has an option that what was chosen does not use.
+
+    Args:
+        context: of the command.
+        choice: what was chosen, as the message says it.
+        unused: names of the command's parameters.
+    """
+    names = set(unused)
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if parameter.name in names and source is not None and source.name == "COMMANDLINE":
+            raise ValueError(f"{choice} does not use {parameter.opts[0]}")
+
+
+def unused_by_rule(rule: str) -> set[str]:
+    """Parameters of the commands that a rule does not use."""
+    if rule == "implicit_reward":
+        return {"critical", "rule_temperature"}
+    unused = {"anti"} if rule == "knapsack" else {"anti", "critical"}
+    return unused | {"param"} if rule == "argmax" else unused
+
+
+def chosen_setting(
+    context: typer.Context, rule: str, param: float | None, critical: Policy
+) -> Setting:
+    """The rule that a command's options name; ``ValueError`` for one that it does not use."""
+    from tta_ext.evaluation import Setting
+
+    name = canonical_rule(rule)
+    refuse_unused(context, f"rule {name}", unused_by_rule(name))
+    return Setting(name, DEFAULT_PARAM.get(name) if param is None else param, critical.value)
+
+
+def check_writable(path: Path | None) -> None:
+    """An ``OSError`` before the work if a file cannot be written after it."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("a").close()
+
+
+def write_report(path: Path | None, value: Any) -> None:
+    """Write a JSON file if one was asked for."""
+    if path is not None:
+        path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+        errors.print(f"written: {path}", soft_wrap=True)
+
+
 def set_threads(threads: int | None) -> None:
     """Limit torch's threads if asked to."""
     if threads is not None:
         import torch
 
-        if threads < 1:
-            raise ValueError(f"--threads is {threads}, expected at least 1")
         torch.set_num_threads(threads)
 
 
@@ -84,118 +168,119 @@ def canonical_rule(rule: str) -> str:
     return rule if rule == "implicit_reward" else rules.rule_name(rule)
 
 
-def default_param(rule: str, param: float | None) -> float | None:
-    """The parameter given, or the rule's usual one."""
-    return DEFAULT_PARAM.get(canonical_rule(rule)) if param is None else param
+def torch_dtype(dtype: Dtype) -> Any:
+    """What ``from_pretrained`` takes."""
+    import torch
+
+    return "auto" if dtype is Dtype.auto else getattr(torch, dtype.value)
 
 
-def load_pair(
+def load_models(
     base: str | None,
     proxy: str | None,
     anti: str | None = None,
     *,
-    rule: str = "threshold",
-    param: float | None = None,
-    dtype: str = "auto",
+    implicit: bool = False,
+    dtype: Dtype = Dtype.auto,
     device: str | None = None,
-    **options: Any,
-) -> KnapsackDeferral:
-    """The models named on the command line; none named: the pair of the demo."""
-    import torch
+) -> Models:
+    """The models named on the command line; none named: the pair of the demo.
 
-    from tta_ext.decoding import KnapsackDeferral
+    Args:
+        base, proxy, anti, dtype, device: as the options.
+        implicit: whether the demo's pair needs its ``anti``.
+    """
+    from tta_ext.decoding.runtime.loading import load_model, load_tokenizer
+    from tta_ext.evaluation import Models
 
-    if (base is None) != (proxy is None):
+    if base is None and proxy is None and anti is None:
+        from tta_ext.demo.pair import ASSETS
+
+        base, proxy = str(ASSETS / "base"), str(ASSETS / "proxy")
+        anti = str(ASSETS / "proxy_init") if implicit else None
+    if base is None or proxy is None:
         raise ValueError(
             "--base and --proxy belong together (without both, the demo's pair is used)"
         )
-    rule = canonical_rule(rule)
-    chosen: Any = dtype
-    if dtype != "auto":
-        if dtype not in ("float32", "bfloat16", "float16"):
-            raise ValueError(f"--dtype is {dtype!r}, expected auto, float32, bfloat16 or float16")
-        chosen = getattr(torch, dtype)
-    if base is None or proxy is None:
-        from tta_ext.demo.evaluate import ASSETS
-
-        base, proxy = str(ASSETS / "base"), str(ASSETS / "proxy")
-        anti = str(ASSETS / "proxy_init") if rule == "implicit_reward" else None
-        chosen = torch.float32
     quiet_transformers()
+    sources = {"base": base, "proxy": proxy} | ({} if anti is None else {"anti": anti})
     with errors.status("loading models"):
-        return KnapsackDeferral.from_pretrained(
-            base,
-            proxy,
-            anti=anti,
-            dtype=chosen,
-            device=device,
-            rule=rule,
-            param=default_param(rule, param),
-            **options,
+        loaded = {
+            name: load_model(source, dtype=torch_dtype(dtype), device=device)
+            for name, source in sources.items()
+        }
+        return Models(
+            **loaded,
+            tokenizer=load_tokenizer(base),
+            proxy_tokenizer=load_tokenizer(proxy),
+            sources=sources,
         )
 
 
-def read_prompts(arguments: Iterable[str] | None, source: Path | None) -> list[Any]:
+def read_prompts(
+    arguments: Iterable[str] | None,
+    source: Path | None,
+    chat: bool = False,
+    system: str | None = None,
+) -> list[Any]:
     """Prompts from arguments, else from a file, else from stdin.
 
     A file whose first line starts with ``{`` or ``[`` is JSONL: strings do not need that form; an
     object has ``prompt`` (text) or ``messages`` (a conversation), a list is a conversation. Any
     other file has a prompt on each line that is not empty.
+
+    Args:
+        arguments, source: where prompts may come from.
+        chat: make conversations of text prompts.
+        system: their system message, which implies ``chat``.
     """
-    given = list(arguments or ())
-    if given and source is not None:
+    prompts = list(arguments or ())
+    if prompts and source is not None:
         raise ValueError("prompts are given both as arguments and by --input")
-    if given:
-        return given
+    if not prompts:
+        prompts = _parse_prompts(source)
+    if not chat and system is None:
+        return prompts
+    start = [] if system is None else [{"role": "system", "content": system}]
+    return [
+        [*start, {"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        for prompt in prompts
+    ]
+
+
+def _parse_prompts(source: Path | None) -> list[Any]:
+    from tta_ext.evaluation import record_prompt
+
     if source is not None and str(source) != "-":
-        text = source.read_text(encoding="utf-8")
+        # Not read_text, which would end lines at carriage returns too.
+        text = source.read_bytes().decode()
     elif source is None and sys.stdin.isatty():
         raise ValueError("there are no prompts: pass them as arguments, by --input or on stdin")
     else:
         text = sys.stdin.read()
-    lines = [line for line in text.splitlines() if line.strip()]
-    if not lines:
+    text = text.removeprefix("\ufeff")
+    if not text.strip():
         raise ValueError("the input has no prompts")
-    if lines[0].lstrip()[0] not in "{[":
-        return lines
-    return [record_prompt(record) for record in parse_jsonl(lines)]
+    if text.lstrip()[0] not in "{[":
+        return [line.removesuffix("\r") for line in text.split("\n") if line.strip()]
+    return [record_prompt(record) for record in parse_jsonl(text)]
 
 
-def parse_jsonl(lines: Iterable[str]) -> list[Any]:
-    """The values of JSON lines; ``ValueError`` names the line that is none."""
-    records = []
-    for number, line in enumerate(lines, 1):
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"line {number} is not JSON: {error}") from None
-    return records
+def echo(text: str, style: str | None = None, end: str = "\n") -> None:
+    """Print a model's text as it is, coloured where stdout is a terminal that wants colours."""
+    typer.secho(text + end, fg=style, nl=False, color=False if "NO_COLOR" in os.environ else None)
 
 
-def record_prompt(record: Any) -> Any:
-    """The prompt in a JSONL record."""
-    if isinstance(record, (str, list)):
-        return record
-    if isinstance(record, dict):
-        for key in ("prompt", "messages"):
-            if key in record:
-                return record[key]
-    raise ValueError(
-        f"a JSONL record has neither 'prompt' nor 'messages': {json.dumps(record)[:80]}"
-    )
+def source_style(from_proxy: bool) -> str:
+    """The colour of a token."""
+    return PROXY_STYLE if from_proxy else BASE_STYLE
 
 
-def coloured(spans: Iterable[tuple[str, bool]]) -> Text:
-    """Text in the colours of its sources."""
-    text = Text()
+def echo_coloured(spans: Iterable[tuple[str, bool]]) -> None:
+    """Print text in the colours of its sources."""
     for piece, from_proxy in spans:
-        text.append(piece, style=PROXY_STYLE if from_proxy else BASE_STYLE)
-    return text
-
-
-def legend() -> Text:
-    """What the colours mean."""
-    return Text.assemble(("base", BASE_STYLE), " ", ("proxy", PROXY_STYLE))
+        echo(piece, source_style(from_proxy), end="")
+    echo("")
 
 
 def bar() -> Progress:
@@ -210,36 +295,63 @@ def bar() -> Progress:
     )
 
 
-class JsonLines:
-    """A JSONL file that survives a kill: whole lines only, each on the disk once written.
+def chosen_seed(seed: int | None, journal: Journal) -> int:
+    """The seed asked for; else that of the answers in the file, so that they stand; else any."""
+    if seed is None:
+        seed = next((r["seed"] for r in reversed(journal.records.values()) if "seed" in r), None)
+    if seed is None:
+        import torch
+
+        seed = int(torch.randint(2**31, ()))
+    return seed
+
+
+R = TypeVar("R")
+
+
+def answer(
+    prompts: Sequence[Any],
+    facts: dict[str, Any],
+    *,
+    journal: Journal,
+    jsonl: bool,
+    at_once: int,
+    decode: Callable[[list[int]], R],
+    records: Callable[[R], list[dict[str, Any]]],
+    show: Callable[[R], None],
+) -> None:
+    """Answer prompts in batches: into a file that resumes, as JSONL, or as text.
 
     Args:
-        path: the file; None writes to stdout.
-
-    Attributes:
-        records: what the file held when it was opened; a line cut short by a kill is removed.
+        prompts: all of them.
+        facts: what decides the answers, see :func:`tta_ext.journal.resume_key`.
+        journal: of the output file; what it has is not answered again.
+        jsonl: print records.
+        at_once: prompts in a batch.
+        decode: answers the prompts of some places. Random streams are named by the place in the
+            input, so a run that was cut short draws what it would have drawn.
+        records: of a result, a record for each of its prompts.
+        show: prints a result's texts.
     """
-
-    def __init__(self, path: Path | None) -> None:
-        self.records: list[Any] = []
-        self._file: IO[str] | None = None
-        if path is None:
-            return
-        if path.exists():
-            content = path.read_bytes()
-            end = content.rfind(b"\n") + 1
-            if end < len(content):
-                with path.open("r+b") as file:
-                    file.truncate(end)
-            self.records = parse_jsonl(content[:end].decode().splitlines())
-        else:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a", encoding="utf-8")
-
-    def write(self, records: Iterable[Any]) -> None:
-        """Append records, durably."""
-        file = self._file or sys.stdout
-        file.write("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
-        file.flush()
-        if self._file is not None:
-            os.fsync(self._file.fileno())
+    keys = [resume_key(**facts, prompt=p, place=i) for i, p in enumerate(prompts)]
+    todo = [i for i, key in enumerate(keys) if key not in journal.records]
+    with bar() as progress:
+        task = progress.add_task("answers", total=len(prompts), completed=len(prompts) - len(todo))
+        for start in range(0, len(todo), at_once):
+            places = todo[start : start + at_once]
+            result = decode(places)
+            if journal.path is None and not jsonl:
+                show(result)
+            else:
+                items = {
+                    keys[place]: {"index": place, "prompt": prompts[place], **record}
+                    for place, record in zip(places, records(result), strict=True)
+                }
+                journal.add(items)
+                if jsonl:
+                    for item in items.values():
+                        echo(json_line(item), end="")
+            progress.advance(task, len(places))
+    if journal.path is not None:
+        there = len(prompts) - len(todo)
+        errors.print(f"{len(todo)} answered, {there} were there: {journal.path}", soft_wrap=True)

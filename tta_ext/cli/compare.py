@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,8 +10,16 @@ import typer
 from rich.table import Table
 
 from tta_ext.cli import common
-from tta_ext.cli.aisp import SMOLLM2, Model, RewardName, Settings, load_model_and_tokenizer
 from tta_ext.cli.common import console, errors
+from tta_ext.cli.search import (
+    SMOLLM2,
+    Model,
+    RewardName,
+    Settings,
+    load_model_and_tokenizer,
+    reward_facts,
+)
+from tta_ext.journal import Journal, model_facts
 
 __all__ = ["compare"]
 
@@ -21,7 +28,8 @@ DEFAULT_SAMPLES = 64
 
 
 def compare(
-    prompts: Annotated[list[str] | None, typer.Argument(help="Prompts; default: stdin.")] = None,
+    reward: RewardName,
+    prompts: common.Prompts = None,
     method: Annotated[
         list[str] | None,
         typer.Option(
@@ -30,9 +38,8 @@ def compare(
         ),
     ] = None,
     model: Model = SMOLLM2,
-    reward: RewardName = None,
     samples: Annotated[
-        int | None, typer.Option(help="Answers for each method and prompt (default 64).")
+        int | None, typer.Option(min=1, help="Answers for each method and prompt (default 64).")
     ] = None,
     seconds: Annotated[
         float | None, typer.Option(help="Wall-clock for each method and prompt instead.")
@@ -40,15 +47,10 @@ def compare(
     baseline: Annotated[
         str | None, typer.Option(help="Label to compare with. Default: best_of_n, or the last.")
     ] = None,
-    source: Annotated[
-        Path | None,
-        typer.Option("--input", help="File of prompts, one a line, or JSONL; - is stdin."),
-    ] = None,
-    chat: Annotated[
-        bool, typer.Option("--chat", help="Wrap text prompts in the model's chat template.")
-    ] = False,
-    system: Annotated[str | None, typer.Option(help="System message for --chat.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Only the first so many prompts.")] = None,
+    source: common.Source = None,
+    chat: common.Chat = False,
+    system: common.System = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first prompts.")] = None,
     max_new_tokens: common.MaxNewTokens = 32,
     settings: Settings = None,
     seed: Annotated[int, typer.Option(help="Seed; the same seed gives the same answers.")] = 0,
@@ -61,9 +63,9 @@ def compare(
         Path | None, typer.Option(help="Image of reward against samples and seconds.")
     ] = None,
     batch_size: Annotated[
-        int, typer.Option(help="Prompts in a batch; times are then shares of the batch's.")
+        int, typer.Option(min=1, help="Prompts in a batch; times are then shares of the batch's.")
     ] = 1,
-    dtype: common.Dtype = "auto",
+    dtype: common.DtypeOption = common.Dtype.auto,
     device: common.Device = None,
     threads: common.Threads = None,
 ) -> None:
@@ -72,18 +74,13 @@ def compare(
     Prints each method's reward and cost, and its paired difference to the baseline with standard
     error and win rate.
     """
-    from tta_ext.cli.generate import as_conversation
     from tta_ext.decoding.rewards import parse_reward
     from tta_ext.decoding.search import compare as comparison
 
     common.set_threads(threads)
-    if reward is None:
-        raise ValueError("--reward is missing, such as letter:s or sentiment")
     if samples is None and seconds is None:
         samples = DEFAULT_SAMPLES
-    asked = common.read_prompts(prompts, source)[:limit]
-    if chat or system is not None:
-        asked = [as_conversation(prompt, system) for prompt in asked]
+    asked = common.read_prompts(prompts, source, chat, system)[:limit]
     contestants = [comparison.Contestant.parse(text) for text in method or DEFAULT_METHODS]
     labels = [one.label for one in contestants]
     if baseline is None:
@@ -91,8 +88,10 @@ def compare(
     if baseline not in labels:
         raise ValueError(f"--baseline is {baseline!r}, expected one of {', '.join(labels)}")
     scorer = parse_reward(reward)
-    loaded, tokenizer = load_model_and_tokenizer(model, dtype, device)
-    file = common.JsonLines(journal)
+    file = Journal(journal)
+    common.check_writable(output)
+    common.check_writable(plot)
+    loaded, tokenizer, name = load_model_and_tokenizer(model, dtype, device)
     with common.bar() as bar:
         task = bar.add_task("answers", total=len(asked) * len(contestants))
         records = comparison.compare(
@@ -105,9 +104,8 @@ def compare(
             seconds=seconds,
             seed=seed,
             common={"max_new_tokens": max_new_tokens} | comparison.parse_settings(settings or ()),
-            tag=[model, reward, dtype],
-            records=file.records,
-            write=None if journal is None else file.write,
+            tag=[model_facts(loaded, name), reward_facts(reward)],
+            journal=file,
             prompts_at_once=batch_size,
             progress=lambda count: bar.advance(task, count),
         )
@@ -115,21 +113,20 @@ def compare(
     console.print(methods_table(rows))
     if pairs:
         console.print(pairs_table(pairs, baseline))
-    if output is not None:
-        report = {
-            "model": model,
-            "reward": reward,
-            "samples": samples,
-            "seconds": seconds,
-            "seed": seed,
-            "baseline": baseline,
-            "methods": rows,
-            "paired": [vars(pair) | {"win_rate": pair.win_rate} for pair in pairs],
-        }
-        output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    report = {
+        "model": model,
+        "reward": reward,
+        "samples": samples,
+        "seconds": seconds,
+        "seed": seed,
+        "baseline": baseline,
+        "methods": rows,
+        "paired": [vars(pair) | {"win_rate": pair.win_rate} for pair in pairs],
+    }
+    common.write_report(output, report)
     if plot is not None:
         comparison.plot(records, plot, f"{reward}, {len(asked)} prompts")
-        errors.print(f"plot: {plot}")
+        errors.print(f"written: {plot}", soft_wrap=True)
 
 
 def methods_table(rows: list[dict[str, Any]]) -> Table:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import typer
 from rich.panel import Panel
 from rich.table import Table
+from rich.text import Text
 
-from tta_ext.cli import aisp, common
+from tta_ext.cli import common
 from tta_ext.cli.common import console
 from tta_ext.cli.evaluate import row_table
+from tta_ext.cli.search import SMOLLM2, load_model_and_tokenizer
 
 if TYPE_CHECKING:
     from tta_ext.decoding import DecodeStats, KnapsackDeferral
@@ -23,46 +26,47 @@ __all__ = ["demo"]
 
 
 def demo(
-    n: Annotated[int, typer.Option(help="Held-out problems in the table.")] = 100,
-    answers: Annotated[int, typer.Option(help="Answers to show.")] = 3,
+    n: Annotated[int, typer.Option(min=1, help="Held-out problems in the table.")] = 100,
+    answers: Annotated[int, typer.Option(min=0, help="Answers to show.")] = 3,
     seed: Annotated[int, typer.Option(help="Seed.")] = 0,
     threads: common.Threads = 1,  # the pair is too small to gain from more
 ) -> None:
     """Accuracy of rules on the shipped pair, answers coloured by source, and where time went."""
-    from tta_ext.decoding import KnapsackDeferral
-    from tta_ext.demo import evaluate as trial
-    from tta_ext.demo.task import evaluation_problems
+    from tta_ext.demo.task import evaluation_problems, evaluation_task
+    from tta_ext.evaluation import MODES, SHORT, Setting, evaluate
 
     start = time.perf_counter()
     common.set_threads(threads)
-    common.quiet_transformers()
-    pair = trial.load_pair()
+    models = common.load_models(None, None, implicit=True)
+    task = evaluation_task(n)
     console.print(
-        f"base {_size(pair.base)}, knows arithmetic but not the answer format; proxy "
-        f"{_size(pair.proxy)}, knows the format but computes worse; {n} held-out problems"
+        f"base {_size(models.base)}, knows arithmetic but not the answer format; proxy "
+        f"{_size(models.proxy)}, knows the format but computes worse; {n} held-out problems"
     )
     with common.bar() as bar:
-        task = bar.add_task("problems", total=n * len(trial.SHORT) * len(trial.MODES))
-        rows = trial.evaluate(
-            trial.SHORT, n, seed=seed, pair=pair, progress=lambda done: bar.advance(task, done)
-        )
+        progress = bar.add_task("problems", total=n * len(SHORT) * len(MODES))
+        advance = partial(bar.advance, progress)
+        rows = list(evaluate(models, task, seed=seed, progress=advance))
     console.print(row_table(rows))
     console.print()
 
-    kad = KnapsackDeferral(pair.base, pair.proxy, pair.tokenizer)
+    setting = Setting("threshold", 0.4)
+    kad = models.decoder(setting)
     problems = evaluation_problems(max(16, answers))
     prompts = [problem.prompt for problem in problems[:16]]
     if answers:
-        console.print("sampled with threshold 0.4, tokens by", common.legend())
+        legend = Text.assemble(("base", common.BASE_STYLE), " ", ("proxy", common.PROXY_STYLE))
+        console.print(f"sampled with {setting.label}, tokens by", legend)
         shown = kad.generate(
-            [p.prompt for p in problems[:answers]], seed=seed, max_new_tokens=trial.MAX_NEW_TOKENS
+            [p.prompt for p in problems[:answers]], seed=seed, max_new_tokens=task.max_new_tokens
         )
         for row, problem in enumerate(problems[:answers]):
-            text = common.coloured(shown.source_spans(row, pair.tokenizer))
+            spans = shown.source_spans(row, kad.tokenizer)
+            text = Text.assemble(*((piece, common.source_style(proxy)) for piece, proxy in spans))
             console.print(problem.question, style="dim")
             console.print(Panel(text, expand=False))
     _where_time_went(kad, prompts, seed)
-    aisp.show(seed)
+    _show_aisp(seed)
     console.print(f"whole demo: {time.perf_counter() - start:.1f} s")
 
 
@@ -148,3 +152,33 @@ def _split(stats: DecodeStats) -> list[str]:
         f"{stats.tokens_per_second:.0f}",
         f"{stats.proxy_calls} in {stats.steps} steps",
     ]
+
+
+def _show_aisp(seed: int, prompt: str = "Tell me about the sea.") -> None:
+    """AISP on one prompt against best-of-n, if SmolLM2 is installed."""
+    from tta_ext.decoding import AdaptiveImportanceSampling, BestOfN
+    from tta_ext.decoding.rewards import LetterReward
+    from tta_ext.demo import smollm2
+
+    if not smollm2.available():
+        return
+    model, tokenizer, _ = load_model_and_tokenizer(SMOLLM2, common.Dtype.auto, None)
+    reward = LetterReward("s")
+    asked = [[{"role": "user", "content": prompt}]]
+    console.print(
+        f"\nAISP on {smollm2.NAME}: noise on the pre-logits learns to start words with s; "
+        f"{prompt!r}"
+    )
+    steered = AdaptiveImportanceSampling(
+        model, reward, tokenizer, n=16, iterations=6, max_new_tokens=16
+    ).generate(asked, seed=seed)
+    plain = BestOfN(
+        model, reward, tokenizer, n=96, group=16, max_new_tokens=16, probe=False
+    ).generate(asked, seed=seed)
+    for result in (steered, plain):
+        means = " ".join(f"{record.mean:.2f}" for record in result.curves[0])
+        best = result.best[0]
+        common.echo(
+            f"{result.method:9} mean reward by iteration {means}; best {best.reward:.2f} in "
+            f"{result.timing.total:.1f} s: {best.text!r}"
+        )

@@ -35,11 +35,11 @@ def doctor(
     console.print()
     common = common_reasons(found.ops)
     for name, why in common.items():
-        console.print(f"no op uses {name}: {why}", markup=False, highlight=False)
+        console.print(f"no op uses {name}: {why}")
     table = Table("op", "backend", "why not another", box=None, pad_edge=False)
     for op in found.ops:
         own = {name: why for name, why in op.why_not.items() if name not in common}
         table.add_row(op.name, op.backend, "; ".join(f"{k}: {v}" for k, v in own.items()))
     console.print(table)
     for line in found.advice:
-        console.print(f"to mend: {line}", style="yellow", markup=False)
+        console.print(f"to mend: {line}", style="yellow")

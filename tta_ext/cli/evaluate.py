@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import math
-import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import product
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from tta_ext.cli import common
-from tta_ext.cli.common import console, errors
+from tta_ext.cli.common import console
+from tta_ext.journal import Journal
 
 if TYPE_CHECKING:
-    from tta_ext.decoding import DecodeStats, KnapsackDeferral
-    from tta_ext.demo.evaluate import Row, Setting
+    from tta_ext.evaluation import Row, Setting
 
 __all__ = ["evaluate", "row_table", "sweep"]
 
 Mode = Annotated[list[str] | None, typer.Option(help="sampled, greedy; both by default.")]
-Journal = Annotated[
+JournalFile = Annotated[
     Path | None,
     typer.Option(help="JSONL file of finished batches; a run that was cut short goes on from it."),
 ]
@@ -38,28 +35,37 @@ Pattern = Annotated[
     str | None,
     typer.Option(help="Regular expression whose last match (or its group 1) is the answer."),
 ]
+Count = Annotated[
+    int | None,
+    typer.Option(min=1, help="Number of problems. Default: all of --data, 100 of the demo's."),
+]
+MaxNewTokens = Annotated[
+    int | None,
+    typer.Option(min=1, help="Tokens after which an answer ends (128; 64 for the demo's)."),
+]
+Seed = Annotated[int, typer.Option(help="Seed of sampled rows.")]
+Report = Annotated[Path | None, typer.Option(help="JSON file for the rows.")]
 
 
 def evaluate(
+    context: typer.Context,
     rules: Annotated[
         list[str] | None,
         typer.Argument(help="base, proxy, or rule:param[:critical], such as threshold:0.4."),
     ] = None,
     base: common.Base = None,
     proxy: common.Proxy = None,
-    anti: Annotated[
-        str | None, typer.Option(help="The proxy before alignment, for implicit_reward.")
-    ] = None,
+    anti: common.Anti = None,
     data: Data = None,
     pattern: Pattern = None,
-    n: Annotated[int, typer.Option(help="Number of problems.")] = 100,
+    n: Count = None,
     mode: Mode = None,
-    seed: Annotated[int, typer.Option(help="Seed of sampled rows.")] = 0,
-    max_new_tokens: common.MaxNewTokens = 128,
+    seed: Seed = 0,
+    max_new_tokens: MaxNewTokens = None,
     batch_size: common.BatchSize = 50,
-    journal: Journal = None,
-    output: Annotated[Path | None, typer.Option(help="JSON file for the rows.")] = None,
-    dtype: common.Dtype = "auto",
+    journal: JournalFile = None,
+    output: Report = None,
+    dtype: common.DtypeOption = common.Dtype.auto,
     device: common.Device = None,
     threads: common.Threads = None,
 ) -> None:
@@ -68,67 +74,93 @@ def evaluate(
     Without --data, on the held-out problems of the demo's pair; with it, the share of answers that
     match: the --pattern's last match in the text, or the text itself, equals "answer".
     """
-    from tta_ext.demo.evaluate import MODES, SHORT, Setting
+    from tta_ext.evaluation import IMPLICIT_REWARD, SHORT, Setting
 
-    common.set_threads(threads)
     settings = [Setting.parse(rule) for rule in rules] if rules else list(SHORT)
-    if anti is None and data is not None and not rules:
-        settings = [s for s in settings if s.rule != "implicit_reward"]
-    job = Job(n, tuple(mode or MODES), seed, max_new_tokens, batch_size, journal, pattern)
-    _show(_run(settings, job, data, base, proxy, anti, dtype, device), output)
+    if not rules and base is not None and anti is None:
+        settings = [setting for setting in settings if setting.rule != IMPLICIT_REWARD]
+    _run(context, settings)
 
 
 def sweep(
+    context: typer.Context,
     rule: common.Rule = "threshold",
     params: Annotated[
         str, typer.Option(help="Parameters: a,b,c or start:stop:step (stop included).")
     ] = "0.1:0.9:0.1",
-    critical: common.Critical = "exclude",
+    critical: common.Critical = common.Policy.exclude,
     base: common.Base = None,
     proxy: common.Proxy = None,
-    anti: Annotated[
-        str | None, typer.Option(help="The proxy before alignment, for implicit_reward.")
-    ] = None,
+    anti: common.Anti = None,
     data: Data = None,
     pattern: Pattern = None,
-    n: Annotated[int, typer.Option(help="Number of problems.")] = 100,
+    n: Count = None,
     mode: Mode = None,
-    seed: Annotated[int, typer.Option(help="Seed of sampled rows.")] = 0,
-    max_new_tokens: common.MaxNewTokens = 128,
+    seed: Seed = 0,
+    max_new_tokens: MaxNewTokens = None,
     batch_size: common.BatchSize = 50,
-    journal: Journal = None,
-    output: Annotated[Path | None, typer.Option(help="JSON file for the rows.")] = None,
-    dtype: common.Dtype = "auto",
+    journal: JournalFile = None,
+    output: Report = None,
+    dtype: common.DtypeOption = common.Dtype.auto,
     device: common.Device = None,
     threads: common.Threads = None,
 ) -> None:
     """Accuracy of one rule over a range of its parameter; otherwise as eval."""
-    from tta_ext.demo.evaluate import MODES, Setting
+    from tta_ext.evaluation import Setting
 
-    common.set_threads(threads)
     name = common.canonical_rule(rule)
-    settings = [Setting.parse(f"{name}:{value:g}:{critical}") for value in parse_range(params)]
-    job = Job(n, tuple(mode or MODES), seed, max_new_tokens, batch_size, journal, pattern)
-    _show(_run(settings, job, data, base, proxy, anti, dtype, device), output)
+    common.refuse_unused(context, f"rule {name}", common.unused_by_rule(name))
+    if name == "argmax":
+        raise ValueError("argmax has no parameter to sweep; see tta eval argmax")
+    _run(context, [Setting(name, value, critical.value) for value in parse_range(params)])
 
 
-def _run(
-    settings: Sequence[Setting],
-    job: Job,
-    data: Path | None,
-    base: str | None,
-    proxy: str | None,
-    anti: str | None,
-    dtype: str,
-    device: str | None,
-) -> list[Row]:
-    """The rows of all settings: of the demo's pair, or of other models on other data."""
-    if data is None and base is None:
-        return _run_demo(settings, job)
-    if data is None or base is None:
-        raise ValueError("--data and --base/--proxy belong together; without both, the demo is run")
-    kad = common.load_pair(base, proxy, anti, dtype=dtype, device=device, **_first(settings))
-    return _run_data(kad, settings, data, job)
+def _run(context: typer.Context, settings: Sequence[Setting]) -> None:
+    """Evaluate settings as the command's other options say, and show the rows."""
+    from tta_ext.demo.task import evaluation_task
+    from tta_ext.evaluation import IMPLICIT_REWARD, MODES, data_task
+    from tta_ext.evaluation import evaluate as evaluate_rows
+
+    options: dict[str, Any] = context.params
+    implicit = any(setting.rule == IMPLICIT_REWARD for setting in settings)
+    if not implicit:
+        common.refuse_unused(context, "what is evaluated", {"anti"})
+    common.set_threads(options["threads"])
+    data, n = options["data"], options["n"]
+    if data is None:
+        common.refuse_unused(context, "an evaluation without --data", {"pattern"})
+        task = evaluation_task(n or 100)
+    else:
+        task = data_task(data, n, options["pattern"])
+    journal = Journal(options["journal"])
+    modes = tuple(options["mode"] or MODES)
+    common.check_writable(options["output"])
+    models = common.load_models(
+        options["base"],
+        options["proxy"],
+        options["anti"],
+        implicit=implicit,
+        dtype=options["dtype"],
+        device=options["device"],
+    )
+    with common.bar() as bar:
+        total = len(task.prompts) * len(settings) * len(modes)
+        progress = bar.add_task("problems", total=total)
+        rows = list(
+            evaluate_rows(
+                models,
+                task,
+                settings,
+                modes=modes,
+                seed=options["seed"],
+                batch_size=options["batch_size"],
+                max_new_tokens=options["max_new_tokens"],
+                journal=journal,
+                progress=lambda done: bar.advance(progress, done),
+            )
+        )
+    console.print(row_table(rows))
+    common.write_report(options["output"], [row.as_dict() for row in rows])
 
 
 def parse_range(text: str) -> list[float]:
@@ -143,179 +175,6 @@ def parse_range(text: str) -> list[float]:
     except (ValueError, ZeroDivisionError):
         raise ValueError(f"--params is {text!r}, expected a,b,c or start:stop:step") from None
     return [round(start + i * step, 10) for i in range(count)]
-
-
-@dataclass(frozen=True)
-class Job:
-    """How to evaluate, whatever on."""
-
-    n: int
-    modes: tuple[str, ...]
-    seed: int
-    max_new_tokens: int
-    batch_size: int
-    journal: Path | None
-    pattern: str | None
-
-
-def _run_demo(settings: Sequence[Setting], job: Job) -> list[Row]:
-    from tta_ext.demo.evaluate import evaluate_iter
-
-    common.quiet_transformers()
-    with common.bar() as bar:
-        task = bar.add_task("problems", total=job.n * len(settings) * len(job.modes))
-        return list(
-            evaluate_iter(
-                settings,
-                job.n,
-                modes=job.modes,
-                seed=job.seed,
-                batch_size=job.batch_size,
-                journal=job.journal,
-                progress=lambda done: bar.advance(task, done),
-            )
-        )
-
-
-def _run_data(
-    kad: KnapsackDeferral, settings: Sequence[Setting], data: Path, job: Job
-) -> list[Row]:
-    problems = load_problems(data, job.n)
-    with common.bar() as bar:
-        task = bar.add_task("problems", total=len(problems) * len(settings) * len(job.modes))
-        return list(
-            evaluate_data(kad, settings, problems, job, lambda done: bar.advance(task, done))
-        )
-
-
-def _show(rows: Sequence[Row], output: Path | None) -> None:
-    console.print(row_table(rows))
-    if output is not None:
-        output.write_text(json.dumps([row.as_dict() for row in rows], indent=1) + "\n")
-        errors.print(f"rows: {output}")
-
-
-def _first(settings: Sequence[Setting]) -> dict[str, Any]:
-    """Arguments for a pair that can take all settings: experts stay experts."""
-    kinds = {setting.rule == "implicit_reward" for setting in settings}
-    if kinds == {True}:
-        return {"rule": "implicit_reward"}
-    if True in kinds:
-        raise ValueError(
-            "implicit_reward cannot be mixed with other rules over --data; run it alone"
-        )
-    return {"rule": "threshold"}
-
-
-def load_problems(path: Path, n: int) -> list[dict[str, Any]]:
-    """The first ``n`` records of a JSONL file, each with a prompt and an answer."""
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    records = common.parse_jsonl(lines[:n])
-    for number, record in enumerate(records, 1):
-        if not isinstance(record, dict) or "answer" not in record:
-            raise ValueError(f"line {number} of {path} has no 'answer'")
-        common.record_prompt(record)
-    if not records:
-        raise ValueError(f"{path} has no problems")
-    return records
-
-
-def found_answer(text: str, pattern: str | None) -> str | None:
-    """The pattern's last match in a text (its group 1 if it has one); without one, the text."""
-    if pattern is None:
-        return text.strip()
-    matches = list(re.finditer(pattern, text))
-    if not matches:
-        return None
-    last = matches[-1]
-    return last.group(1 if last.re.groups else 0).strip()
-
-
-def evaluate_data(
-    kad: KnapsackDeferral,
-    settings: Sequence[Setting],
-    problems: Sequence[dict[str, Any]],
-    job: Job,
-    progress: Callable[[int], None],
-) -> Iterator[Row]:
-    """A row for each setting and mode over someone's own problems; resumes from a journal."""
-    from tta_ext.decoding import DecodeStats
-    from tta_ext.demo.evaluate import MODES, SAMPLED, Journal
-
-    if job.batch_size < 1:
-        raise ValueError(f"--batch-size is {job.batch_size}, expected at least 1")
-    for mode in job.modes:
-        if mode not in MODES:
-            raise ValueError(f"--mode is {mode!r}, expected one of {', '.join(MODES)}")
-    book = None if job.journal is None else Journal(job.journal)
-    models = [getattr(m.config, "_name_or_path", "") for m in (kad.base, *kad.proxies, *kad.anti)]
-    for setting, mode in product(settings, job.modes):
-        texts: list[str] = []
-        stats = DecodeStats()
-        for start in range(0, len(problems), job.batch_size):
-            prompts = [common.record_prompt(p) for p in problems[start : start + job.batch_size]]
-            options = {
-                "seed": job.seed,
-                "sequence": list(range(start, start + len(prompts))),
-                "do_sample": mode == SAMPLED,
-                "max_new_tokens": job.max_new_tokens,
-                **_options(setting),
-            }
-            key = options | {"prompts": prompts, "models": models}
-            batch = None if book is None else book.get(key)
-            if batch is None:
-                result = kad.generate(prompts, **options)
-                batch = {"texts": result.texts, "stats": vars(result.stats)}
-                if book is not None:
-                    book.put(key, batch)
-            stats += DecodeStats(**batch["stats"])
-            texts += batch["texts"]
-            progress(len(prompts))
-        answers = [found_answer(text, job.pattern) for text in texts]
-        wanted = [str(problem["answer"]).strip() for problem in problems]
-        yield _row(setting, mode, answers, wanted, stats)
-
-
-def _options(setting: Setting) -> dict[str, Any]:
-    """A setting as arguments of ``generate``; a model alone: a rule that rejects all or nothing."""
-    if setting.rule == "proxy":
-        return {"rule": "knapsack", "param": 1.0}
-    if setting.rule == "base":
-        return {"rule": "threshold", "param": 0.0}
-    return {"rule": setting.rule, "param": setting.param, "critical": setting.critical}
-
-
-def _row(
-    setting: Setting,
-    mode: str,
-    answers: Sequence[str | None],
-    wanted: Sequence[str],
-    stats: DecodeStats,
-) -> Row:
-    from tta_ext.demo.evaluate import Row
-
-    outcomes = tuple(a == w for a, w in zip(answers, wanted, strict=True))
-    count = len(outcomes)
-    exact = sum(outcomes) / count
-    error = math.sqrt(exact * (1 - exact) / count)
-    tokens = max(1, stats.tokens)
-    return Row(
-        rule=setting.rule,
-        param=setting.param,
-        critical=setting.critical,
-        mode=mode,
-        n=count,
-        exact=exact,
-        exact_stderr=error,
-        lenient=exact,
-        lenient_stderr=error,
-        formatted=sum(answer is not None for answer in answers) / count,
-        deferred_rate=None if setting.rule == "implicit_reward" else stats.deferred_tokens / tokens,
-        proxy_call_rate=stats.proxy_rows / tokens,
-        tokens=stats.tokens / count,
-        tokens_per_second=stats.tokens_per_second,
-        outcomes=outcomes,
-    )
 
 
 def row_table(rows: Sequence[Row]) -> Table:
@@ -336,15 +195,12 @@ def row_table(rows: Sequence[Row]) -> Table:
     for row in rows:
         settings.setdefault(row.setting, {})[row.mode] = row
     for setting, by_mode in settings.items():
-        cells = []
+        cells: list[str | Text] = []
         for mode in modes:
-            one = by_mode.get(mode)
-            if one is None:
-                cells += ["", ""]
-                continue
+            one = by_mode[mode]
             exact = f"{one.exact:.3f} ±{f'{one.exact_stderr:.3f}'.removeprefix('0')}"
-            cells += [f"[bold green]{exact}[/]" if one.exact == best[mode] else exact]
-            cells += [f"{one.lenient:.3f}"]
+            style = "bold green" if one.exact == best[mode] else ""
+            cells += [Text(exact, style), f"{one.lenient:.3f}"]
         last = list(by_mode.values())[-1]
         table.add_row(
             setting.label,

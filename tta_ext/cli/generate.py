@@ -1,150 +1,90 @@
-"""``tta generate``: prompts in, aligned text out."""
+"""``tta generate``: two models answer prompts."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from enum import Enum
-from pathlib import Path
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tta_ext.cli import aisp, common
-from tta_ext.cli.common import console, errors
+from tta_ext.cli import common
+from tta_ext.journal import Journal
 
 if TYPE_CHECKING:
     from tta_ext.decoding import Generation, KnapsackDeferral
 
 __all__ = ["generate"]
 
-
-class Method(str, Enum):
-    """Ways of decoding."""
-
-    kad = "kad"
-    implicit_reward = "implicit-reward"
-    aisp = "aisp"
-    best_of_n = "best-of-n"
-    args = "args"
-    chunk_beam = "chunk-beam"
-
-
-# These have two models; the others one model and a reward.
-_PAIRS = (Method.kad, Method.implicit_reward)
+# What --method may be: a rule decides token by token, or experts tilt the base.
+KAD, IMPLICIT = "kad", "implicit-reward"
 
 
 def generate(
-    prompts: Annotated[list[str] | None, typer.Argument(help="Prompts; default: stdin.")] = None,
-    method: Annotated[Method, typer.Option(help="How to decode.")] = Method.kad,
+    context: typer.Context,
+    prompts: common.Prompts = None,
+    method: Annotated[str, typer.Option(help=f"How to decode: {KAD} or {IMPLICIT}.")] = KAD,
     base: common.Base = None,
     proxy: common.Proxy = None,
-    anti: Annotated[
-        str | None, typer.Option(help="The proxy before alignment, for implicit-reward.")
-    ] = None,
+    anti: common.Anti = None,
     rule: common.Rule = "threshold",
     param: common.Param = None,
-    critical: common.Critical = "exclude",
+    critical: common.Critical = common.Policy.exclude,
     temperature: common.Temperature = 1.0,
     rule_temperature: common.RuleTemperature = None,
     greedy: common.Greedy = False,
     seed: common.Seed = None,
     max_new_tokens: common.MaxNewTokens = 128,
-    samples: Annotated[int, typer.Option(help="Answers for each prompt.")] = 1,
+    samples: Annotated[int, typer.Option(min=1, help="Answers for each prompt.")] = 1,
     speculative: Annotated[
         str | None,
         typer.Option(help="Tokens that the proxy drafts for the base to judge at once, or auto."),
     ] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="String that ends an answer.")] = None,
-    chat: Annotated[
-        bool, typer.Option("--chat", help="Wrap text prompts in the models' chat templates.")
-    ] = False,
-    system: Annotated[str | None, typer.Option(help="System message for --chat.")] = None,
-    source: Annotated[
-        Path | None,
-        typer.Option("--input", help="File of prompts, one a line, or JSONL; - is stdin."),
-    ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option(help="JSONL file to append answers to; a run cut short goes on from there."),
-    ] = None,
-    jsonl: Annotated[bool, typer.Option("--jsonl", help="Print JSONL instead of text.")] = False,
+    stop: common.Stop = None,
+    chat: common.Chat = False,
+    system: common.System = None,
+    source: common.Source = None,
+    output: common.Output = None,
+    jsonl: common.Jsonl = False,
     colour: Annotated[
         bool, typer.Option("--colour", "--color", help="Colour the text by its source.")
     ] = False,
-    model: aisp.Model = aisp.SMOLLM2,
-    reward: aisp.RewardName = None,
-    iterations: Annotated[int | None, typer.Option(help="Iterations of aisp.")] = None,
-    n: Annotated[
-        int | None, typer.Option("--n", help="Rollouts an iteration (aisp) or in all (best-of-n).")
-    ] = None,
-    sigma: Annotated[float | None, typer.Option(help="Noise of aisp.")] = None,
-    lam: Annotated[float | None, typer.Option(help="Temperature of aisp's reward.")] = None,
-    settings: aisp.Settings = None,
     stream: Annotated[bool, typer.Option("--stream", help="Print text as it comes.")] = False,
     batch_size: common.BatchSize = 16,
-    dtype: common.Dtype = "auto",
+    dtype: common.DtypeOption = common.Dtype.auto,
     device: common.Device = None,
     threads: common.Threads = None,
 ) -> None:
-    """Answer prompts: with two models, or with one model and a reward.
+    """Answer prompts with two models; `tta search` is for one model and a reward.
 
     Prompts are arguments, lines of --input or stdin, or JSONL records with "prompt" or "messages".
-    Methods kad and implicit-reward: without --base and --proxy the small pair that ships with the
-    package answers. The other methods take --model and --reward.
+    Without --base and --proxy the small pair that ships with the package answers.
     """
-    common.set_threads(threads)
-    if method is Method.implicit_reward:
-        rule = "implicit_reward"
-    asked = common.read_prompts(prompts, source)
-    if chat or system is not None:
-        asked = [as_conversation(prompt, system) for prompt in asked]
-    if seed is None:
-        import torch
+    from tta_ext.evaluation import IMPLICIT_REWARD
 
-        seed = int(torch.randint(2**31, ()))
-    if method not in _PAIRS:
-        if stream or samples != 1 or speculative:
-            raise ValueError(
-                f"--method {method.value} takes neither --stream nor --samples nor --speculative"
-            )
-        aisp.search(
-            asked,
-            method=method.value,
-            model=model,
-            reward=reward,
-            settings=settings or [],
-            options={
-                "n": n,
-                "iterations": iterations,
-                "sigma": sigma,
-                "lam": lam,
-                "temperature": temperature,
-                "max_new_tokens": max_new_tokens,
-                "stop_strings": stop or None,
-                "decoding": "greedy" if greedy else None,
-            },
-            seed=seed,
-            output=output,
-            jsonl=jsonl,
-            rows=batch_size,
-            dtype=dtype,
-            device=device,
-        )
-        return
-    kad = common.load_pair(
-        base,
-        proxy,
-        anti,
-        rule=rule,
-        param=param,
-        dtype=dtype,
-        device=device,
-        critical=critical,
-        temperature=temperature,
-        rule_temperature=rule_temperature,
-        speculative=_draft_length(speculative),
-    )
+    _check_method(method)
+    if method == IMPLICIT:
+        common.refuse_unused(context, f"--method {IMPLICIT}", {"rule"})
+        rule = IMPLICIT_REWARD
+    setting = common.chosen_setting(context, rule, param, critical)
+    for name, chosen, unused in (
+        ("--stream", stream, {"output", "jsonl", "colour", "batch_size"}),
+        ("--output", output is not None, {"jsonl", "colour"}),
+        ("--jsonl", jsonl, {"colour"}),
+    ):
+        if chosen:
+            common.refuse_unused(context, name, unused)
+    common.set_threads(threads)
+    asked = common.read_prompts(prompts, source, chat, system)
+    journal = Journal(output)
+    seed = common.chosen_seed(seed, journal)
+    implicit = setting.rule == IMPLICIT_REWARD
+    models = common.load_models(base, proxy, anti, implicit=implicit, dtype=dtype, device=device)
+    pair_options: dict[str, Any] = {
+        "temperature": temperature,
+        "rule_temperature": rule_temperature,
+        "speculative": _draft_length(speculative),
+    }
+    kad = models.decoder(setting, **pair_options)
     options: dict[str, Any] = {
         "do_sample": not greedy,
         "seed": seed,
@@ -155,7 +95,38 @@ def generate(
     if stream:
         _stream(kad, asked, options)
         return
-    _batches(kad, asked, options, samples, output, jsonl, colour, batch_size)
+    facts = {
+        "method": "generate",
+        "models": models.facts() if output is not None else None,
+        **asdict(setting),
+        **pair_options,
+        **options,
+    }
+    common.answer(
+        asked,
+        facts,
+        journal=journal,
+        jsonl=jsonl,
+        at_once=max(1, batch_size // samples),
+        decode=lambda places: kad.generate(
+            [asked[i] for i in places],
+            sequence=[i * samples + j for i in places for j in range(samples)],
+            **options,
+        ),
+        records=lambda result: _records(result, samples),
+        show=lambda result: _print(kad, result, colour),
+    )
+
+
+def _check_method(method: str) -> None:
+    from tta_ext.decoding.search.compare import METHODS
+
+    if method.replace("-", "_") in METHODS:
+        raise ValueError(
+            f"{method} searches by a reward with one model: tta search --method {method}"
+        )
+    if method not in (KAD, IMPLICIT):
+        raise ValueError(f"--method is {method!r}, expected {KAD} or {IMPLICIT}")
 
 
 def _draft_length(value: str | None) -> int | str | None:
@@ -163,14 +134,6 @@ def _draft_length(value: str | None) -> int | str | None:
     if value is not None and value.lstrip("-").isdigit():
         return int(value)
     return value
-
-
-def as_conversation(prompt: Any, system: str | None) -> Any:
-    """A text prompt as a conversation; conversations stay."""
-    if not isinstance(prompt, str):
-        return prompt
-    start = [] if system is None else [{"role": "system", "content": system}]
-    return [*start, {"role": "user", "content": prompt}]
 
 
 def _stream(kad: KnapsackDeferral, prompts: list[Any], options: dict[str, Any]) -> None:
@@ -181,84 +144,30 @@ def _stream(kad: KnapsackDeferral, prompts: list[Any], options: dict[str, Any]) 
         texts: dict[int, str] = {}
         for event in kad.stream([prompt], sequence=sequence, **options):
             if len(sequence) == 1:
-                style = common.PROXY_STYLE if event.deferred else common.BASE_STYLE
-                console.print(
-                    event.text, end="", style=style, markup=False, highlight=False, soft_wrap=True
-                )
+                common.echo(event.text or "", common.source_style(event.deferred), end="")
             texts[event.row] = texts.get(event.row, "") + (event.text or "")
         if len(sequence) > 1:
             for row in sorted(texts):
-                console.print(texts[row], markup=False, highlight=False, soft_wrap=True)
-        console.print()
+                common.echo(texts[row])
+        common.echo("")
 
 
-def _batches(
-    kad: KnapsackDeferral,
-    prompts: list[Any],
-    options: dict[str, Any],
-    samples: int,
-    output: Path | None,
-    jsonl: bool,
-    colour: bool,
-    batch_size: int,
-) -> None:
-    if batch_size < 1:
-        raise ValueError(f"--batch-size is {batch_size}, expected at least 1")
-    file = common.JsonLines(output)
-    done = {record["key"] for record in file.records if "key" in record}
-    keys = [_key(kad, prompt, i, options) for i, prompt in enumerate(prompts)]
-    todo = [i for i, key in enumerate(keys) if key not in done]
-    per_batch = max(1, batch_size // samples)
-    with common.bar() as bar:
-        task = bar.add_task("answers", total=len(prompts), completed=len(prompts) - len(todo))
-        for start in range(0, len(todo), per_batch):
-            chosen = todo[start : start + per_batch]
-            # Ids by place in the input: a run that was cut short draws what it would have drawn.
-            sequence = [i * samples + j for i in chosen for j in range(samples)]
-            result = kad.generate([prompts[i] for i in chosen], sequence=sequence, **options)
-            records = _records(result, [(i, keys[i], prompts[i]) for i in chosen], samples)
-            if output is not None or jsonl:
-                file.write(records)
-            else:
-                _print(kad, result, colour)
-            bar.advance(task, len(chosen))
-    if output is not None:
-        errors.print(f"{len(todo)} answered, {len(prompts) - len(todo)} were there: {output}")
-
-
-def _key(kad: KnapsackDeferral, prompt: Any, place: int, options: dict[str, Any]) -> str:
-    """What must be equal for an answer in the output file to count as this prompt's."""
-    names = [getattr(m.config, "_name_or_path", "") for m in (kad.base, *kad.proxies, *kad.anti)]
-    settings = [prompt, place, options, kad.rule, names]
-    if kad.speculative is not None:
-        settings.append(kad.speculative)
-    return hashlib.sha256(json.dumps(settings, default=str).encode()).hexdigest()[:16]
-
-
-def _records(
-    result: Generation, prompts: list[tuple[int, str, Any]], samples: int
-) -> list[dict[str, Any]]:
+def _records(result: Generation, samples: int) -> list[dict[str, Any]]:
     return [
         {
-            "key": key,
-            "index": place,
-            "prompt": prompt,
-            "texts": (result.texts or [])[at * samples : (at + 1) * samples],
-            "finish": result.finish[at * samples : (at + 1) * samples],
-            "tokens": result.tokens[at * samples : (at + 1) * samples],
-            "deferred": [
-                [int(flag) for flag in flags]
-                for flags in result.deferred[at * samples : (at + 1) * samples]
-            ],
+            "texts": (result.texts or [])[at : at + samples],
+            "finish": result.finish[at : at + samples],
+            "tokens": result.tokens[at : at + samples],
+            "deferred": [[int(flag) for flag in row] for row in result.deferred[at : at + samples]],
             "seed": result.seed,
         }
-        for at, (place, key, prompt) in enumerate(prompts)
+        for at in range(0, len(result), samples)
     ]
 
 
 def _print(kad: KnapsackDeferral, result: Generation, colour: bool) -> None:
     for row, text in enumerate(result.texts or ()):
         if colour:
-            console.print(common.coloured(result.source_spans(row, kad.tokenizer)), soft_wrap=True)
+            common.echo_coloured(result.source_spans(row, kad.tokenizer))
         else:
-            console.print(text, markup=False, highlight=False, soft_wrap=True)
+            common.echo(text)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -11,44 +10,37 @@ from rich.table import Table
 
 from tta_ext.cli import common
 from tta_ext.cli.common import console
-from tta_ext.cli.generate import as_conversation
+from tta_ext.journal import json_line
 
 __all__ = ["trace"]
 
 
 def trace(
+    context: typer.Context,
     prompt: Annotated[str, typer.Argument(help="The prompt.")],
     base: common.Base = None,
     proxy: common.Proxy = None,
     rule: common.Rule = "threshold",
     param: common.Param = None,
-    critical: common.Critical = "exclude",
+    critical: common.Critical = common.Policy.exclude,
     temperature: common.Temperature = 1.0,
     rule_temperature: common.RuleTemperature = None,
     greedy: common.Greedy = False,
     seed: common.Seed = 0,
     max_new_tokens: common.MaxNewTokens = 64,
-    chat: Annotated[bool, typer.Option("--chat", help="Use the models' chat templates.")] = False,
+    chat: common.Chat = False,
     output: Annotated[Path | None, typer.Option(help="JSONL file, a line for each token.")] = None,
-    dtype: common.Dtype = "auto",
+    dtype: common.DtypeOption = common.Dtype.auto,
     device: common.Device = None,
     threads: common.Threads = None,
 ) -> None:
     """Answer one prompt and show, for each token, who wrote it and with which probabilities."""
+    setting = common.chosen_setting(context, rule, param, critical)
     common.set_threads(threads)
-    kad = common.load_pair(
-        base,
-        proxy,
-        rule=rule,
-        param=param,
-        dtype=dtype,
-        device=device,
-        critical=critical,
-        temperature=temperature,
-        rule_temperature=rule_temperature,
-    )
+    models = common.load_models(base, proxy, dtype=dtype, device=device)
+    kad = models.decoder(setting, temperature=temperature, rule_temperature=rule_temperature)
     result = kad.generate(
-        [as_conversation(prompt, None) if chat else prompt],
+        common.read_prompts([prompt], None, chat),
         do_sample=not greedy,
         seed=seed,
         max_new_tokens=max_new_tokens,
@@ -57,9 +49,9 @@ def trace(
     assert result.trace is not None
     decode = kad.tokenizer.decode
     if output is not None:
-        lines = [{"text": decode([t.token]), **t.as_dict()} for t in result.trace[0]]
-        output.write_text("".join(json.dumps(line, allow_nan=True) + "\n" for line in lines))
-    console.print(common.coloured(result.source_spans(0, kad.tokenizer)), soft_wrap=True)
+        lines = [json_line({"text": decode([t.token]), **t.as_dict()}) for t in result.trace[0]]
+        output.write_text("".join(lines), encoding="utf-8", newline="\n")
+    common.echo_coloured(result.source_spans(0, kad.tokenizer))
     table = Table("token", "source", "p", "q", "deferred mass", "critical", box=None)
     for t in result.trace[0]:
         table.add_row(

@@ -1,1 +1,1 @@
-"""The demo pair: a task, its training text, the training itself and the evaluation."""
+"""The demo: a small pair of models that ships with the package, and the task it was made for."""

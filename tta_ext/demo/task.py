@@ -14,12 +14,11 @@ one chain in eight is *held out*. No training document asks a held-out chain, wh
 items and verbs, so evaluation problems cannot be looked up. (Single facts such as 47+12=59 do occur
 in training: they are the knowledge that the base has and the proxy lacks.)
 
-Two scores, both 0 or 1 for a completion:
+:func:`score` gives a completion two scores, both 0 or 1:
 
-* :func:`score_strict` ("exact match"): the completion, up to the end of text, ends in
-  ``#### <answer>``;
-* :func:`score_lenient` (format-free): the last number of the completion is the answer, however it
-  is written and whatever chatter surrounds it.
+* *exact* ("exact match"): the completion, up to the end of text, ends in ``#### <answer>``;
+* *lenient* (format-free): the last number of the completion is the answer, however it is written
+  and whatever chatter surrounds it.
 """
 
 from __future__ import annotations
@@ -28,6 +27,8 @@ import random
 import re
 import zlib
 from dataclasses import dataclass
+
+from tta_ext.evaluation import Score, Task
 
 NAMES = tuple("Tom Ana Ben Eva Max Lea Sam Mia Leo Zoe Jim Amy Dan Ivy Kai Uma".split())
 ITEMS = tuple("apples books coins pens cards stamps eggs shells stones nuts balls cups".split())
@@ -194,6 +195,22 @@ def evaluation_problems(n: int, seed: int = 0) -> list[Problem]:
     return problems
 
 
+def evaluation_task(n: int) -> Task:
+    """The first ``n`` held-out problems, to be evaluated.
+
+    Raises:
+        ValueError: if ``n`` is less than 1.
+    """
+    if n < 1:
+        raise ValueError(f"n is {n}, expected at least 1")
+    problems = evaluation_problems(n)
+    return Task(
+        [problem.prompt for problem in problems],
+        lambda place, text: score(problems[place], text),
+        max_new_tokens=64,
+    )
+
+
 def strict_answer(completion: str) -> int | None:
     """The number of a completion that ends in ``#### <number>``; None for any other ending."""
     match = _FINAL.search(completion)
@@ -206,11 +223,11 @@ def lenient_answer(completion: str) -> int | None:
     return int(numbers[-1]) if numbers else None
 
 
-def score_strict(problem: Problem, completion: str) -> bool:
-    """Exact match: the right number in the right format, and nothing after it."""
-    return strict_answer(completion) == problem.answer
-
-
-def score_lenient(problem: Problem, completion: str) -> bool:
-    """Format-free: the last number is right."""
-    return lenient_answer(completion) == problem.answer
+def score(problem: Problem, completion: str) -> Score:
+    """How good a completion is: see the top of this module."""
+    strict = strict_answer(completion)
+    return Score(
+        exact=strict == problem.answer,
+        lenient=lenient_answer(completion) == problem.answer,
+        formatted=strict is not None,
+    )

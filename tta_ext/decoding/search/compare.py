@@ -12,8 +12,6 @@ for methods that judge unfinished answers, is reported beside it.
 from __future__ import annotations
 
 import ast
-import hashlib
-import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -28,6 +26,7 @@ from tta_ext.decoding.search.chunk_beam import ChunkBeamSearch
 from tta_ext.decoding.search.outcome import SearchResult
 from tta_ext.decoding.search.reward_guided import RewardGuidedSearch
 from tta_ext.decoding.search.settings import SearchSettings
+from tta_ext.journal import Journal, resume_key
 
 __all__ = [
     "METHODS",
@@ -127,8 +126,7 @@ def compare(
     common: dict[str, Any] | None = None,
     prompts_at_once: int = 1,
     tag: Any = None,
-    records: Iterable[dict[str, Any]] = (),
-    write: Callable[[list[dict[str, Any]]], None] | None = None,
+    journal: Journal | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Let every contestant answer every prompt.
@@ -143,9 +141,9 @@ def compare(
         common: settings for all of them.
         prompts_at_once: prompts in a batch; times are then shares of the batch's, and a limit in
             seconds is the batch's.
-        tag: names model and reward in the journal; records with another are not taken over.
-        records: what a journal holds already.
-        write: stores a list of records durably.
+        tag: names model and reward in the journal (:func:`tta_ext.journal.model_facts`); records
+            with another are not taken over.
+        journal: keeps finished answers; those that it has are taken over.
         progress: called with the number of answers after each batch.
 
     Returns:
@@ -159,42 +157,44 @@ def compare(
         raise ValueError(f"labels are {labels}, expected different ones; write label=method:...")
     if samples is not None and seconds is not None:
         raise ValueError("samples and seconds are given; expected one budget")
-    done = {record["key"]: record for record in records if "key" in record}
+    journal = Journal(None) if journal is None else journal
     if prompts_at_once < 1:
         raise ValueError(f"prompts_at_once is {prompts_at_once}, expected at least 1")
     machines: list[tuple[Contestant, SearchSettings, SearchMethod[Any]]] = []
     for one in contestants:
         settings = one.resolved(common or {}, samples, seconds)
         method = METHODS[one.method](
-            model, reward, tokenizer, probe=not machines, **_as_dict(settings)
+            model, reward, tokenizer, probe=not machines, **asdict(settings)
         )
         machines.append((one, settings, method))
     places = range(len(prompts))
     keys = {
-        (place, one.label): _key([prompts[place], place, one.method, _as_dict(settings), seed, tag])
+        (place, one.label): resume_key(
+            method=one.method, settings=asdict(settings), seed=seed, tag=tag,
+            prompt=prompts[place], place=place,
+        )
         for one, settings, _ in machines
         for place in places
-    }
+    }  # fmt: skip
     for first in range(0, len(prompts), prompts_at_once):
         for one, _, method in machines:
             part = places[first : first + prompts_at_once]
-            missing = [place for place in part if keys[place, one.label] not in done]
+            missing = [place for place in part if keys[place, one.label] not in journal.records]
             if missing:
                 asked = [prompts[place] for place in missing]
                 result = method.generate(asked, seed=seed, sequence=missing)
-                new = [
-                    {"key": keys[place, one.label], "index": place, "label": one.label}
-                    | record_of(result, at)
-                    for at, place in enumerate(missing)
-                ]
-                done.update({record["key"]: record for record in new})
-                if write is not None:
-                    write(new)
+                journal.add(
+                    {
+                        keys[place, one.label]: {"index": place, "label": one.label}
+                        | record_of(result, at)
+                        for at, place in enumerate(missing)
+                    }
+                )
             if progress is not None:
                 progress(len(part))
     # A label is only a name: it may have changed since the journal was written.
     return [
-        done[keys[place, one.label]] | {"label": one.label}
+        journal.records[keys[place, one.label]] | {"label": one.label}
         for place in places
         for one, _, _ in machines
     ]
@@ -216,15 +216,6 @@ def record_of(result: SearchResult, at: int) -> dict[str, Any]:
         "curve": curve,
         "timing": timing,
     }
-
-
-def _as_dict(settings: SearchSettings) -> dict[str, Any]:
-    return asdict(settings)
-
-
-def _key(parts: Any) -> str:
-    text = json.dumps(parts, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:20]
 
 
 @dataclass(frozen=True)

@@ -1,124 +1,56 @@
-"""Rows of the evaluation: settings, figures, comparisons, and how they are printed."""
+"""All rules on the demo's held-out problems, many parameters, with paired differences.
+
+``python -m benchmarks.demo_pair --n 500 --json OUT`` prints the whole table; ``tta demo`` shows a
+short one. With ``--journal`` a run that was cut off goes on from its last batch.
+"""
 
 from __future__ import annotations
 
+import argparse
+import hashlib
+import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
-from tta_ext import rules as rule_table
+import torch
 
-IMPLICIT_REWARD = "implicit_reward"
-GREEDY, SAMPLED = "greedy", "sampled"
-MODES = (GREEDY, SAMPLED)
-# Not rules: the models alone.
-BASE_ALONE, PROXY_ALONE = "base", "proxy"
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A rule, its parameter and its critical-item policy; or a model alone (param None)."""
-
-    rule: str
-    param: float | None = None
-    critical: str = "exclude"
-
-    @property
-    def label(self) -> str:
-        """``threshold 0.4``, ``knapsack 0.9 split``, ``base``."""
-        parts = [self.rule] if self.param is None else [self.rule, f"{self.param:g}"]
-        if self.critical != "exclude":
-            parts.append(self.critical)
-        return " ".join(parts)
-
-    @classmethod
-    def parse(cls, text: str) -> Setting:
-        """From ``rule``, ``rule:param`` or ``rule:param:critical``.
-
-        Raises:
-            ValueError: an unknown rule or policy, or a parameter that is missing or not a number.
-        """
-        rule, _, rest = text.partition(":")
-        param, _, critical = rest.partition(":")
-        known = (BASE_ALONE, PROXY_ALONE, IMPLICIT_REWARD)
-        rule = rule if rule in known else rule_table.rule_name(rule)
-        rule_table.critical_code(critical or "exclude")
-        if rule in (BASE_ALONE, PROXY_ALONE, "argmax"):
-            if rest:
-                raise ValueError(f"{rule} takes no parameter, got {text!r}")
-            return cls(rule)
-        try:
-            return cls(rule, float(param), critical or "exclude")
-        except ValueError:
-            raise ValueError(f"{text!r} has no parameter; expected e.g. '{rule}:0.4'") from None
+from tta_ext.cli.common import load_models
+from tta_ext.demo.pair import ASSETS
+from tta_ext.demo.task import evaluation_task
+from tta_ext.evaluation import (
+    BASE_ALONE,
+    IMPLICIT_REWARD,
+    MODES,
+    PROXY_ALONE,
+    Row,
+    Setting,
+    difference,
+    evaluate,
+)
+from tta_ext.journal import Journal
 
 
-@dataclass
-class Row:
-    """One line of the table.
-
-    Attributes:
-        rule, param, critical: the setting.
-        mode: ``"greedy"`` or ``"sampled"``.
-        n: problems answered.
-        exact, exact_stderr: share of exact matches (the right number in the answer format) and its
-            standard error ``sqrt(x (1 - x) / n)``.
-        lenient, lenient_stderr: the same without regard to format.
-        formatted: share of answers in the format, right or wrong.
-        deferred_rate: share of tokens that came from the proxy; None for implicit reward, where no
-            token comes from one model alone.
-        proxy_call_rate: share of tokens for which the proxy was asked.
-        tokens: mean length of an answer, ``<eos>`` included.
-        tokens_per_second: generated tokens per second of the decoding loop, the whole batch.
-        outcomes, lenient_outcomes: the two scores of each problem, for paired differences; not in
-            JSON.
-    """
-
-    rule: str
-    param: float | None
-    critical: str
-    mode: str
-    n: int
-    exact: float
-    exact_stderr: float
-    lenient: float
-    lenient_stderr: float
-    formatted: float
-    deferred_rate: float | None
-    proxy_call_rate: float
-    tokens: float
-    tokens_per_second: float
-    outcomes: tuple[bool, ...] = field(default=(), repr=False)
-    lenient_outcomes: tuple[bool, ...] = field(default=(), repr=False)
-
-    @property
-    def setting(self) -> Setting:
-        """The row's rule, parameter and policy."""
-        return Setting(self.rule, self.param, self.critical)
-
-    def as_dict(self) -> dict[str, Any]:
-        """All fields but the outcomes, for JSON."""
-        return {key: value for key, value in asdict(self).items() if "outcomes" not in key}
+def _settings(rule: str, *params: float, critical: str = "exclude") -> tuple[Setting, ...]:
+    return tuple(Setting(rule, param, critical) for param in params)
 
 
-def difference(one: Row | Sequence[bool], other: Row | Sequence[bool]) -> tuple[float, float]:
-    """Paired difference, ``one - other``, and its standard error.
-
-    Args:
-        one, other: rows, for exact match; or outcomes, problem by problem.
-
-    Raises:
-        ValueError: the rows answered different numbers of problems.
-    """
-    left = one.outcomes if isinstance(one, Row) else one
-    right = other.outcomes if isinstance(other, Row) else other
-    if len(left) != len(right) or not left:
-        raise ValueError("rows are not paired: they answered different problems")
-    deltas = [int(a) - int(b) for a, b in zip(left, right, strict=True)]
-    mean = sum(deltas) / len(deltas)
-    variance = sum((d - mean) ** 2 for d in deltas) / max(1, len(deltas) - 1)
-    return mean, math.sqrt(variance / len(deltas))
+SWEEP = (
+    Setting(BASE_ALONE),
+    Setting(PROXY_ALONE),
+    *_settings("knapsack", 0.1, 0.3, 0.5, 0.7, 0.9, 0.95),
+    *_settings("knapsack", 0.5, 0.9, critical="include"),
+    *_settings("knapsack", 0.5, 0.9, critical="split"),
+    *_settings("threshold", 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 0.95),
+    *_settings("confidence_bet", 0.0, 0.2, 0.4, 0.6, 0.8),
+    *_settings("nudging", 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 0.95),
+    *_settings("relative", 0.05, 0.2, 0.5),
+    Setting("argmax"),
+    *_settings("proxy_below", -0.5, -0.2, 0.0),
+    *_settings("proxy_above", -0.2, 0.0, 0.3),
+    *_settings(IMPLICIT_REWARD, 0.5, 1.0, 1.5),
+)
 
 
 def best_by_rule(rows: Iterable[Row], mode: str) -> dict[str, Row]:
@@ -230,3 +162,57 @@ def report(result: dict[str, Any], rows: Sequence[Row]) -> str:
             lines.append(f"| {label} | {exact:.3f} | {behind.get(label, '')} |")
         lines.append("")
     return "\n".join([*lines, table(rows), ""])
+
+
+def main() -> None:
+    """Command line of the evaluation."""
+    parser = argparse.ArgumentParser(description="Evaluate deferral rules on the demo pair.")
+    parser.add_argument("--n", type=int, default=500, help="number of held-out problems")
+    parser.add_argument("--rules", nargs="*", help="e.g. base threshold:0.4 knapsack:0.9:split")
+    parser.add_argument("--modes", nargs="*", default=list(MODES), choices=MODES)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch-size", type=int, default=100)
+    parser.add_argument("--pair", type=Path, default=ASSETS, help="directory of another pair")
+    parser.add_argument("--journal", type=Path, help="JSONL file; a cut-off run resumes from it")
+    parser.add_argument(
+        "--json", type=Path, help="file for rows and summary; .md is written beside"
+    )
+    parser.add_argument("--threads", type=int, help="torch threads")
+    parser.add_argument("--note", default="", help="a remark to keep with the results")
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    names = ("base", "proxy", "proxy_init")
+    weights = [(arguments.pair / name / "model.safetensors").read_bytes() for name in names]
+    rows = []
+    for row in evaluate(
+        load_models(*(str(arguments.pair / name) for name in names)),
+        evaluation_task(arguments.n),
+        arguments.rules or SWEEP,
+        modes=arguments.modes,
+        seed=arguments.seed,
+        batch_size=arguments.batch_size,
+        journal=Journal(arguments.journal),
+    ):
+        rows.append(row)
+        print(table([row]).splitlines()[-1], flush=True)
+    result = {
+        "command": f"python -m benchmarks.demo_pair --n {arguments.n}",
+        "n": arguments.n,
+        "seed": arguments.seed,
+        "batch_size": arguments.batch_size,
+        "pair": hashlib.sha256(b"".join(weights)).hexdigest()[:16],
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "note": arguments.note,
+        "summary": summary(rows),
+        "rows": [row.as_dict() for row in rows],
+    }
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+        arguments.json.with_suffix(".md").write_text(report(result, rows))
+
+
+if __name__ == "__main__":
+    main()

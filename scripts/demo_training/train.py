@@ -1,6 +1,7 @@
-"""Train the demo pair: ``python -m tta_ext.demo.train --out DIR``.
+"""Train the demo pair: ``python -m scripts.demo_training.train --out DIR``.
 
-Writes four things into DIR, each directory loadable with ``from_pretrained``:
+Run it in the checkout's root. It writes four things into DIR, each directory loadable with
+``from_pretrained``:
 
 * ``base/``: a small Llama that has read only raw text (3.1M parameters);
 * ``proxy_init/``: a smaller one after a short reading of the same text (0.4M parameters);
@@ -28,8 +29,9 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from tta_ext.demo.corpus import formatted_documents, raw_documents
 from tta_ext.demo.task import evaluation_problems
+
+from .corpus import formatted_documents, raw_documents
 
 SEED = 20251101
 VOCABULARY = 512
@@ -274,6 +276,7 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, directory:
     """
     directory.mkdir(parents=True, exist_ok=True)
     model.config.dtype = torch.float32
+    model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(directory)
     model.generation_config.save_pretrained(directory)
     tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()

