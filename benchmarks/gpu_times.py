@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tta_ext import ops
+from tta_ext import dispatch, ops
 
 from . import harness
 
@@ -222,7 +222,7 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("gpu_times: skipped, torch sees no CUDA device")
         return 0
-    served, reason = ops._dispatch.serves("categorical_sample", "cuda")
+    served, reason = dispatch.serves("categorical_sample", "cuda")
     if served != "cuda":
         print(f"gpu_times: the CUDA library does not serve the operators: {reason}")
         return 1

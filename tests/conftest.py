@@ -13,9 +13,9 @@ import pytest
 import torch
 
 import tta_ext
+from tta_ext import dispatch
 from tta_ext.build import BuildError, Library
 from tta_ext.build.toolchain import find_compiler
-from tta_ext.ops import _dispatch
 
 ISA_LEVELS = {"scalar": 0, "avx2": 1, "avx512": 2}
 REQUIRED = frozenset(filter(None, os.environ.get("TTA_EXT_REQUIRE", "").split(",")))
@@ -69,7 +69,7 @@ def _threads() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def native() -> None:
     """The compiled CPU library; skips where it cannot be had."""
-    reason = _dispatch.native_status()
+    reason = dispatch.native_status()
     if reason:
         skip_or_fail("native", f"no native library: {reason}")
 

@@ -143,7 +143,7 @@ families = pytest.mark.parametrize("family", sorted(FAMILIES))
 
 
 def skip_missing(family: str) -> None:
-    from tta_ext.ops._dispatch import has_kernel
+    from tta_ext.dispatch import has_kernel
 
     if family == "verify" and not has_kernel("deferral_verify", "cpu"):
         pytest.skip("no compiled deferral_verify")
@@ -328,7 +328,7 @@ def prelogit_outputs(dtype: torch.dtype, d: int, spans: list[tuple[int, int]]) -
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("d", [1, 6, 576, 4100])
 def test_prelogit_family(dtype: torch.dtype, d: int, isa: str) -> None:
-    from tta_ext.ops._dispatch import has_kernel
+    from tta_ext.dispatch import has_kernel
 
     if not has_kernel("control_update", "cpu"):
         pytest.skip("no compiled prelogit kernels")
@@ -352,8 +352,8 @@ def test_an_environment_variable_forces_the_instruction_set() -> None:
 
     program = (
         "import tta_ext, torch\n"
-        "from tta_ext.ops import _dispatch\n"
-        "assert not _dispatch.native_status()\n"
+        "from tta_ext import dispatch\n"
+        "assert not dispatch.native_status()\n"
         "print(torch.ops.tta_ext.cpu_isa(-1))\n"
     )
     environment = {**os.environ, "TTA_EXT_CPU_ISA": "scalar"}

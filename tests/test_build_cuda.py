@@ -14,11 +14,10 @@ from pathlib import Path
 import pytest
 from conftest import fake_nvcc
 
-from tta_ext import build
+from tta_ext import build, dispatch
 from tta_ext.build import LIBRARIES, BuildError, Library, cuda
 from tta_ext.build.cuda import CudaLibrary
 from tta_ext.build.toolchain import Compiler, Torch
-from tta_ext.ops import _dispatch
 
 ROOT = Path(__file__).resolve().parent.parent
 KNOWN = frozenset(("75", "80", "86", "90", "90a", "100", "120"))
@@ -33,7 +32,7 @@ def _clean(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(cuda, "gpus", list)
     monkeypatch.setitem(LIBRARIES, "cuda", CudaLibrary())
-    monkeypatch.setattr(_dispatch, "_cuda", None)
+    monkeypatch.setattr(dispatch, "_cuda", None)
 
 
 # ---------------------------------------------------------------------------- architectures
@@ -234,7 +233,7 @@ def test_without_a_gpu(
         result = build.load("cuda")
     assert not result.loaded
     assert reason in result.reason
-    assert _dispatch.serves("philox", "cuda") == ("reference", result.reason)
+    assert dispatch.serves("philox", "cuda") == ("reference", result.reason)
     monkeypatch.setenv("TTA_EXT_CUDA", "1")
     monkeypatch.setenv("CUDA_HOME", "/none")
     with pytest.raises(RuntimeError, match=f"^TTA_EXT_CUDA=1, but {demanded}"):

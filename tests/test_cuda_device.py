@@ -19,8 +19,7 @@ from test_bits import FAMILIES, inputs, spread
 from torch import Tensor
 
 import tta_ext
-from tta_ext import ops, schemas
-from tta_ext.ops import _dispatch
+from tta_ext import dispatch, ops, schemas
 from tta_ext.schemas import OPS
 
 pytestmark = [pytest.mark.requires_cuda, pytest.mark.usefixtures("native")]
@@ -37,7 +36,7 @@ FREE = {"seed", "param", "position", "sequence", "rollout", "capacity", "step", 
 
 @pytest.fixture(autouse=True)
 def _library(_cuda_requirement: None) -> None:
-    reason = _dispatch.cuda_status()
+    reason = dispatch.cuda_status()
     if reason:
         skip_or_fail("cuda", f"no CUDA library: {reason}")
 
@@ -83,7 +82,7 @@ class Mirror:
     def __init__(self) -> None:
         self.calls = 0
 
-    def wrapped(self, op: _dispatch.Op) -> Callable[..., None]:
+    def wrapped(self, op: dispatch.Op) -> Callable[..., None]:
         original = op.out
 
         def run(*args: Any, **outputs: Tensor) -> None:
@@ -106,7 +105,7 @@ def mirror(monkeypatch: pytest.MonkeyPatch) -> Iterator[Mirror]:
     modules = {getattr(ops, name).__module__ for name in ops.__all__}
     for module in modules:
         for value in vars(__import__(module, fromlist=["_"])).values():
-            if isinstance(value, _dispatch.Op):
+            if isinstance(value, dispatch.Op):
                 monkeypatch.setattr(value, "out", made.wrapped(value))
     with tta_ext.use_backend("cpu"):
         yield made
@@ -117,7 +116,7 @@ def mirror(monkeypatch: pytest.MonkeyPatch) -> Iterator[Mirror]:
 
 
 def test_every_operator_has_a_kernel() -> None:
-    assert [name for name in OPS if not _dispatch.has_kernel(name, "cuda")] == []
+    assert [name for name in OPS if not dispatch.has_kernel(name, "cuda")] == []
     assert torch.ops.tta_ext.cuda_version() == schemas.NATIVE_VERSION
 
 

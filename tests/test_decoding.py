@@ -31,7 +31,8 @@ from tta_ext.decoding import (
     align_vocabularies,
     load_model,
 )
-from tta_ext.decoding.runtime.attention import check_model, probe_model
+from tta_ext.decoding.runtime.attention import check_model
+from tta_ext.decoding.runtime.probe import probe_model
 from tta_ext.decoding.runtime.processors import SequenceView
 from tta_ext.decoding.runtime.prompts import encode_prompts, unpad
 from tta_ext.decoding.runtime.runner import Runner

@@ -12,12 +12,14 @@ PACKAGE = Path(__file__).resolve().parent.parent / "tta_ext"
 # A room may import those above it in this list, and nothing below; rooms of one line are
 # neighbours that do not know each other.
 FLOORS = [
-    {"_version", "rules", "rng", "build", "env"},
-    {"schemas", "backends", "ops"},
-    {"decoding.runtime", "decoding.rewards"},
+    {"_version", "rules", "rng", "build", "env", "bench", "journal"},
+    {"schemas"},
+    {"dispatch"},
+    {"backends", "ops"},
+    {"doctor", "decoding.runtime", "decoding.rewards"},
     {"decoding.deferral", "decoding.search"},
-    {"decoding", "engines"},
-    {"hf", "journal", "evaluation", "demo", "doctor"},
+    {"decoding"},
+    {"hf", "evaluation", "demo"},
     {"cli"},
     {""},
 ]

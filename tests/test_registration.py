@@ -15,8 +15,7 @@ from cases import operator_arguments, operator_outputs
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tta_ext
-from tta_ext import ops, schemas
-from tta_ext.ops import _dispatch
+from tta_ext import dispatch, ops, schemas
 from tta_ext.schemas import OPS
 
 RULE = "Tensor param, int rule, int critical, float temperature, float rule_temperature"
@@ -330,7 +329,7 @@ def test_use_backend_refuses_what_is_not_there() -> None:
 
 
 def test_forcing_the_native_backend_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_dispatch, "_native", "no compiler; apt install g++ mends it")
+    monkeypatch.setattr(dispatch, "_native", "no compiler; apt install g++ mends it")
     with pytest.raises(RuntimeError, match="'cpu' is not available: no compiler; apt install"):
         tta_ext.use_backend("cpu").__enter__()
 
@@ -340,14 +339,14 @@ def test_a_library_of_another_version_is_off_for_its_device_alone(
 ) -> None:
     """Its kernels are registered, so the operators walk around them, and around no others."""
     by_reference = []
-    run = _dispatch.reference
-    monkeypatch.setattr(_dispatch, "reference", lambda name: by_reference.append(name) or run(name))
-    monkeypatch.setattr(_dispatch, "_stale", set())
+    run = dispatch.reference
+    monkeypatch.setattr(dispatch, "reference", lambda name: by_reference.append(name) or run(name))
+    monkeypatch.setattr(dispatch, "_stale", set())
     counter, key = torch.zeros(1, 4, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
     want = ops.philox(counter, key)
     for device, calls in (("CUDA", []), ("CPU", ["philox"])):
         with pytest.warns(UserWarning, match=f"native {device} operators are off: .* version -1"):
-            assert "reinstall tta_ext" in _dispatch._check_version(-1, "/library.so", device)
+            assert "reinstall tta_ext" in dispatch._check_version(-1, "/library.so", device)
         assert torch.equal(ops.philox(counter, key), want)
         assert by_reference == calls
 

@@ -21,18 +21,32 @@ except ModuleNotFoundError as error:
             "tta_ext needs torch 2.10 or newer; mend it with: pip install torch"
         ) from error
 else:
+    from tta_ext import dispatch as dispatch
     from tta_ext import schemas as schemas
 
 if TYPE_CHECKING:
-    from tta_ext import hf, ops, rng, rules
-    from tta_ext.decoding import KnapsackDeferral
+    from tta_ext import decoding, hf, ops, rng, rules
+    from tta_ext.decoding import (
+        AdaptiveImportanceSampling,
+        BestOfN,
+        ChunkBeamSearch,
+        KnapsackDeferral,
+        RewardGuidedSearch,
+    )
     from tta_ext.demo.pair import demo_pair
+    from tta_ext.dispatch import use_backend
     from tta_ext.env import env_report
-    from tta_ext.ops._dispatch import use_backend
+    from tta_ext.rules import Rule
 
 __all__ = [
+    "AdaptiveImportanceSampling",
+    "BestOfN",
+    "ChunkBeamSearch",
     "KnapsackDeferral",
+    "RewardGuidedSearch",
+    "Rule",
     "__version__",
+    "decoding",
     "demo_pair",
     "env_report",
     "hf",
@@ -43,25 +57,24 @@ __all__ = [
 ]
 
 _MODULES = frozenset({"decoding", "hf", "ops", "rng", "rules"})
-_ATTRIBUTES = {
+_HOMES = {
     "AdaptiveImportanceSampling": "tta_ext.decoding",
+    "BestOfN": "tta_ext.decoding",
+    "ChunkBeamSearch": "tta_ext.decoding",
     "KnapsackDeferral": "tta_ext.decoding",
+    "RewardGuidedSearch": "tta_ext.decoding",
+    "Rule": "tta_ext.rules",
     "demo_pair": "tta_ext.demo.pair",
     "env_report": "tta_ext.env",
-    "use_backend": "tta_ext.ops._dispatch",
+    "use_backend": "tta_ext.dispatch",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return importlib.import_module(f"tta_ext.{name}")
-    if name in _ATTRIBUTES:
-        module = importlib.import_module(_ATTRIBUTES[name])
-        try:
-            value = getattr(module, name)
-        except AttributeError:
-            raise AttributeError(f"module 'tta_ext' has no attribute {name!r}") from None
-        globals()[name] = value
+    if name in _HOMES:
+        value = globals()[name] = getattr(importlib.import_module(_HOMES[name]), name)
         return value
     raise AttributeError(f"module 'tta_ext' has no attribute {name!r}")
 

@@ -57,24 +57,23 @@ def diagnose() -> Diagnosis:
     Never raises for a missing compiler, GPU or package: that is what it reports. It may compile
     the CPU library (about 20 s, once) and, where a GPU is visible, the CUDA library (minutes).
     """
-    from tta_ext import schemas
-    from tta_ext.ops import _dispatch
+    from tta_ext import dispatch, schemas
 
     try:
         native = build.load("cpu")
-        unusable = _dispatch.native_status()
+        unusable = dispatch.native_status()
     except RuntimeError as error:  # TTA_EXT_NATIVE=1
         native = LoadResult(False, str(error))
         unusable = native.reason
     try:
         cuda = build.load("cuda")
-        no_cuda = _dispatch.unavailable("cuda")
+        no_cuda = dispatch.unavailable("cuda")
     except RuntimeError as error:  # TTA_EXT_CUDA=1
         cuda = LoadResult(False, str(error))
         no_cuda = cuda.reason
     ops = []
     for name in schemas.OPS:
-        on_cpu = not unusable and _dispatch.has_kernel(name, "cpu")
+        on_cpu = not unusable and dispatch.has_kernel(name, "cpu")
         why_not = {"cuda": no_cuda} if no_cuda else {}
         if not on_cpu:
             why_not["cpu"] = unusable or "the native library has no kernel for it"

@@ -16,7 +16,7 @@ on the CPU whatever the device of the logits.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -221,11 +221,17 @@ def _functional_fake(spec: OpSpec) -> Callable[..., Any]:
     return run
 
 
+def _unset(spec: OpSpec, args: Sequence[Any], outputs: dict[str, Tensor]) -> None:
+    raise RuntimeError("tta_ext.dispatch has not been imported")
+
+
+# What runs ``X.out`` where no compiled kernel is registered; tta_ext.dispatch puts it here.
+fallback: Callable[[OpSpec, Sequence[Any], dict[str, Tensor]], None] = _unset
+
+
 def _out(spec: OpSpec) -> Callable[..., None]:
     def run(*args: Any, **outputs: Tensor) -> None:
-        from tta_ext.ops import _dispatch
-
-        _dispatch.run_without_kernel(spec, args, outputs)
+        fallback(spec, args, outputs)
 
     return run
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tta_ext import rng, rules
-from tta_ext.ops._dispatch import Op
+from tta_ext.dispatch import Op
 from tta_ext.rules import Rule
 
 LOGIT_DTYPES = frozenset((torch.float32, torch.float16, torch.bfloat16))
@@ -350,7 +350,7 @@ def outputs(
     fields: tuple[str, ...] = (),
     shape: tuple[int, ...] | None = None,
 ) -> Sequence[Tensor] | None:
-    """``out`` as :func:`~tta_ext.ops._dispatch.invoke` takes it, checked against the op's table.
+    """``out`` as :func:`~tta_ext.dispatch.invoke` takes it, checked against the op's table.
 
     Args:
         like: the operator's first tensor.

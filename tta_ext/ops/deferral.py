@@ -46,8 +46,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from tta_ext.dispatch import Op, invoke
 from tta_ext.ops import _arguments as args
-from tta_ext.ops._dispatch import Op, invoke
 from tta_ext.rules import Rule
 
 __all__ = [

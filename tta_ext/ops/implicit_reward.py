@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from tta_ext import rules
+from tta_ext.dispatch import Op, invoke
 from tta_ext.ops import _arguments as args
-from tta_ext.ops._dispatch import Op, invoke
 
 __all__ = ["implicit_reward_probs", "implicit_reward_sample"]
 

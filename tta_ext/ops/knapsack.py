@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tta_ext.dispatch import Op, invoke
 from tta_ext.ops import _arguments as args
-from tta_ext.ops._dispatch import Op, invoke
 
 __all__ = ["Knapsack", "greedy_knapsack"]
 

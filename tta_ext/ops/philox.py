@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from tta_ext import rng
+from tta_ext.dispatch import Op, invoke
 from tta_ext.ops import _arguments as args
-from tta_ext.ops._dispatch import Op, invoke
 
 __all__ = ["normal", "philox"]
 

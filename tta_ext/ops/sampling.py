@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from tta_ext import rng, rules
+from tta_ext.dispatch import Op, invoke
 from tta_ext.ops import _arguments as args
-from tta_ext.ops._dispatch import Op, invoke
 
 __all__ = ["categorical_sample"]
 

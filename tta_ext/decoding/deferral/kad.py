@@ -18,9 +18,10 @@ from tta_ext.decoding.deferral.draft_length import Memory, draft_length
 from tta_ext.decoding.deferral.implicit_reward import ImplicitReward
 from tta_ext.decoding.deferral.request import GenerationOptions, Models, Request
 from tta_ext.decoding.deferral.result import Generation
-from tta_ext.decoding.runtime.attention import check_model, probe_model
+from tta_ext.decoding.runtime.attention import check_model
 from tta_ext.decoding.runtime.loading import load_model, load_tokenizer
 from tta_ext.decoding.runtime.models import device_of, logit_count
+from tta_ext.decoding.runtime.probe import probe_model
 from tta_ext.decoding.runtime.signatures import keywords_of
 from tta_ext.decoding.runtime.streaming import StreamEvent
 from tta_ext.decoding.runtime.vocabulary import align_vocabularies

@@ -138,6 +138,9 @@ class Speculative(Loop):
         for runner, start in zip(self.runners, starts, strict=True):
             kept = [n + count for n, count in zip(start, accepted, strict=True)]
             runner.rollback(kept, tails)
+            for i in range(len(drafts)):  # those that leave too: another row takes their place
+                if self._failed[i] or min(tokens[i][: len(drafts[i]) + 1]) < 0:
+                    runner.scrub(i)
         self.drop([i for i in range(len(drafts)) if i not in going])
         return drafts, accepted
 
@@ -145,7 +148,7 @@ class Speculative(Loop):
         """Guesses of these lengths at most: an end of answer, or no law to draw from, ends one."""
         options, drafter, rows = self.options, self.drafter, len(lengths)
         drafts: list[list[int]] = [[] for _ in lengths]
-        self._drafted = None
+        self._drafted, self._failed = None, [False] * rows
         step = 0
         while drawing := [i for i in range(rows) if lengths[i] > step]:
             whole = len(drawing) == rows
@@ -178,6 +181,7 @@ class Speculative(Loop):
                     drafts[i].append(one)
                 if one < 0 or one in options.limits.ends:
                     lengths[i] = len(drafts[i])
+                self._failed[i] = one < 0
             step += 1
         return drafts
 

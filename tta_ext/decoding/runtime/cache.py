@@ -182,6 +182,12 @@ class RaggedCache(Cache):
         target = torch.arange(rows.shape[0], device=rows.device)
         self.copy_rows(rows, target, width)
 
+    def clear(self, row: int, start: int) -> None:
+        """Zero a row's positions from ``start`` on."""
+        for layer in self._ready():
+            layer.key_view[row, start:] = 0
+            layer.value_view[row, start:] = 0
+
     def reserve(self, capacity: int, width: int) -> None:
         """Make room for ``capacity`` positions a row, keeping the first ``width``."""
         if capacity <= self.capacity:

@@ -161,6 +161,14 @@ class Runner:
             self._cached[row] = min(self._cached[row], length)
         self._place()
 
+    def scrub(self, row: int) -> None:
+        """Zero what a row's cache holds behind its cached tokens.
+
+        Tokens that were taken back may have left NaN there, which reaches through any mask: a
+        masked position still enters attention as 0 * value.
+        """
+        self.cache.clear(row, self._cached[row])
+
     @property
     def total(self) -> Tensor:
         """int64 ``[rows]`` on the model's device, tokens that each row holds; changes in place."""
@@ -283,7 +291,8 @@ class Runner:
         """Feed all pending tokens of some rows, which may be many, in one call.
 
         Args:
-            rows: which rows, ascending, each with at least one pending token; None for all.
+            rows: which rows, ascending; None for all. A row with nothing pending has its last token
+                fed again.
             index: the same as int64 on the model's device, if the caller has it.
 
         Returns:
@@ -292,6 +301,8 @@ class Runner:
         if rows is None:
             rows = range(self.count)
         ends, starts = self._total, self._cached
+        for row in rows:
+            starts[row] = min(starts[row], ends[row] - 1)
         if len(rows) == self.count and max([ends[row] - starts[row] for row in rows]) == 1:
             return self.step()
         return self._feed(rows, ends, index)[:, -1]

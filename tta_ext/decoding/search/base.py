@@ -20,8 +20,9 @@ from torch import Tensor
 
 from tta_ext import rng
 from tta_ext.decoding.rewards import Reward, RewardStream, check_reward
-from tta_ext.decoding.runtime.attention import check_model, probe_model
+from tta_ext.decoding.runtime.attention import check_model
 from tta_ext.decoding.runtime.models import logit_count
+from tta_ext.decoding.runtime.probe import probe_model
 from tta_ext.decoding.runtime.prompts import (
     check_prompts,
     encode_prompts,

@@ -145,6 +145,9 @@ def run_without_kernel(spec: OpSpec, args: Sequence[Any], outputs: dict[str, Ten
     _run_reference(spec, args, [outputs[name] for name in spec.outputs])
 
 
+schemas.fallback = run_without_kernel
+
+
 def _run_reference(spec: OpSpec, args: Sequence[Any], outputs: Sequence[Tensor]) -> None:
     with torch.no_grad():
         _into(spec, reference(spec.name)(*args), outputs)
