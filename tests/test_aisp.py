@@ -12,6 +12,7 @@ import torch
 from models import VOCABULARY, base_model, make_model, make_tokenizer, ragged_prompts
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import TopPLogitsWarper
 
 import tta_ext
 from tta_ext import ops
@@ -658,6 +659,13 @@ def test_restrict() -> None:
     kept = torch.isfinite(restrict(logits, 1.0, None, 0.5))
     assert kept.tolist() == [[False, False, True, False], [True, True, False, False]]
     assert restrict(logits, 1.0, None, None) is logits
+    # Equal logits at the border: top-k keeps all, top-p the first; transformers' keeps others.
+    ties = torch.tensor([[1.0, 2.0, 1.0, 1.0, 0.0]])
+    assert torch.isfinite(restrict(ties, 1.0, 2, None)).tolist() == [[True] * 4 + [False]]
+    assert torch.equal(restrict(ties, 1.0, 9, None), ties)
+    kept = torch.isfinite(restrict(ties, 1.0, None, 0.6))
+    assert kept.tolist() == [[True, True, False, False, False]]
+    assert not torch.equal(kept, torch.isfinite(TopPLogitsWarper(0.6)(None, ties)))
 
 
 def test_token_ids_without_a_tokenizer() -> None:

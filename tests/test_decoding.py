@@ -36,8 +36,6 @@ from tta_ext.decoding.runtime.probe import probe_model
 from tta_ext.decoding.runtime.processors import SequenceView
 from tta_ext.decoding.runtime.prompts import encode_prompts, unpad
 from tta_ext.decoding.runtime.runner import Runner
-from tta_ext.decoding.runtime.stopping import StopStrings
-from tta_ext.decoding.runtime.streaming import TextDeltas
 
 NEW = 10
 RULES = [
@@ -460,13 +458,6 @@ def test_stop_strings_across_tokens() -> None:
     assert result.finish == ["stop"]
     assert result.text == text[: text.index(stop)]
     assert free.tokens[0][: len(result.tokens[0])] == result.tokens[0]
-    stopper = StopStrings("ab", tokenizer)
-    assert stopper(tokenizer("xab")["input_ids"])
-    assert not stopper(tokenizer("xa")["input_ids"])
-    with pytest.raises(ValueError, match="not empty"):
-        StopStrings([""], tokenizer)
-    with pytest.raises(ValueError, match="need a tokenizer"):
-        StopStrings("a", None)
 
 
 def test_both_models_may_end_an_answer() -> None:
@@ -516,26 +507,6 @@ def test_streamers_of_transformers() -> None:
     assert puts[0] == batch.prompt_tokens
     assert puts[-1] is None
     assert [list(column) for column in zip(*puts[1:-1], strict=True)] == batch.tokens
-
-
-def test_incomplete_characters_are_held_back() -> None:
-    pieces = {1: "a", 2: "�", 3: "é", 4: " b"}
-
-    class Bytes:
-        def decode(self, tokens: list[int], skip_special_tokens: bool = True) -> str:
-            text, rest = "", list(tokens)
-            while rest:
-                one = rest.pop(0)
-                if one == 2 and rest and rest[0] == 3:
-                    rest.pop(0)
-                    text += "é"
-                else:
-                    text += "�" if one in (2, 3) else pieces[one]
-            return text
-
-    deltas = TextDeltas(Bytes())
-    assert [deltas.push(t) for t in (1, 2, 3, 4)] == ["a", "", "é", " b"]
-    assert deltas.push(2, last=True) == "�"
 
 
 TEMPLATE = (

@@ -39,9 +39,15 @@ def end_ids(
 class StopStrings:
     """Finds stop strings in growing token lists, wherever token borders lie.
 
+    The verdicts are those of transformers' ``StopStringCriteria``, which reads the whole vocabulary
+    first, looks at prompts too, and does not know every tokenizer's characters of several tokens.
+
     Args:
         strings: the stop strings, none empty.
         tokenizer: decodes tokens.
+
+    Raises:
+        ValueError: an empty string, or no tokenizer.
     """
 
     def __init__(self, strings: str | Sequence[str], tokenizer: Any) -> None:
@@ -51,15 +57,27 @@ class StopStrings:
         if tokenizer is None:
             raise ValueError("stop_strings need a tokenizer; pass tokenizer=")
         self._tokenizer = tokenizer
+        # Decoders treat the first word in their own way, so the answer's text comes after another.
+        self._before = tokenizer("abcdef", add_special_tokens=False)["input_ids"]
+        self._skip = len(tokenizer.decode(self._before))
         # A character may take four byte-level tokens.
-        self._window = 4 * max(len(s) for s in self.strings) + 4
+        self._window = 4 * max(map(len, self.strings), default=0) + 4
 
     def __call__(self, tokens: Sequence[int]) -> bool:
         """Whether the newest token completed a stop string."""
-        text = self._tokenizer.decode(tokens[-self._window :], skip_special_tokens=False)
+        window = [*self._before, *tokens[-self._window :]]
+        text = self._tokenizer.decode(window, skip_special_tokens=False)[self._skip :]
         return any(s in text for s in self.strings)
 
     def cut(self, text: str) -> str:
         """The text before the first stop string in it."""
         ends = [at for at in map(text.find, self.strings) if at >= 0]
         return text[: min(ends)] if ends else text
+
+    def safe(self, text: str) -> str:
+        """The text that no later token can cut: what stands before the start of a stop string."""
+        found = self.cut(text)
+        if len(found) < len(text):
+            return found
+        starts = (s[:n] for s in self.strings for n in range(len(s) - 1, 0, -1))
+        return text[: len(text) - max((len(s) for s in starts if text.endswith(s)), default=0)]

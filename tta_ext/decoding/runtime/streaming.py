@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from tokenizers.decoders import DecodeStream
+
+from tta_ext.decoding.runtime.stopping import StopStrings
+
 __all__ = ["StreamEvent", "TextDeltas"]
 
 
@@ -31,23 +35,44 @@ class StreamEvent:
 class TextDeltas:
     """Incremental detokenization: new text of a growing token list.
 
-    Text is held back while it ends in an incomplete character. Only the last few tokens are decoded
-    again at each step.
+    Text is held back while it ends in an incomplete character, or in what may become a stop string.
+    All pieces together are the answer's text: decoded as a whole and cut before a stop string.
+
+    Args:
+        tokenizer: decodes tokens; without a ``backend_tokenizer``, all of them again at each step.
+        stop: strings that end the answer and are no part of its text.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, stop: StopStrings | None = None) -> None:
+        self._tokenizer, self._stop = tokenizer, stop
+        self._backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+        self._stream = DecodeStream(skip_special_tokens=True)
         self._tokens: list[int] = []
-        self._start = self._written = 0
+        self._decoded = 0
+        self._held = ""
 
     def push(self, token: int, last: bool = False) -> str:
         """Add a token; the new text. ``last`` flushes what was held back."""
         self._tokens.append(token)
-        decode = self._tokenizer.decode
-        before = decode(self._tokens[self._start : self._written], skip_special_tokens=True)
-        now = decode(self._tokens[self._start :], skip_special_tokens=True)
-        if len(now) <= len(before) or (now.endswith("�") and not last):
-            return ""
-        # Keep the previous piece as context: some tokenizers space words by what stands before.
-        self._start, self._written = self._written, len(self._tokens)
-        return now[len(before) :]
+        new = self._whole(last) if last or self._backend is None else self._step(token)
+        self._decoded += len(new)
+        if self._stop is None:
+            return new
+        text = self._held + new
+        safe = self._stop.cut(text) if last else self._stop.safe(text)
+        self._held = text[len(safe) :]
+        return safe
+
+    def _step(self, token: int) -> str:
+        try:
+            return self._stream.step(self._backend, token) or ""
+        except Exception:  # it gives up at broken bytes that change the text before them
+            self._backend = None
+            return self._whole()
+
+    def _whole(self, last: bool = False) -> str:
+        # Cleaning up would change text that is out already.
+        text = self._tokenizer.decode(
+            self._tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return "" if text.endswith("\ufffd") and not last else text[self._decoded :]

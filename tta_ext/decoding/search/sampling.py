@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import TopKLogitsWarper
 
 from tta_ext.decoding.runtime.rows import Limits
 from tta_ext.decoding.runtime.stopping import StopStrings
@@ -85,9 +86,9 @@ def restrict(logits: Tensor, temperature: float, top_k: int | None, top_p: float
         temperature: at which ``top_p`` measures mass.
         top_k, top_p: as in :class:`Sampling`; both may be None. Top-k comes first.
     """
-    if top_k is not None and top_k < logits.shape[-1]:
-        last = logits.topk(top_k, dim=-1).values[..., -1:]
-        logits = logits.masked_fill(logits < last, float("-inf"))
+    if top_k is not None:
+        logits = TopKLogitsWarper(top_k)(None, logits)
+    # Not TopPLogitsWarper: of equal logits it keeps the last or any, here the first stay.
     if top_p is not None and top_p < 1.0:
         ordered, order = logits.float().sort(dim=-1, descending=True, stable=True)
         p = torch.softmax(ordered / temperature, dim=-1)
