@@ -12,11 +12,12 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import fake_nvcc
 
 from tta_ext import build, dispatch
 from tta_ext.build import LIBRARIES, BuildError, Library, cuda
-from tta_ext.build.cuda import CudaLibrary
+from tta_ext.build.cuda import CudaLibrary, gpus
 from tta_ext.build.toolchain import Compiler, Torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -117,6 +118,23 @@ def test_unserved_gpu_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "sm_80 compute_100" in text
     assert "export TORCH_CUDA_ARCH_LIST=9.0" in text
     assert "\n" not in text
+
+
+def test_a_broken_driver_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*number: int) -> bool:
+        raise RuntimeError("no such driver")
+
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", fail)
+    with pytest.raises(BuildError, match=r"asked for its GPUs \(RuntimeError: no such driver\); "):
+        gpus()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpus() == []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: HOPPER[0])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: HOPPER[1])
+    assert gpus() == [HOPPER]
 
 
 # ---------------------------------------------------------------------------- toolkits

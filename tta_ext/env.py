@@ -95,8 +95,8 @@ def _torch() -> dict[str, str]:
 def _gpus() -> str:
     try:
         found = cuda.gpus()
-    except Exception as error:  # a broken driver is what the report is for
-        return f"cannot be asked: {type(error).__name__}: {error}"
+    except BuildError as error:  # a broken driver is what the report is for
+        return str(error)
     return ", ".join(f"{name} ({major}.{minor})" for name, (major, minor) in found) or "none"
 
 

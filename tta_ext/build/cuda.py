@@ -119,15 +119,25 @@ def check_release(toolkit: Toolkit, torch_cuda: str) -> None:
 
 
 def gpus() -> list[Gpu]:
-    """Every GPU that torch can use; empty without one."""
-    import torch
+    """Every GPU that torch can use; empty without one.
 
-    if torch.version.cuda is None or not torch.cuda.is_available():
-        return []
-    return [
-        (torch.cuda.get_device_name(i), torch.cuda.get_device_capability(i))
-        for i in range(torch.cuda.device_count())
-    ]
+    Raises:
+        BuildError: torch cannot say.
+    """
+    try:
+        import torch
+
+        if torch.version.cuda is None or not torch.cuda.is_available():
+            return []
+        return [
+            (torch.cuda.get_device_name(i), torch.cuda.get_device_capability(i))
+            for i in range(torch.cuda.device_count())
+        ]
+    except Exception as error:  # a broken driver must not fail an installation
+        raise BuildError(
+            f"torch cannot be asked for its GPUs ({type(error).__name__}: {error}); mend it with: "
+            "a driver that this torch can use, or export TTA_EXT_CUDA=0"
+        ) from error
 
 
 def _number(image: str) -> int:
@@ -228,7 +238,6 @@ class CudaLibrary(Library):
     variable = "TTA_EXT_CUDA"
     source_globs = ("cuda/*.cu", "bind/cuda*.cpp")
     header_folders = ("core", "cuda", "bind")
-    header_suffixes = (*Library.header_suffixes, ".cuh")
     flags = FLAGS
     loss = "tta_ext runs its PyTorch reference on CUDA tensors"
 

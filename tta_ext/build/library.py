@@ -29,6 +29,7 @@ from tta_ext.build.toolchain import (
     install_hint,
 )
 
+HEADER_SUFFIXES = (".h", ".hpp", ".inl", ".cuh")
 PACKAGE = Path(__file__).resolve().parent.parent
 
 
@@ -82,7 +83,7 @@ class Library:
     Attributes:
         device, name: whose kernels it holds; its file name.
         variable: the environment variable that switches it: auto, 0 or 1.
-        source_globs, header_folders, header_suffixes: what it is compiled from, below ``root``.
+        source_globs, header_folders: what it is compiled from, below ``root``.
         flags: compiler flags for every file.
         loss: what happens without it.
         root: the C++ tree.
@@ -94,7 +95,6 @@ class Library:
     variable = "TTA_EXT_NATIVE"
     source_globs: tuple[str, ...] = ("cpu/*.cpp", "bind/cpu*.cpp")
     header_folders: tuple[str, ...] = ("core", "cpu", "bind")
-    header_suffixes: tuple[str, ...] = (".h", ".hpp", ".inl")
     flags: tuple[str, ...] = CXX_FLAGS
     loss = "tta_ext runs on its PyTorch reference"
 
@@ -120,7 +120,7 @@ class Library:
             path
             for folder in self.header_folders
             for path in (self.root / folder).rglob("*")
-            if path.suffix in self.header_suffixes
+            if path.suffix in HEADER_SUFFIXES
         )
 
     def digest(self) -> str:
@@ -133,16 +133,8 @@ class Library:
         Raises:
             BuildError: a compiler is missing.
         """
-        return Recipe(
-            self.name,
-            self.root,
-            self.sources(),
-            self.headers(),
-            find_compiler(),
-            torch,
-            self.flags,
-            record={"digest": self.digest()},
-        )
+        made_of = (self.name, self.root, self.sources(), self.headers(), find_compiler(), torch)
+        return Recipe(*made_of, self.flags, record={"digest": self.digest()})
 
     def wanted(self) -> str:
         """What the environment variable says: auto (also unset), 0 or 1.

@@ -129,15 +129,10 @@ def find_compiler() -> Compiler:
             [*command, "--version"], f"the C++ compiler {shlex.join(command)!r}", install_hint()
         )
         return Compiler(command, text.partition("\n")[0] or shlex.join(command))
+    looked, remedy = "looked for c++, g++, clang++ on the PATH", install_hint()
     if named:
-        raise BuildError(
-            f"no C++ compiler: CXX={named!r} is not on the PATH; "
-            f"mend it with: unset CXX, or {install_hint()}"
-        )
-    looked = ", ".join(command[0] for command in candidates)
-    raise BuildError(
-        f"no C++ compiler: looked for {looked} on the PATH; mend it with: {install_hint()}"
-    )
+        looked, remedy = f"CXX={named!r} is not on the PATH", f"unset CXX, or {remedy}"
+    raise BuildError(f"no C++ compiler: {looked}; mend it with: {remedy}")
 
 
 def link_flags(torch: Torch | None) -> list[str]:
