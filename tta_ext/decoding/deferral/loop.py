@@ -55,6 +55,15 @@ class Seen:
     base: Tensor
     others: Sequence[tuple[str, Tensor, Sequence[int] | None]] = ()
 
+    def select(self, places: Sequence[int]) -> Seen:
+        """The same of some of the rows."""
+        others: list[tuple[str, Tensor, Sequence[int] | None]] = []
+        for name, logits, rows in self.others:
+            have = range(len(self.base)) if rows is None else rows
+            kept = [j for j, row in enumerate(have) if row in places]
+            others.append((name, logits[kept], [places.index(have[j]) for j in kept]))
+        return Seen(self.base[list(places)], others)
+
     def at(self, place: int) -> dict[str, Tensor]:
         """Each model's logits ``[V]`` of one row."""
         found = {"base": self.base[place]}

@@ -60,6 +60,8 @@ class Speculative(Loop):
         self.policy, self.drafter = policy, self.followers[0]
         # The drafting model's logits behind the first tokens of the drafts, [rows, K + 1, V].
         self._drafted: Tensor | None = None
+        self._failed: list[bool] = []  # the rows whose drafting model had no law to draw from
+        self._doubt = False  # a round ended before a position whose law a plain step has to tell
 
     def finish_stats(self) -> DecodeStats:
         self.stats.speculation = self.policy.note
@@ -79,7 +81,8 @@ class Speculative(Loop):
         ]
         before = sum(map(len, answers.tokens))
         spent = self.drafter.seconds
-        lengths = self.policy.plan(room)
+        lengths = None if self._doubt else self.policy.plan(room)
+        self._doubt = False
         drafts: list[list[int]] = []
         accepted: list[int] = []
         if lengths is None or not any(lengths):
@@ -121,27 +124,33 @@ class Speculative(Loop):
             context.lengths = read
         with span("judge"):
             tokens, flags = self._judge(logits, drafts, position)
-        accepted = self._emit_drafts(drafts, tokens, flags, logits)
-        stood = [len(draft) == count for draft, count in zip(drafts, accepted, strict=True)]
-        going = {i for i, number in enumerate(self.rows.active) if not self.rows.finish[number]}
-        tails: list[list[int]] = [
-            [tokens[i][count]] if count < len(drafts[i]) else [] for i, count in enumerate(accepted)
-        ]
-        behind = [i for i in range(len(drafts)) if stood[i] and i in going]
+        accepted, unknown = self._emit_drafts(drafts, tokens, flags, logits)
+        finish, active = self.rows.finish, self.rows.active
+        tails: list[list[int]] = [[] for _ in drafts]
+        behind = []
+        for i, count in enumerate(accepted):
+            if count < len(drafts[i]):
+                tails[i] = [] if i in unknown else [tokens[i][count]]
+            elif not finish[active[i]]:
+                behind.append(i)
         if behind:
-            places = [len(drafts[i]) for i in behind]
-            drawn, seen = self._behind(behind, places, logits, position)
+            drawn, seen = self._behind(behind, [len(drafts[i]) for i in behind], logits, position)
             more = drawn.token.tolist()
-            for i, token in zip(behind, more, strict=True):
-                tails[i] = [token]
-            going -= set(self.emit(behind, more, drawn.from_proxy, lambda: seen))
+            unknown |= {i for i, token in zip(behind, more, strict=True) if token < 0}
+            known = [j for j, i in enumerate(behind) if i not in unknown]
+            rows = [behind[j] for j in known]
+            flags_of = [drawn.from_proxy[j] for j in known]
+            self.emit(rows, [more[j] for j in known], flags_of, lambda: seen.select(known))
+            for j in known:
+                tails[behind[j]] = [more[j]]
         for runner, start in zip(self.runners, starts, strict=True):
             kept = [n + count for n, count in zip(start, accepted, strict=True)]
             runner.rollback(kept, tails)
-            for i in range(len(drafts)):  # those that leave too: another row takes their place
-                if self._failed[i] or min(tokens[i][: len(drafts[i]) + 1]) < 0:
+            for i, draft in enumerate(drafts):
+                if i in unknown or self._failed[i] or min(tokens[i][: len(draft) + 1]) < 0:
                     runner.scrub(i)
-        self.drop([i for i in range(len(drafts)) if i not in going])
+        self._doubt = bool(unknown)
+        self.drop([i for i in range(len(drafts)) if finish[active[i]]])
         return drafts, accepted
 
     def _draft(self, lengths: list[int], position: Tensor) -> list[list[int]]:
@@ -258,12 +267,20 @@ class Speculative(Loop):
         tokens: list[list[int]],
         flags: list[list[bool]],
         logits: Tensor,
-    ) -> list[int]:
-        """Emit each row up to its first difference; how many draft tokens stood."""
-        stats = self.stats
+    ) -> tuple[list[int], set[int]]:
+        """Emit each row up to its first difference.
+
+        Returns:
+            How many draft tokens of each row stood, and the rows for which a position without a law
+            was reached. Its cause may be a wrong guess, whose NaN reaches earlier positions of the
+            same forward through the mask, so a plain step has to tell.
+        """
+        stats, unknown = self.stats, set()
         accepted = [0] * len(drafts)
         going = list(range(len(drafts)))
         for k in range(max(map(len, drafts))):
+            unknown |= {i for i in going if len(drafts[i]) > k and tokens[i][k] < 0}
+            going = [i for i in going if i not in unknown]
             now = [i for i in going if len(drafts[i]) > k]
 
             def seen(rows: list[int] = now, k: int = k) -> Seen:
@@ -285,7 +302,7 @@ class Speculative(Loop):
                 stats.accepted_tokens += count
                 stats.accepted_lengths += [0] * (count + 1 - len(stats.accepted_lengths))
                 stats.accepted_lengths[count] += 1
-        return accepted
+        return accepted, unknown
 
     def _behind(
         self, rows: list[int], places: list[int], logits: Tensor, position: Tensor
