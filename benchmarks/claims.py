@@ -279,7 +279,7 @@ def lean_import() -> list[Claim]:
 
 
 def table_of(claims: Sequence[Claim]) -> str:
-    """One line a claim; the README has this table."""
+    """One line a claim; docs/measured.md has this table."""
     rows = []
     for claim in claims:
         bound = f"{'>=' if claim.at_least else '<='} {claim.bound:g}"

@@ -312,13 +312,20 @@ def test_readme_opens_with_two_one_line_commands() -> None:
     assert "ci_readme_command 2" in (ROOT / ".ci" / "run").read_text()
 
 
-def test_readme_examples_run() -> None:
-    """Every Python block of the README, as it stands."""
+def examples(page: Path) -> str:
+    """The Python blocks of a page, one after another."""
+    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    return "\n".join(blocks)
+
+
+def test_examples_run_anywhere(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
-    text = (ROOT / "README.md").read_text()
-    blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 3
-    code = "\n".join(blocks)
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    code = {str(page): examples(page) for page in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"))}
+    assert code[str(ROOT / "README.md")]
+    pages = "\n".join(
+        f"exec(compile({text!r}, {page!r}, 'exec'), {{}})" for page, text in code.items() if text
+    )
+    command = [sys.executable, "-c", pages]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
