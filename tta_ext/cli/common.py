@@ -326,10 +326,10 @@ def answer(
                     keys[place]: {"index": place, "prompt": prompts[place], **record}
                     for place, record in zip(places, records(result), strict=True)
                 }
-                journal.add(items)
-                if jsonl:
-                    for item in items.values():
-                        echo(json_line(item), end="")
+                if journal.path is not None:
+                    journal.add(items)
+                else:
+                    echo("".join(map(json_line, items.values())), end="")
             progress.advance(task, len(places))
     if journal.path is not None:
         there = len(prompts) - len(todo)
