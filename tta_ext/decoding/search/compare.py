@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import stdev
 from typing import Any
 
 from tta_ext.decoding.rewards import Reward
@@ -251,9 +251,15 @@ def _by_label(records: Iterable[dict[str, Any]]) -> dict[str, dict[int, dict[str
     return table
 
 
+def _mean(values: Iterable[float]) -> float:
+    # Not statistics.fmean, which refuses infinities of both signs: rewards may be -inf.
+    listed = list(values)
+    return sum(listed) / len(listed)
+
+
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     """Mean and its standard error (nan where it cannot be had)."""
-    mean = fmean(values) if values else math.nan
+    mean = _mean(values) if values else math.nan
     if len(values) < 2 or not math.isfinite(mean):
         return mean, math.nan
     return mean, stdev(values) / math.sqrt(len(values))
@@ -302,7 +308,7 @@ def summary(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         curves = [item["curve"] for item in items]
         rise, rise_error = mean_and_error([c[-1]["mean"] - c[0]["mean"] for c in curves])
         timing = {
-            name: fmean(item["timing"][part] for item in items)
+            name: _mean(item["timing"][part] for item in items)
             for name, part in (
                 ("tokens", "tokens"),
                 ("seconds", "total"),
@@ -317,11 +323,11 @@ def summary(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
                 "prompts": len(items),
                 "reward": reward,
                 "error": error,
-                "first": fmean(c[0]["mean"] for c in curves),
-                "last": fmean(c[-1]["mean"] for c in curves),
+                "first": _mean(c[0]["mean"] for c in curves),
+                "last": _mean(c[-1]["mean"] for c in curves),
                 "rise": rise,
                 "rise_error": rise_error,
-                "asked": fmean(c[-1]["samples"] for c in curves),
+                "asked": _mean(c[-1]["samples"] for c in curves),
                 **timing,
                 "kl": _last_mean(curves, "kl"),
                 "norm": _last_mean(curves, "norm"),
@@ -333,7 +339,7 @@ def summary(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _last_mean(curves: Sequence[list[dict[str, Any]]], name: str) -> float | None:
     values = [curve[-1][name] for curve in curves if curve[-1][name] is not None]
-    return fmean(values) if values else None
+    return _mean(values) if values else None
 
 
 def curve_means(
@@ -364,7 +370,7 @@ def curve_means(
         for x in xs:
             # Steps: the best so far stays until a later iteration betters it.
             reached = [[best for at, best in curve if at <= x][-1] for curve in curves]
-            ys.append(fmean(reached))
+            ys.append(_mean(reached))
         found[label] = (xs, ys)
     return found
 
