@@ -327,7 +327,7 @@ class Request:
         tokenizer = self.models.tokenizer
         deltas = None
         if tokenizer is not None:
-            deltas = [TextDeltas(tokenizer) for _ in loop.rows.active]
+            deltas = [TextDeltas(tokenizer, self.limits.stop) for _ in loop.rows.active]
         while not loop.done:
             loop.step()
             for one in loop.events:
