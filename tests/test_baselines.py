@@ -420,6 +420,18 @@ def test_compare_by_seconds_and_plot(tmp_path: Any) -> None:
         run(seconds=1.0)
 
 
+def test_infinite_rewards_have_a_summary() -> None:
+    point = dict.fromkeys(("kl", "norm", "ess")) | {"samples": 1}
+    timing = dict.fromkeys(("tokens", "total", "model", "reward", "other"), 1.0)
+    records = [
+        {"label": label, "index": i, "reward": r, "curve": [point | {"mean": r}], "timing": timing}
+        for label, rewards_ in (("a", [-math.inf, 1.0]), ("b", [1.0, -math.inf]))
+        for i, r in enumerate(rewards_)
+    ]
+    assert math.isnan(comparison.paired(records, "a")[0].difference)
+    assert [row["reward"] for row in comparison.summary(records)] == [-math.inf, -math.inf]
+
+
 def test_parsing_of_contestants() -> None:
     one = comparison.Contestant.parse("mine=best-of-n:n=4,soft=0.5,decoding=greedy")
     assert (one.label, one.method) == ("mine", "best_of_n")

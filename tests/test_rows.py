@@ -149,7 +149,7 @@ def test_errors_are_numbered_over_batches_and_answers() -> None:
     kad = KnapsackDeferral(base, make_model(seed=3))
     with spoiled(base, 9):
         result = kad.generate(
-            prompts, errors="finish", num_return_sequences=2, batch_size=3, seed=0,
+            prompts, errors="finish", num_return_sequences=2, batch_size=2, seed=0,
             max_new_tokens=1, eos_token_id=[], trace=True,
         )  # fmt: skip
         events = list(kad.stream([[5, 9]], errors="finish", seed=0, max_new_tokens=2))
@@ -158,6 +158,17 @@ def test_errors_are_numbered_over_batches_and_answers() -> None:
     assert result.finish == ["length"] * 4 + ["error"] * 2
     assert [len(t) for t in (result.trace or [])] == [1, 1, 1, 1, 0, 0]
     assert [(e.token, e.finish) for e in events] == [(-1, "error")]
+
+
+def test_a_prompt_is_run_once_for_all_its_answers_in_batches_too() -> None:
+    kad = KnapsackDeferral(base_model(), proxy_model(), param=0.0)
+    options: dict[str, Any] = {
+        "num_return_sequences": 4, "max_new_tokens": 2, "seed": 0, "eos_token_id": [],
+    }  # fmt: skip
+    prompts = [[5 + i % 50 for i in range(60)], [7, 8]]
+    whole, parts = (kad.generate(prompts, batch_size=size, **options) for size in (None, 1))
+    assert parts.tokens == whole.tokens
+    assert parts.stats.base_tokens == whole.stats.base_tokens < 100
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tta_ext import rules
@@ -300,59 +301,38 @@ def evaluate(
     Raises:
         ValueError: an unknown setting or mode, or a number out of range.
     """
+    from tta_ext.decoding import DecodeStats
+
     chosen = [one if isinstance(one, Setting) else Setting.parse(one) for one in settings]
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, expected at least 1")
     for mode in modes:
         if mode not in MODES:
             raise ValueError(f"mode is {mode!r}, expected one of {', '.join(MODES)}")
-    return _rows(
-        models,
-        task,
-        product(chosen, modes),
-        {"seed": seed, "max_new_tokens": max_new_tokens or task.max_new_tokens},
-        batch_size,
-        journal,
-        progress or (lambda done: None),
-    )
-
-
-def _rows(
-    models: Models,
-    task: Task,
-    cells: Iterable[tuple[Setting, str]],
-    options: dict[str, Any],
-    batch_size: int,
-    journal: Journal | None,
-    progress: Callable[[int], None],
-) -> Iterator[Row]:
-    from tta_ext.decoding import DecodeStats
-
+    options: dict[str, Any] = {"seed": seed}
+    options["max_new_tokens"] = max_new_tokens or task.max_new_tokens
+    named = None if journal is None else models.facts()
+    facts = {"method": "evaluate", "models": named, **options}
     journal = Journal(None) if journal is None else journal
-    facts = models.facts() if journal.path else {}
-    for setting, mode in cells:
+    for setting, mode in product(chosen, modes):
         decoder = None
         texts: list[str] = []
         stats = DecodeStats()
         for start in range(0, len(task.prompts), batch_size):
-            prompts = task.prompts[start : start + batch_size]
-            key = resume_key(
-                method="evaluate", models=facts, setting=asdict(setting), mode=mode, start=start,
-                prompts=prompts, **options,
-            )  # fmt: skip
+            prompts = list(task.prompts[start : start + batch_size])
+            key = resume_key(**facts, **asdict(setting), mode=mode, start=start, prompts=prompts)
             if key not in journal.records:
                 decoder = decoder or models.decoder(setting)
-                generation = decoder.generate(
-                    list(prompts),
-                    do_sample=mode == SAMPLED,
-                    sequence=list(range(start, start + len(prompts))),
-                    **options,
+                sequence = list(range(start, start + len(prompts)))
+                result = decoder.generate(
+                    prompts, do_sample=mode == SAMPLED, sequence=sequence, **options
                 )
-                journal.add({key: {"texts": generation.texts, "stats": vars(generation.stats)}})
+                journal.add({key: {"texts": result.texts, "stats": vars(result.stats)}})
             batch = journal.records[key]
             texts += batch["texts"]
             stats += DecodeStats(**batch["stats"])
-            progress(len(prompts))
+            if progress is not None:
+                progress(len(prompts))
         yield _row(setting, mode, [task.score(i, text) for i, text in enumerate(texts)], stats)
 
 
@@ -399,6 +379,5 @@ def difference(one: Row | Sequence[bool], other: Row | Sequence[bool]) -> tuple[
     if len(left) != len(right) or not left:
         raise ValueError("rows are not paired: they answered different problems")
     deltas = [int(a) - int(b) for a, b in zip(left, right, strict=True)]
-    mean = sum(deltas) / len(deltas)
-    variance = sum((d - mean) ** 2 for d in deltas) / max(1, len(deltas) - 1)
-    return mean, math.sqrt(variance / len(deltas))
+    spread = stdev(deltas) if len(deltas) > 1 else 0.0
+    return fmean(deltas), spread / math.sqrt(len(deltas))

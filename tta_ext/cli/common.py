@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -23,7 +22,7 @@ __all__ = ["console", "errors"]
 
 # What is printed is text of models, paths and tokens, never markup.
 console = Console(markup=False, highlight=False, emoji=False)
-errors = Console(stderr=True, markup=False, highlight=False, emoji=False)
+errors = Console(stderr=True, markup=False, highlight=False, emoji=False, soft_wrap=True)
 
 PROXY_STYLE = "magenta"
 BASE_STYLE = "cyan"
@@ -97,18 +96,11 @@ DEFAULT_PARAM = {
 }
 
 
-def refuse_unused(context: typer.Context, choice: str, unused: Iterable[str]) -> None:
-    """``ValueError`` if the command line has an option that what was chosen does not use.
-
-    Args:
-        context: of the command.
-        choice: what was chosen, as the message says it.
-        unused: names of the command's parameters.
-    """
-    names = set(unused)
+def refuse_unused(context: typer.Context, choice: str, unused: Collection[str]) -> None:
+    """``ValueError`` if the command line has a parameter that what was chosen does not use."""
     for parameter in context.command.params:
         source = context.get_parameter_source(parameter.name or "")
-        if parameter.name in names and source is not None and source.name == "COMMANDLINE":
+        if parameter.name in unused and source is not None and source.name == "COMMANDLINE":
             raise ValueError(f"{choice} does not use {parameter.opts[0]}")
 
 
@@ -142,7 +134,7 @@ def write_report(path: Path | None, value: Any) -> None:
     """Write a JSON file if one was asked for."""
     if path is not None:
         path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-        errors.print(f"written: {path}", soft_wrap=True)
+        errors.print(f"written: {path}")
 
 
 def set_threads(threads: int | None) -> None:
@@ -184,12 +176,7 @@ def load_models(
     dtype: Dtype = Dtype.auto,
     device: str | None = None,
 ) -> Models:
-    """The models named on the command line; none named: the pair of the demo.
-
-    Args:
-        base, proxy, anti, dtype, device: as the options.
-        implicit: whether the demo's pair needs its ``anti``.
-    """
+    """The models named on the command line; none: the demo's, with an anti if ``implicit``."""
     from tta_ext.decoding.runtime.loading import load_model, load_tokenizer
     from tta_ext.evaluation import Models
 
@@ -227,12 +214,8 @@ def read_prompts(
 
     A file whose first line starts with ``{`` or ``[`` is JSONL: strings do not need that form; an
     object has ``prompt`` (text) or ``messages`` (a conversation), a list is a conversation. Any
-    other file has a prompt on each line that is not empty.
-
-    Args:
-        arguments, source: where prompts may come from.
-        chat: make conversations of text prompts.
-        system: their system message, which implies ``chat``.
+    other file has a prompt on each line that is not empty. With ``chat`` or a system message, texts
+    become conversations.
     """
     prompts = list(arguments or ())
     if prompts and source is not None:
@@ -268,7 +251,9 @@ def _parse_prompts(source: Path | None) -> list[Any]:
 
 def echo(text: str, style: str | None = None, end: str = "\n") -> None:
     """Print a model's text as it is, coloured where stdout is a terminal that wants colours."""
-    typer.secho(text + end, fg=style, nl=False, color=False if "NO_COLOR" in os.environ else None)
+    if style is not None and console.is_terminal and not console.no_color:
+        text = typer.style(text, fg=style)
+    print(text, end=end, flush=True)
 
 
 def source_style(from_proxy: bool) -> str:
@@ -322,16 +307,10 @@ def answer(
 ) -> None:
     """Answer prompts in batches: into a file that resumes, as JSONL, or as text.
 
-    Args:
-        prompts: all of them.
-        facts: what decides the answers, see :func:`tta_ext.journal.resume_key`.
-        journal: of the output file; what it has is not answered again.
-        jsonl: print records.
-        at_once: prompts in a batch.
-        decode: answers the prompts of some places. Random streams are named by the place in the
-            input, so a run that was cut short draws what it would have drawn.
-        records: of a result, a record for each of its prompts.
-        show: prints a result's texts.
+    ``decode`` answers the prompts of some places, and ``records`` makes a record of each. ``facts``
+    are what decides the answers besides prompt and place (:func:`tta_ext.journal.resume_key`).
+    Random streams are named by the place in the input, so a run that was cut short draws what it
+    would have drawn.
     """
     keys = [resume_key(**facts, prompt=p, place=i) for i, p in enumerate(prompts)]
     todo = [i for i, key in enumerate(keys) if key not in journal.records]
@@ -347,11 +326,11 @@ def answer(
                     keys[place]: {"index": place, "prompt": prompts[place], **record}
                     for place, record in zip(places, records(result), strict=True)
                 }
-                journal.add(items)
-                if jsonl:
-                    for item in items.values():
-                        echo(json_line(item), end="")
+                if journal.path is not None:
+                    journal.add(items)
+                else:
+                    echo("".join(map(json_line, items.values())), end="")
             progress.advance(task, len(places))
     if journal.path is not None:
         there = len(prompts) - len(todo)
-        errors.print(f"{len(todo)} answered, {there} were there: {journal.path}", soft_wrap=True)
+        errors.print(f"{len(todo)} answered, {there} were there: {journal.path}")

@@ -126,7 +126,7 @@ def compare(
     common.write_report(output, report)
     if plot is not None:
         comparison.plot(records, plot, f"{reward}, {len(asked)} prompts")
-        errors.print(f"written: {plot}", soft_wrap=True)
+        errors.print(f"written: {plot}")
 
 
 def methods_table(rows: list[dict[str, Any]]) -> Table:

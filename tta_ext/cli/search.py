@@ -38,18 +38,8 @@ Settings = Annotated[
     typer.Option("--set", help="Setting of the method, name=value; may be repeated."),
 ]
 
-# Options that are settings of the methods, and the settings' names. A method uses what it has.
-OPTIONS = {
-    "n": "n",
-    "iterations": "iterations",
-    "sigma": "sigma",
-    "lam": "lam",
-    "soft": "soft",
-    "temperature": "temperature",
-    "greedy": "decoding",
-    "max_new_tokens": "max_new_tokens",
-    "stop": "stop_strings",
-}
+# Options that are settings of some methods only.
+OPTIONS = ("n", "iterations", "sigma", "lam", "soft")
 
 
 def search(
@@ -94,23 +84,14 @@ def search(
 
     kind = method_class(method)
     used = {field.name for field in fields(kind.settings_type)}
-    unused = [option for option, setting in OPTIONS.items() if setting not in used]
-    common.refuse_unused(context, f"--method {method}", unused)
+    common.refuse_unused(context, f"--method {method}", set(OPTIONS) - used)
     if output is not None:
         common.refuse_unused(context, "--output", {"jsonl"})
     common.set_threads(threads)
-    given = {
-        "n": n,
-        "iterations": iterations,
-        "sigma": sigma,
-        "lam": lam,
-        "soft": soft,
-        "temperature": temperature,
-        "max_new_tokens": max_new_tokens,
-        "stop_strings": stop or None,
-        "decoding": "greedy" if greedy else None,
-    }
-    chosen = {k: v for k, v in given.items() if v is not None} | parse_settings(settings or ())
+    chosen: dict[str, Any] = {"temperature": temperature, "max_new_tokens": max_new_tokens}
+    chosen |= {"stop_strings": stop or None} | ({"decoding": "greedy"} if greedy else {})
+    chosen |= {k: context.params[k] for k in OPTIONS if context.params[k] is not None}
+    chosen |= parse_settings(settings or ())
     asked = common.read_prompts(prompts, source, chat, system)
     journal = Journal(output)
     seed = common.chosen_seed(seed, journal)

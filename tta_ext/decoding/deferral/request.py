@@ -238,11 +238,12 @@ class Request:
         return AutoLength(memories[key])
 
     def batches(self, size: int | None) -> Iterator[Batch]:
-        """The answers in batches of ``size``; one that is empty if there are none."""
+        """The answers to ``size`` prompts at a time; one batch that is empty if there are none."""
         rows = len(self.base)
         if size is not None and size < 1:
             raise ValueError(f"batch_size is {size}, expected at least 1")
-        step = max(rows, 1) if size is None else size
+        # A prompt's answers stay together, as it is run once for all of them.
+        step = max(rows, 1) if size is None else size * self.repeats
         for first in range(0, max(rows, 1), step):
             part = slice(first, first + step)
             rule = self.rule
@@ -327,7 +328,7 @@ class Request:
         tokenizer = self.models.tokenizer
         deltas = None
         if tokenizer is not None:
-            deltas = [TextDeltas(tokenizer) for _ in loop.rows.active]
+            deltas = [TextDeltas(tokenizer, self.limits.stop) for _ in loop.rows.active]
         while not loop.done:
             loop.step()
             for one in loop.events:

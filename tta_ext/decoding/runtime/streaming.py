@@ -37,6 +37,7 @@ class TextDeltas:
 
     Text is held back while it ends in an incomplete character, or in what may become a stop string.
     All pieces together are the answer's text: decoded as a whole and cut before a stop string.
+    (Broken fallback bytes can make characters before them unreadable too; what is out stays.)
 
     Args:
         tokenizer: decodes tokens; without a ``backend_tokenizer``, all of them again at each step.

@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import stdev
 from typing import Any
 
 from tta_ext.decoding.rewards import Reward
@@ -251,15 +252,18 @@ def _by_label(records: Iterable[dict[str, Any]]) -> dict[str, dict[int, dict[str
     return table
 
 
+def _mean(values: Iterable[float]) -> float:
+    # Not statistics.fmean, which refuses infinities of both signs: rewards may be -inf.
+    listed = list(values)
+    return sum(listed) / len(listed)
+
+
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     """Mean and its standard error (nan where it cannot be had)."""
-    if not values:
-        return math.nan, math.nan
-    mean = sum(values) / len(values)
+    mean = _mean(values) if values else math.nan
     if len(values) < 2 or not math.isfinite(mean):
         return mean, math.nan
-    variance = sum((v - mean) ** 2 for v in values) / (len(values) - 1)
-    return mean, math.sqrt(variance / len(values))
+    return mean, stdev(values) / math.sqrt(len(values))
 
 
 def paired(records: Iterable[dict[str, Any]], baseline: str) -> list[Paired]:
@@ -304,23 +308,28 @@ def summary(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         reward, error = mean_and_error([item["reward"] for item in items])
         curves = [item["curve"] for item in items]
         rise, rise_error = mean_and_error([c[-1]["mean"] - c[0]["mean"] for c in curves])
-        count = len(items)
+        timing = {
+            name: _mean(item["timing"][part] for item in items)
+            for name, part in (
+                ("tokens", "tokens"),
+                ("seconds", "total"),
+                ("model", "model"),
+                ("reward_seconds", "reward"),
+                ("other", "other"),
+            )
+        }
         rows.append(
             {
                 "label": label,
-                "prompts": count,
+                "prompts": len(items),
                 "reward": reward,
                 "error": error,
-                "first": sum(c[0]["mean"] for c in curves) / count,
-                "last": sum(c[-1]["mean"] for c in curves) / count,
+                "first": _mean(c[0]["mean"] for c in curves),
+                "last": _mean(c[-1]["mean"] for c in curves),
                 "rise": rise,
                 "rise_error": rise_error,
-                "asked": sum(c[-1]["samples"] for c in curves) / count,
-                "tokens": sum(item["timing"]["tokens"] for item in items) / count,
-                "seconds": sum(item["timing"]["total"] for item in items) / count,
-                "model": sum(item["timing"]["model"] for item in items) / count,
-                "reward_seconds": sum(item["timing"]["reward"] for item in items) / count,
-                "other": sum(item["timing"]["other"] for item in items) / count,
+                "asked": _mean(c[-1]["samples"] for c in curves),
+                **timing,
                 "kl": _last_mean(curves, "kl"),
                 "norm": _last_mean(curves, "norm"),
                 "ess": _last_mean(curves, "ess"),
@@ -331,7 +340,7 @@ def summary(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _last_mean(curves: Sequence[list[dict[str, Any]]], name: str) -> float | None:
     values = [curve[-1][name] for curve in curves if curve[-1][name] is not None]
-    return sum(values) / len(values) if values else None
+    return _mean(values) if values else None
 
 
 def curve_means(
@@ -362,7 +371,7 @@ def curve_means(
         for x in xs:
             # Steps: the best so far stays until a later iteration betters it.
             reached = [[best for at, best in curve if at <= x][-1] for curve in curves]
-            ys.append(sum(reached) / len(reached))
+            ys.append(_mean(reached))
         found[label] = (xs, ys)
     return found
 
