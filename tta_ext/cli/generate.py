@@ -28,7 +28,7 @@ def generate(
     anti: common.Anti = None,
     rule: common.Rule = "threshold",
     param: common.Param = None,
-    critical: common.Critical = common.Policy.exclude,
+    critical: common.Critical = "exclude",
     temperature: common.Temperature = 1.0,
     rule_temperature: common.RuleTemperature = None,
     greedy: common.Greedy = False,
@@ -50,7 +50,7 @@ def generate(
     ] = False,
     stream: Annotated[bool, typer.Option("--stream", help="Print text as it comes.")] = False,
     batch_size: common.BatchSize = 16,
-    dtype: common.DtypeOption = common.Dtype.auto,
+    dtype: common.DtypeOption = "auto",
     device: common.Device = None,
     threads: common.Threads = None,
 ) -> None:
@@ -73,7 +73,6 @@ def generate(
     ):
         if chosen:
             common.refuse_unused(context, name, unused)
-    common.set_threads(threads)
     asked = common.read_prompts(prompts, source, chat, system)
     journal = Journal(output)
     seed = common.chosen_seed(seed, journal)
