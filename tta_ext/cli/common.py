@@ -38,9 +38,6 @@ def _set_threads(threads: int | None) -> int | None:
     return threads
 
 
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-Policy = Literal["exclude", "include", "split"]
-
 Prompts = Annotated[list[str] | None, typer.Argument(help="Prompts; default: stdin.")]
 Source = Annotated[
     Path | None, typer.Option("--input", help="File of prompts, one a line, or JSONL; - is stdin.")
@@ -67,7 +64,9 @@ Rule = Annotated[str, typer.Option(help="Deferral rule, or implicit_reward.")]
 Param = Annotated[
     float | None, typer.Option(help="The rule's parameter (beta for implicit_reward).")
 ]
-Critical = Annotated[Policy, typer.Option(help="Knapsack's critical item.")]
+Critical = Annotated[
+    Literal["exclude", "include", "split"], typer.Option(help="Knapsack's critical item.")
+]
 Temperature = Annotated[float, typer.Option(help="Temperature of both models.")]
 RuleTemperature = Annotated[
     float | None, typer.Option(help="Temperature at which the rule looks at the models.")
@@ -76,7 +75,9 @@ Greedy = Annotated[bool, typer.Option("--greedy", help="Take the most probable t
 Seed = Annotated[int | None, typer.Option(help="Seed; the same seed gives the same answers.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Tokens after which an answer ends.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Answers decoded together.")]
-DtypeOption = Annotated[Dtype, typer.Option(help="Dtype of the weights.")]
+Dtype = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Dtype of the weights.")
+]
 Device = Annotated[str | None, typer.Option(help="Device of the models, such as cuda.")]
 Threads = Annotated[
     int | None, typer.Option(min=1, callback=_set_threads, help="Threads of torch.")
@@ -103,7 +104,7 @@ def refuse_unused(context: typer.Context, choice: str, unused: Collection[str]) 
 
 
 def chosen_setting(
-    context: typer.Context, rule: str, param: float | None, critical: Policy
+    context: typer.Context, rule: str, param: float | None, critical: str
 ) -> Setting:
     """The rule that a command's options name; ``ValueError`` for one that it does not use."""
     from tta_ext import rules
@@ -147,7 +148,7 @@ def load_models(
     anti: str | None = None,
     *,
     implicit: bool = False,
-    dtype: Dtype = "auto",
+    dtype: str = "auto",
     device: str | None = None,
 ) -> Models:
     """The models named on the command line; none: the demo's, with an anti if ``implicit``."""
@@ -164,16 +165,10 @@ def load_models(
             "--base and --proxy belong together (without both, the demo's pair is used)"
         )
     quiet_transformers()
-    sources = {"base": base, "proxy": proxy} | ({} if anti is None else {"anti": anti})
+    get = partial(load_model, dtype=dtype, device=device)
     with errors.status("loading models"):
-        loaded = {
-            name: load_model(source, dtype=dtype, device=device) for name, source in sources.items()
-        }
         return Models(
-            **loaded,
-            tokenizer=load_tokenizer(base),
-            proxy_tokenizer=load_tokenizer(proxy),
-            sources=sources,
+            get(base), get(proxy), load_tokenizer(base), load_tokenizer(proxy), anti and get(anti)
         )
 
 

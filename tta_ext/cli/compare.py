@@ -65,7 +65,7 @@ def compare(
     batch_size: Annotated[
         int, typer.Option(min=1, help="Prompts in a batch; times are then shares of the batch's.")
     ] = 1,
-    dtype: common.DtypeOption = "auto",
+    dtype: common.Dtype = "auto",
     device: common.Device = None,
     threads: common.Threads = None,
 ) -> None:
@@ -90,7 +90,7 @@ def compare(
     file = Journal(journal)
     common.check_writable(output)
     common.check_writable(plot)
-    loaded, tokenizer, name = load_model_and_tokenizer(model, dtype, device)
+    loaded, tokenizer = load_model_and_tokenizer(model, dtype, device)
     with common.progress("answers", len(asked) * len(contestants)) as advance:
         records = comparison.compare(
             loaded,
@@ -102,7 +102,7 @@ def compare(
             seconds=seconds,
             seed=seed,
             common={"max_new_tokens": max_new_tokens} | comparison.parse_settings(settings or ()),
-            tag=[model_facts(loaded, name), reward_facts(reward)],
+            tag=[model_facts(loaded), reward_facts(reward)],
             journal=file,
             prompts_at_once=batch_size,
             progress=advance,

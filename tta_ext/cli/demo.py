@@ -18,7 +18,7 @@ from tta_ext.cli.evaluate import row_table
 from tta_ext.cli.search import SMOLLM2, load_model_and_tokenizer
 
 if TYPE_CHECKING:
-    from tta_ext.decoding import DecodeStats, KnapsackDeferral
+    from tta_ext.decoding import KnapsackDeferral
 
 __all__ = ["demo"]
 
@@ -76,7 +76,16 @@ def _where_time_went(kad: KnapsackDeferral, prompts: list[str], seed: int) -> No
     columns = "base", "proxy", "all else", "share", "tokens/s", "proxy calls"
     table = common.table("time of the loop", *columns)
     for name, chosen in ((f"batch of {len(prompts)}", prompts), ("batch of 1", prompts[:1])):
-        table.add_row(name, *_split(kad.generate(chosen, **options).stats))
+        stats = kad.generate(chosen, **options).stats
+        table.add_row(
+            name,
+            f"{stats.base_seconds:.3f} s",
+            f"{stats.proxy_seconds:.3f} s",
+            f"{stats.other_seconds:.3f} s",
+            f"{stats.other_share:.1%}",
+            f"{stats.tokens_per_second:.0f}",
+            f"{stats.proxy_calls} in {stats.steps} steps",
+        )
     console.print(table)
     console.print()
     _time_ops(kad, prompts, seed)
@@ -122,17 +131,6 @@ def _time_ops(kad: KnapsackDeferral, prompts: list[str], seed: int) -> None:
     console.print(table)
 
 
-def _split(stats: DecodeStats) -> list[str]:
-    return [
-        f"{stats.base_seconds:.3f} s",
-        f"{stats.proxy_seconds:.3f} s",
-        f"{stats.other_seconds:.3f} s",
-        f"{stats.other_share:.1%}",
-        f"{stats.tokens_per_second:.0f}",
-        f"{stats.proxy_calls} in {stats.steps} steps",
-    ]
-
-
 def _show_aisp(seed: int, prompt: str = "Tell me about the sea.") -> None:
     """AISP on one prompt against best-of-n, if SmolLM2 is installed."""
     from tta_ext.decoding import AdaptiveImportanceSampling, BestOfN
@@ -141,7 +139,7 @@ def _show_aisp(seed: int, prompt: str = "Tell me about the sea.") -> None:
 
     if not smollm2.available():
         return
-    model, tokenizer, _ = load_model_and_tokenizer(SMOLLM2)
+    model, tokenizer = load_model_and_tokenizer(SMOLLM2)
     reward = LetterReward("s")
     asked = [[{"role": "user", "content": prompt}]]
     console.print(

@@ -66,7 +66,7 @@ def evaluate(
     batch_size: common.BatchSize = 50,
     journal: JournalFile = None,
     output: Report = None,
-    dtype: common.DtypeOption = "auto",
+    dtype: common.Dtype = "auto",
     device: common.Device = None,
     threads: common.Threads = None,
 ) -> None:
@@ -102,7 +102,7 @@ def sweep(
     batch_size: common.BatchSize = 50,
     journal: JournalFile = None,
     output: Report = None,
-    dtype: common.DtypeOption = "auto",
+    dtype: common.Dtype = "auto",
     device: common.Device = None,
     threads: common.Threads = None,
 ) -> None:

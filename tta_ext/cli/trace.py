@@ -30,7 +30,7 @@ def trace(
     max_new_tokens: common.MaxNewTokens = 64,
     chat: common.Chat = False,
     output: Annotated[Path | None, typer.Option(help="JSONL file, a line for each token.")] = None,
-    dtype: common.DtypeOption = "auto",
+    dtype: common.Dtype = "auto",
     device: common.Device = None,
     threads: common.Threads = None,
 ) -> None:

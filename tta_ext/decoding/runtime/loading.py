@@ -59,6 +59,7 @@ def load_model(
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **extra)
     except OSError as error:
         raise ValueError(f"cannot load a model from {path}: {_first_line(error)}") from error
+    model.config.name_or_path = path  # transformers names the folder of a .gguf file
     return (model if device is None else model.to(device)).eval()  # type: ignore[arg-type]
 
 
