@@ -57,8 +57,9 @@ def best_by_rule(rows: Iterable[Row], mode: str) -> dict[str, Row]:
     """The row of highest exact match for each rule; ties to the earlier."""
     best: dict[str, Row] = {}
     for row in rows:
-        if row.mode == mode and (row.rule not in best or row.exact > best[row.rule].exact):
-            best[row.rule] = row
+        rule = row.setting.rule
+        if row.mode == mode and (rule not in best or row.exact > best[rule].exact):
+            best[rule] = row
     return best
 
 
@@ -98,7 +99,7 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
             "over_proxy": difference(top, proxy),
             "base_lenient": base.lenient,
             "over_base_lenient": difference(top.outcomes, base.lenient_outcomes),
-            "best_by_rule": {row.rule: [row.setting.label, row.exact] for row in ranked},
+            "best_by_rule": {row.setting.rule: [row.setting.label, row.exact] for row in ranked},
             "differences": pairs,
         }
     return result

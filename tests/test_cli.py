@@ -239,6 +239,8 @@ def test_doctor_and_version(capsys: Any) -> None:
         (["eval", "base", "--anti", "x"], 1, "does not use --anti"),
         (["eval", "base", "--pattern", "x"], 1, "does not use --pattern"),
         (["generate", "--base", "/nowhere", "--proxy", "/nowhere", "hi"], 1, "no folder"),
+        (["generate", "--device", "cuda:99", "hi"], 1, "cannot use device cuda:99"),
+        (["generate", "--device", "moon", "hi"], 1, "cannot use device moon"),
         (["generate", "--nonsense", "hi"], 2, "No such option"),
         (["generate", "--threads", "0", "hi"], 2, "Invalid value for '--threads'"),
         (["eval", "threshold"], 1, "has no parameter"),

@@ -9,7 +9,6 @@ import torch
 from tta_ext import build, env
 from tta_ext.build import LoadResult
 from tta_ext.build.cache import cache_dir
-from tta_ext.build.cuda import gpus
 
 
 @dataclass(frozen=True)
@@ -46,11 +45,6 @@ class Diagnosis:
     advice: list[str]
 
 
-def _cpu_isa() -> str:
-    level = int(torch.ops.tta_ext.cpu_isa(-1))
-    return ("scalar", "avx2", "avx512")[level]
-
-
 def diagnose() -> Diagnosis:
     """Load the native library as the first op would, then say what serves what.
 
@@ -59,59 +53,41 @@ def diagnose() -> Diagnosis:
     """
     from tta_ext import dispatch, schemas
 
-    try:
-        native = build.load("cpu")
-        unusable = dispatch.native_status()
-    except RuntimeError as error:  # TTA_EXT_NATIVE=1
-        native = LoadResult(False, str(error))
-        unusable = native.reason
-    try:
-        cuda = build.load("cuda")
-        no_cuda = dispatch.unavailable("cuda")
-    except RuntimeError as error:  # TTA_EXT_CUDA=1
-        cuda = LoadResult(False, str(error))
-        no_cuda = cuda.reason
+    libraries: dict[str, LoadResult] = {}
+    unusable: dict[str, str] = {}
+    for device in ("cpu", "cuda"):
+        try:
+            libraries[device] = build.load(device)
+            unusable[device] = dispatch.unavailable(device)
+        except RuntimeError as error:  # demanded by TTA_EXT_NATIVE=1 or TTA_EXT_CUDA=1
+            unusable[device] = str(error)
+            libraries[device] = LoadResult(False, str(error))
     ops = []
     for name in schemas.OPS:
-        on_cpu = not unusable and dispatch.has_kernel(name, "cpu")
-        why_not = {"cuda": no_cuda} if no_cuda else {}
-        if not on_cpu:
-            why_not["cpu"] = unusable or "the native library has no kernel for it"
-        ops.append(OpStatus(name, "cpu" if on_cpu else "reference", why_not))
+        why_not = {device: why for device, why in unusable.items() if why}
+        if not unusable["cpu"] and not dispatch.has_kernel(name, "cpu"):
+            why_not["cpu"] = "the native library has no kernel for it"
+        ops.append(OpStatus(name, "reference" if "cpu" in why_not else "cpu", why_not))
+    isa = None
+    if not unusable["cpu"]:
+        isa = ("scalar", "avx2", "avx512")[int(torch.ops.tta_ext.cpu_isa(-1))]
+    facts = env.collect()
+    missing = [libraries["cpu"]] + ([libraries["cuda"]] if facts["GPUs"] != "none" else [])
+    advice = [one.reason.split("mend it with: ")[-1] for one in missing if not one.loaded]
+    if env.package_version("transformers") is None:
+        advice.append("pip install 'tta-ext[hf]'  (to decode with transformers models)")
     return Diagnosis(
-        env=env.collect(),
-        native=native,
-        cuda=cuda,
-        cpu_isa=_cpu_isa() if native.loaded and not unusable else None,
+        env=facts,
+        native=libraries["cpu"],
+        cuda=libraries["cuda"],
+        cpu_isa=isa,
         cache=str(cache_dir()),
         ops=ops,
-        advice=_advice(native, cuda),
+        advice=list(dict.fromkeys(advice)),
     )
 
 
-def _advice(native: LoadResult, cuda: LoadResult) -> list[str]:
-    advice = []
-    for library in (native, cuda if gpus() else native):
-        if not library.loaded:
-            _, marker, command = library.reason.partition("mend it with: ")
-            line = command if marker else library.reason
-            advice += [] if line in advice else [line]
-    if env.package_version("transformers") is None:
-        advice.append("pip install 'tta-ext[hf]'  (to decode with transformers models)")
-    return advice
-
-
-def common_reasons(ops: list[OpStatus]) -> dict[str, str]:
-    """Backends that serve no op, all for the same reason."""
-    if not ops:
-        return {}
-    first = ops[0].why_not
-    return {
-        name: why for name, why in first.items() if all(op.why_not.get(name) == why for op in ops)
-    }
-
-
-def library_state(library: LoadResult) -> str:
+def _state(library: LoadResult) -> str:
     """How a library was found, in a line."""
     state = "not loaded"
     if library.loaded:
@@ -120,21 +96,19 @@ def library_state(library: LoadResult) -> str:
 
 
 def render(diagnosis: Diagnosis) -> str:
-    """Plain text of a diagnosis, for terminals without rich and for tests."""
-    lines = [f"{name:<20} {value}" for name, value in diagnosis.env.items()]
-    lines += [
-        f"{'native CPU library':<20} {library_state(diagnosis.native)}",
-        f"{'CUDA library':<20} {library_state(diagnosis.cuda)}",
-        f"{'instruction set':<20} {diagnosis.cpu_isa or 'none, the reference serves'}",
-        f"{'build cache':<20} {diagnosis.cache}",
-        "",
-    ]
-    common = common_reasons(diagnosis.ops)
-    for op in diagnosis.ops:
-        own = {name: why for name, why in op.why_not.items() if name not in common}
-        reasons = "; ".join(f"not {name}: {why}" for name, why in own.items())
-        lines.append(f"{op.name:<24} {op.backend:<10} {reasons}".rstrip())
-    lines += [f"no op on {name}: {why}" for name, why in common.items()]
-    if diagnosis.advice:
-        lines += ["", *(f"to mend: {line}" for line in diagnosis.advice)]
-    return "\n".join(lines)
+    """Plain text of a diagnosis."""
+    facts = {
+        "native CPU library": _state(diagnosis.native),
+        "CUDA library": _state(diagnosis.cuda),
+        "instruction set": diagnosis.cpu_isa or "none, the reference serves",
+        "build cache": diagnosis.cache,
+    }
+    reasons = [set(op.why_not.items()) for op in diagnosis.ops]
+    shared = set.intersection(*reasons)  # said once
+    lines = [env.aligned(diagnosis.env | facts), ""]
+    lines += [f"no op uses {name}: {why}" for name, why in sorted(shared)]
+    lines.append(f"{'op':<24} {'backend':<10} why not another")
+    for op, why_not in zip(diagnosis.ops, reasons, strict=True):
+        own = "; ".join(f"{name}: {why}" for name, why in sorted(why_not - shared))
+        lines.append(f"{op.name:<24} {op.backend:<10} {own}".rstrip())
+    return "\n".join([*lines, *(f"to mend: {line}" for line in diagnosis.advice)])

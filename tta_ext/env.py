@@ -9,6 +9,7 @@ import importlib.metadata
 import os
 import platform
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from tta_ext._version import __version__
@@ -16,31 +17,12 @@ from tta_ext.build import BuildError, cuda
 from tta_ext.build.library import source_root
 from tta_ext.build.toolchain import find_compiler
 
-_PACKAGES = (
-    "torch",
-    "numpy",
-    "transformers",
-    "tokenizers",
-    "safetensors",
-    "triton",
-    "typer",
-    "rich",
-)
+_PACKAGES = "numpy transformers tokenizers safetensors triton typer rich".split()
 _VARIABLES = (
-    "TTA_EXT_NATIVE",
-    "TTA_EXT_CACHE_DIR",
-    "TTA_EXT_CPU_ISA",
-    "TTA_EXT_CUDA",
-    "TTA_EXT_LOCK_TIMEOUT",
-    "CXX",
-    "MAX_JOBS",
-    "CUDA_HOME",
-    "CUDA_PATH",
-    "TORCH_CUDA_ARCH_LIST",
-    "NVCC_APPEND_FLAGS",
-    "OMP_NUM_THREADS",
-    "OMP_WAIT_POLICY",
-)
+    "TTA_EXT_NATIVE TTA_EXT_CACHE_DIR TTA_EXT_CPU_ISA TTA_EXT_CUDA TTA_EXT_LOCK_TIMEOUT CXX "
+    "MAX_JOBS CUDA_HOME CUDA_PATH TORCH_CUDA_ARCH_LIST NVCC_APPEND_FLAGS OMP_NUM_THREADS "
+    "OMP_WAIT_POLICY"
+).split()
 _ISA_FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "asimd")
 
 
@@ -86,33 +68,32 @@ def _torch() -> dict[str, str]:
     return {
         "torch": str(torch.__version__),
         "torch CUDA": str(torch.version.cuda),
-        "GPUs": _gpus(),
+        "GPUs": _found(_gpus),
         "torch threads": str(torch.get_num_threads()),
         "torch CPU capability": str(torch.backends.cpu.get_cpu_capability()),
     }
 
 
-def _gpus() -> str:
+def _found(look: Callable[[], str]) -> str:
+    """What was found, or why nothing was: a broken driver is what the report is for."""
     try:
-        found = cuda.gpus()
-    except BuildError as error:  # a broken driver is what the report is for
+        return look()
+    except BuildError as error:
         return str(error)
-    return ", ".join(f"{name} ({major}.{minor})" for name, (major, minor) in found) or "none"
+
+
+def _gpus() -> str:
+    found = (f"{name} ({major}.{minor})" for name, (major, minor) in cuda.gpus())
+    return ", ".join(found) or "none"
 
 
 def _nvcc() -> str:
-    try:
-        found = cuda.find_toolkit()
-    except BuildError as error:
-        return str(error)
-    return f"{found.compiler.version} ({found.compiler.command[0]})"
+    compiler = cuda.find_toolkit().compiler
+    return f"{compiler.version} ({compiler.command[0]})"
 
 
 def _compiler() -> str:
-    try:
-        found = find_compiler()
-    except BuildError as error:
-        return str(error)
+    found = find_compiler()
     return f"{found.version} ({' '.join(found.command)})"
 
 
@@ -120,7 +101,8 @@ def collect() -> dict[str, str]:
     """The facts, in the order in which they are printed. Compiles and loads nothing."""
     model, flags = _cpu()
     memory = _memory_gib()
-    facts = {
+    variables = (f"{name}={os.environ[name]}" for name in _VARIABLES if name in os.environ)
+    return {
         "tta_ext": f"{__version__} at {Path(__file__).resolve().parent}",
         "python": f"{platform.python_version()} at {sys.executable}",
         "system": platform.platform(),
@@ -129,17 +111,13 @@ def collect() -> dict[str, str]:
         "memory": f"{memory:.1f} GiB" if memory else "unknown",
         **_torch(),
         "packages": ", ".join(
-            f"{name} {version}" for name in _PACKAGES[1:] if (version := package_version(name))
+            f"{name} {version}" for name in _PACKAGES if (version := package_version(name))
         ),
-        "C++ compiler": _compiler(),
-        "CUDA compiler": _nvcc(),
+        "C++ compiler": _found(_compiler),
+        "CUDA compiler": _found(_nvcc),
         "C++ sources": str(source_root()),
-        "variables": ", ".join(
-            f"{name}={os.environ[name]}" for name in _VARIABLES if name in os.environ
-        )
-        or "none set",
+        "variables": ", ".join(variables) or "none set",
     }
-    return facts
 
 
 def env_report() -> str:
@@ -148,7 +126,11 @@ def env_report() -> str:
     >>> print(env_report())  # doctest: +SKIP
     tta_ext           0.1.0 at ...
     """
-    facts = collect()
+    return aligned(collect())
+
+
+def aligned(facts: Mapping[str, str]) -> str:
+    """Names and facts in two columns, one a line."""
     width = max(map(len, facts))
     return "\n".join(f"{name:<{width}}  {value}" for name, value in facts.items())
 

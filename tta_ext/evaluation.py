@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
@@ -109,8 +109,6 @@ class Models:
         base, proxy: causal language models over one vocabulary.
         tokenizer, proxy_tokenizer: theirs; None: the proxy's is the base's.
         anti: the proxy before alignment, for implicit reward; None tilts by the proxy alone.
-        sources: folder, file or hub name of ``"base"``, ``"proxy"`` and ``"anti"``, where their
-            configs do not say it.
     """
 
     base: Any
@@ -118,16 +116,11 @@ class Models:
     tokenizer: Any
     proxy_tokenizer: Any = None
     anti: Any = None
-    sources: Mapping[str, str] = field(default_factory=dict)
 
     def facts(self) -> dict[str, Any]:
         """What a resume key holds of the models."""
         named = {"base": self.base, "proxy": self.proxy, "anti": self.anti}
-        return {
-            name: model_facts(model, self.sources.get(name))
-            for name, model in named.items()
-            if model is not None
-        }
+        return {name: model_facts(model) for name, model in named.items() if model is not None}
 
     def decoder(self, setting: Setting, **options: Any) -> KnapsackDeferral:
         """What decodes a setting; options are the constructor's."""
@@ -196,9 +189,12 @@ def data_task(path: str | Path, n: int | None = None, pattern: str | None = None
         raise ValueError(f"pattern is {pattern!r}, not a regular expression: {error}") from None
 
     def score(place: int, text: str) -> Score:
-        found = found_answer(text, expression)
-        right = found == str(records[place]["answer"]).strip()
-        return Score(right, right, found is not None)
+        found = [text]
+        if expression is not None:
+            group = 1 if expression.groups else 0
+            found = [match.group(group) or "" for match in expression.finditer(text)]
+        right = bool(found) and found[-1].strip() == str(records[place]["answer"]).strip()
+        return Score(right, right, bool(found))
 
     return Task([record_prompt(record) for record in records], score)
 
@@ -213,20 +209,12 @@ def record_prompt(record: Any) -> Any:
     raise ValueError(f"a JSONL record has neither 'prompt' nor 'messages': {str(record)[:80]}")
 
 
-def found_answer(text: str, pattern: re.Pattern[str] | None) -> str | None:
-    """The pattern's last match in a text (its group 1 if it has one); without one, the text."""
-    if pattern is None:
-        return text.strip()
-    matches = list(pattern.finditer(text))
-    return matches[-1].group(1 if pattern.groups else 0).strip() if matches else None
-
-
 @dataclass
 class Row:
     """One setting in one mode.
 
     Attributes:
-        rule, param, critical: the setting.
+        setting: the setting; its fields are the row's own in JSON.
         mode: ``"greedy"`` or ``"sampled"``.
         n: problems answered.
         exact, exact_stderr: share of exact matches (the right answer in the wanted format) and its
@@ -242,9 +230,7 @@ class Row:
             JSON.
     """
 
-    rule: str
-    param: float | None
-    critical: str
+    setting: Setting
     mode: str
     n: int
     exact: float
@@ -259,14 +245,10 @@ class Row:
     outcomes: tuple[bool, ...] = field(default=(), repr=False)
     lenient_outcomes: tuple[bool, ...] = field(default=(), repr=False)
 
-    @property
-    def setting(self) -> Setting:
-        """The row's rule, parameter and policy."""
-        return Setting(self.rule, self.param, self.critical)
-
     def as_dict(self) -> dict[str, Any]:
         """All fields but the outcomes, for JSON."""
-        return {key: value for key, value in asdict(self).items() if "outcomes" not in key}
+        fields = {key: value for key, value in asdict(self).items() if "outcomes" not in key}
+        return fields.pop("setting") | fields
 
 
 def evaluate(
@@ -346,9 +328,7 @@ def _row(setting: Setting, mode: str, scores: Sequence[Score], stats: DecodeStat
     elif setting.rule == IMPLICIT_REWARD:
         deferred = None
     return Row(
-        rule=setting.rule,
-        param=setting.param,
-        critical=setting.critical,
+        setting=setting,
         mode=mode,
         n=count,
         exact=exact,

@@ -122,7 +122,7 @@ def model_facts(model: Any, source: str | None = None) -> list[Any]:
     Raises:
         ValueError: the model was made in memory, so nothing tells it from another.
     """
-    source = source or getattr(model.config, "_name_or_path", "")
+    source = source or getattr(model.config, "name_or_path", "")
     if not source:
         raise ValueError("a model that came from no file cannot be named in a journal")
     path = Path(source)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Collection, Iterable, Sequence
-from enum import Enum
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 from tta_ext.journal import Journal, json_line, parse_jsonl, resume_key
 
@@ -28,21 +30,12 @@ PROXY_STYLE = "magenta"
 BASE_STYLE = "cyan"
 
 
-class Dtype(Enum):
-    """Dtypes of weights."""
+def _set_threads(threads: int | None) -> int | None:
+    if threads is not None:
+        import torch
 
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-class Policy(Enum):
-    """What becomes of the knapsack's critical item."""
-
-    exclude = "exclude"
-    include = "include"
-    split = "split"
+        torch.set_num_threads(threads)
+    return threads
 
 
 Prompts = Annotated[list[str] | None, typer.Argument(help="Prompts; default: stdin.")]
@@ -71,7 +64,9 @@ Rule = Annotated[str, typer.Option(help="Deferral rule, or implicit_reward.")]
 Param = Annotated[
     float | None, typer.Option(help="The rule's parameter (beta for implicit_reward).")
 ]
-Critical = Annotated[Policy, typer.Option(help="Knapsack's critical item.")]
+Critical = Annotated[
+    Literal["exclude", "include", "split"], typer.Option(help="Knapsack's critical item.")
+]
 Temperature = Annotated[float, typer.Option(help="Temperature of both models.")]
 RuleTemperature = Annotated[
     float | None, typer.Option(help="Temperature at which the rule looks at the models.")
@@ -80,9 +75,13 @@ Greedy = Annotated[bool, typer.Option("--greedy", help="Take the most probable t
 Seed = Annotated[int | None, typer.Option(help="Seed; the same seed gives the same answers.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Tokens after which an answer ends.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Answers decoded together.")]
-DtypeOption = Annotated[Dtype, typer.Option(help="Dtype of the weights.")]
+Dtype = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Dtype of the weights.")
+]
 Device = Annotated[str | None, typer.Option(help="Device of the models, such as cuda.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="Threads of torch.")]
+Threads = Annotated[
+    int | None, typer.Option(min=1, callback=_set_threads, help="Threads of torch.")
+]
 
 DEFAULT_PARAM = {
     "knapsack": 0.9,
@@ -104,23 +103,21 @@ def refuse_unused(context: typer.Context, choice: str, unused: Collection[str]) 
             raise ValueError(f"{choice} does not use {parameter.opts[0]}")
 
 
-def unused_by_rule(rule: str) -> set[str]:
-    """Parameters of the commands that a rule does not use."""
-    if rule == "implicit_reward":
-        return {"critical", "rule_temperature"}
-    unused = {"anti"} if rule == "knapsack" else {"anti", "critical"}
-    return unused | {"param"} if rule == "argmax" else unused
-
-
 def chosen_setting(
-    context: typer.Context, rule: str, param: float | None, critical: Policy
+    context: typer.Context, rule: str, param: float | None, critical: str
 ) -> Setting:
     """The rule that a command's options name; ``ValueError`` for one that it does not use."""
-    from tta_ext.evaluation import Setting
+    from tta_ext import rules
+    from tta_ext.evaluation import IMPLICIT_REWARD, Setting
 
-    name = canonical_rule(rule)
-    refuse_unused(context, f"rule {name}", unused_by_rule(name))
-    return Setting(name, DEFAULT_PARAM.get(name) if param is None else param, critical.value)
+    unused = {
+        IMPLICIT_REWARD: {"critical", "rule_temperature"},
+        "knapsack": {"anti"},
+        "argmax": {"anti", "critical", "param"},
+    }
+    name = rule if rule == IMPLICIT_REWARD else rules.rule_name(rule)
+    refuse_unused(context, f"rule {name}", unused.get(name, {"anti", "critical"}))
+    return Setting(name, DEFAULT_PARAM.get(name) if param is None else param, critical)
 
 
 def check_writable(path: Path | None) -> None:
@@ -137,14 +134,6 @@ def write_report(path: Path | None, value: Any) -> None:
         errors.print(f"written: {path}")
 
 
-def set_threads(threads: int | None) -> None:
-    """Limit torch's threads if asked to."""
-    if threads is not None:
-        import torch
-
-        torch.set_num_threads(threads)
-
-
 def quiet_transformers() -> None:
     """No progress bars and advice from transformers between our own lines."""
     from transformers.utils import logging
@@ -153,27 +142,13 @@ def quiet_transformers() -> None:
     logging.disable_progress_bar()
 
 
-def canonical_rule(rule: str) -> str:
-    """The rule's table name from any of its names."""
-    from tta_ext import rules
-
-    return rule if rule == "implicit_reward" else rules.rule_name(rule)
-
-
-def torch_dtype(dtype: Dtype) -> Any:
-    """What ``from_pretrained`` takes."""
-    import torch
-
-    return "auto" if dtype is Dtype.auto else getattr(torch, dtype.value)
-
-
 def load_models(
     base: str | None,
     proxy: str | None,
     anti: str | None = None,
     *,
     implicit: bool = False,
-    dtype: Dtype = Dtype.auto,
+    dtype: str = "auto",
     device: str | None = None,
 ) -> Models:
     """The models named on the command line; none: the demo's, with an anti if ``implicit``."""
@@ -190,17 +165,10 @@ def load_models(
             "--base and --proxy belong together (without both, the demo's pair is used)"
         )
     quiet_transformers()
-    sources = {"base": base, "proxy": proxy} | ({} if anti is None else {"anti": anti})
+    get = partial(load_model, dtype=dtype, device=device)
     with errors.status("loading models"):
-        loaded = {
-            name: load_model(source, dtype=torch_dtype(dtype), device=device)
-            for name, source in sources.items()
-        }
         return Models(
-            **loaded,
-            tokenizer=load_tokenizer(base),
-            proxy_tokenizer=load_tokenizer(proxy),
-            sources=sources,
+            get(base), get(proxy), load_tokenizer(base), load_tokenizer(proxy), anti and get(anti)
         )
 
 
@@ -268,16 +236,21 @@ def echo_coloured(spans: Iterable[tuple[str, bool]]) -> None:
     echo("")
 
 
-def bar() -> Progress:
-    """A progress bar on stderr, so that stdout keeps only results."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=errors,
-        transient=True,
-    )
+@contextmanager
+def progress(unit: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr, so that stdout keeps only results; yields what counts further units."""
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    with Progress(*columns, TimeElapsedColumn(), console=errors, transient=True) as bar:
+        yield partial(bar.advance, bar.add_task(unit, total=total, completed=done))
+
+
+def table(name: str, *numbers: str) -> Table:
+    """A table whose first column is text and the others right-aligned."""
+    made = Table(box=None, pad_edge=False)
+    made.add_column(name, overflow="fold")
+    for number in numbers:
+        made.add_column(number, justify="right", no_wrap=True)
+    return made
 
 
 def chosen_seed(seed: int | None, journal: Journal) -> int:
@@ -314,8 +287,8 @@ def answer(
     """
     keys = [resume_key(**facts, prompt=p, place=i) for i, p in enumerate(prompts)]
     todo = [i for i, key in enumerate(keys) if key not in journal.records]
-    with bar() as progress:
-        task = progress.add_task("answers", total=len(prompts), completed=len(prompts) - len(todo))
+    there = len(prompts) - len(todo)
+    with progress("answers", len(prompts), there) as advance:
         for start in range(0, len(todo), at_once):
             places = todo[start : start + at_once]
             result = decode(places)
@@ -330,7 +303,6 @@ def answer(
                     journal.add(items)
                 else:
                     echo("".join(map(json_line, items.values())), end="")
-            progress.advance(task, len(places))
+            advance(len(places))
     if journal.path is not None:
-        there = len(prompts) - len(todo)
         errors.print(f"{len(todo)} answered, {there} were there: {journal.path}")

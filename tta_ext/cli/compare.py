@@ -65,7 +65,7 @@ def compare(
     batch_size: Annotated[
         int, typer.Option(min=1, help="Prompts in a batch; times are then shares of the batch's.")
     ] = 1,
-    dtype: common.DtypeOption = common.Dtype.auto,
+    dtype: common.Dtype = "auto",
     device: common.Device = None,
     threads: common.Threads = None,
 ) -> None:
@@ -77,7 +77,6 @@ def compare(
     from tta_ext.decoding.rewards import parse_reward
     from tta_ext.decoding.search import compare as comparison
 
-    common.set_threads(threads)
     if samples is None and seconds is None:
         samples = DEFAULT_SAMPLES
     asked = common.read_prompts(prompts, source, chat, system)[:limit]
@@ -91,9 +90,8 @@ def compare(
     file = Journal(journal)
     common.check_writable(output)
     common.check_writable(plot)
-    loaded, tokenizer, name = load_model_and_tokenizer(model, dtype, device)
-    with common.bar() as bar:
-        task = bar.add_task("answers", total=len(asked) * len(contestants))
+    loaded, tokenizer = load_model_and_tokenizer(model, dtype, device)
+    with common.progress("answers", len(asked) * len(contestants)) as advance:
         records = comparison.compare(
             loaded,
             tokenizer,
@@ -104,10 +102,10 @@ def compare(
             seconds=seconds,
             seed=seed,
             common={"max_new_tokens": max_new_tokens} | comparison.parse_settings(settings or ()),
-            tag=[model_facts(loaded, name), reward_facts(reward)],
+            tag=[model_facts(loaded), reward_facts(reward)],
             journal=file,
             prompts_at_once=batch_size,
-            progress=lambda count: bar.advance(task, count),
+            progress=advance,
         )
     rows, pairs = comparison.summary(records), comparison.paired(records, baseline)
     console.print(methods_table(rows))
@@ -131,10 +129,9 @@ def compare(
 
 def methods_table(rows: list[dict[str, Any]]) -> Table:
     """Reward and cost of each method."""
-    table = Table(box=None, pad_edge=False)
-    table.add_column("method", overflow="fold")
-    for name in ("best reward", "first mean", "last mean", "KL", "asked", "tokens", "s", "ours s"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table = common.table(
+        "method", "best reward", "first mean", "last mean", "KL", "asked", "tokens", "s", "ours s"
+    )
     for row in rows:
         table.add_row(
             row["label"],
@@ -152,10 +149,8 @@ def methods_table(rows: list[dict[str, Any]]) -> Table:
 
 def pairs_table(pairs: list[Any], baseline: str) -> Table:
     """Differences to the baseline."""
-    table = Table(box=None, pad_edge=False)
-    table.add_column(f"against {baseline}")
-    for name in ("difference", "in errors", "wins", "ties", "losses", "win rate"):
-        table.add_column(name, justify="right", no_wrap=True)
+    columns = "difference", "in errors", "wins", "ties", "losses", "win rate"
+    table = common.table(f"against {baseline}", *columns)
     for pair in pairs:
         known = math.isfinite(pair.error) and pair.error > 0
         table.add_row(

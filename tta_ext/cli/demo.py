@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import typer
 from rich.panel import Panel
-from rich.table import Table
 from rich.text import Text
+from torch.utils.benchmark import Timer
 
 from tta_ext.cli import common
 from tta_ext.cli.common import console
@@ -20,7 +18,7 @@ from tta_ext.cli.evaluate import row_table
 from tta_ext.cli.search import SMOLLM2, load_model_and_tokenizer
 
 if TYPE_CHECKING:
-    from tta_ext.decoding import DecodeStats, KnapsackDeferral
+    from tta_ext.decoding import KnapsackDeferral
 
 __all__ = ["demo"]
 
@@ -36,16 +34,13 @@ def demo(
     from tta_ext.evaluation import MODES, SHORT, Setting, evaluate
 
     start = time.perf_counter()
-    common.set_threads(threads)
     models = common.load_models(None, None, implicit=True)
     task = evaluation_task(n)
     console.print(
         f"base {_size(models.base)}, knows arithmetic but not the answer format; proxy "
         f"{_size(models.proxy)}, knows the format but computes worse; {n} held-out problems"
     )
-    with common.bar() as bar:
-        progress = bar.add_task("problems", total=n * len(SHORT) * len(MODES))
-        advance = partial(bar.advance, progress)
+    with common.progress("problems", n * len(SHORT) * len(MODES)) as advance:
         rows = list(evaluate(models, task, seed=seed, progress=advance))
     console.print(row_table(rows))
     console.print()
@@ -78,12 +73,19 @@ def _where_time_went(kad: KnapsackDeferral, prompts: list[str], seed: int) -> No
     """Time split of the loop, and the ops one by one on the loop's own logits."""
     options: dict[str, Any] = {"seed": seed, "max_new_tokens": 48, "eos_token_id": []}
     kad.generate(prompts, **options)
-    table = Table(box=None, pad_edge=False)
-    table.add_column("time of the loop", no_wrap=True)
-    for name in ("base", "proxy", "all else", "share", "tokens/s", "proxy calls"):
-        table.add_column(name, justify="right", no_wrap=True)
+    columns = "base", "proxy", "all else", "share", "tokens/s", "proxy calls"
+    table = common.table("time of the loop", *columns)
     for name, chosen in ((f"batch of {len(prompts)}", prompts), ("batch of 1", prompts[:1])):
-        table.add_row(name, *_split(kad.generate(chosen, **options).stats))
+        stats = kad.generate(chosen, **options).stats
+        table.add_row(
+            name,
+            f"{stats.base_seconds:.3f} s",
+            f"{stats.proxy_seconds:.3f} s",
+            f"{stats.other_seconds:.3f} s",
+            f"{stats.other_share:.1%}",
+            f"{stats.tokens_per_second:.0f}",
+            f"{stats.proxy_calls} in {stats.steps} steps",
+        )
     console.print(table)
     console.print()
     _time_ops(kad, prompts, seed)
@@ -91,19 +93,16 @@ def _where_time_went(kad: KnapsackDeferral, prompts: list[str], seed: int) -> No
 
 def _time_ops(kad: KnapsackDeferral, prompts: list[str], seed: int) -> None:
     from tta_ext import ops, rng
-    from tta_ext.decoding.runtime.runner import Runner
     from tta_ext.doctor import diagnose
 
     found = diagnose()
     served = {op.name: op.backend for op in found.ops}
-    ids = [kad.tokenizer(prompt)["input_ids"] for prompt in prompts]
-    logits = []
+    ids = [torch.tensor([kad.tokenizer(prompt)["input_ids"]]) for prompt in prompts]
     with torch.inference_mode():
-        for model in (kad.base, kad.proxies[0]):
-            runner = Runner(model, ids, room=1, vocabulary=kad.vocabulary.size)
-            runner.prefill()
-            logits.append(runner.step())
-    base, proxy = logits
+        base, proxy = (
+            torch.cat([model(prompt).logits[:, -1, : kad.vocabulary.size] for prompt in ids])
+            for model in (kad.base, kad.proxies[0])
+        )
     rows = len(prompts)
     rule: dict[str, Any] = {"rule": "threshold", "param": 0.4}
     knapsack: dict[str, Any] = {"rule": "knapsack", "param": 0.9}
@@ -122,36 +121,14 @@ def _time_ops(kad: KnapsackDeferral, prompts: list[str], seed: int) -> None:
             base, proxy[None], None, beta, **key
         ),
     }
-    table = Table(box=None, pad_edge=False)
-    for name in ("op", "backend", "µs a call"):
-        table.add_column(name, justify="right" if name.startswith("µs") else "left", no_wrap=True)
+    table = common.table("op", "backend", "µs a call")
     for name, call in calls.items():
-        table.add_row(name, served[name], f"{_median_seconds(call) * 1e6:.1f}")
+        timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+        seconds = timer.blocked_autorange(min_run_time=0.1).median
+        table.add_row(name, served[name], f"{seconds * 1e6:.1f}")
     where = f"instruction set {found.cpu_isa}" if found.cpu_isa else found.native.reason
     console.print(f"{where}; {rows} rows of {base.shape[1]} logits, op alone", soft_wrap=True)
     console.print(table)
-
-
-def _median_seconds(call: Callable[[], Any], seconds: float = 0.1) -> float:
-    times: list[float] = []
-    call()
-    end = time.perf_counter() + seconds
-    while len(times) < 3 or time.perf_counter() < end:
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
-
-
-def _split(stats: DecodeStats) -> list[str]:
-    return [
-        f"{stats.base_seconds:.3f} s",
-        f"{stats.proxy_seconds:.3f} s",
-        f"{stats.other_seconds:.3f} s",
-        f"{stats.other_share:.1%}",
-        f"{stats.tokens_per_second:.0f}",
-        f"{stats.proxy_calls} in {stats.steps} steps",
-    ]
 
 
 def _show_aisp(seed: int, prompt: str = "Tell me about the sea.") -> None:
@@ -162,7 +139,7 @@ def _show_aisp(seed: int, prompt: str = "Tell me about the sea.") -> None:
 
     if not smollm2.available():
         return
-    model, tokenizer, _ = load_model_and_tokenizer(SMOLLM2, common.Dtype.auto, None)
+    model, tokenizer = load_model_and_tokenizer(SMOLLM2)
     reward = LetterReward("s")
     asked = [[{"role": "user", "content": prompt}]]
     console.print(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -65,7 +66,7 @@ def evaluate(
     batch_size: common.BatchSize = 50,
     journal: JournalFile = None,
     output: Report = None,
-    dtype: common.DtypeOption = common.Dtype.auto,
+    dtype: common.Dtype = "auto",
     device: common.Device = None,
     threads: common.Threads = None,
 ) -> None:
@@ -88,7 +89,7 @@ def sweep(
     params: Annotated[
         str, typer.Option(help="Parameters: a,b,c or start:stop:step (stop included).")
     ] = "0.1:0.9:0.1",
-    critical: common.Critical = common.Policy.exclude,
+    critical: common.Critical = "exclude",
     base: common.Base = None,
     proxy: common.Proxy = None,
     anti: common.Anti = None,
@@ -101,18 +102,15 @@ def sweep(
     batch_size: common.BatchSize = 50,
     journal: JournalFile = None,
     output: Report = None,
-    dtype: common.DtypeOption = common.Dtype.auto,
+    dtype: common.Dtype = "auto",
     device: common.Device = None,
     threads: common.Threads = None,
 ) -> None:
     """Accuracy of one rule over a range of its parameter; otherwise as eval."""
-    from tta_ext.evaluation import Setting
-
-    name = common.canonical_rule(rule)
-    common.refuse_unused(context, f"rule {name}", common.unused_by_rule(name))
-    if name == "argmax":
+    setting = common.chosen_setting(context, rule, None, critical)
+    if setting.rule == "argmax":
         raise ValueError("argmax has no parameter to sweep; see tta eval argmax")
-    _run(context, [Setting(name, value, critical.value) for value in parse_range(params)])
+    _run(context, [replace(setting, param=value) for value in parse_range(params)])
 
 
 def _run(context: typer.Context, settings: Sequence[Setting]) -> None:
@@ -125,7 +123,6 @@ def _run(context: typer.Context, settings: Sequence[Setting]) -> None:
     implicit = any(setting.rule == IMPLICIT_REWARD for setting in settings)
     if not implicit:
         common.refuse_unused(context, "what is evaluated", {"anti"})
-    common.set_threads(options["threads"])
     data, n = options["data"], options["n"]
     if data is None:
         common.refuse_unused(context, "an evaluation without --data", {"pattern"})
@@ -135,28 +132,19 @@ def _run(context: typer.Context, settings: Sequence[Setting]) -> None:
     journal = Journal(options["journal"])
     modes = tuple(options["mode"] or MODES)
     common.check_writable(options["output"])
-    models = common.load_models(
-        options["base"],
-        options["proxy"],
-        options["anti"],
-        implicit=implicit,
-        dtype=options["dtype"],
-        device=options["device"],
-    )
-    with common.bar() as bar:
-        total = len(task.prompts) * len(settings) * len(modes)
-        progress = bar.add_task("problems", total=total)
+    named = {key: options[key] for key in ("base", "proxy", "anti", "dtype", "device")}
+    models = common.load_models(**named, implicit=implicit)
+    total = len(task.prompts) * len(settings) * len(modes)
+    with common.progress("problems", total) as advance:
         rows = list(
             evaluate_rows(
                 models,
                 task,
                 settings,
                 modes=modes,
-                seed=options["seed"],
-                batch_size=options["batch_size"],
-                max_new_tokens=options["max_new_tokens"],
                 journal=journal,
-                progress=lambda done: bar.advance(progress, done),
+                progress=advance,
+                **{key: options[key] for key in ("seed", "batch_size", "max_new_tokens")},
             )
         )
     console.print(row_table(rows))
@@ -184,13 +172,8 @@ def row_table(rows: Sequence[Row]) -> Table:
     """
     modes = list(dict.fromkeys(row.mode for row in rows))
     best = {mode: max(row.exact for row in rows if row.mode == mode) for mode in modes}
-    table = Table(box=None, pad_edge=False)
-    table.add_column("rule", no_wrap=True)
-    for mode in modes:
-        table.add_column(f"{mode}\nexact ± se", justify="right", no_wrap=True)
-        table.add_column("free", justify="right", no_wrap=True)
-    for name in ("proxy\ncalls", "tokens\n/s"):
-        table.add_column(name, justify="right", no_wrap=True)
+    scores = [name for mode in modes for name in (f"{mode}\nexact ± se", "free")]
+    table = common.table("rule", *scores, "proxy\ncalls", "tokens\n/s")
     settings: dict[Any, dict[str, Row]] = {}
     for row in rows:
         settings.setdefault(row.setting, {})[row.mode] = row

@@ -28,7 +28,7 @@ def generate(
     anti: common.Anti = None,
     rule: common.Rule = "threshold",
     param: common.Param = None,
-    critical: common.Critical = common.Policy.exclude,
+    critical: common.Critical = "exclude",
     temperature: common.Temperature = 1.0,
     rule_temperature: common.RuleTemperature = None,
     greedy: common.Greedy = False,
@@ -50,7 +50,7 @@ def generate(
     ] = False,
     stream: Annotated[bool, typer.Option("--stream", help="Print text as it comes.")] = False,
     batch_size: common.BatchSize = 16,
-    dtype: common.DtypeOption = common.Dtype.auto,
+    dtype: common.Dtype = "auto",
     device: common.Device = None,
     threads: common.Threads = None,
 ) -> None:
@@ -73,7 +73,6 @@ def generate(
     ):
         if chosen:
             common.refuse_unused(context, name, unused)
-    common.set_threads(threads)
     asked = common.read_prompts(prompts, source, chat, system)
     journal = Journal(output)
     seed = common.chosen_seed(seed, journal)
@@ -138,17 +137,16 @@ def _draft_length(value: str | None) -> int | str | None:
 
 def _stream(kad: KnapsackDeferral, prompts: list[Any], options: dict[str, Any]) -> None:
     # One prompt at a time, so that texts do not mix.
+    samples = options["num_return_sequences"]
     for i, prompt in enumerate(prompts):
-        first = i * options["num_return_sequences"]
-        sequence = range(first, first + options["num_return_sequences"])
-        texts: dict[int, str] = {}
+        texts = [""] * samples
+        sequence = range(i * samples, (i + 1) * samples)
         for event in kad.stream([prompt], sequence=sequence, **options):
-            if len(sequence) == 1:
+            if samples == 1:
                 common.echo(event.text or "", common.source_style(event.deferred), end="")
-            texts[event.row] = texts.get(event.row, "") + (event.text or "")
-        if len(sequence) > 1:
-            for row in sorted(texts):
-                common.echo(texts[row])
+            texts[event.row] += event.text or ""
+        if samples > 1:
+            common.echo("\n".join(texts))
         common.echo("")
 
 

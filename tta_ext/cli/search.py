@@ -71,7 +71,7 @@ def search(
     output: common.Output = None,
     jsonl: common.Jsonl = False,
     batch_size: common.BatchSize = 16,
-    dtype: common.DtypeOption = common.Dtype.auto,
+    dtype: common.Dtype = "auto",
     device: common.Device = None,
     threads: common.Threads = None,
 ) -> None:
@@ -87,7 +87,6 @@ def search(
     common.refuse_unused(context, f"--method {method}", set(OPTIONS) - used)
     if output is not None:
         common.refuse_unused(context, "--output", {"jsonl"})
-    common.set_threads(threads)
     chosen: dict[str, Any] = {"temperature": temperature, "max_new_tokens": max_new_tokens}
     chosen |= {"stop_strings": stop or None} | ({"decoding": "greedy"} if greedy else {})
     chosen |= {k: context.params[k] for k in OPTIONS if context.params[k] is not None}
@@ -96,12 +95,12 @@ def search(
     journal = Journal(output)
     seed = common.chosen_seed(seed, journal)
     scorer = parse_reward(reward)
-    loaded, tokenizer, name = load_model_and_tokenizer(model, dtype, device)
+    loaded, tokenizer = load_model_and_tokenizer(model, dtype, device)
     machine = kind(loaded, scorer, tokenizer, **chosen)
     facts = {
         "method": machine.name,
         "settings": asdict(machine.settings),
-        "model": model_facts(loaded, name) if output is not None else None,
+        "model": model_facts(loaded) if output is not None else None,
         "reward": reward_facts(reward),
         "seed": seed,
     }
@@ -120,26 +119,20 @@ def search(
 
 
 def load_model_and_tokenizer(
-    name: str, dtype: common.Dtype, device: str | None
-) -> tuple[Any, Any, str]:
-    """The model named on the command line, its tokenizer, and where it came from."""
-    import torch
-
+    name: str, dtype: str = "auto", device: str | None = None
+) -> tuple[Any, Any]:
+    """The model named on the command line, and its tokenizer."""
     from tta_ext.decoding.runtime.loading import load_model, load_tokenizer
+    from tta_ext.demo import smollm2
+    from tta_ext.demo.pair import ASSETS
 
-    chosen = common.torch_dtype(dtype)
     common.quiet_transformers()
     with errors.status("loading the model"):
         if name == SMOLLM2:
-            from tta_ext.demo import smollm2
-
-            chosen = torch.bfloat16 if chosen == "auto" else chosen
             name = str(smollm2.folder())
         elif name == "demo":
-            from tta_ext.demo.pair import ASSETS
-
             name = str(ASSETS / "base")
-        return load_model(name, dtype=chosen, device=device), load_tokenizer(name), name
+        return load_model(name, dtype=dtype, device=device), load_tokenizer(name)
 
 
 def reward_facts(reward: str) -> list[Any]:

@@ -22,7 +22,7 @@ def trace(
     proxy: common.Proxy = None,
     rule: common.Rule = "threshold",
     param: common.Param = None,
-    critical: common.Critical = common.Policy.exclude,
+    critical: common.Critical = "exclude",
     temperature: common.Temperature = 1.0,
     rule_temperature: common.RuleTemperature = None,
     greedy: common.Greedy = False,
@@ -30,13 +30,12 @@ def trace(
     max_new_tokens: common.MaxNewTokens = 64,
     chat: common.Chat = False,
     output: Annotated[Path | None, typer.Option(help="JSONL file, a line for each token.")] = None,
-    dtype: common.DtypeOption = common.Dtype.auto,
+    dtype: common.Dtype = "auto",
     device: common.Device = None,
     threads: common.Threads = None,
 ) -> None:
     """Answer one prompt and show, for each token, who wrote it and with which probabilities."""
     setting = common.chosen_setting(context, rule, param, critical)
-    common.set_threads(threads)
     models = common.load_models(base, proxy, dtype=dtype, device=device)
     kad = models.decoder(setting, temperature=temperature, rule_temperature=rule_temperature)
     result = kad.generate(

@@ -10,8 +10,6 @@ is enough, with ``tta-ext[demo]`` for the GGUF reader.
 from __future__ import annotations
 
 import importlib.util
-import os
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -56,17 +54,16 @@ def folder() -> Path:
     if not available():
         raise ValueError(f"{NAME} or the reader of its GGUF file is not installed: {_INSTALL}")
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{_FOLDER}-", dir=target.parent))
-    try:
+    with tempfile.TemporaryDirectory(prefix=f".{_FOLDER}-", dir=target.parent) as scratch:
+        partial = Path(scratch) / _FOLDER
+        partial.mkdir()
         _convert(partial)
         try:
-            os.rename(partial, target)
+            partial.rename(target)
         except OSError:
             # Another process was faster; its result is the same.
             if not (target / "config.json").is_file():
                 raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return target
 
 

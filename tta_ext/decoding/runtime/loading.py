@@ -44,17 +44,22 @@ def load_model(
         device: where to put it; None leaves it on the CPU.
 
     Raises:
-        ValueError: there are no weights in safetensors or GGUF.
+        ValueError: there are no weights in safetensors or GGUF, or no such device.
     """
     from transformers import AutoModelForCausalLM
 
     folder, extra = _source(path)
+    try:
+        torch.empty(0, device=device)  # before the weights are read
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(f"cannot use device {device}: {_first_line(error)}") from error
     if not extra:
         extra["use_safetensors"] = True  # type: ignore[assignment]
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **extra)
     except OSError as error:
         raise ValueError(f"cannot load a model from {path}: {_first_line(error)}") from error
+    model.config.name_or_path = path  # transformers names the folder of a .gguf file
     return (model if device is None else model.to(device)).eval()  # type: ignore[arg-type]
 
 

@@ -95,12 +95,9 @@ class Contestant:
     def parse(cls, text: str) -> Contestant:
         """From ``method``, ``method:name=value,...`` or ``label=method:name=value,...``."""
         head, _, rest = text.partition(":")
-        label, equals, method = head.partition("=")
-        if not equals:
-            method = head
-        label = label if equals else text
+        label, equals, method = head.rpartition("=")
         settings = parse_settings(filter(None, rest.split(",")))
-        return cls(label, method_class(method).name, settings)
+        return cls(label if equals else text, method_class(method).name, settings)
 
     def resolved(
         self, common: dict[str, Any], samples: int | None, seconds: float | None
@@ -161,33 +158,30 @@ def compare(
     journal = Journal(None) if journal is None else journal
     if prompts_at_once < 1:
         raise ValueError(f"prompts_at_once is {prompts_at_once}, expected at least 1")
-    machines: list[tuple[Contestant, SearchSettings, SearchMethod[Any]]] = []
+    machines: list[tuple[str, SearchMethod[Any]]] = []
     for one in contestants:
-        settings = one.resolved(common or {}, samples, seconds)
-        method = METHODS[one.method](
-            model, reward, tokenizer, probe=not machines, **asdict(settings)
-        )
-        machines.append((one, settings, method))
+        settings = asdict(one.resolved(common or {}, samples, seconds))
+        method = METHODS[one.method](model, reward, tokenizer, probe=not machines, **settings)
+        machines.append((one.label, method))
     places = range(len(prompts))
     keys = {
-        (place, one.label): resume_key(
-            method=one.method, settings=asdict(settings), seed=seed, tag=tag,
+        (place, label): resume_key(
+            method=method.name, settings=asdict(method.settings), seed=seed, tag=tag,
             prompt=prompts[place], place=place,
         )
-        for one, settings, _ in machines
+        for label, method in machines
         for place in places
     }  # fmt: skip
     for first in range(0, len(prompts), prompts_at_once):
-        for one, _, method in machines:
+        for label, method in machines:
             part = places[first : first + prompts_at_once]
-            missing = [place for place in part if keys[place, one.label] not in journal.records]
+            missing = [place for place in part if keys[place, label] not in journal.records]
             if missing:
                 asked = [prompts[place] for place in missing]
                 result = method.generate(asked, seed=seed, sequence=missing)
                 journal.add(
                     {
-                        keys[place, one.label]: {"index": place, "label": one.label}
-                        | record_of(result, at)
+                        keys[place, label]: {"index": place, "label": label} | record_of(result, at)
                         for at, place in enumerate(missing)
                     }
                 )
@@ -195,9 +189,9 @@ def compare(
                 progress(len(part))
     # A label is only a name: it may have changed since the journal was written.
     return [
-        journal.records[keys[place, one.label]] | {"label": one.label}
+        journal.records[keys[place, label]] | {"label": label}
         for place in places
-        for one, _, _ in machines
+        for label in labels
     ]
 
 
@@ -206,9 +200,7 @@ def record_of(result: SearchResult, at: int) -> dict[str, Any]:
     count = len(result)
     timing = {name: value / count for name, value in result.timing.as_dict().items()}
     timing["tokens"] = result.curves[at][-1].tokens
-    curve = [record.as_dict() for record in result.curves[at]]
-    for point in curve:
-        point["seconds"] /= count
+    curve = [asdict(step) | {"seconds": step.seconds / count} for step in result.curves[at]]
     return {
         "prompt": result.prompts[at],
         "method": result.method,
@@ -252,10 +244,9 @@ def _by_label(records: Iterable[dict[str, Any]]) -> dict[str, dict[int, dict[str
     return table
 
 
-def _mean(values: Iterable[float]) -> float:
+def _mean(values: Sequence[float]) -> float:
     # Not statistics.fmean, which refuses infinities of both signs: rewards may be -inf.
-    listed = list(values)
-    return sum(listed) / len(listed)
+    return sum(values) / len(values)
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
@@ -275,24 +266,14 @@ def paired(records: Iterable[dict[str, Any]], baseline: str) -> list[Paired]:
     table = _by_label(records)
     if baseline not in table:
         raise ValueError(f"baseline is {baseline!r}, expected one of {', '.join(table)}")
+    base = table.pop(baseline)
     found = []
     for label, rows in table.items():
-        if label == baseline:
-            continue
-        shared = sorted(rows.keys() & table[baseline].keys())
-        pairs = [(rows[i]["reward"], table[baseline][i]["reward"]) for i in shared]
+        pairs = [(row["reward"], base[i]["reward"]) for i, row in rows.items() if i in base]
         mean, error = mean_and_error([a - b if a != b else 0.0 for a, b in pairs])
-        found.append(
-            Paired(
-                label,
-                len(pairs),
-                mean,
-                error,
-                sum(a > b for a, b in pairs),
-                sum(a == b for a, b in pairs),
-                sum(a < b for a, b in pairs),
-            )
-        )
+        wins, losses = sum(a > b for a, b in pairs), sum(a < b for a, b in pairs)
+        ties = len(pairs) - wins - losses
+        found.append(Paired(label, len(pairs), mean, error, wins, ties, losses))
     return found
 
 
@@ -306,40 +287,36 @@ def summary(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     for label, answers in _by_label(records).items():
         items = [answers[i] for i in sorted(answers)]
         reward, error = mean_and_error([item["reward"] for item in items])
-        curves = [item["curve"] for item in items]
-        rise, rise_error = mean_and_error([c[-1]["mean"] - c[0]["mean"] for c in curves])
-        timing = {
-            name: _mean(item["timing"][part] for item in items)
-            for name, part in (
-                ("tokens", "tokens"),
-                ("seconds", "total"),
-                ("model", "model"),
-                ("reward_seconds", "reward"),
-                ("other", "other"),
-            )
-        }
+        first, last = ([item["curve"][at] for item in items] for at in (0, -1))
+        rises = [b["mean"] - a["mean"] for a, b in zip(first, last, strict=True)]
+        rise, rise_error = mean_and_error(rises)
+        timing = [item["timing"] for item in items]
         rows.append(
             {
                 "label": label,
                 "prompts": len(items),
                 "reward": reward,
                 "error": error,
-                "first": _mean(c[0]["mean"] for c in curves),
-                "last": _mean(c[-1]["mean"] for c in curves),
+                "first": _mean_of(first, "mean"),
+                "last": _mean_of(last, "mean"),
                 "rise": rise,
                 "rise_error": rise_error,
-                "asked": _mean(c[-1]["samples"] for c in curves),
-                **timing,
-                "kl": _last_mean(curves, "kl"),
-                "norm": _last_mean(curves, "norm"),
-                "ess": _last_mean(curves, "ess"),
+                "asked": _mean_of(last, "samples"),
+                "tokens": _mean_of(timing, "tokens"),
+                "seconds": _mean_of(timing, "total"),
+                "model": _mean_of(timing, "model"),
+                "reward_seconds": _mean_of(timing, "reward"),
+                "other": _mean_of(timing, "other"),
+                "kl": _mean_of(last, "kl"),
+                "norm": _mean_of(last, "norm"),
+                "ess": _mean_of(last, "ess"),
             }
         )
     return rows
 
 
-def _last_mean(curves: Sequence[list[dict[str, Any]]], name: str) -> float | None:
-    values = [curve[-1][name] for curve in curves if curve[-1][name] is not None]
+def _mean_of(rows: Iterable[dict[str, Any]], name: str) -> float | None:
+    values = [row[name] for row in rows if row[name] is not None]
     return _mean(values) if values else None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from torch import Tensor
@@ -191,26 +191,18 @@ class SearchResult:
         first = parts[0]
         if len(parts) == 1:
             return first
-        return SearchResult(
-            method=first.method,
-            prompts=[x for part in parts for x in part.prompts],
-            best=[x for part in parts for x in part.best],
-            candidates=[x for part in parts for x in part.candidates],
-            curves=[x for part in parts for x in part.curves],
-            stopped=[x for part in parts for x in part.stopped],
-            seed=first.seed,
-            sequence=[x for part in parts for x in part.sequence],
-            timing=sum((part.timing for part in parts), Timing()),
-        )
+        joined: dict[str, Any] = {
+            one.name: [x for part in parts for x in getattr(part, one.name)]
+            for one in fields(first)
+            if isinstance(getattr(first, one.name), list)
+        }
+        timing = sum((part.timing for part in parts), Timing())
+        return replace(first, **joined, timing=timing, mean=None)
 
 
 def best_of(candidates: Sequence[Candidate]) -> Candidate:
     """The candidate of the highest reward, ties to the first."""
-    best = candidates[0]
-    for one in candidates[1:]:
-        if one.reward > best.reward:
-            best = one
-    return best
+    return max(candidates, key=lambda one: one.reward)
 
 
 def spread(values: Sequence[float]) -> tuple[float, float, float]:
