@@ -118,8 +118,5 @@ def as_criteria(criteria: Any) -> StoppingCriteriaList | None:
 
 
 def _as_list(given: Any, kind: Any) -> Any:
-    if given is None or (isinstance(given, Sequence) and not len(given)):
-        return None
-    if isinstance(given, kind):
-        return given
-    return kind(given if isinstance(given, Sequence) else [given])
+    items = [] if given is None else given if isinstance(given, Sequence) else [given]
+    return kind(items) if items else None

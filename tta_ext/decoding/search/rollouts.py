@@ -13,7 +13,7 @@ arithmetic.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from time import perf_counter
 from typing import Any
 
@@ -305,13 +305,6 @@ class Rollouts:
         """Draw a token for every active rollout; the cells that ended with it."""
         return self.commit(self.draw(self.logits()))
 
-    def run(self, on_finish: Callable[[int], None] | None = None) -> None:
-        """Step until every rollout has ended, naming each as it does."""
-        while self.rows.active:
-            for cell in self.step():
-                if on_finish is not None:
-                    on_finish(cell)
-
     @torch.inference_mode()
     def branch(self, cells: Sequence[tuple[int, int]], parents: Sequence[int]) -> None:
         """Replace all rollouts by continuations of some of those that are active.
@@ -323,7 +316,7 @@ class Rollouts:
         place = {cell: row for row, cell in enumerate(self.rows.active)}
         rows = [place[parent] for parent in parents]
         if self._runner is not None:
-            self._runner.reorder(rows)
+            self._runner.keep(rows)
         self.cells = list(cells)
         self.rows.branch(parents)
         self.dot = torch.zeros(len(rows), dtype=torch.float32, device=self._dot.device)
