@@ -119,4 +119,6 @@ def as_criteria(criteria: Any) -> StoppingCriteriaList | None:
 
 def _as_list(given: Any, kind: Any) -> Any:
     items = [] if given is None else given if isinstance(given, Sequence) else [given]
-    return kind(items) if items else None
+    if not items:
+        return None
+    return items if isinstance(items, kind) else kind(items)
