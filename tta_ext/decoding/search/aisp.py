@@ -72,9 +72,8 @@ class AISPSearch(Search[AISPSettings]):
         settings: AISPSettings,
         seed: int,
         sequence: Sequence[int] | None = None,
-        encoded: Sequence[Sequence[int]] | None = None,
     ) -> None:
-        super().__init__(method, prompts, settings, seed, sequence, encoded)
+        super().__init__(method, prompts, settings, seed, sequence)
         self.mean = torch.zeros(
             len(self.prompts),
             settings.tau + (settings.coherence > 0),
@@ -281,14 +280,14 @@ class AISPSearch(Search[AISPSettings]):
                     f"iterations is {iterations}, but {state['iteration']} are done already"
                 )
             settings = replace(settings, iterations=iterations)
-        search = cls(
-            method, state["prompts"], settings, state["seed"], state["sequence"], state["encoded"]
-        )
+        # The ids as they were, whatever the tokenizer would make of the prompts now.
+        search = cls(method, state["encoded"], settings, state["seed"], state["sequence"])
         if mean.shape != search.mean.shape:
             raise ValueError(
                 f"{path} holds u of shape {list(mean.shape)}, this model's is "
                 f"{list(search.mean.shape)}"
             )
+        search.prompts = state["prompts"]
         search.mean.copy_(mean)
         search._sigma = state["sigma"]
         search.iteration = state["iteration"]

@@ -211,16 +211,13 @@ class Search(Generic[S]):
         settings: S,
         seed: int,
         sequence: Sequence[int] | None = None,
-        encoded: Sequence[Sequence[int]] | None = None,
     ) -> None:
         begin = perf_counter()
         self.method, self.settings, self.seed = method, settings, seed
         self.prompts = normalise_prompts(prompts)
         count = len(self.prompts)
         self.sequence = sequence_ids(sequence, count)
-        if encoded is None:
-            encoded = encode_prompts(self.prompts, method.tokenizer, template=method.chat_template)
-        self.encoded = [list(ids) for ids in encoded]
+        self.encoded = encode_prompts(self.prompts, method.tokenizer, template=method.chat_template)
         check_prompts(method.model, self.encoded, settings.max_new_tokens)
         self.schedule = settings.schedule()
         stop = settings.stop_strings
