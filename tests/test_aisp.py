@@ -98,7 +98,8 @@ def test_rollouts_are_the_definition(kind: str) -> None:
         noise=Noise(u, 0.5),
         metered=2,
     )
-    rollouts.run()
+    while not rollouts.done:
+        rollouts.step()
     for i in range(3):
         tokens, dot, kl = by_hand(model, prompt, new, u[0], 0.5, i)
         assert rollouts.rows.tokens[i] == tokens
@@ -126,7 +127,8 @@ def test_coherent_noise_is_its_definition(coherence: float) -> None:
         iteration=2,
         noise=Noise(u, own, common),
     )
-    rollouts.run()
+    while not rollouts.done:
+        rollouts.step()
     for i in range(3):
         eps = torch.stack(
             [

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     EosTokenCriteria,
     LogitsProcessorList,
@@ -125,13 +126,12 @@ def kad(
         speculative=speculative,
     )
     pad_id = next(iter(_ids(config.pad_token_id) + ends), 0)  # the same as generate's
-    sequences = input_ids.new_full(
-        (len(result), input_ids.shape[1] + max(map(len, result.tokens))), pad_id
+    answers = pad_sequence(
+        [input_ids.new_tensor(tokens) for tokens in result.tokens],
+        batch_first=True,
+        padding_value=pad_id,
     )
-    sequences[:, : input_ids.shape[1]] = input_ids
-    for row, tokens in enumerate(result.tokens):
-        end = input_ids.shape[1] + len(tokens)
-        sequences[row, input_ids.shape[1] : end] = torch.tensor(tokens)
+    sequences = torch.cat((input_ids, answers), dim=1)
     if config.return_dict_in_generate:
         return GenerateDecoderOnlyOutput(sequences=sequences)  # type: ignore[arg-type]
     return sequences

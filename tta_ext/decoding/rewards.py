@@ -27,6 +27,10 @@ from time import perf_counter
 from typing import Any, TypeAlias
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from tta_ext.decoding.runtime.loading import reading
+from tta_ext.decoding.runtime.models import device_of
 
 __all__ = [
     "ClassifierReward",
@@ -175,13 +179,11 @@ class ClassifierReward:
         config = model.config
         self.label = self._find(label, config)
         pad = getattr(config, "pad_token_id", None)
-        if pad is None:
-            pad = getattr(tokenizer, "pad_token_id", None)
-        self.pad = pad
-        # Decoder-like classifiers find the last token by the padding id.
-        if pad is not None:
-            config.pad_token_id = pad
-        self.batch_size = batch_size if pad is not None else 1
+        self.pad = getattr(tokenizer, "pad_token_id", None) if pad is None else pad
+        self.batch_size = 1
+        if self.pad is not None:
+            # Decoder-like classifiers find the last token by the padding id.
+            config.pad_token_id, self.batch_size = self.pad, batch_size
         limit = getattr(config, "max_position_embeddings", None)
         self.max_length = limit if max_length is None else max_length
 
@@ -192,14 +194,11 @@ class ClassifierReward:
         """Load a reward model (safetensors) and its tokenizer; ``options`` as the constructor's."""
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-        try:
+        with reading("a reward model", path):
             model = AutoModelForSequenceClassification.from_pretrained(
                 path, dtype=dtype, use_safetensors=True
             )
             tokenizer = AutoTokenizer.from_pretrained(path)
-        except OSError as error:
-            line = str(error).strip().split("\n", 1)[0]
-            raise ValueError(f"cannot load a reward model from {path}: {line}") from error
         return cls(model if device is None else model.to(device), tokenizer, **options)
 
     @staticmethod
@@ -243,18 +242,15 @@ class ClassifierReward:
     @torch.inference_mode()
     def __call__(self, prompts: Sequence[Any], responses: Sequence[str]) -> list[float]:
         encoded = [self.encode(p, r) for p, r in zip(prompts, responses, strict=True)]
-        device = self.model.get_input_embeddings().weight.device
+        device = device_of(self.model)
         rewards = [0.0] * len(encoded)
         # Neighbours in length share a batch, so little is padding.
         order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
         for start in range(0, len(order), self.batch_size):
             part = order[start : start + self.batch_size]
-            width = max(len(encoded[i]) for i in part)
-            ids = torch.full((len(part), width), self.pad or 0, dtype=torch.int64)
-            mask = torch.zeros_like(ids)
-            for row, i in enumerate(part):
-                ids[row, : len(encoded[i])] = torch.tensor(encoded[i])
-                mask[row, : len(encoded[i])] = 1
+            rows = [torch.tensor(encoded[i], dtype=torch.int64) for i in part]
+            ids = pad_sequence(rows, batch_first=True, padding_value=self.pad or 0)
+            mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
             logits = self.model(
                 input_ids=ids.to(device), attention_mask=mask.to(device)
             ).logits.float()

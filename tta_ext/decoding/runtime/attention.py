@@ -39,48 +39,45 @@ def check_model(model: Any, role: str) -> None:
         raise TypeError(
             f"{role} is a {type(model).__name__}, expected a transformers causal language model"
         )
-    name = type(model).__name__
+    reason = _refusal(model, config)
+    if reason is not None:
+        raise ValueError(f"{role} ({type(model).__name__}) {reason}")
+
+
+def _refusal(model: Any, config: Any) -> str | None:
     if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(
-            f"{role} ({name}) is an encoder-decoder; only decoder-only models are supported"
-        )
+        return "is an encoder-decoder; only decoder-only models are supported"
     if model.get_output_embeddings() is None:
-        raise ValueError(
-            f"{role} ({name}) has no language-model head; load it with AutoModelForCausalLM"
-        )
+        return "has no language-model head; load it with AutoModelForCausalLM"
     if compat.is_recurrent(model):
-        raise ValueError(
-            f"{role} ({name}) keeps a recurrent state instead of keys and values, "
+        return (
+            "keeps a recurrent state instead of keys and values, "
             "which can neither lag behind nor be rolled back"
         )
     if config.model_type in _OWN_MASKS:
-        raise ValueError(
-            f"{role} ({name}) cuts its local attention by the longest row of the batch, "
+        return (
+            "cuts its local attention by the longest row of the batch, "
             "so rows of different length cannot share one"
         )
     text = config.get_text_config()
     if getattr(text, "use_bidirectional_attention", None) or not getattr(text, "is_causal", True):
-        raise ValueError(
-            f"{role} ({name}) attends in both directions, so it cannot decode token by token"
-        )
-    for kind in dict.fromkeys(getattr(text, "layer_types", None) or ()):
+        return "attends in both directions, so it cannot decode token by token"
+    for kind in getattr(text, "layer_types", None) or ():
         if kind not in _LAYER_TYPES:
-            raise ValueError(
-                f"{role} ({name}) has layers of type {kind!r}, whose state can neither lag behind "
+            return (
+                f"has layers of type {kind!r}, whose state can neither lag behind "
                 f"nor be rolled back here; supported are {', '.join(_LAYER_TYPES)}"
             )
     implementation = compat.attention_implementation(text)
     if implementation not in _IMPLEMENTATIONS:
-        raise ValueError(
-            f"{role} ({name}) uses attn_implementation={implementation!r}, which takes no mask "
+        return (
+            f"uses attn_implementation={implementation!r}, which takes no mask "
             'per row; load it with attn_implementation="sdpa"'
         )
     for needed in (compat.cache_argument(model), "position_ids", "attention_mask"):
         if not compat.accepts(model, needed):
-            raise ValueError(
-                f"{role} ({name}) takes no {needed}, "
-                "so rows of different length cannot share a batch"
-            )
+            return f"takes no {needed}, so rows of different length cannot share a batch"
+    return None
 
 
 class MaskBuilder:
@@ -98,13 +95,8 @@ class MaskBuilder:
         types = getattr(config, "layer_types", None)
         self.keyed = types is not None
         if types is None:
-            types = [
-                "sliding_attention"
-                if window
-                else "chunked_attention"
-                if chunk
-                else "full_attention"
-            ]
+            kind = "sliding" if window else "chunked" if chunk else "full"
+            types = [f"{kind}_attention"]
         self.types = tuple(dict.fromkeys(types))
         self.window, self.chunk = int(window or 0), int(chunk or 0)
         self.zero = torch.zeros((), dtype=dtype, device=device)

@@ -57,23 +57,23 @@ class RaggedLayer(AttentionLayerCache):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate the buffers for states ``[rows, heads, columns, head_dim]``."""
-        self.key_shape = (key_states.shape[1], key_states.shape[3])
-        self.value_shape = (value_states.shape[1], value_states.shape[3])
+        self.shapes = [(x.shape[1], x.shape[3]) for x in (key_states, value_states)]
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys = self._buffer(self.key_shape)
-        self.values = self._buffer(self.value_shape)
-        self._make_views()
+        self._allocate()
         self.is_initialized = True
 
-    def _buffer(self, shape: tuple[int, int]) -> Tensor:
-        # Zeros, not garbage: a masked position still enters attention as 0 * value.
-        entries = self.cache.rows * self.cache.capacity + 1
-        return torch.zeros(entries, shape[0] * shape[1], dtype=self.dtype, device=self.device)
-
-    def _make_views(self) -> None:
+    def _allocate(self) -> None:
         rows, capacity = self.cache.rows, self.cache.capacity
-        self.key_view = self.keys[:-1].view(rows, capacity, *self.key_shape)
-        self.value_view = self.values[:-1].view(rows, capacity, *self.value_shape)
+        # Zeros, not garbage: a masked position still enters attention as 0 * value.
+        self.keys, self.values = (
+            torch.zeros(rows * capacity + 1, heads * size, dtype=self.dtype, device=self.device)
+            for heads, size in self.shapes
+        )
+        # [rows, capacity, heads, head_dim] of both.
+        self.views = [
+            buffer[:-1].view(rows, capacity, *shape)
+            for buffer, shape in zip((self.keys, self.values), self.shapes, strict=True)
+        ]
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -92,24 +92,21 @@ class RaggedLayer(AttentionLayerCache):
         if plan.fresh:
             return key_states, value_states
         if plan.rows is None:
-            keys = self.key_view[: plan.count, : plan.width]
-            values = self.value_view[: plan.count, : plan.width]
+            keys, values = (view[: plan.count, : plan.width] for view in self.views)
         else:
-            keys = self.key_view[:, : plan.width].index_select(0, plan.rows)
-            values = self.value_view[:, : plan.width].index_select(0, plan.rows)
+            keys, values = (view[:, : plan.width].index_select(0, plan.rows) for view in self.views)
         return keys.transpose(1, 2), values.transpose(1, 2)
 
     def copy_rows(self, source: Tensor, target: Tensor, width: int) -> None:
         """Copy the first ``width`` positions of rows ``source`` to rows ``target``."""
-        for view in (self.key_view, self.value_view):
+        for view in self.views:
             view[:, :width].index_copy_(0, target, view[:, :width].index_select(0, source))
 
     def grow(self, width: int) -> None:
         """Move to buffers of the cache's present size with the first ``width`` positions."""
-        old = self.key_view, self.value_view
-        self.keys, self.values = self._buffer(self.key_shape), self._buffer(self.value_shape)
-        self._make_views()
-        for before, after in zip(old, (self.key_view, self.value_view), strict=True):
+        old = self.views
+        self._allocate()
+        for before, after in zip(old, self.views, strict=True):
             after[:, :width] = before[:, :width]
 
     def get_mask_sizes(self, queries: int | Tensor) -> tuple[int, int]:
@@ -168,25 +165,19 @@ class RaggedCache(Cache):
         layers += [RaggedLayer(self) for _ in source.ragged[len(layers) :]]
         for mine, theirs in zip(layers, source.ragged, strict=True):
             if not mine.is_initialized:
-                mine.lazy_initialization(
-                    theirs.key_view[:1].transpose(1, 2), theirs.value_view[:1].transpose(1, 2)
-                )
-            mine.key_view[:, :width] = theirs.key_view[:, :width].index_select(0, rows)
-            mine.value_view[:, :width] = theirs.value_view[:, :width].index_select(0, rows)
+                mine.lazy_initialization(*(view[:1].transpose(1, 2) for view in theirs.views))
+            for view, other in zip(mine.views, theirs.views, strict=True):
+                view[:, :width] = other[:, :width].index_select(0, rows)
 
     def keep(self, rows: Tensor, width: int) -> None:
-        """Drop all rows but ``rows`` (ascending, int64), which move to the front.
-
-        The buffers keep their size; positions from ``width`` on may be lost.
-        """
-        target = torch.arange(rows.shape[0], device=rows.device)
-        self.copy_rows(rows, target, width)
+        """Copy rows (int64) to the front; positions from ``width`` on may be lost."""
+        self.copy_rows(rows, torch.arange(rows.shape[0], device=rows.device), width)
 
     def clear(self, row: int, start: int) -> None:
         """Zero a row's positions from ``start`` on."""
         for layer in self._ready():
-            layer.key_view[row, start:] = 0
-            layer.value_view[row, start:] = 0
+            for view in layer.views:
+                view[row, start:] = 0
 
     def reserve(self, capacity: int, width: int) -> None:
         """Make room for ``capacity`` positions a row, keeping the first ``width``."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["load_model", "load_tokenizer"]
+__all__ = ["load_model", "load_tokenizer", "reading"]
 
 
 def _source(path: str) -> tuple[str, dict[str, str]]:
@@ -52,13 +54,12 @@ def load_model(
     try:
         torch.empty(0, device=device)  # before the weights are read
     except (AssertionError, RuntimeError) as error:
-        raise ValueError(f"cannot use device {device}: {_first_line(error)}") from error
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"cannot use device {device}: {reason}") from error
     if not extra:
         extra["use_safetensors"] = True  # type: ignore[assignment]
-    try:
+    with reading("a model", path):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **extra)
-    except OSError as error:
-        raise ValueError(f"cannot load a model from {path}: {_first_line(error)}") from error
     model.config.name_or_path = path  # transformers names the folder of a .gguf file
     return (model if device is None else model.to(device)).eval()  # type: ignore[arg-type]
 
@@ -72,11 +73,15 @@ def load_tokenizer(path: str) -> Any:
     from transformers import AutoTokenizer
 
     folder, extra = _source(path)
-    try:
+    with reading("a tokenizer", path):
         return AutoTokenizer.from_pretrained(folder, **extra)
+
+
+@contextmanager
+def reading(what: str, path: str) -> Iterator[None]:
+    """Turns transformers' ``OSError`` into a ``ValueError`` of one line."""
+    try:
+        yield
     except OSError as error:
-        raise ValueError(f"cannot load a tokenizer from {path}: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n", 1)[0]
+        line = str(error).strip().split("\n", 1)[0]
+        raise ValueError(f"cannot load {what} from {path}: {line}") from error

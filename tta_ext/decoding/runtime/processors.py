@@ -118,8 +118,7 @@ def as_criteria(criteria: Any) -> StoppingCriteriaList | None:
 
 
 def _as_list(given: Any, kind: Any) -> Any:
-    if given is None or (isinstance(given, Sequence) and not len(given)):
+    items = [] if given is None else given if isinstance(given, Sequence) else [given]
+    if not items:
         return None
-    if isinstance(given, kind):
-        return given
-    return kind(given if isinstance(given, Sequence) else [given])
+    return items if isinstance(items, kind) else kind(items)

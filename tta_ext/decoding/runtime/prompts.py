@@ -29,10 +29,6 @@ Conversation: TypeAlias = Sequence[Mapping[str, str]]
 Prompt: TypeAlias = "str | Conversation | Sequence[int]"
 
 
-def _is_message(value: Any) -> bool:
-    return isinstance(value, Mapping)
-
-
 def normalise_prompts(prompts: Any) -> list[Any]:
     """A list of prompts from one prompt or several.
 
@@ -46,7 +42,7 @@ def normalise_prompts(prompts: Any) -> list[Any]:
             f"prompts is a {type(prompts).__name__}, expected a string, a conversation (list of "
             "messages), a list of token ids, or a list of these"
         )
-    if len(prompts) and (_is_message(prompts[0]) or isinstance(prompts[0], int)):
+    if len(prompts) and isinstance(prompts[0], (Mapping, int)):
         return [prompts]
     return list(prompts)
 
@@ -100,7 +96,7 @@ def encode_prompts(
             raise ValueError(f"prompt {i} is text and there is no tokenizer; pass tokenizer=")
         elif isinstance(prompt, str):
             ids = tokenizer(prompt)["input_ids"]
-        elif all(_is_message(item) for item in prompt):
+        elif all(isinstance(item, Mapping) for item in prompt):
             ids = tokenizer.apply_chat_template(
                 [dict(message) for message in prompt],
                 chat_template=chat_template(template, tokenizer, fallback),
@@ -178,19 +174,15 @@ def unpad(input_ids: Tensor, attention_mask: Tensor | None) -> list[list[int]]:
         )
     if input_ids.dim() != 2:
         raise ValueError(f"input_ids has shape {list(input_ids.shape)}, expected [rows, columns]")
-    rows = input_ids.tolist()
     if attention_mask is None:
-        return rows
+        return input_ids.tolist()
     if attention_mask.shape != input_ids.shape:
         raise ValueError(
             f"attention_mask has shape {list(attention_mask.shape)}, "
             f"expected that of input_ids, {list(input_ids.shape)}"
         )
-    kept = attention_mask.to(torch.bool).tolist()
-    return [
-        [token for token, keep in zip(row, keeps, strict=True) if keep]
-        for row, keeps in zip(rows, kept, strict=True)
-    ]
+    kept = attention_mask.to(torch.bool)
+    return [row[keep].tolist() for row, keep in zip(input_ids, kept, strict=True)]
 
 
 def _kind(value: Any) -> str:

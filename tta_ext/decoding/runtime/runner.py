@@ -129,8 +129,7 @@ class Runner:
         for row, (before, prompt) in enumerate(zip(old, prompts, strict=True)):
             # The last token is always fed, as its logits are wanted.
             limit = min(len(before), len(prompt) - 1)
-            same = next((i for i in range(limit) if before[i] != prompt[i]), limit)
-            self._cached[row] = same
+            self._cached[row] = next((i for i in range(limit) if before[i] != prompt[i]), limit)
 
     def append(self, tokens: Sequence[int], newest: Tensor | None = None) -> None:
         """Add one token a row; ``newest`` may give the same int64 ``[rows]`` on the device."""
@@ -179,10 +178,14 @@ class Runner:
         return self._tokens[row].copy()
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Drop all rows but ``rows`` (ascending)."""
-        if any(self._cached):
+        """Make row i a copy of what row ``rows[i]`` is now; not more rows than at the start."""
+        if rows and any(self._cached):
             self.cache.keep(torch.tensor(rows, device=self.device), max(self._cached))
-        self._take(rows)
+        self._tokens = [self._tokens[row].copy() for row in rows]
+        self._prompt = [self._prompt[row] for row in rows]
+        self._total = [self._total[row] for row in rows]
+        self._cached = [self._cached[row] for row in rows]
+        self.count = len(rows)
         first: dict[int, int] = {}
         self._group = [first.setdefault(self._group[row], i) for i, row in enumerate(rows)]
         self._place()
@@ -201,23 +204,6 @@ class Runner:
         index = torch.tensor(rows, dtype=torch.int64, device=self.device)
         self.cache.adopt(source.cache, index, width)
         self._cached = self._total.copy()
-
-    def reorder(self, rows: Sequence[int]) -> None:
-        """Make row i a copy of what row ``rows[i]`` is now; not more rows than at the start."""
-        if rows:
-            source = torch.tensor(rows, dtype=torch.int64, device=self.device)
-            target = torch.arange(len(rows), device=self.device)
-            self.cache.copy_rows(source, target, max(self._cached[row] for row in rows))
-        self._take(rows)
-        self._group = list(range(len(rows)))
-        self._place()
-
-    def _take(self, rows: Sequence[int]) -> None:
-        self._tokens = [self._tokens[row].copy() for row in rows]
-        self._prompt = [self._prompt[row] for row in rows]
-        self._total = [self._total[row] for row in rows]
-        self._cached = [self._cached[row] for row in rows]
-        self.count = len(rows)
 
     # ---- forwards ----------------------------------------------------------------------------
 
@@ -364,18 +350,13 @@ class Runner:
         for row in rows:
             start, end = starts[row], ends[row]
             padding = columns - end + start
-            fed += end - start
-            if padding and not every:
-                tokens += [0] * padding
-                slots += [trash] * padding
-                places += [0] * padding
-            tokens += self._tokens[row][start:end]
+            before, after = (0, padding) if every else (padding, 0)
+            tokens += [0] * before + self._tokens[row][start:end] + [0] * after
+            slots += [trash] * before
             slots += range(row * capacity + start, row * capacity + end)
-            places += range(start, end)
-            if padding and every:
-                tokens += [0] * padding
-                slots += [trash] * padding
-                places += [0] * padding
+            slots += [trash] * after
+            places += [0] * before + list(range(start, end)) + [0] * after
+            fed += end - start
             starts[row] = end
         # NumPy reads lists faster than torch does.
         block = self._put(np.array((tokens, slots, places), dtype=np.int64))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any, TypeVar
+from functools import wraps
+from typing import Any, TypeVar, cast
 
 __all__ = ["keywords_of"]
 
@@ -22,6 +23,10 @@ def keywords_of(source: Callable[..., Any], *without: str) -> Callable[[F], F]:
     """
 
     def decorate(function: F) -> F:
+        @wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return function(*args, **kwargs)
+
         mine = inspect.signature(function)
         shown = [p for p in mine.parameters.values() if p.kind is not p.VAR_KEYWORD]
         taken = {p.name for p in shown} | {"self", *without}
@@ -31,7 +36,7 @@ def keywords_of(source: Callable[..., Any], *without: str) -> Callable[[F], F]:
             for p in inspect.signature(source).parameters.values()
             if p.kind in keyword and p.name not in taken
         ]
-        function.__signature__ = mine.replace(parameters=shown)  # type: ignore[attr-defined]
-        return function
+        call.__signature__ = mine.replace(parameters=shown)  # type: ignore[attr-defined]
+        return cast("F", call)
 
     return decorate

@@ -45,7 +45,7 @@ from tta_ext.decoding.search.aisp_settings import (
     AISPSettings,
 )
 from tta_ext.decoding.search.base import Scored, Search, SearchMethod
-from tta_ext.decoding.search.engine import LocalEngine, RolloutEngine, RolloutTask
+from tta_ext.decoding.search.engine import LocalEngine, RolloutEngine, RolloutJob, RolloutTask
 from tta_ext.decoding.search.outcome import Candidate, IterationRecord, SearchResult, Timing
 from tta_ext.decoding.search.sampling import Noise
 from tta_ext.decoding.search.scales import deviation, head_row_norm, lam_for_ess, prelogit_scale
@@ -72,9 +72,8 @@ class AISPSearch(Search[AISPSettings]):
         settings: AISPSettings,
         seed: int,
         sequence: Sequence[int] | None = None,
-        encoded: Sequence[Sequence[int]] | None = None,
     ) -> None:
-        super().__init__(method, prompts, settings, seed, sequence, encoded)
+        super().__init__(method, prompts, settings, seed, sequence)
         self.mean = torch.zeros(
             len(self.prompts),
             settings.tau + (settings.coherence > 0),
@@ -92,34 +91,42 @@ class AISPSearch(Search[AISPSettings]):
         """Standard deviation of the coming iteration's noise, absolute."""
         return self._sigma * self.settings.sigma_decay**self.iteration
 
-    def noise(self) -> Noise:
-        own, common = self._parts()
-        return Noise(self.mean, own, common)
+    def job(self, cells: Sequence[tuple[int, int]]) -> RolloutJob:
+        # Without noise there is nothing to measure, and the batch has best-of-n's shape.
+        metered = self.settings.kl_rollouts if self.sigma > 0 else 0
+        return RolloutJob(cells, self.iteration, Noise(self.mean, *self._parts()), metered)
 
     def _parts(self) -> tuple[float, float]:
         """Standard deviations of the steps' own noise and of the common one."""
         sigma, share = self.sigma, self.settings.coherence
         return sigma * math.sqrt(1.0 - share), sigma * math.sqrt(share)
 
-    @property
-    def metered(self) -> int:
-        # Without noise there is nothing to measure, and the batch has best-of-n's shape.
-        return self.settings.kl_rollouts if self.sigma > 0 else 0
-
-    def update(self, active: list[int], batch: Scored) -> list[dict[str, Any]]:
+    def update(self, active: list[int], scored: Scored) -> list[dict[str, Any]]:
         """Move u by the importance-weighted mean of the noise."""
         settings, sigma = self.settings, self.sigma
-        index = torch.tensor(active, device=self.mean.device)
+        found, batch, device = scored.candidates, scored.batch, self.mean.device
+        index = torch.tensor(active, device=device)
         mean = self.mean.index_select(0, index)
-        length = batch.lengths()
+        length = torch.tensor([[len(one.tokens) for one in row] for row in found], device=device)
         before = mean.double().square().sum((1, 2)).tolist()
-        dot, norm2 = self._cost(mean, batch, length)
-        weights, lams = self._weights(batch.rewards(), dot, norm2, sigma)
+        dots = [
+            part.to(device).view(-1, len(active)).T.contiguous()
+            for part in (batch.dot, batch.common_dot)
+        ]
+        dot, norm2 = self._cost(mean, dots, length)
+        # Finite rewards beyond float32 are its largest number.
+        reward = torch.tensor([[one.reward for one in row] for row in found], dtype=torch.float64)
+        limit = torch.finfo(torch.float32).max
+        reward = torch.where(reward == -math.inf, reward, reward.clamp(-limit, limit)).float()
+        weights, lams = self._weights(reward.to(device), dot, norm2, sigma)
         new = mean if sigma == 0.0 else self._moved(mean, weights.w, active, length)
         ess = weights.ess.tolist()
         bound = self._bound(mean).tolist()
-        kl = [sum(values) / len(values) if values else None for values in batch.kl]
-        different = [len({tuple(one.tokens) for one in row}) for row in batch.candidates]
+        measured: list[list[float]] = [[] for _ in active]
+        for number, value in sorted(batch.kl.items()):
+            measured[number % len(active)].append(value)
+        kl = [sum(values) / len(values) if values else None for values in measured]
+        different = [len({tuple(one.tokens) for one in row}) for row in found]
         self.mean[index] = self._guarded(new, kl, different)
         records: list[dict[str, Any]] = []
         for place, prompt in enumerate(active):
@@ -150,17 +157,17 @@ class AISPSearch(Search[AISPSettings]):
         squares = mean.double().square().sum(-1) / (2.0 * scale.square())
         return torch.where(scale > 0, squares, 0.0).sum(-1)
 
-    def _cost(self, mean: Tensor, batch: Scored, length: Tensor) -> tuple[Tensor, Tensor]:
+    def _cost(self, mean: Tensor, dots: Sequence[Tensor], length: Tensor) -> tuple[Tensor, Tensor]:
         """u . eps and ``|u|^2`` of each rollout over its own steps, ``[active, n]``, as if all
         noise had the standard deviation sigma.
         """
         norm2 = mean.double().square().sum(-1)
         reached = length.clamp(max=self.settings.tau) - 1
         if not self.settings.coherence:
-            return batch.dot, norm2.cumsum(-1).gather(1, reached).float()
+            return dots[0], norm2.cumsum(-1).gather(1, reached).float()
         sigma = self.sigma
         own, common = (sigma / part if part else 0.0 for part in self._parts())
-        dot = own * batch.dot + common * batch.common_dot
+        dot = own * dots[0] + common * dots[1]
         steps = own**2 * norm2[:, 1:].cumsum(-1).gather(1, reached)
         return dot, (steps + common**2 * norm2[:, :1]).float()
 
@@ -273,14 +280,14 @@ class AISPSearch(Search[AISPSettings]):
                     f"iterations is {iterations}, but {state['iteration']} are done already"
                 )
             settings = replace(settings, iterations=iterations)
-        search = cls(
-            method, state["prompts"], settings, state["seed"], state["sequence"], state["encoded"]
-        )
+        # The ids as they were, whatever the tokenizer would make of the prompts now.
+        search = cls(method, state["encoded"], settings, state["seed"], state["sequence"])
         if mean.shape != search.mean.shape:
             raise ValueError(
                 f"{path} holds u of shape {list(mean.shape)}, this model's is "
                 f"{list(search.mean.shape)}"
             )
+        search.prompts = state["prompts"]
         search.mean.copy_(mean)
         search._sigma = state["sigma"]
         search.iteration = state["iteration"]

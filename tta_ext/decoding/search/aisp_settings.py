@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from tta_ext import rng
+from tta_ext.decoding.search.ranges import check_choice, check_range
 from tta_ext.decoding.search.settings import (
     SearchOptions,
     SearchSettings,
@@ -89,38 +88,20 @@ class AISPSettings(SearchSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_counts(self.n, self.iterations)
-        self._check_choice("sigma_unit", SIGMA_UNITS)
-        self._check_choice("lam_unit", LAM_UNITS)
-        for name in ("sigma", "lam"):
-            value = getattr(self, name)
-            if value is not None and not 0.0 <= value < math.inf:
-                raise ValueError(f"{name} is {value!r}, expected a finite number >= 0")
+        check_choice(self, "sigma_unit", SIGMA_UNITS)
+        check_choice(self, "lam_unit", LAM_UNITS)
+        check_range(self, "a finite number >= 0", "sigma", "lam")
+        check_range(self, "a finite number > 0", "sigma_decay", "step_size")
+        check_range(self, "a finite number > 0", "norm_cap", "kl_budget")
+        check_range(self, "0 <= {} <= 1", "alpha", "coherence")
+        check_range(self, "0 to 1", "distinct_low")
+        check_range(self, "at least 1", "window", "elites")
         if self.lam_unit == "ess" and self.lam is not None and not 1.0 <= self.lam <= self.n:
             raise ValueError(f"lam is {self.lam!r} in units of ess, expected 1 to n = {self.n}")
-        for name in ("alpha", "coherence"):
-            value = getattr(self, name)
-            if not 0.0 <= value <= 1.0:
-                raise ValueError(f"{name} is {value!r}, expected 0 <= {name} <= 1")
-        for name in ("sigma_decay", "step_size", "norm_cap", "kl_budget"):
-            value = getattr(self, name)
-            if value is not None and not 0.0 < value < math.inf:
-                raise ValueError(f"{name} is {value!r}, expected a finite number > 0")
-        if self.distinct_low is not None and not 0.0 <= self.distinct_low <= 1.0:
-            raise ValueError(f"distinct_low is {self.distinct_low!r}, expected 0 to 1")
-        for name in ("window", "elites"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}, expected at least 1")
         if not 0 <= self.kl_rollouts <= self.n:
             raise ValueError(f"kl_rollouts is {self.kl_rollouts}, expected 0 to n = {self.n}")
         if self.kl_budget is not None and not self.kl_rollouts:
             raise ValueError("kl_budget needs a measured divergence; set kl_rollouts to 1 or more")
-
-    def _check_choice(self, name: str, known: Sequence[str]) -> None:
-        if getattr(self, name) not in known:
-            raise ValueError(
-                f"{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}"
-            )
 
     def schedule(self) -> list[int]:
         return [self.n] * self.iterations

@@ -8,15 +8,12 @@ stands; :mod:`aisp` adds noise and moves its mean between iterations.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields, replace
-from functools import wraps
+from dataclasses import dataclass, fields, replace
 from time import perf_counter
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
-from torch import Tensor
 
 from tta_ext import rng
 from tta_ext.decoding.rewards import Reward, RewardStream, check_reward
@@ -47,8 +44,7 @@ from tta_ext.decoding.search.outcome import (
     best_of,
     spread,
 )
-from tta_ext.decoding.search.sampling import Noise, Sampling
-from tta_ext.decoding.search.settings import SearchSettings, check_counts
+from tta_ext.decoding.search.settings import SearchSettings
 
 __all__ = ["Scored", "Search", "SearchMethod"]
 
@@ -86,8 +82,7 @@ class SearchMethod(Generic[S]):
         """Spell the settings out in the signatures that ``help()`` and editors show."""
         super().__init_subclass__(**kwargs)
         for name in ("__init__", "start", "generate"):
-            own = _another(getattr(cls, name))
-            setattr(cls, name, keywords_of(cls.settings_type)(own))
+            setattr(cls, name, keywords_of(cls.settings_type)(getattr(cls, name)))
 
     def __init__(
         self,
@@ -216,28 +211,19 @@ class Search(Generic[S]):
         settings: S,
         seed: int,
         sequence: Sequence[int] | None = None,
-        encoded: Sequence[Sequence[int]] | None = None,
     ) -> None:
         begin = perf_counter()
         self.method, self.settings, self.seed = method, settings, seed
         self.prompts = normalise_prompts(prompts)
         count = len(self.prompts)
         self.sequence = sequence_ids(sequence, count)
-        if encoded is None:
-            encoded = encode_prompts(self.prompts, method.tokenizer, template=method.chat_template)
-        self.encoded = [list(ids) for ids in encoded]
+        self.encoded = encode_prompts(self.prompts, method.tokenizer, template=method.chat_template)
         check_prompts(method.model, self.encoded, settings.max_new_tokens)
         self.schedule = settings.schedule()
-        check_counts(max(self.schedule), len(self.schedule))
         stop = settings.stop_strings
-        self.sampling = Sampling(
-            settings.decoding,
-            settings.temperature,
-            settings.top_k,
-            settings.top_p,
-            settings.max_new_tokens,
+        self.sampling = settings.sampling(
             end_ids(settings.eos_token_id, [method.model], [method.tokenizer]),
-            None if not stop else StopStrings(stop, method.tokenizer),
+            StopStrings(stop, method.tokenizer) if stop else None,
         )
         self.stream = RewardStream(method.reward, settings.reward_batch_size)
         self.streams = [self.stream]
@@ -289,83 +275,65 @@ class Search(Generic[S]):
 
     def run(self, callback: Callable[[Search[S]], None] | None = None) -> None:
         """Step until nothing is left to do, calling back after each iteration."""
-        while not self.done:
-            self.step()
+        for _ in self:
             if callback is not None:
                 callback(self)
+
+    def __iter__(self) -> Iterator[Search[S]]:
+        """Advance, one iteration at a time."""
+        while not self.done:
+            self.step()
+            yield self
 
     @torch.inference_mode()
     def step(self) -> None:
         """One iteration of every prompt that goes on."""
-        begin = perf_counter()
-        active = self.active
-        if not active:
-            return
-        if self.iteration >= len(self.schedule):
-            for prompt in active:
-                self.stopped[prompt] = "iterations"
-            return
-        count = self.schedule[self.iteration]
-        batch = self.roll(active, count)
-        extra = self.update(active, batch)
-        self._seconds += perf_counter() - begin
-        elapsed = self.timing.total
-        for place, prompt in enumerate(active):
-            self._record(prompt, batch.candidates[place], elapsed, extra[place])
-        self.iteration += 1
+        begin, active = perf_counter(), self.active
+        if active and self.iteration < len(self.schedule):
+            scored = self.roll(active, self.schedule[self.iteration])
+            extra = self.update(active, scored)
+            self._seconds += perf_counter() - begin
+            for prompt, found, more in zip(active, scored.candidates, extra, strict=True):
+                self._record(prompt, found, more)
+            self.iteration += 1
         limit = self.settings.max_seconds
-        for prompt in active:
-            if not self.stopped[prompt]:
-                if self.iteration == len(self.schedule):
-                    self.stopped[prompt] = "iterations"
-                elif limit is not None and elapsed >= limit:
-                    self.stopped[prompt] = "seconds"
+        for prompt in self.active:
+            if self.iteration >= len(self.schedule):
+                self.stopped[prompt] = "iterations"
+            elif limit is not None and self.timing.total >= limit:
+                self.stopped[prompt] = "seconds"
 
-    def noise(self) -> Noise | None:
-        """Noise of the coming iteration."""
-        return None
-
-    @property
-    def metered(self) -> int:
-        """Rollouts a prompt whose divergence is measured."""
-        return 0
-
-    def update(self, active: list[int], batch: Scored) -> list[dict[str, Any]]:
+    def update(self, active: list[int], scored: Scored) -> list[dict[str, Any]]:
         """Learn from an iteration; for each active prompt, fields of its record."""
         return [{} for _ in active]
 
     def job(self, cells: Sequence[tuple[int, int]]) -> RolloutJob:
         """This iteration's rollouts, as an engine takes them."""
-        return RolloutJob(cells, self.iteration, self.noise(), self.metered)
+        return RolloutJob(cells, self.iteration)
 
     def roll(self, active: list[int], count: int) -> Scored:
         """Draw and score ``count`` rollouts of each active prompt."""
         cells = [(prompt, rollout) for rollout in range(count) for prompt in active]
-        texts: dict[tuple[int, int], str | None] = {}
+        texts: dict[int, str | None] = {}
 
         def on_finish(number: int, tokens: list[int]) -> None:
-            cell = cells[number]
-            text = texts[cell] = self.text(tokens)
-            self.stream.put(cell, self.prompts[cell[0]], tokens if text is None else text)
+            texts[number] = self.ask(self.stream, number, cells[number][0], tokens)
 
         batch = self.engine.roll(self.job(cells), on_finish)
         rewards = self.stream.collect()
-        place = {cell: number for number, cell in enumerate(cells)}
-        candidates = [
-            [
-                Candidate(
-                    texts[prompt, i],
-                    batch.tokens[place[prompt, i]],
-                    rewards[prompt, i],
-                    self.iteration,
-                    i,
-                    batch.finish[place[prompt, i]],
-                )
-                for i in range(count)
-            ]
-            for prompt in active
+        found = [
+            Candidate(texts[i], tokens, rewards[i], self.iteration, rollout, finish)
+            for i, ((_, rollout), tokens, finish) in enumerate(
+                zip(cells, batch.tokens, batch.finish, strict=True)
+            )
         ]
-        return Scored(candidates, batch, len(active), self.engine.device)
+        return Scored([found[place :: len(active)] for place in range(len(active))], batch)
+
+    def ask(self, stream: RewardStream, key: Any, prompt: int, tokens: list[int]) -> str | None:
+        """Put an answer, finished or not, before the reward; its text, None without a tokenizer."""
+        text = self.text(tokens)
+        stream.put(key, self.prompts[prompt], tokens if text is None else text)
+        return text
 
     def text(self, tokens: Sequence[int]) -> str | None:
         """An answer's text; None without a tokenizer."""
@@ -375,9 +343,7 @@ class Search(Generic[S]):
         text: str = tokenizer.decode(tokens, skip_special_tokens=True)
         return text if self.sampling.stop is None else self.sampling.stop.cut(text)
 
-    def _record(
-        self, prompt: int, candidates: list[Candidate], elapsed: float, extra: dict[str, Any]
-    ) -> None:
+    def _record(self, prompt: int, candidates: list[Candidate], extra: dict[str, Any]) -> None:
         self.candidates[prompt] += candidates
         self.tokens[prompt] += sum(len(one.tokens) for one in candidates)
         self.asked[prompt] += len(candidates)
@@ -394,7 +360,7 @@ class Search(Generic[S]):
                 length=sum(len(one.tokens) for one in candidates) / len(candidates),
                 distinct=len({tuple(one.tokens) for one in candidates}),
                 tokens=self.tokens[prompt],
-                seconds=elapsed,
+                seconds=self.timing.total,
                 **extra,
             )
         )
@@ -422,61 +388,15 @@ class Search(Generic[S]):
             timing=self.timing,
         )
 
-    def __iter__(self) -> Iterator[Search[S]]:
-        """Advance, one iteration at a time."""
-        while not self.done:
-            self.step()
-            yield self
 
-
+@dataclass
 class Scored:
-    """The rollouts of one iteration, by active prompt.
+    """The rollouts of one iteration.
 
     Attributes:
         candidates: for each active prompt, its rollouts in order.
-        dot: float32 ``[active, count]``, sum of u . eps of each.
-        common_dot: the same of the noise's common part.
-        kl: measured divergences of each prompt's metered rollouts.
+        batch: the same as drawn: rollout by rollout, each time over all active prompts.
     """
 
-    def __init__(
-        self,
-        candidates: list[list[Candidate]],
-        batch: RolloutBatch,
-        active: int,
-        device: torch.device,
-    ) -> None:
-        self.candidates = candidates
-        # Cells go rollout by rollout, each time over all active prompts.
-        self.dot, self.common_dot = (
-            part.to(device).view(-1, active).T.contiguous()
-            for part in (batch.dot, batch.common_dot)
-        )
-        self.kl: list[list[float]] = [[] for _ in range(active)]
-        for number, value in sorted(batch.kl.items()):
-            self.kl[number % active].append(value)
-
-    def lengths(self) -> Tensor:
-        """int64 ``[active, count]``."""
-        length = [[len(one.tokens) for one in row] for row in self.candidates]
-        return torch.tensor(length, dtype=torch.int64, device=self.dot.device)
-
-    def rewards(self) -> Tensor:
-        """float32 ``[active, count]``; finite rewards beyond float32 are its largest number."""
-        values = [[one.reward for one in row] for row in self.candidates]
-        limit = torch.finfo(torch.float32).max
-        return torch.tensor(
-            [[v if v == -math.inf else min(max(v, -limit), limit) for v in row] for row in values],
-            dtype=torch.float32,
-            device=self.dot.device,
-        )
-
-
-def _another(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function as an object of its own."""
-
-    @wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return function(*args, **kwargs)
-
-    return call
+    candidates: list[list[Candidate]]
+    batch: RolloutBatch

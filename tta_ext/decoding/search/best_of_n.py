@@ -18,6 +18,7 @@ from tta_ext.decoding.rewards import Reward
 from tta_ext.decoding.search.base import Search, SearchMethod
 from tta_ext.decoding.search.engine import LocalEngine, RolloutEngine, RolloutTask
 from tta_ext.decoding.search.outcome import Candidate, SearchResult
+from tta_ext.decoding.search.ranges import check_range
 from tta_ext.decoding.search.settings import (
     SearchOptions,
     SearchSettings,
@@ -46,12 +47,8 @@ class BestOfNSettings(SearchSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.n < 1:
-            raise ValueError(f"n is {self.n}, expected at least 1")
-        if self.group is not None and self.group < 1:
-            raise ValueError(f"group is {self.group}, expected at least 1")
-        if not 0.0 <= self.soft < math.inf:
-            raise ValueError(f"soft is {self.soft!r}, expected a finite number >= 0")
+        check_range(self, "at least 1", "n", "group")
+        check_range(self, "a finite number >= 0", "soft")
         schedule = self.schedule()
         check_counts(max(schedule), len(schedule))
 

@@ -10,7 +10,7 @@ Source: controlled decoding, blockwise (Mudgal et al., arXiv:2310.17022); chunk-
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -21,6 +21,7 @@ from tta_ext.decoding.rewards import Reward
 from tta_ext.decoding.search.base import Scored, Search, SearchMethod
 from tta_ext.decoding.search.engine import LocalEngine, RolloutBatch
 from tta_ext.decoding.search.outcome import Candidate, SearchResult
+from tta_ext.decoding.search.ranges import check_range
 from tta_ext.decoding.search.settings import (
     SearchOptions,
     SearchSettings,
@@ -49,9 +50,7 @@ class ChunkBeamSettings(SearchSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("beams", "branches", "chunk", "restarts"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+        check_range(self, "at least 1", "beams", "branches", "chunk", "restarts")
         check_counts(self.beams * self.branches, self.chunks * self.restarts)
 
     @property
@@ -79,27 +78,13 @@ class ChunkBeamOptions(SearchOptions, total=False):
     restarts: int
 
 
-@dataclass
-class _Beam:
-    """One candidate; ``cell`` is its row while it goes on, None once it has finished."""
-
-    tokens: list[int]
-    text: str | None
-    finish: str
-    iteration: int
-    rollout: int
-    cell: int | None
-    reward: float = field(default=0.0)
-
-
 class _Run(Search[ChunkBeamSettings]):
     def roll(self, active: list[int], count: int) -> Scored:
         settings = self.settings
         assert isinstance(self.engine, LocalEngine)
         rollouts = self.engine.rollouts(self.job([(p, j) for j in range(count) for p in active]))
         rows = rollouts.rows
-        finished: dict[int, list[_Beam]] = {prompt: [] for prompt in active}
-        drawn = dict.fromkeys(active, 0)
+        finished: dict[int, list[Candidate]] = {prompt: [] for prompt in active}
         first = self.iteration * settings.chunks
         for chunk in range(first, first + settings.chunks):
             rollouts.iteration = chunk
@@ -108,28 +93,27 @@ class _Run(Search[ChunkBeamSettings]):
                 if not rollouts.done:
                     rollouts.step()
             going = set(rows.active)
-            pools: dict[int, list[_Beam]] = {prompt: [] for prompt in active}
-            for cell, (prompt, rollout) in enumerate(rollouts.cells):
-                tokens = rows.tokens[cell]
-                text = self.text(tokens)
-                drawn[prompt] += len(tokens) - before[cell]
-                self.stream.put(
-                    (prompt, rollout), self.prompts[prompt], tokens if text is None else text
-                )
-                self.asked[prompt] += 1
-                row = cell if cell in going else None
-                pools[prompt].append(_Beam(tokens, text, rows.finish[cell], chunk, rollout, row))
+            texts = [
+                self.ask(self.stream, cell, prompt, rows.tokens[cell])
+                for cell, (prompt, _) in enumerate(rollouts.cells)
+            ]
             rewards = self.stream.collect()
-            for prompt in active:
-                for beam in pools[prompt]:
-                    beam.reward = rewards[prompt, beam.rollout]
+            # With the cell of each that goes on.
+            pools: dict[int, list[tuple[Candidate, int | None]]] = {
+                prompt: [(one, None) for one in finished[prompt]] for prompt in active
+            }
+            for cell, (prompt, rollout) in enumerate(rollouts.cells):
+                tokens, finish = rows.tokens[cell], rows.finish[cell]
+                self.tokens[prompt] += len(tokens) - before[cell]
+                self.asked[prompt] += 1
+                beam = Candidate(texts[cell], tokens, rewards[cell], chunk, rollout, finish)
+                pools[prompt].append((beam, cell if cell in going else None))
             plan = []
-            for prompt in active:
+            for prompt, pool in pools.items():
                 # Stable: ties go to what finished first, then to the lowest rollout.
-                pool = sorted(finished[prompt] + pools[prompt], key=lambda beam: -beam.reward)
-                kept = pool[: settings.beams]
-                finished[prompt] = [beam for beam in kept if beam.cell is None]
-                parents = [beam.cell for beam in kept if beam.cell is not None]
+                kept = sorted(pool, key=lambda item: -item[0].reward)[: settings.beams]
+                finished[prompt] = [beam for beam, cell in kept if cell is None]
+                parents = [cell for _, cell in kept if cell is not None]
                 plan += [
                     (rank * settings.branches + branch, prompt, parent)
                     for rank, parent in enumerate(parents)
@@ -141,20 +125,12 @@ class _Run(Search[ChunkBeamSettings]):
             rollouts.branch(
                 [(prompt, rollout) for rollout, prompt, _ in plan], [parent for *_, parent in plan]
             )
-        found = []
-        for prompt in active:
-            final = sorted(finished[prompt], key=lambda beam: (beam.iteration, beam.rollout))
-            found.append(
-                [
-                    Candidate(b.text, b.tokens, b.reward, b.iteration, b.rollout, b.finish)
-                    for b in final
-                ]
-            )
+        for prompt, final in finished.items():
+            final.sort(key=lambda beam: (beam.iteration, beam.rollout))
             # The answers themselves are counted when they are recorded.
-            self.tokens[prompt] += drawn[prompt] - sum(len(b.tokens) for b in final)
+            self.tokens[prompt] -= sum(len(beam.tokens) for beam in final)
             self.asked[prompt] -= len(final)
-        none = RolloutBatch([], [], torch.empty(0), torch.empty(0), {})
-        return Scored(found, none, len(active), self.engine.device)
+        return Scored(list(finished.values()), RolloutBatch())
 
 
 class ChunkBeamSearch(SearchMethod[ChunkBeamSettings]):

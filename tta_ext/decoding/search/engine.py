@@ -9,7 +9,7 @@ spread a job over processes and machines as it likes and returns the same tokens
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -76,11 +76,11 @@ class RolloutBatch:
         kl: measured divergence in nats of some cells, by their number.
     """
 
-    tokens: list[list[int]]
-    finish: list[str]
-    dot: Tensor
-    common_dot: Tensor
-    kl: dict[int, float]
+    tokens: list[list[int]] = field(default_factory=list)
+    finish: list[str] = field(default_factory=list)
+    dot: Tensor = field(default_factory=lambda: torch.empty(0))
+    common_dot: Tensor = field(default_factory=lambda: torch.empty(0))
+    kl: dict[int, float] = field(default_factory=dict)
 
 
 class RolloutEngine(Protocol):
@@ -144,13 +144,10 @@ class LocalEngine:
 
     def roll(self, job: RolloutJob, on_finish: OnFinish) -> RolloutBatch:
         size = self.task.batch_size or max(len(job.cells), 1)
-        batch = RolloutBatch([], [], torch.empty(0), torch.empty(0), {})
+        batch = RolloutBatch()
         dots, common_dots = [], []
         for first in range(0, len(job.cells), size):
-            part = RolloutJob(
-                job.cells[first : first + size], job.iteration, job.noise, job.metered
-            )
-            rollouts = self.rollouts(part)
+            rollouts = self.rollouts(replace(job, cells=job.cells[first : first + size]))
             rows = rollouts.rows
             while not rollouts.done:
                 for i in rollouts.step():

@@ -27,6 +27,7 @@ from tta_ext.decoding.rewards import Reward, RewardStream
 from tta_ext.decoding.search.base import Search, SearchMethod
 from tta_ext.decoding.search.engine import LocalEngine, RolloutTask
 from tta_ext.decoding.search.outcome import SearchResult
+from tta_ext.decoding.search.ranges import check_range
 from tta_ext.decoding.search.rollouts import PromptCache, Rollouts
 from tta_ext.decoding.search.settings import (
     SearchOptions,
@@ -60,10 +61,8 @@ class RewardGuidedSettings(SearchSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_counts(self.n, self.restarts)
-        if self.candidates < 1:
-            raise ValueError(f"candidates is {self.candidates}, expected at least 1")
-        if not math.isfinite(self.weight):
-            raise ValueError(f"weight is {self.weight!r}, expected a finite number")
+        check_range(self, "at least 1", "candidates")
+        check_range(self, "a finite number", "weight")
         if self.top_k is not None or self.top_p is not None:
             raise ValueError("ARGS chooses among its candidates; top_k and top_p must be None")
 
@@ -107,9 +106,7 @@ class GuidedRollouts(Rollouts):
             prompt, written = self.cells[cell][0], self.rows.tokens[cell]
             run.asked[prompt] += count
             for place, token in enumerate(ids):
-                text = run.text([*written, token])
-                response = [*written, token] if text is None else text
-                run.guide.put((row, place), run.prompts[prompt], response)
+                run.ask(run.guide, (row, place), prompt, [*written, token])
         rewards = run.guide.collect()
         table = torch.tensor(
             [[rewards[row, place] for place in range(count)] for row in range(len(tokens))],

@@ -13,7 +13,8 @@ arithmetic.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -41,7 +42,6 @@ class PromptCache:
         vocabulary: the ids that may be drawn.
 
     Attributes:
-        count: number of prompts.
         dimensions: size d of the pre-logits.
         seconds: time in the model so far, without what the hook before its head does.
     """
@@ -57,16 +57,11 @@ class PromptCache:
         self.head = model.get_output_embeddings()
         self.dimensions: int = self.head.weight.shape[1]
         self.prompts = [list(prompt) for prompt in prompts]
-        self.count = len(self.prompts)
         device = device_of(model)
         masked = torch.tensor(vocabulary.masked, device=device) if vocabulary.masked else None
+        run = partial(Runner, model, room=0, vocabulary=vocabulary.size, masked=masked)
         with torch.inference_mode():
-            self.runner = Runner(
-                model, self.prompts, room=0, vocabulary=vocabulary.size, masked=masked, name="model"
-            )
-            self._rows = Runner(
-                model, [], room=0, vocabulary=vocabulary.size, masked=masked, name="model"
-            )
+            self.runner, self._rows = run(self.prompts), run([])
             self.runner.prefill()
         self.device = self.runner.device
         self.hook_seconds = 0.0
@@ -127,14 +122,10 @@ class Rollouts:
         self.kl: dict[int, float] = {}
         if noise is not None:
             self.kl = {i: 0.0 for i, (_, rollout) in enumerate(self.cells) if rollout < metered}
-
-        def column(values: Sequence[int]) -> Tensor:
-            return torch.tensor(list(values), dtype=torch.int64, device=device)
-
-        self._prompt = column([prompt for prompt, _ in self.cells])
-        self._rollout = column([rollout for _, rollout in self.cells])
-        self._sequence = column([prompts.sequence[prompt] for prompt, _ in self.cells])
-        self._position = column(lengths)
+        self._prompt = self._column(prompt for prompt, _ in self.cells)
+        self._rollout = self._column(rollout for _, rollout in self.cells)
+        self._sequence = self._column(prompts.sequence[prompt] for prompt, _ in self.cells)
+        self._position = self._column(lengths)
         self._token = torch.empty(count, dtype=torch.int64, device=device)
         self._dot = torch.zeros(count, dtype=torch.float32, device=device)
         self._runner: Runner | None = None
@@ -146,10 +137,13 @@ class Rollouts:
         prompt, rollout = self.cells[cell]
         return f"prompt {prompt}, rollout {rollout}"
 
+    def _column(self, values: Iterable[int]) -> Tensor:
+        return torch.tensor(list(values), dtype=torch.int64, device=self.prompts.device)
+
     def _arrange(self) -> None:
         """What depends on which cells are active."""
         self._meter = [row for row, cell in enumerate(self.rows.active) if cell in self.kl]
-        self._meter_index = torch.tensor(self._meter, dtype=torch.int64, device=self.prompts.device)
+        self._meter_index = self._column(self._meter)
 
     @property
     def done(self) -> bool:
@@ -285,8 +279,7 @@ class Rollouts:
         if self._runner is not None:
             self._runner.append(values, token)
         if ended:
-            index = torch.tensor(ended, device=self._dot.device)
-            self.dot[torch.tensor(cells, device=self._dot.device)] = self._dot[index]
+            self.dot[self._column(cells)] = self._dot[self._column(ended)]
             kept = self.rows.drop(ended)
             if self._runner is not None and kept:
                 self._runner.keep(kept)
@@ -294,7 +287,7 @@ class Rollouts:
         return cells
 
     def _select(self, rows: Sequence[int]) -> None:
-        index = torch.tensor(list(rows), dtype=torch.int64, device=self._dot.device)
+        index = self._column(rows)
         for name in ("_prompt", "_rollout", "_sequence", "_position", "_dot"):
             setattr(self, name, getattr(self, name).index_select(0, index))
         self._token = torch.empty(len(index), dtype=torch.int64, device=index.device)
@@ -304,13 +297,6 @@ class Rollouts:
     def step(self) -> list[int]:
         """Draw a token for every active rollout; the cells that ended with it."""
         return self.commit(self.draw(self.logits()))
-
-    def run(self, on_finish: Callable[[int], None] | None = None) -> None:
-        """Step until every rollout has ended, naming each as it does."""
-        while self.rows.active:
-            for cell in self.step():
-                if on_finish is not None:
-                    on_finish(cell)
 
     @torch.inference_mode()
     def branch(self, cells: Sequence[tuple[int, int]], parents: Sequence[int]) -> None:
@@ -323,11 +309,9 @@ class Rollouts:
         place = {cell: row for row, cell in enumerate(self.rows.active)}
         rows = [place[parent] for parent in parents]
         if self._runner is not None:
-            self._runner.reorder(rows)
+            self._runner.keep(rows)
         self.cells = list(cells)
         self.rows.branch(parents)
         self.dot = torch.zeros(len(rows), dtype=torch.float32, device=self._dot.device)
         self._select(rows)
-        self._rollout = torch.tensor(
-            [rollout for _, rollout in cells], dtype=torch.int64, device=self._dot.device
-        )
+        self._rollout = self._column(rollout for _, rollout in cells)

@@ -10,6 +10,7 @@ from transformers import TopKLogitsWarper
 
 from tta_ext.decoding.runtime.rows import Limits
 from tta_ext.decoding.runtime.stopping import StopStrings
+from tta_ext.decoding.search.ranges import check_choice, check_range
 
 __all__ = ["DECODING", "Noise", "Sampling", "restrict"]
 
@@ -40,20 +41,15 @@ class Sampling:
     stop: StopStrings | None = None
 
     def __post_init__(self) -> None:
-        if self.decoding not in DECODING:
-            raise ValueError(
-                f"decoding is {self.decoding!r}, expected one of {', '.join(DECODING)}"
-            )
+        check_choice(self, "decoding", DECODING)
         Limits(self.max_new_tokens)
         if not 0.0 < self.temperature < float("inf"):
             raise ValueError(
                 f"temperature is {self.temperature!r}, expected a finite number > 0 "
                 "(for the most probable token take decoding='greedy')"
             )
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k is {self.top_k}, expected at least 1")
-        if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
-            raise ValueError(f"top_p is {self.top_p}, expected 0 < top_p <= 1")
+        check_range(self, "at least 1", "top_k")
+        check_range(self, "0 < {} <= 1", "top_p")
 
     @property
     def limits(self) -> Limits:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import TypedDict
 
 from tta_ext import rng
+from tta_ext.decoding.runtime.stopping import StopStrings
+from tta_ext.decoding.search.ranges import check_range
 from tta_ext.decoding.search.sampling import Sampling
 
 __all__ = ["SearchOptions", "SearchSettings", "check_counts", "check_samples"]
@@ -42,13 +44,16 @@ class SearchSettings:
     max_seconds: float | None = None
 
     def __post_init__(self) -> None:
-        Sampling(self.decoding, self.temperature, self.top_k, self.top_p, self.max_new_tokens)
-        for name in ("batch_size", "reward_batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}, expected at least 1")
-        if self.max_seconds is not None and not self.max_seconds > 0:
-            raise ValueError(f"max_seconds is {self.max_seconds}, expected more than 0")
+        self.sampling()
+        check_range(self, "at least 1", "batch_size", "reward_batch_size")
+        check_range(self, "more than 0", "max_seconds")
+
+    def sampling(
+        self, ends: frozenset[int] = frozenset(), stop: StopStrings | None = None
+    ) -> Sampling:
+        """How tokens are drawn, and when a rollout ends."""
+        draw = self.decoding, self.temperature, self.top_k, self.top_p
+        return Sampling(*draw, self.max_new_tokens, ends, stop)
 
     def schedule(self) -> list[int]:
         """Number of rollouts of each iteration."""
