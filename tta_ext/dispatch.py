@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import threading
 import warnings
 from collections.abc import Callable, Sequence
 from types import TracebackType
@@ -25,7 +24,6 @@ _INVALID = "invalid row: "
 # The backend forced by use_backend, for the whole process; None lets the dispatcher choose.
 _forced: str | None = None
 
-_lock = threading.RLock()
 # Of each library that has been tried, by device: "" = usable, other text = why not.
 _status: dict[str, str] = {}
 # Devices whose loaded library is of another version: its kernels are registered and cannot be taken
@@ -36,9 +34,7 @@ _stale: set[str] = set()
 def native_status(device: str = "cpu") -> str:
     """Empty if a device's native library is loaded, otherwise why not; loads it if need be."""
     if device not in _status:
-        with _lock:
-            if device not in _status:
-                _status[device] = _load(device)
+        _status[device] = _load(device)
     return _status[device]
 
 

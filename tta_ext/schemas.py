@@ -35,6 +35,9 @@ KEY = (
     "Tensor seed, Tensor position, Tensor sequence, SymInt iteration, Tensor rollout, "
     "bool do_sample"
 )
+MIXED = (
+    "Tensor base_logits, Tensor expert_logits, Tensor? anti_logits, Tensor beta, float temperature"
+)
 
 
 class Output(NamedTuple):
@@ -99,107 +102,84 @@ _PROPOSAL = (Output("token", torch.int64, 1), Output("deferred", torch.bool, 1))
 _FLOAT32 = Output("out", torch.float32)
 _TOKEN = Output("out", torch.int64, 1)
 
-OPS: dict[str, OpSpec] = {
-    spec.name: spec
-    for spec in (
-        OpSpec(
-            "deferral_mask",
-            f"Tensor base_logits, Tensor? proxy_logits, {RULE}, bool check",
-            Output("mask", torch.bool),
-            Output("critical_index", torch.int64, 1),
-            Output("fraction", torch.float32, 1),
-        ),
-        OpSpec(
-            "deferral_probs",
-            f"Tensor base_logits, Tensor proxy_logits, {RULE}, bool check",
-            _FLOAT32,
-        ),
-        OpSpec(
-            "deferral_stats",
-            f"Tensor base_logits, Tensor? proxy_logits, {RULE}, bool check",
-            Output("deferred_mass", torch.float64, 1),
-            Output("critical_index", torch.int64, 1),
-            Output("cut_logit", torch.float32, 1),
-            Output("used", torch.float64, 1),
-        ),
-        OpSpec(
-            "deferral_propose",
-            f"Tensor base_logits, {RULE}, {KEY}, bool check",
-            *_PROPOSAL,
-        ),
-        OpSpec(
-            "deferral_sample",
-            f"Tensor base_logits, Tensor proxy_logits, {RULE}, {KEY}, bool check",
-            *_PROPOSAL,
-        ),
-        OpSpec(
-            "deferral_verify",
-            "Tensor base_logits, Tensor proxy_logits, Tensor draft, Tensor draft_length, "
-            f"{RULE}, {KEY}, bool return_mass, bool check",
-            Output("accepted", torch.int64, 1),
-            *_PROPOSAL,
-            Output("mass", torch.float64, 2),
-        ),
-        OpSpec(
-            "implicit_reward_probs",
-            "Tensor base_logits, Tensor expert_logits, Tensor? anti_logits, Tensor beta, "
-            "float temperature, bool check",
-            _FLOAT32,
-        ),
-        OpSpec(
-            "implicit_reward_sample",
-            "Tensor base_logits, Tensor expert_logits, Tensor? anti_logits, Tensor beta, "
-            f"float temperature, {KEY}, bool check",
-            _TOKEN,
-        ),
-        OpSpec(
-            "categorical_sample",
-            f"Tensor logits, float temperature, {KEY}, int stream, SymInt draw, bool check",
-            _TOKEN,
-        ),
-        OpSpec(
-            "greedy_knapsack",
-            "Tensor profit, Tensor weight, Tensor capacity, bool check",
-            Output("selected", torch.bool),
-            Output("used", torch.float64, 1),
-            Output("value", torch.float64, 1),
-            Output("critical_index", torch.int64, 1),
-            Output("upper_bound", torch.float64, 1),
-        ),
-        OpSpec(
-            "prelogit_perturb",
-            "Tensor hidden, Tensor mean, Tensor step, Tensor row, Tensor sequence, "
-            "Tensor rollout, SymInt iteration, float sigma, Tensor seed, bool check",
-            Output("out", None),
-            Output("dot", torch.float32, 1),
-            accumulated=("dot",),
-        ),
-        OpSpec(
-            "importance_weights",
-            "Tensor reward, Tensor dot, Tensor norm2, float lam, float alpha, float sigma, "
-            "bool check",
-            Output("weights", torch.float32),
-            Output("ess", torch.float32, 1),
-        ),
-        OpSpec(
-            "control_update",
-            "Tensor mean, Tensor weights, Tensor? length, Tensor seed, Tensor sequence, "
-            "SymInt iteration, float sigma, SymInt start, SymInt stop, bool partial, bool check",
-            _FLOAT32,
-        ),
-        OpSpec(
-            "control_merge",
-            "Tensor mean, Tensor partials, float sigma",
-            _FLOAT32,
-        ),
-        OpSpec("philox", "Tensor counter, Tensor key", Output("out", torch.int64)),
-        OpSpec(
-            "normal",
-            "SymInt n, Tensor seed, SymInt step, SymInt sequence, SymInt iteration, SymInt rollout",
-            _FLOAT32,
-        ),
-    )
-}
+_SPECS = (
+    OpSpec(
+        "deferral_mask",
+        f"Tensor base_logits, Tensor? proxy_logits, {RULE}, bool check",
+        Output("mask", torch.bool),
+        Output("critical_index", torch.int64, 1),
+        Output("fraction", torch.float32, 1),
+    ),
+    OpSpec(
+        "deferral_probs", f"Tensor base_logits, Tensor proxy_logits, {RULE}, bool check", _FLOAT32
+    ),
+    OpSpec(
+        "deferral_stats",
+        f"Tensor base_logits, Tensor? proxy_logits, {RULE}, bool check",
+        Output("deferred_mass", torch.float64, 1),
+        Output("critical_index", torch.int64, 1),
+        Output("cut_logit", torch.float32, 1),
+        Output("used", torch.float64, 1),
+    ),
+    OpSpec("deferral_propose", f"Tensor base_logits, {RULE}, {KEY}, bool check", *_PROPOSAL),
+    OpSpec(
+        "deferral_sample",
+        f"Tensor base_logits, Tensor proxy_logits, {RULE}, {KEY}, bool check",
+        *_PROPOSAL,
+    ),
+    OpSpec(
+        "deferral_verify",
+        "Tensor base_logits, Tensor proxy_logits, Tensor draft, Tensor draft_length, "
+        f"{RULE}, {KEY}, bool return_mass, bool check",
+        Output("accepted", torch.int64, 1),
+        *_PROPOSAL,
+        Output("mass", torch.float64, 2),
+    ),
+    OpSpec("implicit_reward_probs", f"{MIXED}, bool check", _FLOAT32),
+    OpSpec("implicit_reward_sample", f"{MIXED}, {KEY}, bool check", _TOKEN),
+    OpSpec(
+        "categorical_sample",
+        f"Tensor logits, float temperature, {KEY}, int stream, SymInt draw, bool check",
+        _TOKEN,
+    ),
+    OpSpec(
+        "greedy_knapsack",
+        "Tensor profit, Tensor weight, Tensor capacity, bool check",
+        Output("selected", torch.bool),
+        Output("used", torch.float64, 1),
+        Output("value", torch.float64, 1),
+        Output("critical_index", torch.int64, 1),
+        Output("upper_bound", torch.float64, 1),
+    ),
+    OpSpec(
+        "prelogit_perturb",
+        "Tensor hidden, Tensor mean, Tensor step, Tensor row, Tensor sequence, "
+        "Tensor rollout, SymInt iteration, float sigma, Tensor seed, bool check",
+        Output("out", None),
+        Output("dot", torch.float32, 1),
+        accumulated=("dot",),
+    ),
+    OpSpec(
+        "importance_weights",
+        "Tensor reward, Tensor dot, Tensor norm2, float lam, float alpha, float sigma, bool check",
+        Output("weights", torch.float32),
+        Output("ess", torch.float32, 1),
+    ),
+    OpSpec(
+        "control_update",
+        "Tensor mean, Tensor weights, Tensor? length, Tensor seed, Tensor sequence, "
+        "SymInt iteration, float sigma, SymInt start, SymInt stop, bool partial, bool check",
+        _FLOAT32,
+    ),
+    OpSpec("control_merge", "Tensor mean, Tensor partials, float sigma", _FLOAT32),
+    OpSpec("philox", "Tensor counter, Tensor key", Output("out", torch.int64)),
+    OpSpec(
+        "normal",
+        "SymInt n, Tensor seed, SymInt step, SymInt sequence, SymInt iteration, SymInt rollout",
+        _FLOAT32,
+    ),
+)
+OPS = {spec.name: spec for spec in _SPECS}
 
 # Only a compiled library has these: which instruction set it uses (-1 asks, 0 scalar, 1 AVX2,
 # 2 AVX-512 force, limited to what the machine has), and which schemas it was written for

@@ -121,11 +121,11 @@ def one_or_each(
     """The tensor itself; raises unless it has one element, one a row or one a row and position."""
     if values.dtype is not dtype:
         raise TypeError(f"{name} has dtype {values.dtype}, expected {dtype}")
-    single, shape = values.numel() == 1, values.shape
-    if not single and shape != (count,) and (positions is None or shape != (count, positions)):
+    shape = values.shape
+    if shape != (count,) and shape != (count, positions) and values.numel() != 1:
         more = "" if positions is None else f" or [{count}, {positions}]"
         raise ValueError(f"{name} has shape {list(shape)}, expected one element or [{count}]{more}")
-    if values.device != device and not (single and values.is_cpu):
+    if values.device != device and not (values.is_cpu and values.numel() == 1):
         raise ValueError(f"{name} is on {values.device}, expected {device}")
     return values
 
@@ -187,11 +187,11 @@ def index_tensor(name: str, value: int | Tensor, count: int, device: torch.devic
     """Indices of 32 bits as int64: one for all rows, or one a row."""
     if isinstance(value, Tensor):
         return one_or_each(name, value, torch.int64, count, device)
+    if type(value) is int and 0 <= value < rng.WORD and not _compiling():
+        return _integers[value]  # what most calls need
     if not is_int(value):
         raise TypeError(f"{name} is {value!r}, expected an int or an int64 tensor")
-    if not 0 <= value < rng.WORD:
-        rng.check_word(name, value)
-    return _integer(value)
+    return _integer(rng.check_word(name, value))
 
 
 def sequence_tensor(value: int | Tensor | None, count: int, device: torch.device) -> Tensor:

@@ -142,15 +142,8 @@ def prelogit_perturb(
         out = hidden.new_empty(hidden.shape)
     else:
         args.check_output("out", out, hidden.dtype, hidden.shape, device)
-    arguments = (
-        hidden,
-        mean,
-        *indices,
-        iteration,
-        _check_sigma(sigma),
-        args.seed_tensor(seed, device),
-        args.check_flag(check, hidden),
-    )
+    key, flag = args.seed_tensor(seed, device), args.check_flag(check, hidden)
+    arguments = (hidden, mean, *indices, iteration, _check_sigma(sigma), key, flag)
     return invoke(_PERTURB, arguments, (out, dot))[0]
 
 
@@ -276,23 +269,13 @@ def control_update(
     if length is not None:
         args.check_tensor("length", length, torch.int64, (prompts, count), device)
     rng.check_iteration(iteration)
-    start, stop, partial = _subtree(rollouts, count)
+    part = _subtree(rollouts, count)
     outs = args.outputs(_UPDATE, out, mean)
     if out is mean:
         raise ValueError("out is mean, expected another tensor")
-    arguments = (
-        mean,
-        weights,
-        length,
-        args.seed_tensor(seed, device),
-        args.sequence_tensor(sequence, prompts, device),
-        iteration,
-        _check_sigma(sigma),
-        start,
-        stop,
-        partial,
-        args.check_flag(check, mean),
-    )
+    key, ids = args.seed_tensor(seed, device), args.sequence_tensor(sequence, prompts, device)
+    noise = (key, ids, iteration, _check_sigma(sigma))
+    arguments = (mean, weights, length, *noise, *part, args.check_flag(check, mean))
     return invoke(_UPDATE, arguments, outs)[0]
 
 
