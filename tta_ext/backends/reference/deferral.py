@@ -103,15 +103,6 @@ def row_param(param: Tensor, rule: int, batch: int, device: torch.device, check:
     return torch.where(bad, torch.nan, values).unsqueeze(-1)
 
 
-class _Rows(NamedTuple):
-    """Rows ready for arithmetic, what the rule decides, and which are not to be believed."""
-
-    base: Tensor
-    proxy: Tensor | None
-    screen: Screen
-    invalid: Tensor
-
-
 def _screen_rows(
     base_logits: Tensor,
     proxy_logits: Tensor | None,
@@ -119,8 +110,11 @@ def _screen_rows(
     check: bool,
     compute_dtype: torch.dtype,
     reads_proxy: bool = False,
-) -> _Rows:
-    """Check rows and apply the rule; the proxy's are read if the rule or the caller wants them."""
+) -> tuple[Tensor, Tensor | None, Screen, Tensor]:
+    """Base and proxy ready for arithmetic, what the rule decides, and which rows are invalid.
+
+    The proxy's rows are read (else None) if the rule or the caller wants them.
+    """
     values = row_param(rule.param, rule.code, base_logits.shape[0], base_logits.device, check)
     invalid = common.check_logits("base_logits", base_logits, check)
     proxy = None
@@ -131,7 +125,7 @@ def _screen_rows(
     invalid = invalid | torch.isnan(values).squeeze(-1)
     base = common.usable(base_logits, invalid)
     rule = rule._replace(param=values.nan_to_num(0.0))
-    return _Rows(base, proxy, screen(base, proxy, rule, compute_dtype), invalid)
+    return base, proxy, screen(base, proxy, rule, compute_dtype), invalid
 
 
 @common.flat
