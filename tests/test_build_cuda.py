@@ -33,7 +33,7 @@ def _clean(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(cuda, "gpus", list)
     monkeypatch.setitem(LIBRARIES, "cuda", CudaLibrary())
-    monkeypatch.setattr(dispatch, "_cuda", None)
+    monkeypatch.setattr(dispatch, "_status", {})
 
 
 # ---------------------------------------------------------------------------- architectures

@@ -36,7 +36,7 @@ FREE = {"seed", "param", "position", "sequence", "rollout", "capacity", "step", 
 
 @pytest.fixture(autouse=True)
 def _library(_cuda_requirement: None) -> None:
-    reason = dispatch.cuda_status()
+    reason = dispatch.native_status("cuda")
     if reason:
         skip_or_fail("cuda", f"no CUDA library: {reason}")
 

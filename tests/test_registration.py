@@ -329,7 +329,7 @@ def test_use_backend_refuses_what_is_not_there() -> None:
 
 
 def test_forcing_the_native_backend_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "_native", "no compiler; apt install g++ mends it")
+    monkeypatch.setitem(dispatch._status, "cpu", "no compiler; apt install g++ mends it")
     with pytest.raises(RuntimeError, match="'cpu' is not available: no compiler; apt install"):
         tta_ext.use_backend("cpu").__enter__()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import threading
 import warnings
 from collections.abc import Callable, Sequence
 from types import TracebackType
@@ -15,78 +14,38 @@ from torch import Tensor
 from tta_ext import schemas
 from tta_ext.schemas import OpSpec
 
-__all__ = ["BACKENDS", "Op", "invoke", "native_status", "serves", "use_backend"]
+__all__ = ["BACKENDS", "invoke", "native_status", "serves", "use_backend"]
 
-BACKENDS = ("reference", "cpu", "cuda")
+COMPILED = ("cpu", "cuda")
+BACKENDS = ("reference", *COMPILED)
 
 _INVALID = "invalid row: "
 
 # The backend forced by use_backend, for the whole process; None lets the dispatcher choose.
 _forced: str | None = None
 
-_lock = threading.RLock()
-# Of each library: "" = usable, other text = why not, None = not tried yet.
-_native: str | None = None
-_cuda: str | None = None
+# Of each library that has been tried, by device: "" = usable, other text = why not.
+_status: dict[str, str] = {}
 # Devices whose loaded library is of another version: its kernels are registered and cannot be taken
 # back, so they must be walked around.
 _stale: set[str] = set()
 
 
-class Op:
-    """An operator with its overloads looked up once."""
-
-    __slots__ = ("allocate", "functional", "name", "out", "outputs", "results", "run", "spec")
-
-    def __init__(self, name: str) -> None:
-        packet = getattr(torch.ops.tta_ext, name)
-        self.spec = schemas.OPS[name]
-        self.name = name
-        self.outputs = self.spec.outputs
-        self.results = self.spec.results
-        self.allocate = self.spec.allocate
-        self.functional = packet.default
-        self.out = packet.out
-        # The same without torch's Python wrapper, which costs a tenth of a small call.
-        self.run: Callable[..., Any] = getattr(packet.out, "_op", packet.out)
+def native_status(device: str = "cpu") -> str:
+    """Empty if a device's native library is loaded, otherwise why not; loads it if need be."""
+    if device not in _status:
+        _status[device] = _load(device)
+    return _status[device]
 
 
-def native_status() -> str:
-    """Empty if the native CPU library is loaded, otherwise why it is not; loads it if need be."""
-    global _native
-    if _native is None:
-        with _lock:
-            if _native is None:
-                _native = _load_native()
-    return _native
-
-
-def _load_native() -> str:
+def _load(device: str) -> str:
     from tta_ext import build
 
-    result = build.load("cpu")
+    result = build.load(device)
     if not result.loaded:
         return result.reason or "no reason given"
-    return _check_version(torch.ops.tta_ext.native_version(), str(result.path), "CPU")
-
-
-def cuda_status() -> str:
-    """Empty if the CUDA library is loaded, otherwise why it is not; loads it if need be."""
-    global _cuda
-    if _cuda is None:
-        with _lock:
-            if _cuda is None:
-                _cuda = _load_cuda()
-    return _cuda
-
-
-def _load_cuda() -> str:
-    from tta_ext import build
-
-    result = build.load("cuda")
-    if not result.loaded:
-        return result.reason or "no reason given"
-    return _check_version(torch.ops.tta_ext.cuda_version(), str(result.path), "CUDA")
+    version = "native_version" if device == "cpu" else f"{device}_version"
+    return _check_version(getattr(torch.ops.tta_ext, version)(), str(result.path), device.upper())
 
 
 def _check_version(version: int, path: str, device: str) -> str:
@@ -111,10 +70,8 @@ def has_kernel(name: str, device: str) -> bool:
 
 def serves(name: str, device: str = "cpu") -> tuple[str, str]:
     """Which backend runs an operator on a device, and why not a faster one (empty if none is)."""
-    if device in ("cpu", "cuda"):
-        reason = native_status() if device == "cpu" else cuda_status()
-        if reason:
-            return "reference", reason
+    if device in COMPILED and (reason := native_status(device)):
+        return "reference", reason
     if has_kernel(name, device):
         return device, ""
     return "reference", f"no compiled {device} kernel of {name} is loaded"
@@ -126,21 +83,12 @@ def reference(name: str) -> Callable[..., Any]:
     return getattr(module, name)
 
 
-def _into(spec: OpSpec, results: Any, outputs: Sequence[Tensor]) -> None:
-    values = results if isinstance(results, tuple) else (results,)
-    for name, value, output in zip(spec.outputs, values, outputs, strict=True):
-        if name in spec.accumulated:
-            output.add_(value)
-        else:
-            output.copy_(value)
-
-
 def run_without_kernel(spec: OpSpec, args: Sequence[Any], outputs: dict[str, Tensor]) -> None:
     """``X.out`` where no compiled kernel is registered yet: load one, or run the reference."""
-    first = next(iter(outputs.values()))
-    untried = (first.is_cpu and _native is None) or (first.is_cuda and _cuda is None)
-    if untried and serves(spec.name, first.device.type)[0] != "reference":
-        getattr(torch.ops.tta_ext, spec.name).out(*args, **outputs)
+    device = next(iter(outputs.values())).device.type
+    untried = device in COMPILED and device not in _status
+    if untried and serves(spec.name, device)[0] != "reference":
+        spec.out(*args, **outputs)
         return
     _run_reference(spec, args, [outputs[name] for name in spec.outputs])
 
@@ -150,32 +98,26 @@ schemas.fallback = run_without_kernel
 
 def _run_reference(spec: OpSpec, args: Sequence[Any], outputs: Sequence[Tensor]) -> None:
     with torch.no_grad():
-        _into(spec, reference(spec.name)(*args), outputs)
+        results = reference(spec.name)(*args)
+        values = results if isinstance(results, tuple) else (results,)
+        for name, value, output in zip(spec.outputs, values, outputs, strict=True):
+            (output.add_ if name in spec.accumulated else output.copy_)(value)
 
 
-def _run_forced(op: Op, args: Sequence[Any], out: Sequence[Tensor]) -> Sequence[Tensor]:
-    device = out[0].device.type
-    if _forced == "reference" or (_forced is None and device in _stale):
-        _run_reference(op.spec, args, out)
-        return out
-    if _forced is not None and device != _forced:
+def _forces_reference(op: OpSpec, device: torch.device) -> bool:
+    """Whether the reference runs in place of a kernel; raises where a forced kernel cannot."""
+    if _forced == "reference" or (_forced is None and device.type in _stale):
+        return True
+    if _forced is not None and device.type != _forced:
         raise RuntimeError(
-            f"backend {_forced!r} is forced but the tensors are on {out[0].device}; move them to "
+            f"backend {_forced!r} is forced but the tensors are on {device}; move them to "
             f"{_forced} or leave use_backend"
         )
     if _forced == "cuda" and not has_kernel(op.name, "cuda"):
         raise RuntimeError(
             f"backend {_forced!r} has no kernel of {op.name}; use_backend('reference') has one"
         )
-    _call_out(op, args, out)
-    return out
-
-
-def _call_out(op: Op, args: Sequence[Any], out: Sequence[Tensor]) -> None:
-    try:
-        op.out(*args, **dict(zip(op.outputs, out)))  # noqa: B905
-    except RuntimeError as error:
-        raise translated(error) from None
+    return False
 
 
 def translated(error: RuntimeError) -> Exception:
@@ -187,7 +129,7 @@ def translated(error: RuntimeError) -> Exception:
     return ValueError(text[start + len(_INVALID) :].partition("\n")[0])
 
 
-def invoke(op: Op, args: Sequence[Any], out: Sequence[Tensor] | None) -> Sequence[Tensor]:
+def invoke(op: OpSpec, args: Sequence[Any], out: Sequence[Tensor] | None) -> Sequence[Tensor]:
     """Run an operator on validated arguments, into ``out`` if it is given."""
     if torch.compiler.is_compiling():
         if out is None:
@@ -197,8 +139,9 @@ def invoke(op: Op, args: Sequence[Any], out: Sequence[Tensor] | None) -> Sequenc
         return out
     if out is None:
         out = op.allocate(*args)
-    if _forced is not None or _stale:
-        return _run_forced(op, args, out)
+    if (_forced is not None or _stale) and _forces_reference(op, out[0].device):
+        _run_reference(op, args, out)
+        return out
     names = op.outputs
     try:
         if len(names) == 2:  # decoding steps: spares the zip
@@ -214,11 +157,9 @@ def unavailable(backend: str) -> str:
     """Why a backend cannot be forced; empty if it can."""
     if backend == "reference":
         return ""
-    if backend == "cpu":
-        return native_status()
-    if not torch.cuda.is_available():
+    if backend == "cuda" and not torch.cuda.is_available():
         return "torch finds no CUDA device; install a CUDA build of torch on a machine with one"
-    return cuda_status()
+    return native_status(backend)
 
 
 class use_backend:

@@ -77,18 +77,8 @@ NOISE: Final = 7
 REWARD: Final = 8
 USER: Final = 9
 
-STREAMS: Final[dict[str, int]] = {
-    "BASE": BASE,
-    "PROXY": PROXY,
-    "SPLIT": SPLIT,
-    "DRAFT": DRAFT,
-    "VERIFY": VERIFY,
-    "RESIDUAL": RESIDUAL,
-    "BONUS": BONUS,
-    "NOISE": NOISE,
-    "REWARD": REWARD,
-    "USER": USER,
-}
+_NAMES = "BASE PROXY SPLIT DRAFT VERIFY RESIDUAL BONUS NOISE REWARD USER".split()
+STREAMS: Final[dict[str, int]] = {name: tag for tag, name in enumerate(_NAMES)}
 
 WORD: Final = 1 << 32
 ITERATIONS: Final = 1 << 12

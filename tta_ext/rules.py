@@ -161,18 +161,17 @@ Codes = tuple[int, int, float, float]
 
 
 def _check_param(rule: str, code: int, param: float | Tensor | None) -> float | Tensor:
+    if code == ARGMAX:
+        if param is None:
+            return 0.0
+        given = "a tensor" if isinstance(param, Tensor) else repr(param)
+        raise ValueError(f"param is {given}, expected None for rule 'argmax'")
     if isinstance(param, Tensor):
-        if code == ARGMAX:
-            raise ValueError("param is a tensor, expected None for rule 'argmax'")
         if param.dtype is not torch.float64:
             raise TypeError(f"param has dtype {param.dtype}, expected torch.float64")
         return param
     if param is None:
-        if code != ARGMAX:
-            raise ValueError(f"param is None, expected a number for rule {rule!r}")
-        return 0.0
-    if code == ARGMAX:
-        raise ValueError(f"param is {param!r}, expected None for rule 'argmax'")
+        raise ValueError(f"param is None, expected a number for rule {rule!r}")
     if isinstance(param, bool) or not isinstance(param, (int, float, torch.SymFloat)):
         raise TypeError(f"param is {param!r}, expected a number or a float64 tensor")
     if code == KNAPSACK and not param >= 0:

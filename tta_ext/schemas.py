@@ -17,7 +17,6 @@ on the CPU whatever the device of the logits.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -36,6 +35,9 @@ KEY = (
     "Tensor seed, Tensor position, Tensor sequence, SymInt iteration, Tensor rollout, "
     "bool do_sample"
 )
+MIXED = (
+    "Tensor base_logits, Tensor expert_logits, Tensor? anti_logits, Tensor beta, float temperature"
+)
 
 
 class Output(NamedTuple):
@@ -46,19 +48,26 @@ class Output(NamedTuple):
     dims: int | None = None  # its shape: so many leading dimensions of the first tensor, or all
 
 
-@dataclass(frozen=True)
 class OpSpec:
-    """One operator: its arguments and its outputs, contiguous tensors on one device."""
+    """One operator: its arguments and its outputs, contiguous tensors on one device.
 
-    name: str
-    arguments: str
-    results: tuple[Output, ...]
-    # Outputs that `X.out` adds to instead of overwriting; `X` starts them from zeros.
-    accumulated: tuple[str, ...] = ()
+    Attributes:
+        accumulated: outputs that ``X.out`` adds to instead of overwriting; ``X`` starts them from
+            zeros.
+        functional, out: the overloads.
+        run: ``out`` without torch's Python wrapper, which costs a tenth of a small call.
+    """
 
-    @property
-    def outputs(self) -> tuple[str, ...]:
-        return tuple(output.name for output in self.results)
+    functional: Any
+    out: Any
+    run: Callable[..., Any]
+
+    def __init__(
+        self, name: str, arguments: str, *results: Output, accumulated: tuple[str, ...] = ()
+    ) -> None:
+        self.name, self.arguments, self.results = name, arguments, results
+        self.accumulated = accumulated
+        self.outputs = tuple(output.name for output in results)
 
     @property
     def functional_schema(self) -> str:
@@ -90,112 +99,87 @@ class OpSpec:
 
 
 _PROPOSAL = (Output("token", torch.int64, 1), Output("deferred", torch.bool, 1))
-_FLOATS = (Output("out", torch.float32),)
-_TOKEN = (Output("out", torch.int64, 1),)
+_FLOAT32 = Output("out", torch.float32)
+_TOKEN = Output("out", torch.int64, 1)
 
-OPS: dict[str, OpSpec] = {
-    spec.name: spec
-    for spec in (
-        OpSpec(
-            "deferral_mask",
-            f"Tensor base_logits, Tensor? proxy_logits, {RULE}, bool check",
-            (
-                Output("mask", torch.bool),
-                Output("critical_index", torch.int64, 1),
-                Output("fraction", torch.float32, 1),
-            ),
-        ),
-        OpSpec(
-            "deferral_probs",
-            f"Tensor base_logits, Tensor proxy_logits, {RULE}, bool check",
-            _FLOATS,
-        ),
-        OpSpec(
-            "deferral_stats",
-            f"Tensor base_logits, Tensor? proxy_logits, {RULE}, bool check",
-            (
-                Output("deferred_mass", torch.float64, 1),
-                Output("critical_index", torch.int64, 1),
-                Output("cut_logit", torch.float32, 1),
-                Output("used", torch.float64, 1),
-            ),
-        ),
-        OpSpec(
-            "deferral_propose",
-            f"Tensor base_logits, {RULE}, {KEY}, bool check",
-            _PROPOSAL,
-        ),
-        OpSpec(
-            "deferral_sample",
-            f"Tensor base_logits, Tensor proxy_logits, {RULE}, {KEY}, bool check",
-            _PROPOSAL,
-        ),
-        OpSpec(
-            "deferral_verify",
-            "Tensor base_logits, Tensor proxy_logits, Tensor draft, Tensor draft_length, "
-            f"{RULE}, {KEY}, bool return_mass, bool check",
-            (Output("accepted", torch.int64, 1), *_PROPOSAL, Output("mass", torch.float64, 2)),
-        ),
-        OpSpec(
-            "implicit_reward_probs",
-            "Tensor base_logits, Tensor expert_logits, Tensor? anti_logits, Tensor beta, "
-            "float temperature, bool check",
-            _FLOATS,
-        ),
-        OpSpec(
-            "implicit_reward_sample",
-            "Tensor base_logits, Tensor expert_logits, Tensor? anti_logits, Tensor beta, "
-            f"float temperature, {KEY}, bool check",
-            _TOKEN,
-        ),
-        OpSpec(
-            "categorical_sample",
-            f"Tensor logits, float temperature, {KEY}, int stream, SymInt draw, bool check",
-            _TOKEN,
-        ),
-        OpSpec(
-            "greedy_knapsack",
-            "Tensor profit, Tensor weight, Tensor capacity, bool check",
-            (
-                Output("selected", torch.bool),
-                Output("used", torch.float64, 1),
-                Output("value", torch.float64, 1),
-                Output("critical_index", torch.int64, 1),
-                Output("upper_bound", torch.float64, 1),
-            ),
-        ),
-        OpSpec(
-            "prelogit_perturb",
-            "Tensor hidden, Tensor mean, Tensor step, Tensor row, Tensor sequence, "
-            "Tensor rollout, SymInt iteration, float sigma, Tensor seed, bool check",
-            (Output("out", None), Output("dot", torch.float32, 1)),
-            accumulated=("dot",),
-        ),
-        OpSpec(
-            "importance_weights",
-            "Tensor reward, Tensor dot, Tensor norm2, float lam, float alpha, float sigma, "
-            "bool check",
-            (Output("weights", torch.float32), Output("ess", torch.float32, 1)),
-        ),
-        OpSpec(
-            "control_update",
-            "Tensor mean, Tensor weights, Tensor? length, Tensor seed, Tensor sequence, "
-            "SymInt iteration, float sigma, SymInt start, SymInt stop, bool partial, bool check",
-            _FLOATS,
-        ),
-        OpSpec(
-            "control_merge",
-            "Tensor mean, Tensor partials, float sigma",
-            _FLOATS,
-        ),
-        OpSpec("philox", "Tensor counter, Tensor key", (Output("out", torch.int64),)),
-        OpSpec(
-            "normal",
-            "SymInt n, Tensor seed, SymInt step, SymInt sequence, SymInt iteration, SymInt rollout",
-            _FLOATS,
-        ),
-    )
-}
+_SPECS = (
+    OpSpec(
+        "deferral_mask",
+        f"Tensor base_logits, Tensor? proxy_logits, {RULE}, bool check",
+        Output("mask", torch.bool),
+        Output("critical_index", torch.int64, 1),
+        Output("fraction", torch.float32, 1),
+    ),
+    OpSpec(
+        "deferral_probs", f"Tensor base_logits, Tensor proxy_logits, {RULE}, bool check", _FLOAT32
+    ),
+    OpSpec(
+        "deferral_stats",
+        f"Tensor base_logits, Tensor? proxy_logits, {RULE}, bool check",
+        Output("deferred_mass", torch.float64, 1),
+        Output("critical_index", torch.int64, 1),
+        Output("cut_logit", torch.float32, 1),
+        Output("used", torch.float64, 1),
+    ),
+    OpSpec("deferral_propose", f"Tensor base_logits, {RULE}, {KEY}, bool check", *_PROPOSAL),
+    OpSpec(
+        "deferral_sample",
+        f"Tensor base_logits, Tensor proxy_logits, {RULE}, {KEY}, bool check",
+        *_PROPOSAL,
+    ),
+    OpSpec(
+        "deferral_verify",
+        "Tensor base_logits, Tensor proxy_logits, Tensor draft, Tensor draft_length, "
+        f"{RULE}, {KEY}, bool return_mass, bool check",
+        Output("accepted", torch.int64, 1),
+        *_PROPOSAL,
+        Output("mass", torch.float64, 2),
+    ),
+    OpSpec("implicit_reward_probs", f"{MIXED}, bool check", _FLOAT32),
+    OpSpec("implicit_reward_sample", f"{MIXED}, {KEY}, bool check", _TOKEN),
+    OpSpec(
+        "categorical_sample",
+        f"Tensor logits, float temperature, {KEY}, int stream, SymInt draw, bool check",
+        _TOKEN,
+    ),
+    OpSpec(
+        "greedy_knapsack",
+        "Tensor profit, Tensor weight, Tensor capacity, bool check",
+        Output("selected", torch.bool),
+        Output("used", torch.float64, 1),
+        Output("value", torch.float64, 1),
+        Output("critical_index", torch.int64, 1),
+        Output("upper_bound", torch.float64, 1),
+    ),
+    OpSpec(
+        "prelogit_perturb",
+        "Tensor hidden, Tensor mean, Tensor step, Tensor row, Tensor sequence, "
+        "Tensor rollout, SymInt iteration, float sigma, Tensor seed, bool check",
+        Output("out", None),
+        Output("dot", torch.float32, 1),
+        accumulated=("dot",),
+    ),
+    OpSpec(
+        "importance_weights",
+        "Tensor reward, Tensor dot, Tensor norm2, float lam, float alpha, float sigma, bool check",
+        Output("weights", torch.float32),
+        Output("ess", torch.float32, 1),
+    ),
+    OpSpec(
+        "control_update",
+        "Tensor mean, Tensor weights, Tensor? length, Tensor seed, Tensor sequence, "
+        "SymInt iteration, float sigma, SymInt start, SymInt stop, bool partial, bool check",
+        _FLOAT32,
+    ),
+    OpSpec("control_merge", "Tensor mean, Tensor partials, float sigma", _FLOAT32),
+    OpSpec("philox", "Tensor counter, Tensor key", Output("out", torch.int64)),
+    OpSpec(
+        "normal",
+        "SymInt n, Tensor seed, SymInt step, SymInt sequence, SymInt iteration, SymInt rollout",
+        _FLOAT32,
+    ),
+)
+OPS = {spec.name: spec for spec in _SPECS}
 
 # Only a compiled library has these: which instruction set it uses (-1 asks, 0 scalar, 1 AVX2,
 # 2 AVX-512 force, limited to what the machine has), and which schemas it was written for
@@ -203,19 +187,11 @@ OPS: dict[str, OpSpec] = {
 NATIVE_ONLY = ("cpu_isa(int level) -> int", "native_version() -> int", "cuda_version() -> int")
 
 
-def _functional(spec: OpSpec) -> Callable[..., Any]:
+def _functional(spec: OpSpec, fake: bool) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
         outputs = spec.allocate(*args)
-        out_overload = getattr(torch.ops.tta_ext, spec.name).out
-        out_overload(*args, **dict(zip(spec.outputs, outputs, strict=True)))
-        return outputs[0] if len(outputs) == 1 else outputs
-
-    return run
-
-
-def _functional_fake(spec: OpSpec) -> Callable[..., Any]:
-    def run(*args: Any) -> Any:
-        outputs = spec.allocate(*args)
+        if not fake:
+            spec.out(*args, **dict(zip(spec.outputs, outputs, strict=True)))
         return outputs[0] if len(outputs) == 1 else outputs
 
     return run
@@ -256,8 +232,7 @@ def _backward(spec: OpSpec) -> Callable[..., Any]:
 
 def overloads() -> list[Any]:
     """All overloads with a schema that works without a compiled library."""
-    packets = [getattr(torch.ops.tta_ext, name) for name in OPS]
-    return [packet.default for packet in packets] + [packet.out for packet in packets]
+    return [spec.functional for spec in OPS.values()] + [spec.out for spec in OPS.values()]
 
 
 def _define() -> torch.library.Library:
@@ -269,10 +244,13 @@ def _define() -> torch.library.Library:
     for spec in OPS.values():
         library.define(spec.functional_schema, tags=tags)
         library.define(spec.out_schema, tags=tags)
-        library.impl(spec.name, _functional(spec), "CompositeExplicitAutograd")
+        library.impl(spec.name, _functional(spec, fake=False), "CompositeExplicitAutograd")
         library.impl(f"{spec.name}.out", _out(spec), "CompositeExplicitAutograd")
+        packet = getattr(torch.ops.tta_ext, spec.name)
+        spec.functional, spec.out = packet.default, packet.out
+        spec.run = getattr(packet.out, "_op", packet.out)
         qualified = f"{NAMESPACE}::{spec.name}"
-        torch.library.register_fake(qualified, _functional_fake(spec), lib=library)
+        torch.library.register_fake(qualified, _functional(spec, fake=True), lib=library)
         torch.library.register_fake(f"{qualified}.out", _out_fake, lib=library)
         torch.library.register_autograd(
             qualified, _backward(spec), setup_context=_setup_context, lib=library

@@ -6,15 +6,15 @@ tensors, and tensors are looked at through attributes alone: nothing here reads 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tta_ext import rng, rules
-from tta_ext.dispatch import Op
 from tta_ext.rules import Rule
+from tta_ext.schemas import OpSpec
 
 LOGIT_DTYPES = frozenset((torch.float32, torch.float16, torch.bfloat16))
 MAX_VOCABULARY = 1 << 20
@@ -82,18 +82,52 @@ def check_alike(name: str, logits: Tensor, like_name: str, like: Tensor, form: s
         check_same(name, logits, like_name, like)
 
 
+def check_matrices(form: str, *, unit_stride: bool = True, **matrices: Tensor) -> None:
+    """Raise unless all are float32 of two dimensions, with the first one's shape and device."""
+    like_name, like = next(iter(matrices.items()))
+    for name, values in matrices.items():
+        check_logits(name, values, 2, form, unit_stride=unit_stride)
+        check_kind(name, values, torch.float32, values.device)
+        check_same(name, values, like_name, like)
+
+
+def check_kind(name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> None:
+    """Raise unless a tensor has this dtype and device."""
+    if tensor.dtype is not dtype:
+        raise TypeError(f"{name} has dtype {tensor.dtype}, expected {dtype}")
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}, expected {device}")
+
+
 def check_tensor(
     name: str, tensor: Tensor, dtype: torch.dtype, shape: Sequence[int], device: torch.device
 ) -> None:
     """Raise unless a tensor has exactly this dtype, shape and device."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} is {_describe(tensor)}, expected a tensor of dtype {dtype}")
-    if tensor.dtype != dtype:
-        raise TypeError(f"{name} has dtype {tensor.dtype}, expected {dtype}")
+    check_kind(name, tensor, dtype, device)
     if tensor.shape != torch.Size(shape):
         raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {list(shape)}")
-    if tensor.device != device:
-        raise ValueError(f"{name} is on {tensor.device}, expected {device}")
+
+
+def one_or_each(
+    name: str,
+    values: Tensor,
+    dtype: torch.dtype,
+    count: int,
+    device: torch.device,
+    positions: int | None = None,
+) -> Tensor:
+    """The tensor itself; raises unless it has one element, one a row or one a row and position."""
+    if values.dtype is not dtype:
+        raise TypeError(f"{name} has dtype {values.dtype}, expected {dtype}")
+    shape = values.shape
+    if shape != (count,) and shape != (count, positions) and values.numel() != 1:
+        more = "" if positions is None else f" or [{count}, {positions}]"
+        raise ValueError(f"{name} has shape {list(shape)}, expected one element or [{count}]{more}")
+    if values.device != device and not (values.is_cpu and values.numel() == 1):
+        raise ValueError(f"{name} is on {values.device}, expected {device}")
+    return values
 
 
 def check_flag(check: bool | None, tensor: Tensor) -> bool:
@@ -103,56 +137,46 @@ def check_flag(check: bool | None, tensor: Tensor) -> bool:
     return bool(check)
 
 
-# Numbers as tensors. A tensor made while a fake or another tensor mode is active is not a plain
-# one and must not be kept for later calls.
-_integers: dict[int, Tensor] = {}
-_doubles: dict[float, Tensor] = {}
-_ranges: dict[tuple[int, torch.device], Tensor] = {}
-# Seeds and rollouts that have passed their checks, by the number as it was given.
-_seeds: dict[int, Tensor] = {}
-_rollouts: dict[int, Tensor] = {}
+class _Kept(dict[Any, Tensor]):
+    """Tensors made once for their key; nobody writes to them, and no compiled graph sees them.
+
+    One made while a fake or another tensor mode is active is not a plain one and is not kept.
+    """
+
+    def __init__(self, make: Callable[[Any], Tensor]) -> None:
+        super().__init__()
+        self.make = make
+
+    def __missing__(self, key: Any) -> Tensor:
+        with torch.inference_mode(False):
+            tensor = self.make(key)
+        if type(tensor) is Tensor:
+            if len(self) >= _CACHE_LIMIT:
+                self.clear()
+            self[key] = tensor
+        return tensor
+
+
 _CACHE_LIMIT = 4096
+_integers = _Kept(lambda value: torch.tensor(value, dtype=torch.int64, device="cpu"))
+_doubles = _Kept(lambda value: torch.tensor(value, dtype=torch.float64, device="cpu"))
+_ranges = _Kept(lambda key: torch.arange(key[0], dtype=torch.int64, device=key[1]))
+# Of numbers as they are given, checked.
+_seeds = _Kept(lambda seed: _integers[rng.as_seed(seed)])
+_rollouts = _Kept(lambda rollout: _integers[rng.check_rollout(rollout)])
 
 
-def _keep(cache: dict[Any, Tensor], key: Any, tensor: Tensor) -> Tensor:
-    if type(tensor) is Tensor:
-        if len(cache) >= _CACHE_LIMIT:
-            cache.clear()
-        cache[key] = tensor
-    return tensor
-
-
-def integer(value: int) -> Tensor:
-    """A 0-dim int64 CPU tensor; do not write to it."""
+def _integer(value: int) -> Tensor:
     if _compiling():
         return torch.scalar_tensor(value, dtype=torch.int64, device="cpu")
-    cached = _integers.get(value)
-    if cached is None:
-        with torch.inference_mode(False):
-            cached = _keep(_integers, value, torch.tensor(value, dtype=torch.int64, device="cpu"))
-    return cached
+    return _integers[value]
 
 
 def double(value: float) -> Tensor:
     """A 0-dim float64 CPU tensor; do not write to it."""
     if _compiling():
         return torch.scalar_tensor(value, dtype=torch.float64, device="cpu")
-    cached = _doubles.get(value)
-    if cached is None:
-        with torch.inference_mode(False):
-            cached = _keep(_doubles, value, torch.tensor(value, dtype=torch.float64, device="cpu"))
-    return cached
-
-
-def _arange(count: int, device: torch.device) -> Tensor:
-    if _compiling():
-        return torch.arange(count, dtype=torch.int64, device=device)
-    cached = _ranges.get((count, device))
-    if cached is None:
-        with torch.inference_mode(False):
-            made = torch.arange(count, dtype=torch.int64, device=device)
-            cached = _keep(_ranges, (count, device), made)
-    return cached
+    return _doubles[value]
 
 
 def is_int(value: object) -> bool:
@@ -162,54 +186,42 @@ def is_int(value: object) -> bool:
 def index_tensor(name: str, value: int | Tensor, count: int, device: torch.device) -> Tensor:
     """Indices of 32 bits as int64: one for all rows, or one a row."""
     if isinstance(value, Tensor):
-        if value.dtype is not torch.int64:
-            raise TypeError(f"{name} has dtype {value.dtype}, expected torch.int64")
-        size = value.numel()
-        if size != 1 and (size != count or value.dim() != 1):
-            raise ValueError(
-                f"{name} has shape {list(value.shape)}, expected one element or [{count}]"
-            )
-        if value.device != device and (size != 1 or not value.is_cpu):
-            raise ValueError(f"{name} is on {value.device}, expected {device}")
-        return value
+        return one_or_each(name, value, torch.int64, count, device)
+    if type(value) is int and 0 <= value < rng.WORD and not _compiling():
+        return _integers[value]  # what most calls need
     if not is_int(value):
         raise TypeError(f"{name} is {value!r}, expected an int or an int64 tensor")
-    if not 0 <= value < rng.WORD:
-        rng.check_word(name, value)
-    return integer(value)
+    return _integer(rng.check_word(name, value))
 
 
 def sequence_tensor(value: int | Tensor | None, count: int, device: torch.device) -> Tensor:
     """Sequence ids; row numbers where the caller gives none."""
-    if value is None:
-        return _arange(count, device)
-    return index_tensor("sequence", value, count, device)
+    if value is not None:
+        return index_tensor("sequence", value, count, device)
+    if _compiling():
+        return torch.arange(count, dtype=torch.int64, device=device)
+    return _ranges[count, device]
 
 
 def rollout_tensor(value: int | Tensor, count: int, device: torch.device) -> Tensor:
     """Rollout numbers of 16 bits."""
-    if not isinstance(value, Tensor) and is_int(value) and not 0 <= value < rng.ROLLOUTS:
+    if not isinstance(value, Tensor) and is_int(value):
         rng.check_rollout(value)
-    made = index_tensor("rollout", value, count, device)
-    return made if isinstance(value, Tensor) or _compiling() else _keep(_rollouts, value, made)
+    return index_tensor("rollout", value, count, device)
 
 
 def seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
     """The seed as one int64 element."""
     if isinstance(seed, Tensor):
-        if seed.dtype is not torch.int64:
-            raise TypeError(f"seed has dtype {seed.dtype}, expected torch.int64")
+        check_kind("seed", seed, torch.int64, seed.device if seed.is_cpu else device)
         if seed.numel() != 1:
             raise ValueError(f"seed has shape {list(seed.shape)}, expected one element")
-        if seed.device != device and not seed.is_cpu:
-            raise ValueError(f"seed is on {seed.device}, expected {device}")
         return seed
     if isinstance(seed, torch.Generator):
         raise TypeError("seed is a torch.Generator, expected tta_ext.rng.seed_from_generator of it")
     if seed is None or not is_int(seed):
         raise TypeError(f"seed is {seed!r}, expected an int or an int64 tensor")
-    made = integer(rng.as_seed(seed))
-    return made if _compiling() else _keep(_seeds, seed, made)
+    return _integer(rng.as_seed(seed))
 
 
 def key_arguments(
@@ -232,14 +244,14 @@ def key_arguments(
     if not 0 <= iteration < rng.ITERATIONS:
         rng.check_iteration(iteration)
     plain = not _compiling()
-    known_seed = _seeds.get(seed) if plain and type(seed) is int else None
-    known_rollout = _rollouts.get(rollout) if plain and type(rollout) is int else None
     return (
-        seed_tensor(seed, device) if known_seed is None else known_seed,
+        _seeds[seed] if plain and type(seed) is int else seed_tensor(seed, device),
         index_tensor("position", position, count, device),
         sequence_tensor(sequence, count, device),
         iteration,
-        rollout_tensor(rollout, count, device) if known_rollout is None else known_rollout,
+        _rollouts[rollout]
+        if plain and type(rollout) is int
+        else rollout_tensor(rollout, count, device),
         bool(do_sample),
     )
 
@@ -263,16 +275,7 @@ def _param_tensor(param: float | Tensor | None, like: Tensor, positions: int | N
         return double(0.0)
     if not isinstance(param, Tensor):
         return double(param)
-    count, size = like.shape[0], param.numel()
-    accepted = (count,) if positions is None else (count, positions)
-    if size != 1 and param.shape not in ((count,), accepted):
-        more = "" if positions is None else f" or [{count}, {positions}]"
-        raise ValueError(
-            f"param has shape {list(param.shape)}, expected one element or [{count}]{more}"
-        )
-    if param.device != like.device and (size != 1 or not param.is_cpu):
-        raise ValueError(f"param is on {param.device}, expected {like.device}")
-    return param
+    return one_or_each("param", param, torch.float64, like.shape[0], like.device, positions)
 
 
 # What rule_arguments made of plain numbers: a decoding loop asks the same every step.
@@ -344,7 +347,7 @@ def check_output(
 
 
 def outputs(
-    op: Op,
+    op: OpSpec,
     out: Tensor | Sequence[Tensor] | None,
     like: Tensor,
     fields: tuple[str, ...] = (),

@@ -12,21 +12,6 @@ row stride, unit stride over V; they are widened to float32 in registers. Base a
 same shape and device; their dtypes may differ. -inf marks an impossible token. Arguments with one
 value a row or position have any stride, outputs are contiguous.
 
-**Rule arguments**: ``rule`` is a name or alias; ``param`` a float, or a float64 tensor with one
-element or one a row (None for ``argmax``); ``critical`` is the policy that says what becomes of the
-first item that does not fit the knapsack: ``"exclude"`` keeps it, ``"include"`` defers it too,
-``"split"`` defers the fraction that fills the budget; ``temperature`` T > 0 gives p, q and pi;
-``rule_temperature`` (default T) the p and q that the rule looks at. Or ``rule`` is a
-:class:`~tta_ext.rules.Rule`, which holds all of these and was checked when it was made; the other
-four then stay at their defaults (``TypeError`` otherwise). In results, ``critical`` is that item's
-index.
-
-**Key arguments**: ``seed`` (int or int64 tensor, bits as unsigned), ``position`` (int, or int64
-tensor with one element or one a row) and ``sequence`` (the same; default: the row number) with
-``iteration`` and ``rollout`` name the random numbers (:mod:`tta_ext.rng`); equal names give equal
-tokens whatever the batch. ``do_sample=False`` takes argmax pi, ties to the lowest id, and needs no
-names.
-
 **check**: a row with NaN, +inf or nothing but -inf raises ``ValueError`` naming the row with
 ``check=True`` (default on the CPU); with ``check=False`` (default elsewhere and in compiled graphs:
 no synchronisation) its token is -1, its masses NaN, its critical item -2 and its mask empty.
@@ -46,9 +31,11 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from tta_ext.dispatch import Op, invoke
+from tta_ext.dispatch import invoke
 from tta_ext.ops import _arguments as args
+from tta_ext.ops._documentation import documented
 from tta_ext.rules import Rule
+from tta_ext.schemas import OPS
 
 __all__ = [
     "Mask",
@@ -108,11 +95,11 @@ class Stats(NamedTuple):
     used: Tensor
 
 
-_MASK = Op("deferral_mask")
-_PROBS = Op("deferral_probs")
-_STATS = Op("deferral_stats")
-_PROPOSE = Op("deferral_propose")
-_SAMPLE = Op("deferral_sample")
+_MASK = OPS["deferral_mask"]
+_PROBS = OPS["deferral_probs"]
+_STATS = OPS["deferral_stats"]
+_PROPOSE = OPS["deferral_propose"]
+_SAMPLE = OPS["deferral_sample"]
 
 _MATRIX = "[B, V]"
 
@@ -129,6 +116,7 @@ def _one_or_pair(base_logits: Tensor, proxy_logits: Tensor | None) -> None:
         _pair(base_logits, proxy_logits)
 
 
+@documented
 def deferral_mask(
     base_logits: Tensor,
     proxy_logits: Tensor | None = None,
@@ -151,21 +139,12 @@ def deferral_mask(
         base_logits: ``[B, V]``.
         proxy_logits: ``[B, V]``; needed by ``confidence_bet``, ``proxy_below`` and ``proxy_above``,
             not read by the other rules.
-        rule, param, critical, temperature, rule_temperature: the rule by name with its parameter (a
-            float, or float64 with one element or ``[B]``), or one :class:`~tta_ext.rules.Rule` that
-            holds all five. ``critical`` is the *policy* for the first item the knapsack has no room
-            for: ``"exclude"`` keeps it, ``"include"`` defers it, ``"split"`` defers what fits.
-        check: raise ``ValueError`` for a row with NaN, +inf or only -inf (default on the CPU);
-            otherwise its mask is empty, its critical item -2 and its fraction NaN.
+        {rule}
+        {check} its mask is empty, its critical item -2 and its fraction NaN.
         out: a :class:`Mask` (or tuple) of contiguous tensors to write.
 
-    ========== ======= ========
-    output     dtype   shape
-    ========== ======= ========
-    mask       bool    [B, V]
-    critical   int64   [B]
-    fraction   float32 [B]
-    ========== ======= ========
+    Returns:
+        {Mask}
 
     Bytes moved: ``B V (s + 1)`` with s bytes a logit (``2 s`` for rules that need q).
 
@@ -185,6 +164,7 @@ def deferral_mask(
     return Mask(*invoke(_MASK, arguments, outs))
 
 
+@documented
 def deferral_probs(
     base_logits: Tensor,
     proxy_logits: Tensor,
@@ -201,12 +181,8 @@ def deferral_probs(
 
     Args:
         base_logits, proxy_logits: ``[B, V]``; both are read whatever the rule.
-        rule, param, critical, temperature, rule_temperature: the rule by name with its parameter (a
-            float, or float64 with one element or ``[B]``), or one :class:`~tta_ext.rules.Rule` that
-            holds all five. ``critical`` is the *policy* for the first item the knapsack has no room
-            for: ``"exclude"`` keeps it, ``"include"`` defers it, ``"split"`` defers what fits.
-        check: raise ``ValueError`` for a row with NaN, +inf or only -inf (default on the CPU);
-            otherwise it is NaN.
+        {rule}
+        {check} it is NaN.
         out: contiguous float32 ``[B, V]`` to write.
 
     Bytes moved: ``B V (2 s + 4)`` with s bytes a logit.
@@ -223,6 +199,7 @@ def deferral_probs(
     return invoke(_PROBS, (base_logits, proxy_logits, *numbers, flag), outs)[0]
 
 
+@documented
 def deferral_stats(
     base_logits: Tensor,
     proxy_logits: Tensor | None = None,
@@ -240,22 +217,12 @@ def deferral_stats(
     Args:
         base_logits: ``[B, V]``.
         proxy_logits: ``[B, V]``, for the rules that need it.
-        rule, param, critical, temperature, rule_temperature: the rule by name with its parameter (a
-            float, or float64 with one element or ``[B]``), or one :class:`~tta_ext.rules.Rule` that
-            holds all five. ``critical`` is the *policy* for the first item the knapsack has no room
-            for: ``"exclude"`` keeps it, ``"include"`` defers it, ``"split"`` defers what fits.
-        check: raise ``ValueError`` for a row with NaN, +inf or only -inf (default on the CPU);
-            otherwise its critical item is -2 and its numbers are NaN.
+        {rule}
+        {check} its critical item is -2 and its numbers are NaN.
         out: a :class:`Stats` (or tuple) of contiguous tensors to write.
 
-    ============= ======= =====
-    output        dtype   shape
-    ============= ======= =====
-    deferred_mass float64 [B]
-    critical      int64   [B]
-    cut_logit     float32 [B]
-    used          float64 [B]
-    ============= ======= =====
+    Returns:
+        {Stats}
 
     Bytes moved: ``B V s`` with s bytes a logit (``2 s`` for rules that need q).
 
@@ -272,6 +239,7 @@ def deferral_stats(
     return Stats(*invoke(_STATS, arguments, outs))
 
 
+@documented
 def deferral_propose(
     base_logits: Tensor,
     *,
@@ -302,15 +270,9 @@ def deferral_propose(
 
     Args:
         base_logits: ``[B, V]``.
-        rule, param, critical, temperature, rule_temperature: the rule by name with its parameter (a
-            float, or float64 with one element or ``[B]``), or one :class:`~tta_ext.rules.Rule` that
-            holds all five. ``critical`` is the *policy* for the first item the knapsack has no room
-            for: ``"exclude"`` keeps it, ``"include"`` defers it, ``"split"`` defers what fits.
-        seed, position, sequence, iteration, rollout, do_sample: ints, or int64 with one element or
-            ``[B]``, that name the random numbers (:mod:`tta_ext.rng`); ``sequence`` defaults to the
-            row number. ``do_sample=False`` takes argmax pi, the lowest id of equals, without them.
-        check: raise ``ValueError`` for a row with NaN, +inf or only -inf (default on the CPU);
-            otherwise its token is -1.
+        {rule}
+        {key}
+        {check} its token is -1.
         out: a :class:`Proposal` (or tuple) of contiguous tensors to write: int64 and bool ``[B]``.
 
     Bytes moved: ``B V s`` with s bytes a logit.
@@ -331,6 +293,7 @@ def deferral_propose(
     return result if type(result) is Proposal else Proposal(*result)
 
 
+@documented
 def deferral_sample(
     base_logits: Tensor,
     proxy_logits: Tensor,
@@ -354,16 +317,9 @@ def deferral_sample(
     Args:
         base_logits, proxy_logits: ``[B, V]``. Where the rule looks at p alone, a proxy row is read
             (and checked) only if the base model's token is rejected.
-        rule, param, critical, temperature, rule_temperature: the rule by name with its parameter (a
-            float, or float64 with one element or ``[B]``), or one :class:`~tta_ext.rules.Rule` that
-            holds all five. ``critical`` is the *policy* for the first item the knapsack has no room
-            for: ``"exclude"`` keeps it, ``"include"`` defers it, ``"split"`` defers what fits.
-        seed, position, sequence, iteration, rollout, do_sample: ints, or int64 with one element or
-            ``[B]``, that name the random numbers (:mod:`tta_ext.rng`); ``sequence`` defaults to the
-            row number. ``do_sample=False`` takes argmax pi, the lowest id of equals, without
-            them. Streams: BASE, SPLIT and PROXY.
-        check: raise ``ValueError`` for a row with NaN, +inf or only -inf (default on the CPU);
-            otherwise its token is -1.
+        {rule}
+        {key} Streams: BASE, SPLIT and PROXY.
+        {check} its token is -1.
         out: a :class:`Proposal` (or tuple) of contiguous tensors to write: int64 and bool ``[B]``.
 
     Returns:

@@ -16,13 +16,15 @@ import torch
 from torch import Tensor
 
 from tta_ext import rules
-from tta_ext.dispatch import Op, invoke
+from tta_ext.dispatch import invoke
 from tta_ext.ops import _arguments as args
+from tta_ext.ops._documentation import documented
+from tta_ext.schemas import OPS
 
 __all__ = ["implicit_reward_probs", "implicit_reward_sample"]
 
-_PROBS = Op("implicit_reward_probs")
-_SAMPLE = Op("implicit_reward_sample")
+_PROBS = OPS["implicit_reward_probs"]
+_SAMPLE = OPS["implicit_reward_sample"]
 
 Models = tuple[Tensor, Tensor, Tensor | None, Tensor, float]
 
@@ -56,12 +58,7 @@ def _models(
         raise ValueError(f"expert_logits has shape {list(expert_logits.shape)}, expected E >= 1")
     if not isinstance(beta, Tensor):
         beta = torch.tensor(beta, dtype=torch.float32, device=device).reshape(-1)
-    if beta.dtype is not torch.float32:
-        raise TypeError(f"beta has dtype {beta.dtype}, expected torch.float32")
-    if beta.shape != (experts,):
-        raise ValueError(f"beta has shape {list(beta.shape)}, expected [{experts}]")
-    if beta.device != device:
-        raise ValueError(f"beta is on {beta.device}, expected {device}")
+    args.check_tensor("beta", beta, torch.float32, (experts,), device)
     dtypes = {base_logits.dtype, *(stack.dtype for _, stack in stacks)}
     if len(dtypes) > 1:
         base_logits, expert_logits = base_logits.float(), expert_logits.float()
@@ -110,6 +107,7 @@ def implicit_reward_probs(
     return invoke(_PROBS, (*models, args.check_flag(check, base)), outs)[0]
 
 
+@documented
 def implicit_reward_sample(
     base_logits: Tensor,
     expert_logits: Tensor,
@@ -130,9 +128,7 @@ def implicit_reward_sample(
 
     Args:
         base_logits, expert_logits, anti_logits, beta, temperature: as there.
-        seed, position, sequence, iteration, rollout: name the uniform (stream BASE), see
-            :mod:`tta_ext.rng`; ``sequence`` defaults to the row number.
-        do_sample: False takes the highest score, ties to the lowest id.
+        {key} Stream: BASE.
         check: raise ``ValueError`` for invalid rows (default on the CPU); otherwise token -1.
         out: contiguous int64 ``[B]`` to write.
 

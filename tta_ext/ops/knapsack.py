@@ -8,8 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tta_ext.dispatch import Op, invoke
+from tta_ext.dispatch import invoke
 from tta_ext.ops import _arguments as args
+from tta_ext.ops._documentation import documented
+from tta_ext.schemas import OPS
 
 __all__ = ["Knapsack", "greedy_knapsack"]
 
@@ -33,9 +35,10 @@ class Knapsack(NamedTuple):
     upper_bound: Tensor
 
 
-_KNAPSACK = Op("greedy_knapsack")
+_KNAPSACK = OPS["greedy_knapsack"]
 
 
+@documented
 def greedy_knapsack(
     profit: Tensor,
     weight: Tensor,
@@ -62,15 +65,8 @@ def greedy_knapsack(
             CPU); otherwise nothing is selected there and the numbers are NaN.
         out: a :class:`Knapsack` (or tuple) of contiguous tensors to write.
 
-    =========== ======= ======
-    output      dtype   shape
-    =========== ======= ======
-    selected    bool    [B, V]
-    used        float64 [B]
-    value       float64 [B]
-    critical    int64   [B]
-    upper_bound float64 [B]
-    =========== ======= ======
+    Returns:
+        {Knapsack}
 
     Errors: ``TypeError`` for other dtypes, ``ValueError`` for shapes, devices, layout, capacity.
 
@@ -83,23 +79,11 @@ def greedy_knapsack(
         >>> greedy_knapsack(profit, weight, 4.5).selected
         tensor([[ True,  True, False]])
     """
-    for name, items in (("profit", profit), ("weight", weight)):
-        args.check_logits(name, items, 2, "[B, V]")
-        if items.dtype is not torch.float32:
-            raise TypeError(f"{name} has dtype {items.dtype}, expected torch.float32")
-    args.check_same("weight", weight, "profit", profit)
-    rows, device = profit.shape[0], profit.device
+    args.check_matrices("[B, V]", profit=profit, weight=weight)
     if isinstance(capacity, Tensor):
-        if capacity.dtype is not torch.float64:
-            raise TypeError(f"capacity has dtype {capacity.dtype}, expected torch.float64")
-        size = capacity.numel()
-        if size != 1 and capacity.shape != (rows,):
-            raise ValueError(
-                f"capacity has shape {list(capacity.shape)}, expected one element or [{rows}]"
-            )
-        if capacity.device != device and (size != 1 or not capacity.is_cpu):
-            raise ValueError(f"capacity is on {capacity.device}, expected {device}")
-        limit = capacity
+        limit = args.one_or_each(
+            "capacity", capacity, torch.float64, profit.shape[0], profit.device
+        )
     else:
         if isinstance(capacity, bool) or not isinstance(capacity, (int, float, torch.SymFloat)):
             raise TypeError(f"capacity is {capacity!r}, expected a number or a float64 tensor")

@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 from tta_ext import rng
-from tta_ext.dispatch import Op, invoke
+from tta_ext.dispatch import invoke
 from tta_ext.ops import _arguments as args
+from tta_ext.schemas import OPS
 
 __all__ = ["normal", "philox"]
 
-_PHILOX = Op("philox")
-_NORMAL = Op("normal")
+_PHILOX = OPS["philox"]
+_NORMAL = OPS["normal"]
 
 
 def philox(counter: Tensor, key: Tensor, *, out: Tensor | None = None) -> Tensor:
@@ -39,14 +40,11 @@ def philox(counter: Tensor, key: Tensor, *, out: Tensor | None = None) -> Tensor
     for name, words in (("counter", counter), ("key", key)):
         if not isinstance(words, Tensor):
             raise TypeError(f"{name} is {type(words).__name__}, expected an int64 tensor")
-        if words.dtype is not torch.int64:
-            raise TypeError(f"{name} has dtype {words.dtype}, expected torch.int64")
+        args.check_kind(name, words, torch.int64, counter.device)
     if counter.dim() < 1 or counter.shape[-1] != 4:
         raise ValueError(f"counter has shape {list(counter.shape)}, expected [..., 4]")
     if key.shape != (2,):
         raise ValueError(f"key has shape {list(key.shape)}, expected [2]")
-    if key.device != counter.device:
-        raise ValueError(f"key is on {key.device}, expected {counter.device}")
     outs = args.outputs(_PHILOX, out, counter)
     return invoke(_PHILOX, (counter, key), outs)[0]
 

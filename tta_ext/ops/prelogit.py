@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from tta_ext import rng
-from tta_ext.dispatch import Op, invoke
+from tta_ext.dispatch import invoke
 from tta_ext.ops import _arguments as args
+from tta_ext.schemas import OPS
 
 __all__ = [
     "Weights",
@@ -44,10 +45,10 @@ class Weights(NamedTuple):
     ess: Tensor
 
 
-_PERTURB = Op("prelogit_perturb")
-_WEIGHTS = Op("importance_weights")
-_UPDATE = Op("control_update")
-_MERGE = Op("control_merge")
+_PERTURB = OPS["prelogit_perturb"]
+_WEIGHTS = OPS["importance_weights"]
+_UPDATE = OPS["control_update"]
+_MERGE = OPS["control_merge"]
 
 
 def _check_sigma(sigma: float) -> float:
@@ -59,12 +60,9 @@ def _check_sigma(sigma: float) -> float:
 def _check_mean(mean: Tensor, device: torch.device) -> None:
     if not isinstance(mean, Tensor):
         raise TypeError(f"mean is {type(mean).__name__}, expected a tensor [P, tau, d]")
-    if mean.dtype is not torch.float32:
-        raise TypeError(f"mean has dtype {mean.dtype}, expected torch.float32")
+    args.check_kind("mean", mean, torch.float32, device)
     if mean.dim() != 3:
         raise ValueError(f"mean has shape {list(mean.shape)}, expected [P, tau, d]")
-    if mean.device != device:
-        raise ValueError(f"mean is on {mean.device}, expected {device}")
 
 
 def prelogit_perturb(
@@ -116,8 +114,7 @@ def prelogit_perturb(
                 [1., 1., 1., 1.]])
     """
     args.check_logits("hidden", hidden, 2, "[N, d]")
-    count, dimensions = hidden.shape
-    device = hidden.device
+    (count, dimensions), device = hidden.shape, hidden.device
     _check_mean(mean, device)
     if mean.shape[2] != dimensions:
         raise ValueError(
@@ -126,8 +123,6 @@ def prelogit_perturb(
         )
     if mean.shape[0] == 0 or mean.shape[1] == 0:
         raise ValueError(f"mean has shape {list(mean.shape)}, expected P >= 1 and tau >= 1")
-    if not isinstance(rollout, Tensor):
-        rng.check_rollout(rollout)
     if not isinstance(row, Tensor) and not 0 <= row < mean.shape[0]:
         raise ValueError(f"row is {row}, expected 0 <= row < {mean.shape[0]}")
     rng.check_iteration(iteration)
@@ -135,7 +130,7 @@ def prelogit_perturb(
         args.index_tensor("step", step, count, device),
         args.index_tensor("row", row, count, device),
         args.index_tensor("sequence", sequence, count, device),
-        args.index_tensor("rollout", rollout, count, device),
+        args.rollout_tensor(rollout, count, device),
     )
     if dot is None:
         dot = hidden.new_zeros(count, dtype=torch.float32)
@@ -147,15 +142,8 @@ def prelogit_perturb(
         out = hidden.new_empty(hidden.shape)
     else:
         args.check_output("out", out, hidden.dtype, hidden.shape, device)
-    arguments = (
-        hidden,
-        mean,
-        *indices,
-        iteration,
-        _check_sigma(sigma),
-        args.seed_tensor(seed, device),
-        args.check_flag(check, hidden),
-    )
+    key, flag = args.seed_tensor(seed, device), args.check_flag(check, hidden)
+    arguments = (hidden, mean, *indices, iteration, _check_sigma(sigma), key, flag)
     return invoke(_PERTURB, arguments, (out, dot))[0]
 
 
@@ -200,11 +188,7 @@ def importance_weights(
         >>> importance_weights(reward, zero, zero, lam=0.0, alpha=1.0, sigma=0.5).w
         tensor([[0., 1., 0.]])
     """
-    for name, values in (("reward", reward), ("dot", dot), ("norm2", norm2)):
-        args.check_logits(name, values, 2, "[P, n]", unit_stride=False)
-        if values.dtype is not torch.float32:
-            raise TypeError(f"{name} has dtype {values.dtype}, expected torch.float32")
-        args.check_same(name, values, "reward", reward)
+    args.check_matrices("[P, n]", unit_stride=False, reward=reward, dot=dot, norm2=norm2)
     if not 0.0 <= lam < math.inf:
         raise ValueError(f"lam is {lam!r}, expected a finite number >= 0")
     if not 0.0 <= alpha <= 1.0:
@@ -276,35 +260,22 @@ def control_update(
     """
     _check_mean(mean, mean.device)
     prompts, device = mean.shape[0], mean.device
-    if weights.dtype is not torch.float32:
-        raise TypeError(f"weights has dtype {weights.dtype}, expected torch.float32")
+    args.check_kind("weights", weights, torch.float32, device)
     if weights.dim() != 2 or weights.shape[0] != prompts or weights.shape[1] < 1:
         raise ValueError(f"weights has shape {list(weights.shape)}, expected [{prompts}, n]")
-    if weights.device != device:
-        raise ValueError(f"weights is on {weights.device}, expected {device}")
     count = weights.shape[1]
     if count > rng.ROLLOUTS:
         raise ValueError(f"weights has {count} rollouts, expected at most {rng.ROLLOUTS}")
     if length is not None:
         args.check_tensor("length", length, torch.int64, (prompts, count), device)
     rng.check_iteration(iteration)
-    start, stop, partial = _subtree(rollouts, count)
+    part = _subtree(rollouts, count)
     outs = args.outputs(_UPDATE, out, mean)
     if out is mean:
         raise ValueError("out is mean, expected another tensor")
-    arguments = (
-        mean,
-        weights,
-        length,
-        args.seed_tensor(seed, device),
-        args.sequence_tensor(sequence, prompts, device),
-        iteration,
-        _check_sigma(sigma),
-        start,
-        stop,
-        partial,
-        args.check_flag(check, mean),
-    )
+    key, ids = args.seed_tensor(seed, device), args.sequence_tensor(sequence, prompts, device)
+    noise = (key, ids, iteration, _check_sigma(sigma))
+    arguments = (mean, weights, length, *noise, *part, args.check_flag(check, mean))
     return invoke(_UPDATE, arguments, outs)[0]
 
 

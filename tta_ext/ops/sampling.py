@@ -5,14 +5,17 @@ from __future__ import annotations
 from torch import Tensor
 
 from tta_ext import rng, rules
-from tta_ext.dispatch import Op, invoke
+from tta_ext.dispatch import invoke
 from tta_ext.ops import _arguments as args
+from tta_ext.ops._documentation import documented
+from tta_ext.schemas import OPS
 
 __all__ = ["categorical_sample"]
 
-_SAMPLE = Op("categorical_sample")
+_SAMPLE = OPS["categorical_sample"]
 
 
+@documented
 def categorical_sample(
     logits: Tensor,
     *,
@@ -32,14 +35,12 @@ def categorical_sample(
 
     Args:
         logits: float32, float16 or bfloat16 ``[B, V]``, unit stride over V; -inf is impossible.
-        seed, position, sequence, iteration, rollout: name the uniform u, see :mod:`tta_ext.rng`.
-        do_sample: False takes the highest logit, ties to the lowest id.
+        {key}
         temperature: T > 0; p = softmax(logits / T).
         stream: tag of the stream, one of :data:`tta_ext.rng.STREAMS`. ``PROXY`` gives the
             replacement tokens of :func:`~tta_ext.ops.deferral.deferral_sample`.
         draw: number of the draw, for several draws at one position, ``0 <= draw < 2**32``.
-        check: raise ``ValueError`` for rows with NaN, +inf or only -inf (default on the CPU);
-            otherwise their token is -1.
+        {check} its token is -1.
         out: contiguous int64 ``[B]`` to write.
 
     Returns:

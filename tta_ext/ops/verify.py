@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from tta_ext import rules
-from tta_ext.dispatch import Op, invoke
+from tta_ext.dispatch import invoke
 from tta_ext.ops import _arguments as args
+from tta_ext.ops._documentation import documented
 from tta_ext.rules import Rule
+from tta_ext.schemas import OPS
 
 __all__ = ["Verified", "deferral_verify"]
 
@@ -34,9 +36,10 @@ class Verified(NamedTuple):
     mass: Tensor
 
 
-_VERIFY = Op("deferral_verify")
+_VERIFY = OPS["deferral_verify"]
 
 
+@documented
 def deferral_verify(
     base_logits: Tensor,
     proxy_logits: Tensor,
@@ -69,6 +72,8 @@ def deferral_verify(
     that is empty in floating point accepts.
 
     With ``do_sample=False`` x_k is accepted if it is argmax pi_k, else argmax pi_k is emitted.
+    ``param`` may also have one value a position, ``[B, K+1]``. ``position`` is that of the first
+    draft token; the k-th draws with ``position + k``.
 
     Args:
         base_logits: ``[B, K+1, V]``, float32, float16 or bfloat16, unit stride over V.
@@ -77,29 +82,16 @@ def deferral_verify(
             rejected: the caller draws it from q (stream PROXY). Rules that need q want K+1.
         draft: int64 ``[B, K]``; entries at and after a row's length are not read.
         draft_length: int64 ``[B]``, 0 to K.
-        rule, param, critical, temperature, rule_temperature: the rule by name with its parameter (a
-            float, or float64 with one element, ``[B]`` or ``[B, K+1]``), or one
-            :class:`~tta_ext.rules.Rule` that holds all five. ``critical`` is the *policy* for the
-            first item the knapsack has no room for: ``"exclude"`` keeps it, ``"include"`` defers
-            it, ``"split"`` defers what fits.
-        seed, position, sequence, iteration, rollout, do_sample: ints, or int64 with one element or
-            ``[B]``, that name the random numbers (:mod:`tta_ext.rng`); ``position`` is that of the
-            first draft token, the k-th draws with ``position + k``. ``sequence`` defaults to the
-            row number; ``do_sample=False`` needs none of them.
+        {rule}
+        {key}
         return_mass: compute D of every position reached; otherwise ``mass`` is -1 and D is summed
             only where the decision hangs on it.
         check: raise for invalid rows among the positions reached (default on the CPU); otherwise
             the row ends there with token -1.
         out: a :class:`Verified` (or tuple) of contiguous tensors to write.
 
-    ========== ======= =========
-    output     dtype   shape
-    ========== ======= =========
-    accepted   int64   [B]
-    token      int64   [B]
-    deferred   bool    [B]
-    mass       float64 [B, K+1]
-    ========== ======= =========
+    Returns:
+        {Verified}
 
     Errors: as in :mod:`tta_ext.ops.deferral`.
 

@@ -1,17 +1,22 @@
-"""What all reference operators share: checks of rows, weights, order keys, the greedy prefix."""
+"""What all reference operators share: argument groups, row checks, weights, the greedy prefix."""
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor
 
+from tta_ext import rng
+from tta_ext.backends.reference.philox import blocks
+
+Returned = TypeVar("Returned")
+
 # exp is taken as 0 below ln(2**-126), so no weight is subnormal.
 _LOG_TINY = -87.33654475055310898657
-
-UNUSABLE = "has NaN or +inf, or no finite value"
 
 
 def invalid_rows(logits: Tensor) -> Tensor:
@@ -20,40 +25,85 @@ def invalid_rows(logits: Tensor) -> Tensor:
     return bad.any(-1) | ~torch.isfinite(logits).any(-1)
 
 
-def raise_first(invalid: Tensor, describe: Callable[[int], str]) -> None:
-    """``ValueError`` with the description of the first invalid row, if there is one."""
-    rows = torch.nonzero(invalid)
-    if rows.numel():
+def checked(invalid: Tensor, check: bool, describe: Callable[[int], str]) -> Tensor:
+    """The same flags; with ``check`` the first is a ``ValueError`` with its description."""
+    if check and (rows := torch.nonzero(invalid)).numel():
         raise ValueError(describe(int(rows[0, 0])))
-
-
-def check_logits(name: str, logits: Tensor, read: Tensor | None, check: bool) -> Tensor:
-    """Which rows ``[B]`` are unusable, among those that are read; raises if ``check``."""
-    invalid = invalid_rows(logits)
-    if read is not None:
-        invalid = invalid & read
-    if check:
-        raise_first(invalid, lambda row: f"row {row} of {name} {UNUSABLE}")
     return invalid
+
+
+def check_logits(
+    name: str, logits: Tensor, check: bool, read: Tensor | None = None, at: str = ""
+) -> Tensor:
+    """Which rows ``[B]`` are unusable, among those that are read; raises if ``check``."""
+    invalid = invalid_rows(logits) if read is None else invalid_rows(logits) & read
+    complaint = f"{at} of {name} has NaN or +inf, or no finite value"
+    return checked(invalid, check, lambda row: f"row {row}{complaint}")
 
 
 def check_indices(name: str, values: Tensor, stop: int, check: bool) -> None:
     """``ValueError`` unless all integers lie in ``[0, stop)``; nothing without ``check``."""
-    if not check:
-        return
     flat = values.reshape(-1)
-    limit = "2**32" if stop == 1 << 32 else str(stop)
-    raise_first(
+    limit = "2**32" if stop == rng.WORD else str(stop)
+    checked(
         (flat < 0) | (flat >= stop),
+        check,
         lambda i: f"{name}[{i}] is {int(flat[i])}, expected 0 <= {name} < {limit}",
     )
 
 
-def check_key(position: Tensor, sequence: Tensor, rollout: Tensor, check: bool) -> None:
-    """Position and sequence must fit the counter's 32-bit words, the rollout its 16 bits."""
-    check_indices("position", position, 1 << 32, check)
-    check_indices("sequence", sequence, 1 << 32, check)
-    check_indices("rollout", rollout, 1 << 16, check)
+class RuleArguments(NamedTuple):
+    """A deferral rule: the arguments that :data:`tta_ext.schemas.RULE` names."""
+
+    param: Tensor
+    code: int
+    critical: int
+    temperature: float
+    rule_temperature: float
+
+
+class KeyArguments(NamedTuple):
+    """Whose random numbers are drawn: the arguments that :data:`tta_ext.schemas.KEY` names."""
+
+    seed: Tensor
+    position: Tensor
+    sequence: Tensor
+    iteration: int
+    rollout: Tensor
+    do_sample: bool
+
+    def check(self, check: bool) -> None:
+        """Position and sequence must fit the counter's 32-bit words, the rollout its 16 bits."""
+        check_indices("position", self.position, rng.WORD, check)
+        check_indices("sequence", self.sequence, rng.WORD, check)
+        check_indices("rollout", self.rollout, rng.ROLLOUTS, check)
+
+    def uniform(self, like: Tensor, stream: int, draw: int = 0) -> Tensor:
+        """One uniform a row of ``like``, float64, a multiple of 2**-32 in [0, 1)."""
+        c0 = torch.full((like.shape[0],), draw, dtype=torch.int64, device=like.device)
+        c3 = torch.as_tensor(rng.stream_word(stream, self.iteration, self.rollout.reshape(-1)))
+        block = blocks(self.seed, c0, self.position.reshape(-1), self.sequence.reshape(-1), c3)
+        return block[:, 0].to(torch.float64) * 2.0**-32
+
+
+def flat(function: Callable[..., Returned]) -> Callable[..., Returned]:
+    """An operator in the arguments of its schema, where ``function`` takes groups of them whole.
+
+    A parameter that is annotated as a named tuple takes as many arguments as that has fields.
+    """
+    kinds = [kind for name, kind in get_type_hints(function).items() if name != "return"]
+
+    @functools.wraps(function)
+    def run(*args: Any, **options: Any) -> Returned:
+        rest, given = iter(args), []
+        for kind in kinds:
+            if hasattr(kind, "_fields"):
+                given.append(kind(*itertools.islice(rest, len(kind._fields))))
+            else:
+                given += itertools.islice(rest, 1)
+        return function(*given, **options)
+
+    return run
 
 
 def inverse_temperature(temperature: float) -> float:

@@ -6,15 +6,15 @@ the oracle of the tests. The argument order is that of the operators in :mod:`tt
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from tta_ext import rng, rules
 from tta_ext.backends.reference import _common as common
-from tta_ext.backends.reference._common import Softmax, softmax
-from tta_ext.backends.reference.philox import uniform
+from tta_ext.backends.reference._common import KeyArguments, RuleArguments, Softmax, softmax
 
 
 class Screen(NamedTuple):
@@ -50,72 +50,43 @@ def knapsack(base: Tensor, p: Softmax, budget: Tensor, critical: int) -> Screen:
     return Screen(mask, prefix.critical, fraction, mu)
 
 
-def threshold(p: Softmax, t: Tensor) -> Tensor:
-    """Tokens the base model finds unlikely."""
-    return p.prob < t
+def best(p: Softmax) -> Tensor:
+    return p.prob.amax(-1, keepdim=True)
 
 
-def confidence_bet(p: Softmax, q: Softmax, margin: Tensor) -> Tensor:
-    """Tokens less likely than the proxy's best token is to the proxy."""
-    return p.prob < q.prob.amax(-1, keepdim=True) - margin
-
-
-def nudging(p: Softmax, t: Tensor) -> Tensor:
-    """All tokens, where the base model is unsure."""
-    return (p.prob.amax(-1, keepdim=True) < t).expand_as(p.prob)
-
-
-def relative(p: Softmax, margin: Tensor) -> Tensor:
-    """Tokens much less likely than the base model's best."""
-    return p.prob < p.prob.amax(-1, keepdim=True) - margin
-
-
-def argmax_only(p: Softmax) -> Tensor:
-    """All tokens but the base model's best."""
-    return p.prob < p.prob.amax(-1, keepdim=True)
-
-
-def proxy_below(p: Softmax, q: Softmax, margin: Tensor) -> Tensor:
-    """Tokens the proxy finds less likely than the base model finds its best."""
-    return q.prob < p.prob.amax(-1, keepdim=True) + margin
-
-
-def proxy_above(p: Softmax, q: Softmax, margin: Tensor) -> Tensor:
-    """Tokens the proxy finds more likely than the base model finds its best."""
-    return q.prob > p.prob.amax(-1, keepdim=True) + margin
+# The tokens with mu = 1 under the rules but the knapsack: of base, proxy (for NEEDS_PROXY) and
+# parameter.
+MASKS: dict[int, Callable[[Softmax, Any, Tensor], Tensor]] = {
+    # Tokens the base model finds unlikely.
+    rules.THRESHOLD: lambda p, q, t: p.prob < t,
+    # Tokens less likely than the proxy's best token is to the proxy.
+    rules.CONFIDENCE_BET: lambda p, q, margin: p.prob < best(q) - margin,
+    # All tokens, where the base model is unsure.
+    rules.NUDGING: lambda p, q, t: (best(p) < t).expand_as(p.prob),
+    # Tokens much less likely than the base model's best.
+    rules.RELATIVE: lambda p, q, margin: p.prob < best(p) - margin,
+    # All tokens but the base model's best.
+    rules.ARGMAX: lambda p, q, _: p.prob < best(p),
+    # Tokens the proxy finds less likely than the base model finds its best.
+    rules.PROXY_BELOW: lambda p, q, margin: q.prob < best(p) + margin,
+    # Tokens the proxy finds more likely than the base model finds its best.
+    rules.PROXY_ABOVE: lambda p, q, margin: q.prob > best(p) + margin,
+}
 
 
 def screen(
-    base: Tensor,
-    proxy: Tensor | None,
-    param: Tensor,
-    rule: int,
-    critical: int,
-    rule_temperature: float,
-    compute_dtype: torch.dtype,
+    base: Tensor, proxy: Tensor | None, rule: RuleArguments, compute_dtype: torch.dtype
 ) -> Screen:
-    """Apply a rule to valid rows of logits. ``param`` is float64 ``[B, 1]``."""
-    p = softmax(base, rule_temperature, compute_dtype)
-    if rule == rules.KNAPSACK:
-        return knapsack(base, p, param, critical)
-    if rule == rules.THRESHOLD:
-        mask = threshold(p, param)
-    elif rule == rules.NUDGING:
-        mask = nudging(p, param)
-    elif rule == rules.RELATIVE:
-        mask = relative(p, param)
-    elif rule == rules.ARGMAX:
-        mask = argmax_only(p)
-    else:
+    """Apply a rule to valid rows of logits. Its parameter is float64 ``[B, 1]``."""
+    p = softmax(base, rule.rule_temperature, compute_dtype)
+    if rule.code == rules.KNAPSACK:
+        return knapsack(base, p, rule.param, rule.critical)
+    q = None
+    if rule.code in rules.NEEDS_PROXY:
         if proxy is None:
-            raise ValueError(f"rule {rules.RULE_NAMES[rule]!r} needs proxy_logits")
-        q = softmax(proxy, rule_temperature, compute_dtype)
-        needs_proxy = {
-            rules.CONFIDENCE_BET: confidence_bet,
-            rules.PROXY_BELOW: proxy_below,
-            rules.PROXY_ABOVE: proxy_above,
-        }
-        mask = needs_proxy[rule](p, q, param)
+            raise ValueError(f"rule {rules.RULE_NAMES[rule.code]!r} needs proxy_logits")
+        q = softmax(proxy, rule.rule_temperature, compute_dtype)
+    mask = MASKS[rule.code](p, q, rule.param)
     nothing = torch.zeros(base.shape[0], dtype=torch.float64, device=base.device)
     no_item = torch.full_like(nothing, -1, dtype=torch.int64)
     return Screen(mask, no_item, nothing, mask.to(torch.float64))
@@ -127,58 +98,50 @@ def row_param(param: Tensor, rule: int, batch: int, device: torch.device, check:
     bad = torch.isnan(values)
     if rule == rules.KNAPSACK:
         bad = bad | (values < 0)
-    if check:
-        wanted = "a budget >= 0" if rule == rules.KNAPSACK else "a number"
-        common.raise_first(bad, lambda i: f"param[{i}] is {float(values[i])}, expected {wanted}")
+    wanted = "a budget >= 0" if rule == rules.KNAPSACK else "a number"
+    common.checked(bad, check, lambda i: f"param[{i}] is {float(values[i])}, expected {wanted}")
     return torch.where(bad, torch.nan, values).unsqueeze(-1)
 
 
-class _Inputs(NamedTuple):
-    """Rows ready for arithmetic, and which of them are not to be believed."""
-
-    base: Tensor
-    proxy: Tensor | None
-    param: Tensor
-    invalid: Tensor
-
-
-def _prepare(
+def _screen_rows(
     base_logits: Tensor,
     proxy_logits: Tensor | None,
-    param: Tensor,
-    rule: int,
+    rule: RuleArguments,
     check: bool,
-    reads_proxy: bool,
-) -> _Inputs:
-    values = row_param(param, rule, base_logits.shape[0], base_logits.device, check)
-    invalid = common.check_logits("base_logits", base_logits, None, check)
+    compute_dtype: torch.dtype,
+    reads_proxy: bool = False,
+) -> tuple[Tensor, Tensor | None, Screen, Tensor]:
+    """Base and proxy ready for arithmetic, what the rule decides, and which rows are invalid.
+
+    The proxy's rows are read (else None) if the rule or the caller wants them.
+    """
+    values = row_param(rule.param, rule.code, base_logits.shape[0], base_logits.device, check)
+    invalid = common.check_logits("base_logits", base_logits, check)
     proxy = None
-    if reads_proxy and proxy_logits is not None:
-        bad = common.check_logits("proxy_logits", proxy_logits, None, check)
+    if proxy_logits is not None and (reads_proxy or rule.code in rules.NEEDS_PROXY):
+        bad = common.check_logits("proxy_logits", proxy_logits, check)
         invalid = invalid | bad
         proxy = common.usable(proxy_logits, bad)
     invalid = invalid | torch.isnan(values).squeeze(-1)
-    return _Inputs(common.usable(base_logits, invalid), proxy, values.nan_to_num(0.0), invalid)
+    base = common.usable(base_logits, invalid)
+    rule = rule._replace(param=values.nan_to_num(0.0))
+    return base, proxy, screen(base, proxy, rule, compute_dtype), invalid
 
 
+@common.flat
 def deferral_mask(
     base_logits: Tensor,
     proxy_logits: Tensor | None,
-    param: Tensor,
-    rule: int,
-    critical: int,
-    temperature: float,
-    rule_temperature: float,
+    rule: RuleArguments,
     check: bool,
     compute_dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mask ``[B, V]``, critical item ``[B]`` and its deferred fraction ``[B]``."""
-    rows = _prepare(base_logits, proxy_logits, param, rule, check, rule in rules.NEEDS_PROXY)
-    s = screen(rows.base, rows.proxy, rows.param, rule, critical, rule_temperature, compute_dtype)
+    _, _, s, invalid = _screen_rows(base_logits, proxy_logits, rule, check, compute_dtype)
     return (
-        s.mask & ~rows.invalid.unsqueeze(-1),
-        torch.where(rows.invalid, -2, s.critical),
-        torch.where(rows.invalid, torch.nan, s.fraction).to(torch.float32),
+        s.mask & ~invalid.unsqueeze(-1),
+        torch.where(invalid, -2, s.critical),
+        torch.where(invalid, torch.nan, s.fraction).to(torch.float32),
     )
 
 
@@ -193,80 +156,66 @@ def deferred_mass(mu: Tensor, p: Softmax) -> Tensor:
     return (mu * p.weight).sum(-1) / p.total.squeeze(-1)
 
 
+@common.flat
 def deferral_probs(
     base_logits: Tensor,
     proxy_logits: Tensor,
-    param: Tensor,
-    rule: int,
-    critical: int,
-    temperature: float,
-    rule_temperature: float,
+    rule: RuleArguments,
     check: bool,
     compute_dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """The law pi of the next token, ``[B, V]`` in the compute dtype."""
-    rows = _prepare(base_logits, proxy_logits, param, rule, check, True)
-    assert rows.proxy is not None
-    s = screen(rows.base, rows.proxy, rows.param, rule, critical, rule_temperature, compute_dtype)
-    p = softmax(rows.base, temperature, compute_dtype)
-    q = softmax(rows.proxy, temperature, compute_dtype)
+    base, proxy, s, invalid = _screen_rows(
+        base_logits, proxy_logits, rule, check, compute_dtype, reads_proxy=True
+    )
+    assert proxy is not None
+    p = softmax(base, rule.temperature, compute_dtype)
+    q = softmax(proxy, rule.temperature, compute_dtype)
     pi = mixture(s.mu, p, q, compute_dtype)
-    return torch.where(rows.invalid.unsqueeze(-1), torch.nan, pi).to(compute_dtype)
+    return torch.where(invalid.unsqueeze(-1), torch.nan, pi).to(compute_dtype)
 
 
+@common.flat
 def deferral_stats(
     base_logits: Tensor,
     proxy_logits: Tensor | None,
-    param: Tensor,
-    rule: int,
-    critical: int,
-    temperature: float,
-    rule_temperature: float,
+    rule: RuleArguments,
     check: bool,
     compute_dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Deferred mass, critical item, logit at the cut, mass at the rule's temperature."""
-    rows = _prepare(base_logits, proxy_logits, param, rule, check, rule in rules.NEEDS_PROXY)
-    s = screen(rows.base, rows.proxy, rows.param, rule, critical, rule_temperature, compute_dtype)
-    logits = rows.base.to(torch.float32)
-    if rule == rules.KNAPSACK:
+    base, _, s, invalid = _screen_rows(base_logits, proxy_logits, rule, check, compute_dtype)
+    logits = base.to(torch.float32)
+    if rule.code == rules.KNAPSACK:
         at_critical = common.pick(logits, s.critical.clamp(min=0))
         cut_logit = torch.where(s.critical >= 0, at_critical, torch.inf)
     else:
         cut_logit = torch.where(s.mask, torch.inf, logits).amin(-1)
-    mass = deferred_mass(s.mu, softmax(rows.base, temperature, compute_dtype))
-    used = deferred_mass(s.mu, softmax(rows.base, rule_temperature, compute_dtype))
+    mass = deferred_mass(s.mu, softmax(base, rule.temperature, compute_dtype))
+    used = deferred_mass(s.mu, softmax(base, rule.rule_temperature, compute_dtype))
     return (
-        torch.where(rows.invalid, torch.nan, mass),
-        torch.where(rows.invalid, -2, s.critical),
-        torch.where(rows.invalid, torch.nan, cut_logit),
-        torch.where(rows.invalid, torch.nan, used),
+        torch.where(invalid, torch.nan, mass),
+        torch.where(invalid, -2, s.critical),
+        torch.where(invalid, torch.nan, cut_logit),
+        torch.where(invalid, torch.nan, used),
     )
 
 
-class Key(NamedTuple):
-    """Whose random numbers are drawn."""
-
-    seed: Tensor
-    position: Tensor
-    sequence: Tensor
-    iteration: int
-    rollout: Tensor
-
-    def uniform(self, like: Tensor, stream: int) -> Tensor:
-        return uniform(like.shape[0], like.device, *self, stream)
-
-
-def draw_base(base: Tensor, s: Screen, p: Softmax, key: Key, stream: int) -> tuple[Tensor, Tensor]:
-    """Draw v ~ p and reject it with probability mu(v)."""
-    token = common.draw(p.weight, key.uniform(base, stream))
+def base_choice(
+    s: Screen, p: Softmax, key: KeyArguments, stream: int, compute_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The base model's token, and whether the proxy decides in its place."""
+    if not key.do_sample:
+        return _greedy_choice(s, p, compute_dtype)
+    # Draw v ~ p and reject it with probability mu(v).
+    token = common.draw(p.weight, key.uniform(p.weight, stream))
     rejected = common.pick(s.mask, token)
     at_critical = (token == s.critical) & ~rejected
-    split = at_critical & (key.uniform(base, rng.SPLIT) < s.fraction)
+    split = at_critical & (key.uniform(p.weight, rng.SPLIT) < s.fraction)
     return token, rejected | split
 
 
-def greedy_base(s: Screen, p: Softmax, compute_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _greedy_choice(s: Screen, p: Softmax, compute_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The best kept token, and whether the proxy could still change the choice.
 
     pi differs from the kept mass by q D, which is at most D: a lead greater than D is final.
@@ -279,74 +228,52 @@ def greedy_base(s: Screen, p: Softmax, compute_dtype: torch.dtype) -> tuple[Tens
     return token, ~(final & anything)
 
 
+def proxy_choice(
+    s: Screen, p: Softmax, q: Softmax, key: KeyArguments, compute_dtype: torch.dtype
+) -> Tensor:
+    """The token where the base model's is not final: drawn from q, or argmax pi."""
+    if key.do_sample:
+        return common.draw(q.weight, key.uniform(q.weight, rng.PROXY))
+    return common.argmax(mixture(s.mu, p, q, compute_dtype))
+
+
+@common.flat
 def deferral_propose(
     base_logits: Tensor,
-    param: Tensor,
-    rule: int,
-    critical: int,
-    temperature: float,
-    rule_temperature: float,
-    seed: Tensor,
-    position: Tensor,
-    sequence: Tensor,
-    iteration: int,
-    rollout: Tensor,
-    do_sample: bool,
+    rule: RuleArguments,
+    key: KeyArguments,
     check: bool,
     compute_dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
     """The base model's token, and whether the proxy is to be asked instead."""
-    common.check_key(position, sequence, rollout, check)
-    rows = _prepare(base_logits, None, param, rule, check, False)
-    s = screen(rows.base, None, rows.param, rule, critical, rule_temperature, compute_dtype)
-    p = softmax(rows.base, temperature, compute_dtype)
-    if do_sample:
-        key = Key(seed, position, sequence, iteration, rollout)
-        token, deferred = draw_base(rows.base, s, p, key, rng.BASE)
-    else:
-        token, deferred = greedy_base(s, p, compute_dtype)
-    return torch.where(rows.invalid, -1, token), deferred & ~rows.invalid
+    key.check(check)
+    base, _, s, invalid = _screen_rows(base_logits, None, rule, check, compute_dtype)
+    p = softmax(base, rule.temperature, compute_dtype)
+    token, deferred = base_choice(s, p, key, rng.BASE, compute_dtype)
+    return torch.where(invalid, -1, token), deferred & ~invalid
 
 
+@common.flat
 def deferral_sample(
     base_logits: Tensor,
     proxy_logits: Tensor,
-    param: Tensor,
-    rule: int,
-    critical: int,
-    temperature: float,
-    rule_temperature: float,
-    seed: Tensor,
-    position: Tensor,
-    sequence: Tensor,
-    iteration: int,
-    rollout: Tensor,
-    do_sample: bool,
+    rule: RuleArguments,
+    key: KeyArguments,
     check: bool,
     compute_dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
     """A token of law pi, and whether the base model's choice was deferred."""
-    common.check_key(position, sequence, rollout, check)
-    reads_all = rule in rules.NEEDS_PROXY
-    rows = _prepare(base_logits, proxy_logits, param, rule, check, reads_all)
-    s = screen(rows.base, rows.proxy, rows.param, rule, critical, rule_temperature, compute_dtype)
-    p = softmax(rows.base, temperature, compute_dtype)
-    key = Key(seed, position, sequence, iteration, rollout)
-    if do_sample:
-        token, deferred = draw_base(rows.base, s, p, key, rng.BASE)
-    else:
-        token, deferred = greedy_base(s, p, compute_dtype)
+    key.check(check)
+    base, _, s, invalid = _screen_rows(base_logits, proxy_logits, rule, check, compute_dtype)
+    p = softmax(base, rule.temperature, compute_dtype)
+    token, deferred = base_choice(s, p, key, rng.BASE, compute_dtype)
 
     # The proxy's row is looked at only where the base model's choice is not final.
-    read = deferred & ~rows.invalid
-    bad_proxy = common.check_logits("proxy_logits", proxy_logits, read, check)
-    q = softmax(common.usable(proxy_logits, ~read | bad_proxy), temperature, compute_dtype)
-    if do_sample:
-        replacement = common.draw(q.weight, key.uniform(q.weight, rng.PROXY))
-        token = torch.where(deferred, replacement, token)
-    else:
-        best = common.argmax(mixture(s.mu, p, q, compute_dtype))
-        token = torch.where(deferred, best, token)
+    read = deferred & ~invalid
+    bad_proxy = common.check_logits("proxy_logits", proxy_logits, check, read)
+    q = softmax(common.usable(proxy_logits, ~read | bad_proxy), rule.temperature, compute_dtype)
+    token = torch.where(deferred, proxy_choice(s, p, q, key, compute_dtype), token)
+    if not key.do_sample:
         deferred = common.pick(s.mu, token) == 1.0
-    invalid = rows.invalid | bad_proxy
+    invalid = invalid | bad_proxy
     return torch.where(invalid, -1, token), deferred & ~invalid

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from tta_ext import rng
 from tta_ext.backends.reference import _common as common
-from tta_ext.backends.reference.philox import uniform
 
 
 def _term(expert: Tensor, anti: Tensor | None, beta: Tensor) -> Tensor:
@@ -39,31 +38,29 @@ def _scores(
 ) -> tuple[Tensor, Tensor]:
     """Combined scores ``[B, V]``, zero in the invalid rows, and which rows are invalid."""
     weights = beta.to(device=base_logits.device, dtype=compute_dtype)
-    if check:
-        common.raise_first(
-            ~torch.isfinite(weights),
-            lambda e: f"beta[{e}] is {float(weights[e])}, expected a finite number",
-        )
-    invalid = common.check_logits("base_logits", base_logits, None, check)
+    common.checked(
+        ~torch.isfinite(weights),
+        check,
+        lambda e: f"beta[{e}] is {float(weights[e])}, expected a finite number",
+    )
+    invalid = common.check_logits("base_logits", base_logits, check)
     base = base_logits.to(compute_dtype)
     total = base
     for e in range(expert_logits.shape[0]):
         expert = expert_logits[e]
-        invalid = invalid | common.check_logits(f"expert_logits[{e}]", expert, None, check)
+        invalid = invalid | common.check_logits(f"expert_logits[{e}]", expert, check)
         anti = None
         if anti_logits is not None:
-            invalid = invalid | common.check_logits(
-                f"anti_logits[{e}]", anti_logits[e], None, check
-            )
+            invalid = invalid | common.check_logits(f"anti_logits[{e}]", anti_logits[e], check)
             anti = anti_logits[e].to(compute_dtype)
         total = total + _term(expert.to(compute_dtype), anti, weights[e])
     total = torch.where(torch.isneginf(base), -torch.inf, total)
     undefined = common.invalid_rows(total)
-    if check:
-        common.raise_first(
-            undefined & ~invalid,
-            lambda row: f"row {row} of the combined scores is undefined or has no finite value",
-        )
+    common.checked(
+        undefined & ~invalid,
+        check,
+        lambda row: f"row {row} of the combined scores is undefined or has no finite value",
+    )
     invalid = invalid | undefined
     return common.usable(total, invalid), invalid
 
@@ -83,36 +80,23 @@ def implicit_reward_probs(
     return torch.where(invalid.unsqueeze(-1), torch.nan, prob).to(compute_dtype)
 
 
+@common.flat
 def implicit_reward_sample(
     base_logits: Tensor,
     expert_logits: Tensor,
     anti_logits: Tensor | None,
     beta: Tensor,
     temperature: float,
-    seed: Tensor,
-    position: Tensor,
-    sequence: Tensor,
-    iteration: int,
-    rollout: Tensor,
-    do_sample: bool,
+    key: common.KeyArguments,
     check: bool,
     compute_dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """A token of the combined law ``[B]``; its argmax without ``do_sample``."""
-    common.check_key(position, sequence, rollout, check)
+    key.check(check)
     scores, invalid = _scores(base_logits, expert_logits, anti_logits, beta, check, compute_dtype)
-    if do_sample:
-        u = uniform(
-            scores.shape[0],
-            scores.device,
-            seed,
-            position,
-            sequence,
-            iteration,
-            rollout,
-            rng.BASE,
-        )
-        token = common.draw(common.softmax(scores, temperature, compute_dtype).weight, u)
+    if key.do_sample:
+        weight = common.softmax(scores, temperature, compute_dtype).weight
+        token = common.draw(weight, key.uniform(scores, rng.BASE))
     else:
         token = common.argmax(scores)
     return torch.where(invalid, -1, token)

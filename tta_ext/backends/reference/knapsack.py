@@ -9,12 +9,11 @@ from tta_ext.backends.reference import _common as common
 
 
 def _check_items(name: str, values: Tensor, check: bool) -> Tensor:
-    invalid = (~torch.isfinite(values) | (values < 0)).any(-1)
-    if check:
-        common.raise_first(
-            invalid, lambda row: f"row {row} of {name} has a negative, infinite or NaN value"
-        )
-    return invalid
+    return common.checked(
+        (~torch.isfinite(values) | (values < 0)).any(-1),
+        check,
+        lambda row: f"row {row} of {name} has a negative, infinite or NaN value",
+    )
 
 
 def greedy_knapsack(
@@ -28,12 +27,11 @@ def greedy_knapsack(
     batch = profit.shape[0]
     invalid = _check_items("profit", profit, check) | _check_items("weight", weight, check)
     room = capacity.to(device=profit.device, dtype=torch.float64).reshape(-1).expand(batch)
-    bad_room = torch.isnan(room) | (room < 0)
-    if check:
-        common.raise_first(
-            bad_room, lambda i: f"capacity[{i}] is {float(room[i])}, expected a capacity >= 0"
-        )
-    invalid = invalid | bad_room
+    invalid = invalid | common.checked(
+        torch.isnan(room) | (room < 0),
+        check,
+        lambda i: f"capacity[{i}] is {float(room[i])}, expected a capacity >= 0",
+    )
     room = torch.where(invalid, 0.0, room).unsqueeze(-1)
     profits = torch.where(invalid.unsqueeze(-1), 0.0, profit.to(torch.float64))
     weights = torch.where(invalid.unsqueeze(-1), 0.0, weight.to(torch.float64))

@@ -46,24 +46,6 @@ def blocks(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> Tens
     return philox(torch.stack(words, dim=-1), key_of(seed))
 
 
-def uniform(
-    batch: int,
-    device: torch.device,
-    seed: Tensor,
-    position: Tensor,
-    sequence: Tensor,
-    iteration: int,
-    rollout: Tensor,
-    stream: int,
-    draw: int = 0,
-) -> Tensor:
-    """One uniform a row, float64 ``[batch]``, a multiple of 2**-32 in [0, 1)."""
-    c0 = torch.full((batch,), draw, dtype=torch.int64, device=device)
-    c3 = torch.as_tensor(rng.stream_word(stream, iteration, rollout.reshape(-1)))
-    block = blocks(seed, c0, position.reshape(-1), sequence.reshape(-1), c3)
-    return block[:, 0].to(torch.float64) * 2.0**-32
-
-
 def box_muller(words: Tensor, compute_dtype: torch.dtype) -> Tensor:
     """Four normals from each block ``[..., 4]``."""
     u = (2 * (words >> 9) + 1).to(compute_dtype) * 2.0**-24

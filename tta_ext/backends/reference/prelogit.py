@@ -14,6 +14,11 @@ from tta_ext.backends.reference.philox import noise
 from tta_ext.rng import ROLLOUTS
 
 
+def _check_finite(name: str, values: Tensor, check: bool) -> Tensor:
+    bad = ~torch.isfinite(values).all(-1)
+    return common.checked(bad, check, lambda i: f"row {i} of {name} has NaN or inf")
+
+
 def prelogit_perturb(
     hidden: Tensor,
     mean: Tensor,
@@ -60,12 +65,8 @@ def importance_weights(
 
     s = (r - max r) / lambda - (1 - alpha) / sigma u.eps - (1 - alpha)^2 / (2 sigma^2) |u|^2
     """
-    invalid = common.check_logits("reward", reward, None, check)
-    for name, values in (("dot", dot), ("norm2", norm2)):
-        bad = ~torch.isfinite(values).all(-1)
-        if check:
-            common.raise_first(bad, lambda i, name=name: f"row {i} of {name} has NaN or inf")  # type: ignore[misc]
-        invalid = invalid | bad
+    invalid = common.check_logits("reward", reward, check)
+    invalid = invalid | _check_finite("dot", dot, check) | _check_finite("norm2", norm2, check)
     r = common.usable(reward, invalid).to(compute_dtype)
     if lam == 0:
         weights = torch.zeros_like(r).scatter(-1, common.argmax(r).unsqueeze(-1), 1.0)
@@ -112,9 +113,7 @@ def control_update(
     prompts, horizon, dimensions = mean.shape
     count = weights.shape[1]
     common.check_indices("sequence", sequence, 1 << 32, check)
-    finite = torch.isfinite(weights).all(-1)
-    if check:
-        common.raise_first(~finite, lambda i: f"row {i} of weights has NaN or inf")
+    _check_finite("weights", weights, check)
     steps = torch.arange(horizon, device=mean.device).expand(prompts, horizon)
     ids = sequence.to(mean.device).reshape(-1, 1).expand(prompts, horizon)
 

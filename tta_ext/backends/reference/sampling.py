@@ -6,32 +6,25 @@ import torch
 from torch import Tensor
 
 from tta_ext.backends.reference import _common as common
-from tta_ext.backends.reference.philox import uniform
 
 
+@common.flat
 def categorical_sample(
     logits: Tensor,
     temperature: float,
-    seed: Tensor,
-    position: Tensor,
-    sequence: Tensor,
-    iteration: int,
-    rollout: Tensor,
-    do_sample: bool,
+    key: common.KeyArguments,
     stream: int,
     draw: int,
     check: bool,
     compute_dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """One token a row ``[B]``; the argmax (lowest id among equals) without ``do_sample``."""
-    common.check_key(position, sequence, rollout, check)
-    invalid = common.check_logits("logits", logits, None, check)
+    key.check(check)
+    invalid = common.check_logits("logits", logits, check)
     rows = common.usable(logits, invalid)
-    if do_sample:
-        u = uniform(
-            rows.shape[0], rows.device, seed, position, sequence, iteration, rollout, stream, draw
-        )
-        token = common.draw(common.softmax(rows, temperature, compute_dtype).weight, u)
+    if key.do_sample:
+        weight = common.softmax(rows, temperature, compute_dtype).weight
+        token = common.draw(weight, key.uniform(rows, stream, draw))
     else:
         token = common.argmax(rows)
     return torch.where(invalid, -1, token)

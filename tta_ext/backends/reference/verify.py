@@ -9,14 +9,13 @@ from torch import Tensor
 
 from tta_ext import rng, rules
 from tta_ext.backends.reference import _common as common
-from tta_ext.backends.reference._common import Softmax, softmax
+from tta_ext.backends.reference._common import KeyArguments, RuleArguments, Softmax, softmax
 from tta_ext.backends.reference.deferral import (
-    Key,
     Screen,
+    base_choice,
     deferred_mass,
-    draw_base,
-    greedy_base,
     mixture,
+    proxy_choice,
     row_param,
     screen,
 )
@@ -25,21 +24,11 @@ from tta_ext.backends.reference.deferral import (
 class _Position(NamedTuple):
     """One position of every row, where the walk along the draft has got to."""
 
-    base: Tensor
     s: Screen
     p: Softmax
     q: Softmax
     mass: Tensor
-    key: Key
-
-
-def _check_position(name: str, k: int, logits: Tensor, read: Tensor, check: bool) -> Tensor:
-    invalid = common.invalid_rows(logits) & read
-    if check:
-        common.raise_first(
-            invalid, lambda row: f"row {row}, position {k} of {name} {common.UNUSABLE}"
-        )
-    return invalid
+    key: KeyArguments
 
 
 def _residual(at: _Position) -> Tensor:
@@ -63,38 +52,26 @@ def _accept_or_resample(at: _Position, draft: Tensor) -> tuple[Tensor, Tensor, T
 
 
 def _bonus(
-    at: _Position, has_proxy: bool, do_sample: bool, compute_dtype: torch.dtype
+    at: _Position, has_proxy: bool, compute_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A token of pi after the draft, whether it was deferred, and whether the proxy was read."""
-    if do_sample:
-        token, deferred = draw_base(at.base, at.s, at.p, at.key, rng.BONUS)
-        replacement = common.draw(at.q.weight, at.key.uniform(at.mass, rng.PROXY))
-    else:
-        token, deferred = greedy_base(at.s, at.p, compute_dtype)
-        replacement = common.argmax(mixture(at.s.mu, at.p, at.q, compute_dtype))
+    s, p, q, _, key = at
+    token, deferred = base_choice(s, p, key, rng.BONUS, compute_dtype)
     if not has_proxy:
         return torch.where(deferred, -1, token), deferred, torch.zeros_like(deferred)
-    token = torch.where(deferred, replacement, token)
-    source = deferred if do_sample else common.pick(at.s.mu, token) == 1.0
+    token = torch.where(deferred, proxy_choice(s, p, q, key, compute_dtype), token)
+    source = deferred if key.do_sample else common.pick(s.mu, token) == 1.0
     return token, source, deferred
 
 
+@common.flat
 def deferral_verify(
     base_logits: Tensor,
     proxy_logits: Tensor,
     draft: Tensor,
     draft_length: Tensor,
-    param: Tensor,
-    rule: int,
-    critical: int,
-    temperature: float,
-    rule_temperature: float,
-    seed: Tensor,
-    position: Tensor,
-    sequence: Tensor,
-    iteration: int,
-    rollout: Tensor,
-    do_sample: bool,
+    rule: RuleArguments,
+    key: KeyArguments,
     return_mass: bool,
     check: bool,
     compute_dtype: torch.dtype = torch.float32,
@@ -102,12 +79,12 @@ def deferral_verify(
     """Accepted count, next token, deferred flag ``[B]`` and deferred mass ``[B, K+1]``."""
     batch, positions, vocabulary = base_logits.shape
     device = base_logits.device
-    common.check_key(position, sequence, rollout, check)
+    key.check(check)
     common.check_indices("draft_length", draft_length, positions, check)
     in_draft = torch.arange(positions - 1, device=device) < draft_length.unsqueeze(-1)
     common.check_indices("draft", torch.where(in_draft, draft, 0), vocabulary, check)
 
-    params = param if param.dim() == 2 else param.reshape(-1, 1)
+    params = rule.param if rule.param.dim() == 2 else rule.param.reshape(-1, 1)
     params = params.to(device).expand(batch, positions)
     accepted = torch.zeros(batch, dtype=torch.int64, device=device)
     token = torch.full_like(accepted, -1)
@@ -119,30 +96,29 @@ def deferral_verify(
         drafted = alive & (k < draft_length)
         bonus = alive & (k >= draft_length)
         has_proxy = k < proxy_logits.shape[1]
-        reads_proxy = has_proxy and rule in rules.NEEDS_PROXY
+        reads_proxy = has_proxy and rule.code in rules.NEEDS_PROXY
         here = torch.where(alive, params[:, k], 0.0)
-        values = row_param(here, rule, batch, device, check)
+        values = row_param(here, rule.code, batch, device, check)
         bad = torch.isnan(values).squeeze(-1) & alive
-        bad = bad | _check_position("base_logits", k, base_logits[:, k], alive, check)
+        place = f", position {k}"
+        bad = bad | common.check_logits("base_logits", base_logits[:, k], check, alive, place)
         proxy_rows = proxy_logits[:, k] if has_proxy else torch.zeros_like(base_logits[:, k])
         read = (alive if reads_proxy else drafted) & has_proxy
-        bad = bad | _check_position("proxy_logits", k, proxy_rows, read, check)
+        bad = bad | common.check_logits("proxy_logits", proxy_rows, check, read, place)
 
         base = common.usable(base_logits[:, k], bad | ~alive)
         unread = ~alive | common.invalid_rows(proxy_rows)
         proxy = common.usable(proxy_rows, unread)
-        s = screen(
-            base, proxy, values.nan_to_num(0.0), rule, critical, rule_temperature, compute_dtype
-        )
-        p = softmax(base, temperature, compute_dtype)
-        q = softmax(proxy, temperature, compute_dtype)
-        key = Key(seed, position.to(device) + k, sequence, iteration, rollout)
-        at = _Position(base, s, p, q, deferred_mass(s.mu, p), key)
+        s = screen(base, proxy, rule._replace(param=values.nan_to_num(0.0)), compute_dtype)
+        p = softmax(base, rule.temperature, compute_dtype)
+        q = softmax(proxy, rule.temperature, compute_dtype)
+        here_key = key._replace(position=key.position.to(device) + k)
+        at = _Position(s, p, q, deferred_mass(s.mu, p), here_key)
 
         # The draft, where there is one at this position.
         if k < positions - 1:
             x = draft[:, k].clamp(0, vocabulary - 1)
-            if do_sample:
+            if key.do_sample:
                 ok, other, from_proxy = _accept_or_resample(at, x)
             else:
                 other = common.argmax(mixture(s.mu, p, q, compute_dtype))
@@ -156,10 +132,9 @@ def deferral_verify(
             stop = torch.zeros_like(alive)
 
         # The token after a fully accepted draft.
-        extra, from_proxy, asked = _bonus(at, has_proxy, do_sample, compute_dtype)
+        extra, from_proxy, asked = _bonus(at, has_proxy, compute_dtype)
         asked = asked & bonus & ~bad
-        if has_proxy:
-            bad = bad | _check_position("proxy_logits", k, proxy_rows, asked, check)
+        bad = bad | common.check_logits("proxy_logits", proxy_rows, check, asked, place)
         finish = bonus & ~bad
         token = torch.where(finish, extra, token)
         deferred = torch.where(finish, from_proxy, deferred)
