@@ -163,4 +163,4 @@ def test_streams_are_distinct_and_fit_four_bits() -> None:
 
 
 def test_streams_are_documented() -> None:
-    assert all(f"{name}" in (rng.__doc__ or "") for name in rng.STREAMS)
+    assert all(name in (rng.__doc__ or "") for name in rng.STREAMS)
