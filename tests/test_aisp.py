@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -136,55 +134,6 @@ def test_the_update_is_the_ops_and_can_be_sharded() -> None:
         assert torch.equal(search.mean, ops.control_merge(u, torch.stack(parts), 0.4))
     for p, curve in enumerate(search.curves):
         assert curve[0].ess == pytest.approx(float(weights.ess[p]))
-
-
-WORKER = """
-import sys, torch
-from tta_ext import ops
-torch.set_num_threads(1)
-place, folder = int(sys.argv[1]), sys.argv[2]
-given = torch.load(f"{folder}/given.pt")
-shared = {"sigma": 0.4, "seed": 3, "iteration": 1, "length": given["length"]}
-for count in (1, 2, 4):
-    if place < count:
-        size = 8 // count
-        rows = torch.arange(place * size, min((place + 1) * size, 6))
-        dot = torch.zeros(len(rows))
-        for t in range(5):
-            ops.prelogit_perturb(
-                torch.zeros(len(rows), 32), given["mean"], step=t, row=0, sequence=0, rollout=rows,
-                iteration=1, sigma=0.4, seed=3, dot=dot,
-            )
-        part = ops.control_update(
-            given["mean"], given["weights"], rollouts=(place * size, (place + 1) * size), **shared
-        )
-        torch.save((dot, part), f"{folder}/{count}-{place}.pt")
-"""
-
-
-def test_processes_share_the_rollouts(tmp_path: Any) -> None:
-    """Rollouts split over 1, 2 and 4 processes give the same u . eps and the same u."""
-    generator = torch.Generator().manual_seed(0)
-    mean = torch.randn(1, 5, 32, generator=generator)
-    weights = torch.softmax(torch.randn(1, 6, generator=generator), -1)
-    length = torch.tensor([[5, 3, 5, 1, 4, 5]])
-    torch.save({"mean": mean, "weights": weights, "length": length}, tmp_path / "given.pt")
-    workers = [
-        subprocess.Popen([sys.executable, "-W", "ignore", "-c", WORKER, str(i), str(tmp_path)])
-        for i in range(4)
-    ]
-    assert [worker.wait(300) for worker in workers] == [0] * 4
-    whole = ops.control_update(
-        mean, weights, sigma=0.4, seed=3, iteration=1, length=length
-    )  # fmt: skip
-    dots = []
-    for count in (1, 2, 4):
-        parts = [torch.load(tmp_path / f"{count}-{i}.pt") for i in range(count)]
-        dots.append(torch.cat([dot for dot, _ in parts]))
-        merged = ops.control_merge(mean, torch.stack([part for _, part in parts]), 0.4)
-        assert torch.equal(merged, whole)
-    assert torch.equal(dots[0], dots[1])
-    assert torch.equal(dots[0], dots[2])
 
 
 def test_the_cost_of_moving_away_uses_each_rollouts_own_steps() -> None:

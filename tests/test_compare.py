@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from typing import Any
@@ -11,8 +12,8 @@ from models import base_model, make_tokenizer
 from scipy import stats
 from searches import PROMPTS, vowels
 
+from tta_ext.decoding.search import base
 from tta_ext.decoding.search import compare as comparison
-from tta_ext.decoding.search.base import SearchMethod
 from tta_ext.journal import Journal
 
 CONTESTANTS = ["aisp:n=4,sigma=0.4", "plain=best_of_n:group=4", "chunk_beam:beams=2,branches=2"]
@@ -46,7 +47,7 @@ def test_compare_resumes_and_pairs(tmp_path: Any, monkeypatch: Any) -> None:
     assert again[:4] == lines[:4]
     assert timeless(map(json.loads, again)) == timeless(map(json.loads, lines))
     with monkeypatch.context() as patch:
-        patch.setattr(SearchMethod, "generate", pytest.fail)
+        patch.setattr(base.SearchMethod, "generate", pytest.fail)
         assert timeless(run(Journal(path))) == timeless(whole)
     run(Journal(path), tag="another model")
     assert len(path.read_text().splitlines()) == 18
@@ -64,12 +65,13 @@ def test_compare_resumes_and_pairs(tmp_path: Any, monkeypatch: Any) -> None:
         comparison.paired(whole, "x")
 
 
-def test_compare_by_seconds_and_plot(tmp_path: Any) -> None:
+def test_compare_by_seconds_and_plot(tmp_path: Any, monkeypatch: Any) -> None:
+    ticks = itertools.count()
+    monkeypatch.setattr(base, "perf_counter", lambda: 0.02 * next(ticks))
     records = run(samples=None, seconds=0.05)
-    for record in records:
-        curve = record["curve"]
-        assert curve[-1]["seconds"] >= 0.05
-        assert all(point["seconds"] < 0.05 for point in curve[:-1])
+    for record in records:  # a tick to begin, a tick an iteration, until none is left
+        seconds = [point["seconds"] for point in record["curve"]]
+        assert seconds == pytest.approx([0.04, 0.06])
     for axis in ("samples", "tokens", "seconds"):
         for xs, ys in comparison.curve_means(records, axis, points=20).values():
             assert xs == sorted(xs)

@@ -299,22 +299,30 @@ def test_lambda_near_zero(backend: str) -> None:
     assert tiny.ess.tolist() == [2.0]
 
 
-SHARD = """
+SHARES = """
 import sys, torch
 from tta_ext import ops
 torch.set_num_threads(1)
-case = torch.load(sys.argv[1])
-rank = int(sys.argv[2])
-shards = {
-    size: ops.control_update(**case, rollouts=(rank * size, rank * size + size))
-    for size in (32, 16) if rank * size < 64
-}
-torch.save(shards, sys.argv[3])
+process, folder = int(sys.argv[1]), sys.argv[2]
+case = torch.load(f"{folder}/case.pt")
+key = {name: case[name] for name in ("sigma", "seed", "iteration")}
+for count in (1, 2, 4):
+    size = 64 // count
+    for start in range(process * size, 64, 2 * size):
+        part = ops.control_update(**case, rollouts=(start, start + size))
+        rows = torch.arange(37)[start : start + size]
+        dot = torch.zeros(len(rows))
+        for step in range(5):
+            ops.prelogit_perturb(
+                torch.zeros(len(rows), 301), case["mean"], step=step, row=1, sequence=9,
+                rollout=rows, dot=dot, **key,
+            )
+        torch.save((part, dot), f"{folder}/{count}-{start // size}.pt")
 """
 
 
-def test_shards_of_other_processes_merge_to_the_same_bits(native: None, tmp_path: Path) -> None:
-    """37 rollouts over 2 and over 4 processes."""
+def test_processes_share_the_rollouts(native: None, tmp_path: Path) -> None:
+    """37 rollouts in 1, 2 and 4 shares, taken by turns: the same u . eps and the same update."""
     mean, weights, lengths = sparse_case()
     case = {
         "mean": mean,
@@ -326,16 +334,17 @@ def test_shards_of_other_processes_merge_to_the_same_bits(native: None, tmp_path
         **lengths,
     }
     torch.save(case, tmp_path / "case.pt")
-    paths = [tmp_path / f"{rank}.pt" for rank in range(4)]
     workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", SHARD, str(tmp_path / "case.pt"), str(rank), str(path)]
-        )
-        for rank, path in enumerate(paths)
+        subprocess.Popen([sys.executable, "-W", "ignore", "-c", SHARES, str(i), str(tmp_path)])
+        for i in range(2)
     ]
-    assert [worker.wait() for worker in workers] == [0] * 4
-    found = [torch.load(path) for path in paths]
-    whole = update(mean, weights, **lengths)
-    for size, count in ((32, 2), (16, 4)):
-        parts = torch.stack([found[rank][size] for rank in range(count)])
-        assert torch.equal(bits(ops.control_merge(mean, parts, SIGMA)), bits(whole))
+    assert [worker.wait() for worker in workers] == [0, 0]
+    whole, dots = update(mean, weights, **lengths), []
+    for count in (1, 2, 4):
+        found = [torch.load(tmp_path / f"{count}-{i}.pt") for i in range(count)]
+        merged = ops.control_merge(mean, torch.stack([part for part, _ in found]), SIGMA)
+        assert torch.equal(bits(merged), bits(whole))
+        dots.append(torch.cat([dot for _, dot in found]))
+    assert dots[0].all()
+    for dot in dots[1:]:
+        assert torch.equal(bits(dot), bits(dots[0]))
