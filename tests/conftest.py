@@ -8,6 +8,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -94,6 +95,14 @@ def isa(request: pytest.FixtureRequest, native: None) -> Iterator[str]:
         skip_or_fail(request.param, f"this machine has no {request.param}")
     yield request.param
     torch.ops.tta_ext.cpu_isa(before)
+
+
+@pytest.fixture(scope="session")
+def kad() -> Any:
+    """Knapsack deferral from tests/models.py's base to its proxy."""
+    from models import base_model, proxy_model
+
+    return tta_ext.KnapsackDeferral(base_model(), proxy_model())
 
 
 @pytest.fixture

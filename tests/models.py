@@ -14,6 +14,7 @@ EOS, BOS, PAD = 0, 1, 2
 SPECIAL = ("<eos>", "<bos>", "<pad>", "<end>")
 LETTERS = "".join(chr(c) for c in range(32, 127)) + "\n"
 VOCABULARY = len(SPECIAL) + len(LETTERS) + 5
+NEW = 10  # tokens of an answer
 
 _COMMON: dict[str, Any] = {
     "hidden_size": 32,
@@ -128,6 +129,12 @@ def greedy(model: Any, prompt: list[int], new: int) -> list[int]:
         eos_token_id=None,
     )
     return out[0, len(prompt) :].tolist()
+
+
+def answer(kad: Any, prompts: Any = None, **options: Any) -> Any:
+    """What a method answers to the ragged prompts, or to others."""
+    defaults: dict[str, Any] = {"max_new_tokens": NEW, "seed": 3, "eos_token_id": []}
+    return kad.generate(ragged_prompts() if prompts is None else prompts, **(defaults | options))
 
 
 @torch.inference_mode()

@@ -11,6 +11,7 @@ Three builds of the same sources, each compiled once into the build cache:
 
 from __future__ import annotations
 
+import concurrent.futures
 import ctypes
 import functools
 import os
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from tta_ext.build.toolchain import Torch
+    from tta_ext.build.toolchain import Recipe, Torch
 
 MODES = ("plain", "hooks", "asan")
 
@@ -105,35 +106,68 @@ def _fused_multiply_add() -> tuple[str, ...]:
     return ("-mfma",) if " fma " in flags else ()
 
 
+def _recipe(mode: str, root: Path, binding: Sequence[str], **options: Any) -> Recipe:
+    from tta_ext.build import toolchain
+
+    plain = toolchain.find_compiler()
+    script = _SCRIPT.format(
+        compiler=shlex.join(plain.command),
+        kernel=_KERNEL_FLAGS[mode],
+        layer=_LAYER_FLAGS[mode],
+        binding=shlex.join(binding),
+        sanitize=_SANITIZE if mode == "asan" else "",
+    )
+    return toolchain.Recipe(
+        root=root,
+        compiler=toolchain.Compiler(("sh", "-c", script, "g++"), plain.version),
+        flags=(*_FLAGS, *_fused_multiply_add()),
+        include_dirs=[root / "testing" / "simt"],
+        **options,
+    )
+
+
 def _build(
     stem: str,
     mode: str,
     root: Path,
+    kernels: Mapping[Path, Sequence[Path]],
     sources: Sequence[Path],
     headers: Sequence[Path],
     torch: Torch | None,
     namespace: str,
 ) -> Path:
+    """A library of kernels, of which each has headers of its own, and the layer.
+
+    The kernels are objects of their own in the cache: builds that differ in one share the others.
+    """
     from tta_ext.build import cache, toolchain
 
-    plain = toolchain.find_compiler()
+    def compiled(kernel: Path) -> str:
+        recipe = _recipe(
+            mode,
+            root,
+            (),
+            library=f"{kernel.stem}.o",
+            sources=[kernel],
+            headers=[*headers, *kernels[kernel]],
+            torch=None,
+            link=["-r", "-nostdlib"],
+        )
+        return str(cache.get(recipe, f"{stem}-{kernel.stem}-{mode}")[0])
+
+    with concurrent.futures.ThreadPoolExecutor(toolchain.job_count(len(kernels))) as pool:
+        objects = list(pool.map(compiled, kernels))
     torch_flags = [flag for flag in toolchain.CXX_FLAGS if flag.startswith("-DTORCH_")]
-    script = _SCRIPT.format(
-        compiler=shlex.join(plain.command),
-        kernel=_KERNEL_FLAGS[mode],
-        layer=_LAYER_FLAGS[mode],
-        binding=shlex.join([f"-DTTA_SIMT_LIBRARY={namespace}", *torch_flags]),
-        sanitize=_SANITIZE if mode == "asan" else "",
-    )
-    recipe = toolchain.Recipe(
-        f"{stem}.so",
+    recipe = _recipe(
+        mode,
         root,
-        sources,
-        headers,
-        toolchain.Compiler(("sh", "-c", script, "g++"), plain.version),
-        torch,
-        (*_FLAGS, *_fused_multiply_add()),
-        include_dirs=[root / "testing" / "simt"],
+        [f"-DTTA_SIMT_LIBRARY={namespace}", *torch_flags],
+        library=f"{stem}.so",
+        sources=sources,
+        headers=headers,
+        torch=torch,
+        link=[*objects, *toolchain.link_flags(torch)],
+        more=objects,
     )
     return cache.get(recipe, f"{stem}-{mode}")[0]
 
@@ -241,7 +275,8 @@ def build_selftest(mode: str) -> Path:
 
     root = source_root()
     headers = _files(root, "testing/simt", suffixes=(".h",))
-    return _build("simt_selftest", mode, root, _layer(root, "selftest.cu"), headers, None, "")
+    kernels: dict[Path, list[Path]] = {root / "testing" / "simt" / "selftest.cu": []}
+    return _build("simt_selftest", mode, root, kernels, _layer(root), headers, None, "")
 
 
 @functools.cache
@@ -324,16 +359,16 @@ def build_kernels(mode: str, namespace: str, changed: Mapping[str, Path] | None 
     from tta_ext.build.library import source_root
     from tta_ext.build.toolchain import find_torch
 
-    root, trees = source_root(), changed or {}
-    units = [
-        trees[path.name] / "cuda" / path.name if path.name in trees else path
-        for path in _files(root, "cuda", suffixes=(".cu",))
-    ]
-    sources = [*units, *_layer(root, "module.cpp")]
+    root, trees, kernels = source_root(), changed or {}, {}
+    for path in _files(root, "cuda", suffixes=(".cu",)):
+        tree = trees.get(path.name)
+        if tree is None:
+            kernels[path] = []
+        else:
+            kernels[tree / "cuda" / path.name] = _files(tree, "cuda", suffixes=(".cuh",))
     headers = _files(root, "bind", "core", "cuda", "testing/simt", suffixes=(".h", ".cuh"))
-    for name in sorted(trees):
-        headers += _files(trees[name], "cuda", suffixes=(".cuh",))
-    return _build("simt", mode, root, sources, headers, find_torch(), namespace)
+    layer = _layer(root, "module.cpp")
+    return _build("simt", mode, root, kernels, layer, headers, find_torch(), namespace)
 
 
 @functools.cache

@@ -1,53 +1,23 @@
-"""AISP: its definition step by step, its limits bit for bit, batches, resume, guards, bad input."""
+"""AISP: its definition step by step, its limits bit for bit, a known optimum, guards."""
 
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
 from models import VOCABULARY, base_model, make_model, make_tokenizer, ragged_prompts
+from searches import PROMPTS, SMALL, make_aisp, tokens_of, vowels
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import TopPLogitsWarper
 
-import tta_ext
 from tta_ext import ops
-from tta_ext.decoding import AdaptiveImportanceSampling, BestOfN
+from tta_ext.decoding import BestOfN
 from tta_ext.decoding.runtime.vocabulary import Vocabulary
 from tta_ext.decoding.search.aisp import AISPSearch
-from tta_ext.decoding.search.engine import LocalEngine, RolloutJob
+from tta_ext.decoding.search.engine import RolloutJob
 from tta_ext.decoding.search.rollouts import PromptCache, Rollouts
-from tta_ext.decoding.search.sampling import Noise, Sampling, restrict
-from tta_ext.decoding.search.scales import head_row_norm, lam_for_ess, prelogit_scale
-
-PROMPTS = ["hello there", "ab", "what is it"]
-SMALL = {"max_new_tokens": 8, "eos_token_id": [], "probe": False, "coherence": 0.0}
-PLAIN = {name: value for name, value in SMALL.items() if name != "coherence"}
-
-
-def vowels(prompts: list[Any], responses: list[str]) -> list[float]:
-    """Share of vowels."""
-    return [sum(c in "aeiou" for c in text) / max(len(text), 1) for text in responses]
-
-
-def even_ids(prompts: list[Any], responses: list[list[int]]) -> list[float]:
-    """Share of even token ids."""
-    return [sum(t % 2 == 0 for t in tokens) / max(len(tokens), 1) for tokens in responses]
-
-
-def make(model: Any = None, reward: Any = vowels, **options: Any) -> AdaptiveImportanceSampling:
-    settings = SMALL | {"n": 4, "iterations": 3, "sigma": 0.4} | options
-    model = base_model() if model is None else model
-    return AdaptiveImportanceSampling(model, reward, make_tokenizer(), **settings)
-
-
-def tokens_of(result: Any) -> list[list[list[int]]]:
-    return [[one.tokens for one in row] for row in result.candidates]
-
+from tta_ext.decoding.search.sampling import Noise, Sampling
 
 # ---- the definition --------------------------------------------------------------------------
 
@@ -149,7 +119,7 @@ def test_coherent_noise_is_its_definition(coherence: float) -> None:
 
 
 def test_the_update_is_the_ops_and_can_be_sharded() -> None:
-    search = make(n=6, lam=0.05).start(PROMPTS, seed=3)
+    search = make_aisp(n=6, lam=0.05).start(PROMPTS, seed=3)
     search.step()
     rewards = torch.tensor([[one.reward for one in row] for row in search.candidates])
     length = torch.tensor([[len(one.tokens) for one in row] for row in search.candidates])
@@ -168,58 +138,9 @@ def test_the_update_is_the_ops_and_can_be_sharded() -> None:
         assert curve[0].ess == pytest.approx(float(weights.ess[p]))
 
 
-WORKER = """
-import sys, torch
-from tta_ext import ops
-torch.set_num_threads(1)
-place, folder = int(sys.argv[1]), sys.argv[2]
-given = torch.load(f"{folder}/given.pt")
-shared = {"sigma": 0.4, "seed": 3, "iteration": 1, "length": given["length"]}
-for count in (1, 2, 4):
-    if place < count:
-        size = 8 // count
-        rows = torch.arange(place * size, min((place + 1) * size, 6))
-        dot = torch.zeros(len(rows))
-        for t in range(5):
-            ops.prelogit_perturb(
-                torch.zeros(len(rows), 32), given["mean"], step=t, row=0, sequence=0, rollout=rows,
-                iteration=1, sigma=0.4, seed=3, dot=dot,
-            )
-        part = ops.control_update(
-            given["mean"], given["weights"], rollouts=(place * size, (place + 1) * size), **shared
-        )
-        torch.save((dot, part), f"{folder}/{count}-{place}.pt")
-"""
-
-
-def test_processes_share_the_rollouts(tmp_path: Any) -> None:
-    """Rollouts split over 1, 2 and 4 processes give the same u . eps and the same u."""
-    generator = torch.Generator().manual_seed(0)
-    mean = torch.randn(1, 5, 32, generator=generator)
-    weights = torch.softmax(torch.randn(1, 6, generator=generator), -1)
-    length = torch.tensor([[5, 3, 5, 1, 4, 5]])
-    torch.save({"mean": mean, "weights": weights, "length": length}, tmp_path / "given.pt")
-    workers = [
-        subprocess.Popen([sys.executable, "-W", "ignore", "-c", WORKER, str(i), str(tmp_path)])
-        for i in range(4)
-    ]
-    assert [worker.wait(300) for worker in workers] == [0] * 4
-    whole = ops.control_update(
-        mean, weights, sigma=0.4, seed=3, iteration=1, length=length
-    )  # fmt: skip
-    dots = []
-    for count in (1, 2, 4):
-        parts = [torch.load(tmp_path / f"{count}-{i}.pt") for i in range(count)]
-        dots.append(torch.cat([dot for dot, _ in parts]))
-        merged = ops.control_merge(mean, torch.stack([part for _, part in parts]), 0.4)
-        assert torch.equal(merged, whole)
-    assert torch.equal(dots[0], dots[1])
-    assert torch.equal(dots[0], dots[2])
-
-
 def test_the_cost_of_moving_away_uses_each_rollouts_own_steps() -> None:
     """With alpha < 1 the second update must be the paper's formula over min(tau, length) steps."""
-    aisp = make(n=5, lam=0.1, alpha=0.5, window=4, eos_token_id=list(range(40)))
+    aisp = make_aisp(n=5, lam=0.1, alpha=0.5, window=4, eos_token_id=list(range(40)))
     search = aisp.start(["hello there"], seed=1)
     search.step()
     u = search.mean.clone()
@@ -243,7 +164,9 @@ def test_the_cost_of_moving_away_uses_each_rollouts_own_steps() -> None:
 
 def test_coherent_update_is_importance_sampling_over_all_parts() -> None:
     """Weights from the likelihood ratio of both parts; each row moves by its own noise."""
-    aisp = make(n=5, lam=0.1, alpha=0.5, window=4, coherence=0.36, eos_token_id=list(range(40)))
+    aisp = make_aisp(
+        n=5, lam=0.1, alpha=0.5, window=4, coherence=0.36, eos_token_id=list(range(40))
+    )
     search = aisp.start(["hello there"], seed=1)
     search.step()
     u = search.mean[0].double()
@@ -279,9 +202,9 @@ def test_coherent_update_is_importance_sampling_over_all_parts() -> None:
 
 @pytest.mark.parametrize("restriction", [{}, {"top_k": 5}, {"top_p": 0.7, "temperature": 1.4}])
 def test_sigma_zero_is_best_of_n(restriction: dict[str, Any]) -> None:
-    options = PLAIN | {"eos_token_id": [7, 8, 9, 20], "decoding": "sample"} | restriction
+    options = SMALL | {"eos_token_id": [7, 8, 9, 20], "decoding": "sample"} | restriction
     coherence = 0.5 if restriction else 0.0
-    aisp = make(sigma=0.0, coherence=coherence, **options).generate(PROMPTS, seed=11)
+    aisp = make_aisp(sigma=0.0, coherence=coherence, **options).generate(PROMPTS, seed=11)
     best = BestOfN(base_model(), vowels, make_tokenizer(), n=12, group=4, **options)
     plain = best.generate(PROMPTS, seed=11)
     assert tokens_of(aisp) == tokens_of(plain)
@@ -296,7 +219,7 @@ def test_sigma_zero_is_best_of_n(restriction: dict[str, Any]) -> None:
 
 
 def test_lam_zero_takes_the_winner_of_best_of_n() -> None:
-    search = make(n=8, lam=0.0, iterations=1).start(PROMPTS, seed=4)
+    search = make_aisp(n=8, lam=0.0, iterations=1).start(PROMPTS, seed=4)
     search.step()
     result = search.result()
     for p, row in enumerate(result.rewards):
@@ -310,7 +233,7 @@ def test_lam_zero_takes_the_winner_of_best_of_n() -> None:
         # One-hot weights: u is the noise of the winner.
         assert torch.equal(search.mean[p], 0.4 * eps)
     assert replayed(search) == [one.tokens for one in result.best]
-    shared = make(n=8, lam=0.0, iterations=1, coherence=0.5).start(PROMPTS, seed=4)
+    shared = make_aisp(n=8, lam=0.0, iterations=1, coherence=0.5).start(PROMPTS, seed=4)
     shared.step()
     assert replayed(shared) == [one.tokens for one in shared.result().best]
 
@@ -323,7 +246,9 @@ def replayed(search: AISPSearch) -> list[list[int]]:
 
 
 def test_noise_after_the_end_of_a_rollout_does_not_count() -> None:
-    search = make(n=8, lam=0.0, iterations=1, eos_token_id=list(range(45))).start(PROMPTS, seed=4)
+    search = make_aisp(n=8, lam=0.0, iterations=1, eos_token_id=list(range(45))).start(
+        PROMPTS, seed=4
+    )
     search.step()
     ended = 0
     for p, best in enumerate(search.result().best):
@@ -373,148 +298,12 @@ def test_linear_reward_converges_within_the_monte_carlo_error(seed: int) -> None
     assert 0.6 * predicted < late < 1.5 * predicted
 
 
-# ---- independence of the batch ---------------------------------------------------------------
-
-
-def same_run(one: Any, other: Any) -> None:
-    assert tokens_of(one) == tokens_of(other)
-    assert one.rewards == other.rewards
-    assert torch.equal(one.mean, other.mean)
-
-
-@pytest.mark.parametrize("coherence", [0.0, 0.7])
-@pytest.mark.parametrize("decoding", ["greedy", "sample"])
-def test_batched_prompts_are_single_prompts(decoding: str, coherence: float) -> None:
-    aisp = make(
-        decoding=decoding,
-        coherence=coherence,
-        distinct_low=0.9,
-        alpha=0.99,
-        eos_token_id=[5, 6, 30, 31],
-    )
-    together = aisp.generate(PROMPTS, seed=8)
-    for p, prompt in enumerate(PROMPTS):
-        alone = aisp.generate([prompt], seed=8, sequence=[p])
-        assert tokens_of(alone) == [tokens_of(together)[p]]
-        assert torch.equal(alone.mean[0], together.mean[p])
-
-
-@pytest.mark.parametrize(("batch_size", "coherence"), [(1, 0.0), (5, 0.6), (8, 0.0)])
-def test_batch_size_changes_nothing(batch_size: int, coherence: float) -> None:
-    aisp = make(eos_token_id=[5, 6, 30, 31], coherence=coherence, alpha=0.9)
-    search = aisp.start(PROMPTS, seed=8)
-    search.run()
-    split = aisp.start(PROMPTS, seed=8, batch_size=batch_size)
-    split.run()
-    same_run(search.result(), split.result())
-    groups = aisp.generate(PROMPTS, seed=8, batch_size=batch_size)
-    assert tokens_of(groups) == tokens_of(search.result())
-    assert groups.sequence == [0, 1, 2]
-
-
-def test_reward_batches_change_nothing_and_arrive_as_rollouts_finish() -> None:
-    sizes = []
-
-    def reward(prompts: list[Any], responses: list[str]) -> list[float]:
-        assert set(prompts) <= set(PROMPTS)
-        sizes.append(len(responses))
-        return vowels(prompts, responses)
-
-    aisp = make(reward=reward, iterations=2)
-    whole = aisp.generate(PROMPTS, seed=2)
-    assert sizes == [12, 12]
-    sizes.clear()
-    same_run(whole, aisp.generate(PROMPTS, seed=2, reward_batch_size=5))
-    assert sizes == [5, 5, 2, 5, 5, 2]
-    assert whole.timing.reward_items == 24
-
-
-class LargestTensor(TorchDispatchMode):
-    """Number of elements of the largest tensor made."""
-
-    largest = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for one in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(one, Tensor):
-                self.largest = max(self.largest, one.numel())
-        return out
-
-
-def test_learning_needs_no_memory_for_the_rollouts() -> None:
-    largest = []
-    for n in (4, 64):
-        search = make(n=n, iterations=1, lam=0.1).start(PROMPTS[:1], seed=0)
-        batch = search.roll([0], n)
-        with tta_ext.use_backend("reference"), torch.inference_mode(), LargestTensor() as mode:
-            search.update([0], batch)
-        largest.append(mode.largest)
-    # Everything of the update is of the size of u or smaller; Philox works on four words.
-    assert largest[0] == largest[1] <= 4 * search.mean.numel()
-
-
-# ---- runs that are put away ------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("coherence", [0.0, 0.8])
-def test_resume_goes_on_bit_for_bit(tmp_path: Any, coherence: float) -> None:
-    aisp = make(
-        iterations=4,
-        alpha=0.99,
-        sigma=None,
-        sigma_decay=0.9,
-        lam_unit="ess",
-        lam=2.0,
-        coherence=coherence,
-    )
-    prompts = [[{"role": "user", "content": "hi"}], "plain"]
-    aisp.chat_template = "{% for m in messages %}{{ m.content }}:{% endfor %}"
-    search = aisp.start(prompts, seed=-5, sequence=[3, 2**32 - 1])
-    search.step()
-    search.step()
-    search.save(tmp_path / "run.safetensors")
-    search.run()
-    again = aisp.resume(tmp_path / "run.safetensors")
-    assert again.iteration == 2
-    again.run()
-    same_run(search.result(), again.result())
-    assert again.result().prompts == prompts
-    one, other = search.result(), again.result()
-    for a, b in zip(one.curves[0], other.curves[0], strict=True):
-        assert {k: v for k, v in a.as_dict().items() if k != "seconds"} == {
-            k: v for k, v in b.as_dict().items() if k != "seconds"
-        }
-    assert other.timing.tokens == one.timing.tokens
-    assert other.curves[0][3].seconds > other.curves[0][1].seconds
-
-
-def test_a_longer_run_is_the_continuation_of_a_shorter(tmp_path: Any) -> None:
-    path = tmp_path / "run.safetensors"
-    aisp = make(iterations=2)
-    short = aisp.generate("hello", seed=0, checkpoint=path)
-    assert aisp.generate("hello", checkpoint=path).rewards == short.rewards
-    longer = aisp.resume(path, iterations=4)
-    assert not longer.done
-    longer.run()
-    same_run(longer.result(), aisp.generate("hello", seed=0, iterations=4))
-    with pytest.raises(ValueError, match="other prompts"):
-        aisp.generate("another", checkpoint=path)
-    with pytest.raises(ValueError, match="iterations is 1, but 2 are done"):
-        aisp.resume(path, iterations=1)
-    with pytest.raises(ValueError, match="this model's is"):
-        make(make_model(hidden_size=16)).resume(path)
-    (tmp_path / "other").write_bytes(b"nothing")
-    with pytest.raises(ValueError, match="holds no AISP run"):
-        aisp.resume(tmp_path / "other")
-
-
 # ---- what it buys, and guards ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("coherence", [0.0, 0.5, 1.0])
 def test_mean_reward_rises(coherence: float) -> None:
-    aisp = make(n=16, iterations=10, sigma=0.3, lam=0.1, step_size=0.7, coherence=coherence)
+    aisp = make_aisp(n=16, iterations=10, sigma=0.3, lam=0.1, step_size=0.7, coherence=coherence)
     result = aisp.generate([f"prompt {i}" for i in range(8)], seed=0)
     first = sum(curve[0].mean for curve in result.curves) / 8
     last = sum(curve[-1].mean for curve in result.curves) / 8
@@ -532,16 +321,16 @@ def test_mean_reward_rises(coherence: float) -> None:
 
 
 def test_norm_cap() -> None:
-    free = make().generate(PROMPTS, seed=0)
-    capped = make(norm_cap=1.0).generate(PROMPTS, seed=0)
+    free = make_aisp().generate(PROMPTS, seed=0)
+    capped = make_aisp(norm_cap=1.0).generate(PROMPTS, seed=0)
     assert float(free.mean.norm(dim=(1, 2)).min()) > 1.0
     assert torch.allclose(capped.mean.norm(dim=(1, 2)), torch.ones(3), atol=1e-5)
     assert capped.curves[0][1].norm == pytest.approx(1.0, abs=1e-5)
 
 
 def test_kl_budget_pulls_u_back() -> None:
-    free = make(iterations=5, sigma=0.8).start(PROMPTS, seed=0)
-    bound = make(iterations=5, sigma=0.8, kl_budget=0.5).start(PROMPTS, seed=0)
+    free = make_aisp(iterations=5, sigma=0.8).start(PROMPTS, seed=0)
+    bound = make_aisp(iterations=5, sigma=0.8, kl_budget=0.5).start(PROMPTS, seed=0)
     free.step()
     bound.step()
     for p in range(3):
@@ -553,212 +342,55 @@ def test_kl_budget_pulls_u_back() -> None:
 
 def test_collapse_halves_u() -> None:
     """A tiny sigma makes all answers the same; then u shrinks, otherwise it is left alone."""
-    free = make(iterations=1, sigma=1e-4).start(PROMPTS, seed=0)
-    watched = make(iterations=1, sigma=1e-4, distinct_low=0.5).start(PROMPTS, seed=0)
-    lively = make(iterations=1, sigma=2.0, distinct_low=0.5).start(PROMPTS, seed=0)
+    free = make_aisp(iterations=1, sigma=1e-4).start(PROMPTS, seed=0)
+    watched = make_aisp(iterations=1, sigma=1e-4, distinct_low=0.5).start(PROMPTS, seed=0)
+    lively = make_aisp(iterations=1, sigma=2.0, distinct_low=0.5).start(PROMPTS, seed=0)
     for search in (free, watched, lively):
         search.step()
     assert [curve[0].distinct for curve in watched.curves] == [1, 1, 1]
     assert torch.equal(watched.mean, 0.5 * free.mean)
     assert min(curve[0].distinct for curve in lively.curves) >= 2
-    loose = make(iterations=1, sigma=2.0).start(PROMPTS, seed=0)
+    loose = make_aisp(iterations=1, sigma=2.0).start(PROMPTS, seed=0)
     loose.step()
     assert torch.equal(lively.mean, loose.mean)
 
 
 def test_early_stops() -> None:
-    reached = make(reward_target=0.0).generate(PROMPTS, seed=0)
+    reached = make_aisp(reward_target=0.0).generate(PROMPTS, seed=0)
     assert reached.stopped == ["reward"] * 3
     assert reached.samples == [4] * 3
-    single = make(lam=0.0, ess_low=1.5).generate(PROMPTS, seed=0)
+    single = make_aisp(lam=0.0, ess_low=1.5).generate(PROMPTS, seed=0)
     assert single.stopped == ["ess"] * 3
-    equal = make(reward=lambda p, r: [1.0] * len(r), lam=0.1, ess_high=3.5)
+    equal = make_aisp(reward=lambda p, r: [1.0] * len(r), lam=0.1, ess_high=3.5)
     assert equal.generate("hello", seed=0).stopped == ["ess"]
-    late = make(max_seconds=1e-9).generate(PROMPTS, seed=0)
+    late = make_aisp(max_seconds=1e-9).generate(PROMPTS, seed=0)
     assert late.stopped == ["seconds"] * 3
     assert late.samples == [4] * 3
-    assert make().generate("x", seed=0).stopped == ["iterations"]
+    assert make_aisp().generate("x", seed=0).stopped == ["iterations"]
 
     def only_first(prompts: list[Any], responses: list[str]) -> list[float]:
         return [float(prompt == PROMPTS[0]) for prompt in prompts]
 
-    mixed = make(reward=only_first, reward_target=1.0).generate(PROMPTS, seed=0)
+    mixed = make_aisp(reward=only_first, reward_target=1.0).generate(PROMPTS, seed=0)
     assert mixed.stopped == ["reward", "iterations", "iterations"]
     assert mixed.samples == [4, 12, 12]
-    alone = make(reward=only_first, reward_target=1.0).generate([PROMPTS[1]], seed=0, sequence=[1])
+    alone = make_aisp(reward=only_first, reward_target=1.0).generate(
+        [PROMPTS[1]], seed=0, sequence=[1]
+    )
     assert tokens_of(alone)[0] == tokens_of(mixed)[1]
 
 
 def test_equal_rewards_and_ruled_out_answers_are_harmless() -> None:
     for value in (0.0, -math.inf):
-        result = make(reward=lambda p, r, v=value: [v] * len(r)).generate(PROMPTS, seed=0)
+        result = make_aisp(reward=lambda p, r, v=value: [v] * len(r)).generate(PROMPTS, seed=0)
         assert torch.isfinite(result.mean).all()
         assert result.best[0].reward == value
-        still = make(reward=lambda p, r, v=value: [v] * len(r), baseline=True)
+        still = make_aisp(reward=lambda p, r, v=value: [v] * len(r), baseline=True)
         assert float(still.generate(PROMPTS, seed=0).mean.abs().max()) < 1e-6
 
     def some(prompts: list[Any], responses: list[str]) -> list[float]:
         return [-math.inf if i % 2 else 0.5 for i in range(len(responses))]
 
     for unit, lam in (("std", 0.3), ("ess", 2.0), ("absolute", 0.1)):
-        result = make(reward=some, lam=lam, lam_unit=unit).generate("x", seed=0)
+        result = make_aisp(reward=some, lam=lam, lam_unit=unit).generate("x", seed=0)
         assert torch.isfinite(result.mean).all()
-
-
-# ---- settings --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("target", [1.5, 3.0, 7.5])
-def test_lam_for_ess(target: float) -> None:
-    rewards = [0.0, 0.1, 0.15, 0.4, 0.9, 1.0, -3.0, 0.7, -math.inf]
-    lam = lam_for_ess(rewards, target)
-    zero = torch.zeros(1, len(rewards))
-    weights = ops.importance_weights(
-        torch.tensor([rewards]), zero, zero, lam=lam, alpha=1.0, sigma=0.5
-    )
-    assert float(weights.ess) == pytest.approx(target, rel=1e-3)
-    assert lam_for_ess([2.0, 2.0], target) == 0.0
-
-
-def test_units() -> None:
-    model = base_model()
-    aisp = make(lam=2.5, lam_unit="ess")
-    assert aisp.generate(PROMPTS, seed=0).curves[0][0].ess == pytest.approx(2.5, rel=0.01)
-    search = make(lam=0.5, lam_unit="std").start("hello", seed=0)
-    search.step()
-    record = search.curves[0][0]
-    assert record.lam == pytest.approx(0.5 * record.std)
-    norm = float(model.get_output_embeddings().weight.norm(dim=-1).mean())
-    assert head_row_norm(model) == pytest.approx(norm, rel=1e-5)
-    assert make(sigma=2.0, sigma_unit="logit").start("x").sigma == pytest.approx(2 / norm)
-    assert make(sigma=None).start("x").sigma == pytest.approx(2.0 / norm)
-    scale = prelogit_scale(model)
-    assert scale == pytest.approx(1.0, abs=0.2)  # an RMS norm whose weights are one
-    assert make(sigma=0.2, sigma_unit="prelogit").start("x").sigma == pytest.approx(0.2 * scale)
-    search = make(sigma_decay=0.5).start("x", seed=0)
-    search.run()
-    assert [c.sigma for c in search.curves[0]] == pytest.approx([0.4, 0.2, 0.1])
-
-
-def test_window_leaves_later_steps_alone() -> None:
-    result = make(window=3).generate(PROMPTS, seed=0)
-    assert result.mean.shape == (3, 3, 32)
-
-
-def test_elites() -> None:
-    search = make(n=8, elites=2, lam=1e9).start("hello", seed=0)
-    search.step()
-    assert search.curves[0][0].ess == pytest.approx(2.0)
-
-
-def test_restrict() -> None:
-    logits = torch.tensor([[2.0, 1.0, 3.0, 1.0], [0.0, 0.0, 0.0, -math.inf]])
-    kept = torch.isfinite(restrict(logits, 1.0, 2, None))
-    assert kept.tolist() == [[True, False, True, False], [True, True, True, False]]
-    kept = torch.isfinite(restrict(logits, 1.0, None, 0.7))
-    # p = .61, .22, .08, .08 in the first row; thirds in the second.
-    assert kept.tolist() == [[True, False, True, False], [True, True, True, False]]
-    kept = torch.isfinite(restrict(logits, 1.0, None, 0.5))
-    assert kept.tolist() == [[False, False, True, False], [True, True, False, False]]
-    assert restrict(logits, 1.0, None, None) is logits
-    # Equal logits at the border: top-k keeps all, top-p the first; transformers' keeps others.
-    ties = torch.tensor([[1.0, 2.0, 1.0, 1.0, 0.0]])
-    assert torch.isfinite(restrict(ties, 1.0, 2, None)).tolist() == [[True] * 4 + [False]]
-    assert torch.equal(restrict(ties, 1.0, 9, None), ties)
-    kept = torch.isfinite(restrict(ties, 1.0, None, 0.6))
-    assert kept.tolist() == [[True, True, False, False, False]]
-    assert not torch.equal(kept, torch.isfinite(TopPLogitsWarper(0.6)(None, ties)))
-
-
-def test_token_ids_without_a_tokenizer() -> None:
-    aisp = AdaptiveImportanceSampling(base_model(), even_ids, n=4, iterations=2, **SMALL)
-    result = aisp.generate(ragged_prompts(), seed=0)
-    assert all(one.text is None for one in result.best)
-    with pytest.raises(ValueError, match="no text"):
-        _ = result.texts
-    assert aisp.generate([], seed=0).best == []
-
-
-def test_stop_strings_and_progress() -> None:
-    done: list[int] = []
-    result = make(stop_strings="a", n=8, max_new_tokens=20, batch_size=8).generate(
-        PROMPTS, seed=0, progress=done.append
-    )
-    stopped = [one for row in result.candidates for one in row if one.finish == "stop"]
-    assert stopped
-    assert not any("a" in one.text for one in stopped)
-    assert done == [1, 2, 3]
-
-
-def test_public_name() -> None:
-    assert tta_ext.AdaptiveImportanceSampling is AdaptiveImportanceSampling
-    assert isinstance(make().start("x", seed=0), AISPSearch)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"sigma": -1.0}, "sigma is -1.0"),
-        ({"sigma": math.nan}, "sigma is nan"),
-        ({"lam": math.inf}, "lam is inf"),
-        ({"lam": 0.5, "lam_unit": "ess"}, "expected 1 to n = 4"),
-        ({"lam_unit": "z"}, "lam_unit is 'z', expected one of absolute, std, ess"),
-        ({"sigma_unit": "z"}, "sigma_unit is 'z'"),
-        ({"alpha": 1.5}, "alpha is 1.5"),
-        ({"coherence": -0.1}, "coherence is -0.1, expected 0 <= coherence <= 1"),
-        ({"distinct_low": 1.5}, "distinct_low is 1.5"),
-        ({"n": 0}, "n is 0, expected 1 to 65536"),
-        ({"iterations": 5000}, "iterations is 5000, expected 1 to 4096"),
-        ({"decoding": "beam"}, "decoding is 'beam', expected one of sample, greedy"),
-        ({"temperature": 0.0}, "temperature is 0.0"),
-        ({"top_k": 0}, "top_k is 0"),
-        ({"top_p": 1.5}, "top_p is 1.5"),
-        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
-        ({"window": 0}, "window is 0"),
-        ({"elites": 0}, "elites is 0"),
-        ({"norm_cap": 0.0}, "norm_cap is 0.0"),
-        ({"kl_budget": 1.0, "kl_rollouts": 0}, "kl_budget needs"),
-        ({"kl_rollouts": 9}, "kl_rollouts is 9"),
-        ({"batch_size": 0}, "batch_size is 0"),
-        ({"max_seconds": 0.0}, "max_seconds is 0.0"),
-    ],
-)
-def test_bad_settings(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        make(**options)
-
-
-def test_broken_logits_are_refused() -> None:
-    model = make_model(seed=5)
-    with torch.no_grad():
-        model.lm_head.weight[7] = math.nan
-    message = "logits of the model for prompt 0, rollout 0, position 1, have NaN or \\+inf"
-    with pytest.raises(ValueError, match=message):
-        make(model).generate("x", seed=0)
-    engine = make().start("x", seed=0).engine
-    assert isinstance(engine, LocalEngine)
-    rollouts = engine.rollouts(RolloutJob([(0, 0), (0, 1)], 0))
-    rollouts.logits()
-    with pytest.raises(ValueError, match="prompt 0, rollout 1, position 1, have NaN"):
-        rollouts.commit(torch.tensor([5, -1]))
-
-
-def test_bad_calls() -> None:
-    with pytest.raises(TypeError, match="has no setting 'sgima'"):
-        make(sgima=1.0)
-    with pytest.raises(TypeError, match="reward is int"):
-        make(reward=3)
-    with pytest.raises(TypeError, match="expected a transformers causal language model"):
-        make(model=torch.nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="sequence has 1 ids, expected 3"):
-        make().generate(PROMPTS, sequence=[1])
-    with pytest.raises(ValueError, match="has the id 9999"):
-        make().generate([[9999]])
-    with pytest.raises(ValueError, match="only 512 positions"):
-        make().generate([[5] * 510])
-    with pytest.raises(ValueError, match="no iteration yet"):
-        make().start("x").result()
-    with pytest.raises(ValueError, match="returned 1 values for 4 responses"):
-        make(reward=lambda p, r: [0.0]).generate("x")
-    with pytest.raises(ValueError, match="is nan, expected a finite number or -inf"):
-        make(reward=lambda p, r: [math.nan] * len(r)).generate("x")

@@ -213,6 +213,9 @@ def test_doctor_and_version(capsys: Any) -> None:
     assert (status, out.split()[0]) == (0, "tta_ext")
 
 
+SEARCH = ["search", "--model", "/nowhere", "--reward", "json", "hello"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
@@ -247,6 +250,12 @@ def test_doctor_and_version(capsys: Any) -> None:
         (["eval", "--data", "nothing.jsonl"], 1, "nothing.jsonl"),
         (["eval", "--proxy", "x"], 1, "belong together"),
         (["sweep", "--rule", "argmax"], 1, "argmax has no parameter"),
+        # Before any model is loaded.
+        ([*SEARCH, "--method", "best_of_n", "--sigma", "1"], 1, "best_of_n does not use --sigma"),
+        ([*SEARCH, "--method", "chunk-beam", "--n", "4"], 1, "chunk-beam does not use --n"),
+        ([*SEARCH, "--soft", "0.5"], 1, "--method aisp does not use --soft"),
+        ([*SEARCH, "--method", "args", "--iterations", "2"], 1, "args does not use --iterations"),
+        ([*SEARCH, "--output", "x.jsonl", "--jsonl"], 1, "--output does not use --jsonl"),
         (["nonsense"], 2, "No such command"),
     ],
 )
@@ -288,3 +297,56 @@ def test_demo(capsys: Any) -> None:
     assert "time of the loop" in out
     assert "deferral_propose" in out
     assert torch.get_num_threads() == 1
+
+
+def test_search_command(capsys: Any, pair: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    words = [
+        "search", "--method", "aisp", "--model", pair[1], "--reward", "words:3", "--n", "4",
+        "--iterations", "2", "--sigma", "0.4", "--set", "alpha=0.99", "--max-new-tokens", "6",
+        "--seed", "1", "--output", str(out), "hello",
+    ]  # fmt: skip
+    assert call(capsys, *words)[0] == 0
+    assert call(capsys, *words, "ab")[0] == 0
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [record["index"] for record in records] == [0, 1]
+    assert len(records[0]["rewards"]) == 8
+    assert len(records[0]["curve"]) == 2
+    status, _, errors = call(capsys, "search", "--method", "best-of-n", "--model", pair[1], "hello")
+    assert status == 2
+    assert "Missing option '--reward'" in errors
+    greedy_words = ["search", "--method", "args", "--model", pair[1], "--reward", "json"]
+    status, text, _ = call(capsys, *greedy_words, "--max-new-tokens", "4", "hello")
+    assert status == 0
+    assert text.strip()
+
+
+def test_search_resumes_without_a_seed(capsys: Any, pair: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    words = ["search", "--model", pair[1], "--reward", "json", "--n", "2", "--iterations", "1",
+             "--max-new-tokens", "3", "--batch-size", "1", "--output", str(out)]  # fmt: skip
+    assert call(capsys, *words, "hello", "ab")[0] == 0
+    lines = out.read_text().splitlines(keepends=True)
+    out.write_text(lines[0])
+    assert call(capsys, *words, "hello", "ab")[0] == 0
+    again = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [one["text"] for one in again] == [json.loads(line)["text"] for line in lines]
+
+
+def test_compare_command(capsys: Any, pair: list[str], tmp_path: Path) -> None:
+    words = [
+        "compare", "--model", pair[1], "--reward", "letter:a", "--method", "aisp:n=4",
+        "--method", "best_of_n:group=4", "--samples", "8", "--max-new-tokens", "6",
+        "--journal", str(tmp_path / "j.jsonl"), "--output", str(tmp_path / "o.json"),
+        "hello", "ab",
+    ]  # fmt: skip
+    status, first, _ = call(capsys, *words)
+    assert status == 0
+    assert "win rate" in first
+    lines = (tmp_path / "j.jsonl").read_text()
+    assert call(capsys, *words)[:2] == (0, first)
+    assert (tmp_path / "j.jsonl").read_text() == lines
+    report = json.loads((tmp_path / "o.json").read_text())
+    assert report["paired"][0]["prompts"] == 2
+    assert call(capsys, "compare", "--model", pair[1], "hello")[0] == 2
+    assert call(capsys, *words, "--baseline", "x")[0] == 1

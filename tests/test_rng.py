@@ -160,3 +160,7 @@ def test_streams_are_distinct_and_fit_four_bits() -> None:
     words = {int(rng.stream_word(tag, 4095, 65535)) for tag in tags}
     assert len(words) == 10
     assert max(words) < 1 << 32
+
+
+def test_streams_are_documented() -> None:
+    assert all(name in (rng.__doc__ or "") for name in rng.STREAMS)

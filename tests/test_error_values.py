@@ -1,0 +1,256 @@
+"""Bad values: the sentence of each, what unchecked rows become; empty batches."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from calls import (
+    B,
+    Case,
+    V,
+    doubles,
+    draw,
+    good,
+    hopeless,
+    ids,
+    knapsack,
+    mask,
+    perturb,
+    propose,
+    reward,
+    sample,
+    spoiled,
+    update,
+    verify,
+)
+
+from tta_ext import ops
+
+# What only reading the values can tell.
+VALUES: dict[str, Case] = {
+    "base NaN": (
+        lambda: sample(spoiled(torch.nan)),
+        ValueError,
+        "row 2 of base_logits has NaN or +inf, or no finite value",
+    ),
+    "base +inf": (
+        lambda: mask(spoiled(torch.inf)),
+        ValueError,
+        "row 2 of base_logits has NaN or +inf, or no finite value",
+    ),
+    "base impossible": (
+        lambda: propose(hopeless()),
+        ValueError,
+        "row 1 of base_logits has NaN or +inf, or no finite value",
+    ),
+    "half NaN": (
+        lambda: propose(spoiled(torch.nan).half()),
+        ValueError,
+        "row 2 of base_logits has NaN",
+    ),
+    "bfloat16 +inf": (
+        lambda: draw(spoiled(torch.inf).bfloat16()),
+        ValueError,
+        "row 2 of logits has NaN",
+    ),
+    "proxy NaN": (
+        lambda: ops.deferral_probs(good(), spoiled(torch.nan), rule="threshold", param=0.1),
+        ValueError,
+        "row 2 of proxy_logits has NaN or +inf, or no finite value",
+    ),
+    "stats": (
+        lambda: ops.deferral_stats(hopeless(), rule="threshold", param=0.1),
+        ValueError,
+        "row 1 of base_logits has NaN",
+    ),
+    "stats, proxy rule": (
+        lambda: ops.deferral_stats(good(), hopeless(), rule="proxy_below", param=0.1),
+        ValueError,
+        "row 1 of proxy_logits has NaN",
+    ),
+    "budget of a row": (
+        lambda: mask(param=doubles(0.1, -0.2, 0.3)),
+        ValueError,
+        "param[1] is -0.2",
+    ),
+    "threshold of a row": (
+        lambda: sample(param=doubles(0.1, 0.2, torch.nan)),
+        ValueError,
+        "param[2] is",
+    ),
+    "position of a row": (
+        lambda: sample(position=ids(1, 2, -3)),
+        ValueError,
+        "position[2] is -3, expected 0 <= position < 2**32",
+    ),
+    "sequence of a row": (
+        lambda: draw(sequence=ids(1, 2**32, 3)),
+        ValueError,
+        "sequence[1] is 4294967296, expected 0 <= sequence < 2**32",
+    ),
+    "verify base": (
+        lambda: verify(base_logits=torch.full((B, 3, V), torch.nan)),
+        ValueError,
+        "row 0, position 0 of base_logits has NaN or +inf, or no finite value",
+    ),
+    "verify proxy": (
+        lambda: verify(proxy_logits=torch.full((B, 3, V), torch.inf)),
+        ValueError,
+        "row 0, position 0 of proxy_logits has NaN or +inf, or no finite value",
+    ),
+    "verify draft id": (
+        lambda: verify(draft=torch.full((B, 2), V)),
+        ValueError,
+        "draft[0] is 8, expected 0 <= draft < 8",
+    ),
+    "verify draft length": (
+        lambda: verify(draft_length=ids(0, 3, 1)),
+        ValueError,
+        "draft_length[1] is 3, expected 0 <= draft_length < 3",
+    ),
+    "expert": (
+        lambda: reward(expert=torch.stack((good(), spoiled(torch.nan)))),
+        ValueError,
+        "row 2 of expert_logits[1] has NaN or +inf, or no finite value",
+    ),
+    "anti": (
+        lambda: reward(anti=torch.stack((hopeless(), good()))),
+        ValueError,
+        "row 1 of anti_logits[0] has NaN or +inf, or no finite value",
+    ),
+    "beta": (lambda: reward(beta=[1.0, torch.inf]), ValueError, "beta[1] is inf"),
+    "profit": (
+        lambda: knapsack(profit=spoiled(-1.0)),
+        ValueError,
+        "row 2 of profit has a negative, infinite or NaN value",
+    ),
+    "weight": (
+        lambda: knapsack(weight=spoiled(torch.inf)),
+        ValueError,
+        "row 2 of weight has a negative, infinite or NaN value",
+    ),
+    "capacity of a row": (
+        lambda: knapsack(capacity=doubles(1, -2, 3)),
+        ValueError,
+        "capacity[1] is -2",
+    ),
+    "step of a rollout": (
+        lambda: perturb(step=ids(0, -1, 0)),
+        ValueError,
+        "step[1] is -1, expected 0 <= step < 2**32",
+    ),
+    "row of a rollout": (
+        lambda: perturb(row=ids(0, 1, 2)),
+        ValueError,
+        "row[2] is 2, expected 0 <= row < 2",
+    ),
+    "rollout of a rollout": (
+        lambda: perturb(rollout=ids(0, 1, 65536)),
+        ValueError,
+        "rollout[2] is 65536, expected 0 <= rollout < 65536",
+    ),
+    "weights of the update": (
+        lambda: update(weights=torch.full((2, 5), torch.nan)),
+        ValueError,
+        "row 0 of weights has NaN or inf",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", VALUES.values(), ids=VALUES)
+def test_values(case: Case, backend: str) -> None:
+    call, kind, text = case
+    with pytest.raises(kind, match=re.escape(text)) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+
+
+def test_unchecked_rows_are_marked(backend: str) -> None:
+    """check=False: token -1, masses NaN, and the other rows as if alone."""
+    bad = torch.randn(4, V, generator=torch.Generator().manual_seed(0))
+    proxy = bad.flip(1).contiguous()
+    clean = bad.clone()
+    bad[1, 3], bad[2] = torch.nan, -torch.inf
+    fine = torch.tensor([0, 3])
+    kwargs: dict[str, Any] = {"rule": "knapsack", "param": 0.4}
+    key: dict[str, Any] = {"seed": 1, "position": 0}
+
+    for sample_it in (True, False):
+        got = ops.deferral_sample(bad, proxy, check=False, do_sample=sample_it, **kwargs, **key)
+        want = ops.deferral_sample(clean, proxy, do_sample=sample_it, **kwargs, **key)
+        assert got.token[1:3].tolist() == [-1, -1]
+        assert not got.deferred[1:3].any()
+        assert torch.equal(got.token[fine], want.token[fine])
+        got = ops.deferral_propose(bad, check=False, do_sample=sample_it, **kwargs, **key)
+        assert got.token[1:3].tolist() == [-1, -1]
+        assert not got.deferred[1:3].any()
+
+    masks = ops.deferral_mask(bad, check=False, **kwargs)
+    assert not masks.mask[1:3].any()
+    assert masks.critical[1:3].tolist() == [-2, -2]
+    assert masks.fraction[1:3].isnan().all()
+    assert torch.equal(masks.mask[fine], ops.deferral_mask(clean, **kwargs).mask[fine])
+
+    law = ops.deferral_probs(bad, proxy, check=False, **kwargs)
+    assert law[1:3].isnan().all()
+    assert torch.equal(law[fine], ops.deferral_probs(clean, proxy, **kwargs)[fine])
+    swapped = ops.deferral_probs(proxy, bad, check=False, **kwargs)
+    assert swapped[1:3].isnan().all()
+    assert not swapped[fine].isnan().any()
+
+    stats = ops.deferral_stats(bad, check=False, **kwargs)
+    for name in ("deferred_mass", "cut_logit", "used"):
+        assert getattr(stats, name)[1:3].isnan().all(), name
+    assert stats.critical[1:3].tolist() == [-2, -2]
+
+    assert ops.categorical_sample(bad, check=False, **key)[1:3].tolist() == [-1, -1]
+    assert ops.categorical_sample(bad, check=False, do_sample=False)[1:3].tolist() == [-1, -1]
+
+    items = clean.abs()
+    items[1, 0] = -1.0
+    sack = ops.greedy_knapsack(items, clean.abs(), 1.0, check=False)
+    assert not sack.selected[1].any()
+    assert int(sack.critical[1]) == -2
+    for name in ("used", "value", "upper_bound"):
+        assert getattr(sack, name)[1].isnan(), name
+
+
+def test_a_rejected_row_with_a_bad_proxy_is_marked(backend: str) -> None:
+    base, proxy = good(), hopeless()
+    got = ops.deferral_sample(
+        base, proxy, rule="nudging", param=1.5, seed=0, position=0, check=False
+    )
+    assert int(got.token[1]) == -1
+    assert not bool(got.deferred[1])
+    assert got.deferred[[0, 2]].all()
+
+
+def test_unchecked_budgets_mark_their_rows(backend: str) -> None:
+    got = ops.deferral_mask(
+        good(), rule="knapsack", param=doubles(0.5, -1.0, torch.nan), check=False
+    )
+    assert got.critical.tolist() == [4, -2, -2]
+
+
+def test_empty_batches(backend: str) -> None:
+    none, cube = torch.zeros(0, V), torch.zeros(0, 3, V)
+    kwargs: dict[str, Any] = {"rule": "knapsack", "param": 0.3}
+    key: dict[str, Any] = {"seed": 1, "position": 0}
+    assert ops.deferral_mask(none, **kwargs).mask.shape == (0, V)
+    assert ops.deferral_probs(none, none, **kwargs).shape == (0, V)
+    assert ops.deferral_stats(none, **kwargs).used.shape == (0,)
+    assert ops.deferral_propose(none, **kwargs, **key).token.shape == (0,)
+    assert ops.deferral_sample(none, none, **kwargs, **key).token.shape == (0,)
+    assert ops.deferral_sample(none, none, do_sample=False, **kwargs).token.shape == (0,)
+    draft = torch.zeros(0, 2, dtype=torch.int64)
+    lengths = torch.zeros(0, dtype=torch.int64)
+    verified = ops.deferral_verify(cube, cube, draft, lengths, **kwargs, **key)
+    assert verified.mass.shape == (0, 3)
+    assert ops.implicit_reward_probs(none, none[None], None, 1.0).shape == (0, V)
+    assert ops.implicit_reward_sample(none, none[None], None, 1.0, **key).shape == (0,)
+    assert ops.categorical_sample(none, **key).shape == (0,)
+    assert ops.greedy_knapsack(none, none, 1.0).selected.shape == (0, V)
+    assert perturb(hidden=none).shape == (0, V)
