@@ -291,7 +291,7 @@ def test_input_errors(capsys: Any, tmp_path: Path) -> None:
 
 
 def test_demo(capsys: Any) -> None:
-    status, out, _ = call(capsys, "demo", "--n", "2", "--answers", "1", "--threads", "1")
+    status, out, _ = call(capsys, "demo", "--n", "1", "--answers", "1", "--threads", "1")
     assert status == 0
     assert "threshold 0.4" in out
     assert "time of the loop" in out

@@ -314,16 +314,16 @@ def test_mass_only_on_request(backend: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("vocabulary", [1, 127, 9001])
+@pytest.mark.parametrize("vocabulary", [1, 127, 4200])
 def test_native_equals_reference(dtype: torch.dtype, vocabulary: int, native: None) -> None:
     import tta_ext
 
     k = 3
     base = torch.stack(
-        [rows(Case(6, vocabulary, dtype, "contiguous", "model"), s) for s in range(k + 1)], 1
+        [rows(Case(4, vocabulary, dtype, "contiguous", "model"), s) for s in range(k + 1)], 1
     )
     proxy = torch.stack(
-        [rows(Case(6, vocabulary, dtype, "contiguous", "ties"), s + 9) for s in range(k + 1)], 1
+        [rows(Case(4, vocabulary, dtype, "contiguous", "ties"), s + 9) for s in range(k + 1)], 1
     )
     base = (base.float() * 0.4).to(dtype)
     draft = torch.stack(
@@ -343,7 +343,7 @@ def test_native_equals_reference(dtype: torch.dtype, vocabulary: int, native: No
                             base,
                             proxy,
                             draft,
-                            torch.tensor([3, 2, 1, 0, 3, 3]),
+                            torch.tensor([3, 2, 1, 0]),
                             seed=2,
                             position=0,
                             do_sample=sample,
