@@ -12,8 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from math import log2
-from statistics import fmean, median
-from typing import Protocol
+from typing import TypeAlias
 
 __all__ = ["AutoLength", "DraftLength", "FixedLength", "Memory", "StepReport", "draft_length"]
 
@@ -41,20 +40,6 @@ class StepReport:
     draft_seconds: float
 
 
-class DraftLength(Protocol):
-    """Says how long drafts are."""
-
-    @property
-    def note(self) -> str:
-        """What it has to say at the end, one sentence or nothing."""
-
-    def plan(self, room: Sequence[int]) -> list[int] | None:
-        """Draft lengths of the active rows, each at most its ``room``; None for a plain step."""
-
-    def report(self, step: StepReport) -> None:
-        """A step is over."""
-
-
 class FixedLength:
     """The same draft length for every row, as far as the answer's limit allows."""
 
@@ -64,14 +49,20 @@ class FixedLength:
         self.length = length
 
     def plan(self, room: Sequence[int]) -> list[int] | None:
+        """Draft lengths of the active rows, each at most its ``room``; None for a plain step."""
         return [min(self.length, most) for most in room]
 
     def report(self, step: StepReport) -> None:
-        pass
+        """A step is over."""
 
 
-def _latest() -> deque[float]:
-    return deque(maxlen=8)
+_Window: TypeAlias = "deque[float]"
+_latest = partial(deque[float], maxlen=8)
+
+
+def _low(window: _Window) -> float:
+    """The lower quartile: what disturbs a step makes it slower."""
+    return sorted(window)[len(window) // 4] if window else 0.0
 
 
 @dataclass
@@ -79,29 +70,38 @@ class _Costs:
     """Seconds, the latest of each, for about so many rows.
 
     Attributes:
-        plain: of plain steps.
+        alone, asked: of plain steps without the drafting model and with it.
+        turns, steps: how many had it, of how many; they fade.
         draft: of a forward of the drafting model.
-        rest: of what is not the drafting model's, by draft length; 0 is a plain step.
+        rest: of the rest of a round, by draft length.
     """
 
-    plain: deque[float] = field(default_factory=_latest)
-    draft: deque[float] = field(default_factory=_latest)
-    rest: dict[int, deque[float]] = field(default_factory=partial(defaultdict, _latest))
+    alone: _Window = field(default_factory=_latest)
+    asked: _Window = field(default_factory=_latest)
+    turns: float = 0.0
+    steps: float = 0.0
+    draft: _Window = field(default_factory=_latest)
+    rest: dict[int, _Window] = field(default_factory=partial(defaultdict, _latest))
 
-    def step(self) -> float:
-        """A plain step: a mean, as the proxy's turns come now and then, without the slowest."""
-        return fmean(sorted(self.plain)[:-1])
+    def gains(self, stood: float, most: int) -> list[float]:
+        """Speed of rounds of lengths 1 to ``most`` as a multiple of the plain loop's.
 
-    def round(self, length: int) -> float:
-        """A round, by the line through the two nearest lengths that were tried."""
-        low, *more = sorted(sorted(self.rest, key=lambda tried: abs(tried - length))[:2])
-        rest = first = median(self.rest[low])
-        for high in more:
-            slope = max(0.0, median(self.rest[high]) - first) / (high - low)
-            rest = max(0.5 * first, first + slope * (length - low))
-        untried = 1.25  # what several columns cost over one, at a guess
-        drafts = length * median(self.draft) if self.draft else 0.0
-        return drafts + rest * (1.0 if more else untried)
+        A round of length K emits 1 + a + ... + a^K tokens a row, a the share of draft tokens that
+        stand; a plain step emits one.
+        """
+        draft, asked = _low(self.draft), _low(self.asked)
+        alone = _low(self.alone) or max(asked - draft, 0.0)
+        step = alone + self.turns / self.steps * max(asked - alone, 0.0)
+        more = {length: max(_low(known) - alone, 0.0) for length, known in self.rest.items()}
+        found, tokens = [], 1.0
+        for length in range(1, most + 1):
+            tokens += stood**length
+            extra = 0.25 * alone  # what several columns cost over one, at a guess
+            if more:
+                near = min(more, key=lambda tried: abs(tried - length))
+                extra = more[near] * (length + 1) / (near + 1)
+            found.append(tokens * step / (length * draft + alone + extra))
+        return found
 
 
 @dataclass
@@ -112,9 +112,8 @@ class Memory:
         costs: by number of rows, in steps of sqrt(2).
         stood, judged: draft tokens that stood, of those judged; they fade, and begin with a guess.
         steps: plain steps so far.
-        trial: rounds to take before what was measured is trusted.
-        pause: plain steps to take before drafts are tried again.
-        next_pause: and after the next failure.
+        trial: rounds to take unless they are hopeless.
+        pause: plain steps to take before drafts are tried again; ``next_pause`` after a failure.
         note: why there is a pause.
     """
 
@@ -131,16 +130,6 @@ class Memory:
         """The costs for a number of rows."""
         return self.costs[round(2 * log2(rows))]
 
-    def gain(self, length: int, costs: _Costs) -> float:
-        """Speed of rounds of a length, as a multiple of the plain loop's.
-
-        A round emits 1 + a + ... + a^K tokens a row, a the share of draft tokens that stand; a
-        plain step emits one.
-        """
-        stood = self.stood / self.judged
-        tokens = sum(stood**k for k in range(length + 1))
-        return tokens * costs.step() / costs.round(length)
-
 
 class AutoLength:
     """The length that should write most tokens a second, or none where no length would.
@@ -154,8 +143,8 @@ class AutoLength:
     """
 
     LONGEST = 8
-    FIRST, ENOUGH = 8, 3  # plain steps before drafts: of all, and of about so many rows
-    MARGIN, HOPELESS = 1.05, 0.8
+    FIRST, ENOUGH = 12, 3  # plain steps before drafts: of all, and of about so many rows
+    MARGIN, HOPELESS = 1.08, 0.8
     PATIENCE = 6
     LONGEST_PAUSE = 2048
 
@@ -168,21 +157,22 @@ class AutoLength:
         return self.memory.note
 
     def plan(self, room: Sequence[int]) -> list[int] | None:
-        """Draft lengths, or None for a plain step; as :class:`DraftLength`."""
+        """Draft lengths, or None for a plain step; as :meth:`FixedLength.plan`."""
         memory, costs = self.memory, self.memory.of(len(room))
         most = min(self.LONGEST, max(room), max(2, 2 * max(costs.rest, default=0)))
-        if memory.pause or not most or memory.steps < self.FIRST:
+        known = len(costs.alone) + len(costs.asked) >= self.ENOUGH
+        if memory.pause or not most or memory.steps < self.FIRST or not known:
             return None
-        if len(costs.plain) < self.ENOUGH:
-            return None
-        gains = {length: memory.gain(length, costs) for length in range(1, most + 1)}
-        best = max(gains, key=gains.__getitem__)
-        if gains[best] >= (self.HOPELESS if memory.trial else self.MARGIN):
+        gains = costs.gains(memory.stood / memory.judged, most)
+        gain = max(gains)
+        if gain >= (self.HOPELESS if memory.trial and costs.rest else self.MARGIN) or (
+            memory.trial == Memory.trial and memory.note  # a pause is over
+        ):
             self._against = 0
-            return [min(best, one) for one in room]
+            return [min(gains.index(gain) + 1, one) for one in room]
         self._against += 1
         if self._against > self.PATIENCE:
-            self._give_up(gains[best])
+            self._give_up(gain)
         return None
 
     def _give_up(self, gain: float) -> None:
@@ -191,27 +181,34 @@ class AutoLength:
             f"speculative decoding pauses: {memory.stood / memory.judged:.0%} of the draft tokens "
             f"stood, with which the best draft would run at {gain:.2f}x the speed of the plain loop"
         )
-        if memory.next_pause == Memory.next_pause:
+        if not memory.note:
             log.warning(note)
-        memory.note, memory.pause = note, memory.next_pause
+        memory.note, memory.pause, self._against = note, memory.next_pause, 0
         memory.next_pause = min(2 * memory.next_pause, self.LONGEST_PAUSE)
 
     def report(self, step: StepReport) -> None:
         """Take down what a step took and, of a round, how many draft tokens stood."""
         memory, costs = self.memory, self.memory.of(step.rows)
         longest = max(step.drafts, default=0)
-        costs.rest[longest].append(step.seconds - step.draft_seconds)
         if not longest:
-            costs.plain.append(step.seconds)
-            if step.draft_seconds and len(costs.draft) < self.ENOUGH:
+            asked = step.draft_seconds > 0.0
+            (costs.asked if asked else costs.alone).append(step.seconds)
+            costs.turns = 0.98 * costs.turns + asked
+            costs.steps = 0.98 * costs.steps + 1.0
+            if asked and len(costs.draft) < self.ENOUGH:
                 costs.draft.append(step.draft_seconds)
             memory.steps += 1
-            if memory.pause:
-                memory.pause -= 1
-                if not memory.pause:
-                    self._try_again()
+            paused, memory.pause = memory.pause, max(0, memory.pause - 1)
+            if paused == 1:
+                # New rounds outweigh what was measured long ago.
+                memory.trial = Memory.trial
+                memory.stood, memory.judged = 2.0 * memory.stood / memory.judged, 2.0
+                for one in memory.costs.values():
+                    one.rest.clear()
+                    one.draft.clear()
             return
         costs.draft.append(step.draft_seconds / longest)
+        costs.rest[longest].append(step.seconds - step.draft_seconds)
         for length, accepted in zip(step.drafts, step.accepted, strict=True):
             memory.stood = 0.99 * memory.stood + accepted
             memory.judged = 0.99 * memory.judged + min(accepted + 1, length)
@@ -220,14 +217,8 @@ class AutoLength:
         else:
             memory.note, memory.next_pause = "", max(Memory.next_pause, memory.next_pause - 1)
 
-    def _try_again(self) -> None:
-        """Let new rounds outweigh what was measured long ago."""
-        memory = self.memory
-        memory.trial = Memory.trial
-        memory.stood, memory.judged = 8 * memory.stood / memory.judged, 8.0
-        for costs in memory.costs.values():
-            for length in [length for length in costs.rest if length]:
-                del costs.rest[length]
+
+DraftLength: TypeAlias = "FixedLength | AutoLength"
 
 
 def draft_length(value: int | str | None) -> int | str | None:
