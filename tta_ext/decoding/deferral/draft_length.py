@@ -14,9 +14,7 @@ from functools import partial
 from math import log2
 from typing import TypeAlias
 
-__all__ = ["AutoLength", "DraftLength", "FixedLength", "Memory", "StepReport", "draft_length"]
-
-LONGEST_FIXED = 64
+__all__ = ["AutoLength", "DraftLength", "FixedLength", "Memory", "StepReport"]
 
 log = logging.getLogger("tta_ext")
 
@@ -56,38 +54,25 @@ class FixedLength:
         """A step is over."""
 
 
-_Window: TypeAlias = "deque[float]"
-_latest = partial(deque[float], maxlen=8)
-
-
-def _low(window: _Window) -> float:
+def _low(window: deque[float]) -> float:
     """The lower quartile: what disturbs a step makes it slower."""
     return sorted(window)[len(window) // 4] if window else 0.0
 
 
-@dataclass
 class _Costs:
-    """Seconds, the latest of each, for about so many rows.
-
-    Attributes:
-        alone, asked: of plain steps without the drafting model and with it.
-        turns, steps: how many had it, of how many; they fade.
-        draft: of a forward of the drafting model.
-        rest: of the rest of a round, by draft length.
+    """The latest seconds for about so many rows: of plain steps without the drafting model and with
+    it (``turns`` of ``steps``), of its forwards, and of the rest of a round, by draft length.
     """
 
-    alone: _Window = field(default_factory=_latest)
-    asked: _Window = field(default_factory=_latest)
-    turns: float = 0.0
-    steps: float = 0.0
-    draft: _Window = field(default_factory=_latest)
-    rest: dict[int, _Window] = field(default_factory=partial(defaultdict, _latest))
+    def __init__(self) -> None:
+        window = partial(deque[float], maxlen=8)
+        self.alone, self.asked, self.draft = window(), window(), window()
+        self.rest: dict[int, deque[float]] = defaultdict(window)
+        self.turns = self.steps = 0.0
 
     def gains(self, stood: float, most: int) -> list[float]:
-        """Speed of rounds of lengths 1 to ``most`` as a multiple of the plain loop's.
-
-        A round of length K emits 1 + a + ... + a^K tokens a row, a the share of draft tokens that
-        stand; a plain step emits one.
+        """Speed of rounds of lengths 1 to ``most`` over the plain loop's: each emits
+        1 + a + ... + a^K tokens a row, a the share of draft tokens that stand, not one.
         """
         draft, asked = _low(self.draft), _low(self.asked)
         alone = _low(self.alone) or max(asked - draft, 0.0)
@@ -111,9 +96,9 @@ class Memory:
     Attributes:
         costs: by number of rows, in steps of sqrt(2).
         stood, judged: draft tokens that stood, of those judged; they fade, and begin with a guess.
-        steps: plain steps so far.
+        steps, rounds: plain steps so far, and rounds since the last one.
         trial: rounds to take unless they are hopeless.
-        pause: plain steps to take before drafts are tried again; ``next_pause`` after a failure.
+        pause, next_pause: plain steps before drafts are tried again, now and the next time.
         note: why there is a pause.
     """
 
@@ -121,9 +106,10 @@ class Memory:
     stood: float = 1.4
     judged: float = 2.0
     steps: int = 0
+    rounds: int = 0
     trial: int = 2
     pause: int = 0
-    next_pause: int = 64
+    next_pause: int = 32
     note: str = ""
 
     def of(self, rows: int) -> _Costs:
@@ -137,37 +123,30 @@ class AutoLength:
     Plain steps come first and tell what a step costs. Then lengths are tried, each at most twice
     the longest one before. Where the best is no faster than plain steps, a few of these are taken
     to see whether the machine has changed; if not, drafts pause, for ever longer times.
-
-    Args:
-        memory: what earlier calls have measured.
     """
 
-    LONGEST = 8
     FIRST, ENOUGH = 12, 3  # plain steps before drafts: of all, and of about so many rows
     MARGIN, HOPELESS = 1.08, 0.8
-    PATIENCE = 6
-    LONGEST_PAUSE = 2048
+    LONGEST, PATIENCE, REFRESH, LONGEST_PAUSE = 8, 6, 20, 2048
 
     def __init__(self, memory: Memory) -> None:
         self.memory, self._against = memory, 0
 
     @property
     def note(self) -> str:
-        """Why drafts pause, if they do."""
         return self.memory.note
 
     def plan(self, room: Sequence[int]) -> list[int] | None:
         """Draft lengths, or None for a plain step; as :meth:`FixedLength.plan`."""
         memory, costs = self.memory, self.memory.of(len(room))
         most = min(self.LONGEST, max(room), max(2, 2 * max(costs.rest, default=0)))
-        known = len(costs.alone) + len(costs.asked) >= self.ENOUGH
-        if memory.pause or not most or memory.steps < self.FIRST or not known:
+        new = memory.steps < self.FIRST or len(costs.alone) + len(costs.asked) < self.ENOUGH
+        if new or not most or memory.pause > 0 or memory.rounds >= self.REFRESH:
             return None
         gains = costs.gains(memory.stood / memory.judged, most)
         gain = max(gains)
-        if gain >= (self.HOPELESS if memory.trial and costs.rest else self.MARGIN) or (
-            memory.trial == Memory.trial and memory.note  # a pause is over
-        ):
+        least = self.HOPELESS if memory.trial and costs.rest else self.MARGIN
+        if gain >= least or (memory.note and memory.trial == Memory.trial):  # a pause is over
             self._against = 0
             return [min(gains.index(gain) + 1, one) for one in room]
         self._against += 1
@@ -190,23 +169,23 @@ class AutoLength:
         """Take down what a step took and, of a round, how many draft tokens stood."""
         memory, costs = self.memory, self.memory.of(step.rows)
         longest = max(step.drafts, default=0)
-        if not longest:
+        if longest == 0:
             asked = step.draft_seconds > 0.0
             (costs.asked if asked else costs.alone).append(step.seconds)
-            costs.turns = 0.98 * costs.turns + asked
-            costs.steps = 0.98 * costs.steps + 1.0
+            costs.turns = 0.99 * costs.turns + asked
+            costs.steps = 0.99 * costs.steps + 1.0
             if asked and len(costs.draft) < self.ENOUGH:
                 costs.draft.append(step.draft_seconds)
-            memory.steps += 1
-            paused, memory.pause = memory.pause, max(0, memory.pause - 1)
-            if paused == 1:
-                # New rounds outweigh what was measured long ago.
+            memory.steps, memory.rounds = memory.steps + 1, 0
+            memory.pause -= 1
+            if memory.pause == 0:  # new rounds outweigh what was measured long ago
                 memory.trial = Memory.trial
                 memory.stood, memory.judged = 2.0 * memory.stood / memory.judged, 2.0
                 for one in memory.costs.values():
                     one.rest.clear()
                     one.draft.clear()
             return
+        memory.rounds += 1
         costs.draft.append(step.draft_seconds / longest)
         costs.rest[longest].append(step.seconds - step.draft_seconds)
         for length, accepted in zip(step.drafts, step.accepted, strict=True):
@@ -219,19 +198,3 @@ class AutoLength:
 
 
 DraftLength: TypeAlias = "FixedLength | AutoLength"
-
-
-def draft_length(value: int | str | None) -> int | str | None:
-    """The argument ``speculative`` itself if it makes sense.
-
-    Raises:
-        ValueError: it is not None, ``"auto"`` or a length from 1 to 64.
-    """
-    if value is None or value == "auto":
-        return value
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= LONGEST_FIXED:
-        raise ValueError(
-            f"speculative is {value!r}, expected None, 'auto' or a draft length "
-            f"from 1 to {LONGEST_FIXED}"
-        )
-    return value
