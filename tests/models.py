@@ -90,6 +90,36 @@ def proxy_model() -> Any:
     return make_model(seed=1, hidden_size=16, intermediate_size=24)
 
 
+@torch.inference_mode(False)
+def in_double(model: Any) -> Any:
+    """The model itself, made to compute in float64 and to hand on float32 logits.
+
+    In float32 most logits of a forward over several columns differ in their last bits from those of
+    one column; in float64 that is rounded away.
+    """
+
+    def narrow(module: Any, inputs: Any, output: Any) -> Any:
+        output.logits = output.logits.float()
+        return output
+
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")  # grouped matmul has no float64
+    model.double().register_forward_hook(narrow)
+    return model
+
+
+@cache
+def near_models(kind: str = "llama") -> tuple[Any, Any]:
+    """A base and a proxy close to it in :func:`in_double`, whose drafts stand and fail by turns."""
+    base, proxy = make_model(kind, seed=0), make_model(kind, seed=0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in proxy.parameters():
+            if parameter.dim() > 1:
+                parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
+    return in_double(base), in_double(proxy)
+
+
 def make_tokenizer(vocabulary: dict[str, int] | None = None, template: str | None = None) -> Any:
     """A character tokenizer with four special tokens."""
     if vocabulary is None:

@@ -7,13 +7,14 @@ speed alone, and a wrong guess costs time and nothing else.
 from __future__ import annotations
 
 import logging
+from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from functools import partial
+from math import log2
+from typing import TypeAlias
 
-__all__ = ["AutoLength", "DraftLength", "FixedLength", "Memory", "StepReport", "draft_length"]
-
-LONGEST_FIXED = 64
+__all__ = ["AutoLength", "DraftLength", "FixedLength", "Memory", "StepReport"]
 
 log = logging.getLogger("tta_ext")
 
@@ -26,33 +27,15 @@ class StepReport:
         drafts: length of each row's draft; empty for a plain step.
         accepted: how many of its tokens stood.
         rows: active rows before the step.
-        tokens: tokens emitted.
-        seconds: time of the step.
+        seconds: time of the step, without what was made up for (prompts, missed tokens).
         draft_seconds: the part spent in the drafting model.
     """
 
     drafts: Sequence[int]
     accepted: Sequence[int]
     rows: int
-    tokens: int
     seconds: float
     draft_seconds: float
-
-
-class DraftLength(Protocol):
-    """Says how long drafts are.
-
-    Attributes:
-        note: what it has to say at the end, one sentence or nothing.
-    """
-
-    note: str
-
-    def plan(self, room: Sequence[int]) -> list[int] | None:
-        """Draft lengths of the active rows, each at most its ``room``; None for a plain step."""
-
-    def report(self, step: StepReport) -> None:
-        """A step is over."""
 
 
 class FixedLength:
@@ -64,22 +47,46 @@ class FixedLength:
         self.length = length
 
     def plan(self, room: Sequence[int]) -> list[int] | None:
+        """Draft lengths of the active rows, each at most its ``room``; None for a plain step."""
         return [min(self.length, most) for most in room]
 
     def report(self, step: StepReport) -> None:
-        pass
+        """A step is over."""
 
 
-@dataclass
-class _Average:
-    """A running average that forgets."""
+def _low(window: deque[float]) -> float:
+    """The lower quartile: what disturbs a step makes it slower."""
+    return sorted(window)[len(window) // 4] if window else 0.0
 
-    value: float = 0.0
-    weight: float = 0.0
 
-    def add(self, value: float, keep: float = 0.9) -> None:
-        self.weight = keep * self.weight + 1.0
-        self.value += (value - self.value) / self.weight
+class _Costs:
+    """The latest seconds for about so many rows: of plain steps without the drafting model and with
+    it (``turns`` of ``steps``), of its forwards, and of the rest of a round, by draft length.
+    """
+
+    def __init__(self) -> None:
+        window = partial(deque[float], maxlen=8)
+        self.alone, self.asked, self.draft = window(), window(), window()
+        self.rest: dict[int, deque[float]] = defaultdict(window)
+        self.turns = self.steps = 0.0
+
+    def gains(self, stood: float, most: int) -> list[float]:
+        """Speed of rounds of lengths 1 to ``most`` over the plain loop's: each emits
+        1 + a + ... + a^K tokens a row, a the share of draft tokens that stand, not one.
+        """
+        draft, asked = _low(self.draft), _low(self.asked)
+        alone = _low(self.alone) or max(asked - draft, 0.0)
+        step = alone + self.turns / self.steps * max(asked - alone, 0.0)
+        more = {length: max(_low(known) - alone, 0.0) for length, known in self.rest.items()}
+        found, tokens = [], 1.0
+        for length in range(1, most + 1):
+            tokens += stood**length
+            extra = 0.25 * alone  # what several columns cost over one, at a guess
+            if more:
+                near = min(more, key=lambda tried: abs(tried - length))
+                extra = more[near] * (length + 1) / (near + 1)
+            found.append(tokens * step / (length * draft + alone + extra))
+        return found
 
 
 @dataclass
@@ -87,120 +94,107 @@ class Memory:
     """What the calls of one object under one rule have measured.
 
     Attributes:
-        plain: seconds of a plain step, by number of rows.
-        draft: seconds of one forward of the drafting model.
-        judge: seconds of the rest of a round, by number of rows.
-        stood: share of the judged draft tokens that stood.
-        lost: calls in a row in which drafting was given up.
-        skip: calls that will not try it.
+        costs: by number of rows, in steps of sqrt(2).
+        stood, judged: draft tokens that stood, of those judged; they fade, and begin with a guess.
+        steps, rounds: plain steps so far, and rounds since the last one.
+        trial: rounds to take unless they are hopeless.
+        pause, next_pause: plain steps before drafts are tried again, now and the next time.
+        note: why there is a pause.
     """
 
-    plain: dict[int, _Average] = field(default_factory=dict)
-    judge: dict[int, _Average] = field(default_factory=dict)
-    draft: _Average = field(default_factory=_Average)
-    stood: _Average = field(default_factory=lambda: _Average(0.7, 2.0))
-    lost: int = 0
-    skip: int = 0
+    costs: dict[int, _Costs] = field(default_factory=partial(defaultdict, _Costs))
+    stood: float = 1.4
+    judged: float = 2.0
+    steps: int = 0
+    rounds: int = 0
+    trial: int = 2
+    pause: int = 0
+    next_pause: int = 32
+    note: str = ""
+
+    def of(self, rows: int) -> _Costs:
+        """The costs for a number of rows."""
+        return self.costs[round(2 * log2(rows))]
 
 
 class AutoLength:
     """The length that should write most tokens a second, or none where no length would.
 
-    A round of length K emits 1 + a + ... + a^K tokens a row, a the share of draft tokens that
-    stand, in the time of K forwards of the drafting model and one judgement; a plain step emits
-    one. Plain steps come first and tell what a step costs; where even drafts that always stand
-    could not pay, nothing is drafted.
-
-    Args:
-        memory: what earlier calls have measured.
+    Plain steps come first and tell what a step costs. Then lengths are tried, each at most twice
+    the longest one before. Where the best is no faster than plain steps, a few of these are taken
+    to see whether the machine has changed; if not, drafts pause, for ever longer times.
     """
 
-    LONGEST = 8
-    PLAIN_STEPS = 3
-    MARGIN = 1.05
-    PATIENCE = 2
+    FIRST, ENOUGH = 12, 3  # plain steps before drafts: of all, and of about so many rows
+    MARGIN, HOPELESS = 1.08, 0.8
+    LONGEST, PATIENCE, REFRESH, LONGEST_PAUSE = 8, 6, 20, 2048
 
     def __init__(self, memory: Memory) -> None:
-        self.memory, self.note = memory, ""
-        self._against = 0
-        self._on = memory.skip == 0
-        if not self._on:
-            memory.skip -= 1
-            self.note = "speculative decoding is off: earlier calls lost time by it"
+        self.memory, self._against = memory, 0
+
+    @property
+    def note(self) -> str:
+        return self.memory.note
 
     def plan(self, room: Sequence[int]) -> list[int] | None:
-        """Draft lengths, or None for a plain step; as :class:`DraftLength`."""
-        memory, rows = self.memory, len(room)
-        plain = _near(memory.plain, rows)
-        if not self._on or not any(room) or plain is None or plain.weight < 2.0:
+        """Draft lengths, or None for a plain step; as :meth:`FixedLength.plan`."""
+        memory, costs = self.memory, self.memory.of(len(room))
+        most = min(self.LONGEST, max(room), max(2, 2 * max(costs.rest, default=0)))
+        new = memory.steps < self.FIRST or len(costs.alone) + len(costs.asked) < self.ENOUGH
+        if new or not most or memory.pause > 0 or memory.rounds >= self.REFRESH:
             return None
-        if not memory.draft.weight:
-            return [min(1, most) for most in room]  # what does a draft cost?
-        best, gain = 0, 0.0
-        for length in range(1, self.LONGEST + 1):
-            if (now := self.gain(length, rows, plain.value)) > gain:
-                best, gain = length, now
-        if gain >= self.MARGIN:
+        gains = costs.gains(memory.stood / memory.judged, most)
+        gain = max(gains)
+        least = self.HOPELESS if memory.trial and costs.rest else self.MARGIN
+        if gain >= least or (memory.note and memory.trial == Memory.trial):  # a pause is over
             self._against = 0
-            return [min(best, most) for most in room]
+            return [min(gains.index(gain) + 1, one) for one in room]
         self._against += 1
-        if self._against >= self.PATIENCE:
-            self._stop(gain)
+        if self._against > self.PATIENCE:
+            self._give_up(gain)
         return None
 
-    def gain(self, length: int, rows: int, plain: float) -> float:
-        """Expected speed of rounds of a length, as a multiple of the plain loop's."""
+    def _give_up(self, gain: float) -> None:
         memory = self.memory
-        stood = min(memory.stood.value, 0.98)
-        tokens = (1.0 - stood ** (length + 1)) / (1.0 - stood)
-        judge = _near(memory.judge, rows)
-        return tokens * plain / (length * memory.draft.value + (judge.value if judge else plain))
-
-    def _stop(self, gain: float) -> None:
-        memory, self._on = self.memory, False
-        self.note = (
-            f"speculative decoding is off: {memory.stood.value:.0%} of the draft tokens stood, "
-            f"with which the best draft would run at {gain:.2f}x the speed of the plain loop"
+        note = (
+            f"speculative decoding pauses: {memory.stood / memory.judged:.0%} of the draft tokens "
+            f"stood, with which the best draft would run at {gain:.2f}x the speed of the plain loop"
         )
-        if not memory.lost:
-            log.warning(self.note)
-        # Ever rarer tries: the machine or the prompts may have changed.
-        memory.lost += 1
-        memory.skip = min(2**memory.lost, 64)
+        if not memory.note:
+            log.warning(note)
+        memory.note, memory.pause, self._against = note, memory.next_pause, 0
+        memory.next_pause = min(2 * memory.next_pause, self.LONGEST_PAUSE)
 
     def report(self, step: StepReport) -> None:
-        memory, rows = self.memory, step.rows
-        if not step.drafts:
-            memory.plain.setdefault(rows, _Average()).add(step.seconds)
+        """Take down what a step took and, of a round, how many draft tokens stood."""
+        memory, costs = self.memory, self.memory.of(step.rows)
+        longest = max(step.drafts, default=0)
+        if longest == 0:
+            asked = step.draft_seconds > 0.0
+            (costs.asked if asked else costs.alone).append(step.seconds)
+            costs.turns = 0.99 * costs.turns + asked
+            costs.steps = 0.99 * costs.steps + 1.0
+            if asked and len(costs.draft) < self.ENOUGH:
+                costs.draft.append(step.draft_seconds)
+            memory.steps, memory.rounds = memory.steps + 1, 0
+            memory.pause -= 1
+            if memory.pause == 0:  # new rounds outweigh what was measured long ago
+                memory.trial = Memory.trial
+                memory.stood, memory.judged = 2.0 * memory.stood / memory.judged, 2.0
+                for one in memory.costs.values():
+                    one.rest.clear()
+                    one.draft.clear()
             return
-        longest = max(step.drafts)
-        memory.draft.add(step.draft_seconds / longest)
-        memory.judge.setdefault(rows, _Average()).add(step.seconds - step.draft_seconds)
+        memory.rounds += 1
+        costs.draft.append(step.draft_seconds / longest)
+        costs.rest[longest].append(step.seconds - step.draft_seconds)
         for length, accepted in zip(step.drafts, step.accepted, strict=True):
-            for k in range(min(accepted + 1, length)):
-                memory.stood.add(float(k < accepted), 0.99)
-        if step.tokens > step.rows:
-            memory.lost = 0
+            memory.stood = 0.99 * memory.stood + accepted
+            memory.judged = 0.99 * memory.judged + min(accepted + 1, length)
+        if memory.trial:
+            memory.trial -= 1
+        else:
+            memory.note, memory.next_pause = "", max(Memory.next_pause, memory.next_pause - 1)
 
 
-def _near(known: dict[int, _Average], rows: int) -> _Average | None:
-    """What is known of the nearest number of rows."""
-    if not known:
-        return None
-    return known[min(known, key=lambda other: (abs(other - rows), other))]
-
-
-def draft_length(value: int | str | None) -> int | str | None:
-    """The argument ``speculative`` itself if it makes sense.
-
-    Raises:
-        ValueError: it is not None, ``"auto"`` or a length from 1 to 64.
-    """
-    if value is None or value == "auto":
-        return value
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= LONGEST_FIXED:
-        raise ValueError(
-            f"speculative is {value!r}, expected None, 'auto' or a draft length "
-            f"from 1 to {LONGEST_FIXED}"
-        )
-    return value
+DraftLength: TypeAlias = "FixedLength | AutoLength"

@@ -14,9 +14,9 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from tta_ext.decoding.deferral.chat import Chat
-from tta_ext.decoding.deferral.draft_length import Memory, draft_length
+from tta_ext.decoding.deferral.draft_length import Memory
 from tta_ext.decoding.deferral.implicit_reward import ImplicitReward
-from tta_ext.decoding.deferral.request import GenerationOptions, Models, Request
+from tta_ext.decoding.deferral.request import GenerationOptions, Models, Request, draft_length
 from tta_ext.decoding.deferral.result import Generation
 from tta_ext.decoding.runtime.attention import check_model
 from tta_ext.decoding.runtime.loading import load_model, load_tokenizer

@@ -10,13 +10,7 @@ import torch
 from torch import Tensor
 
 from tta_ext import rng
-from tta_ext.decoding.deferral.draft_length import (
-    AutoLength,
-    DraftLength,
-    FixedLength,
-    Memory,
-    draft_length,
-)
+from tta_ext.decoding.deferral.draft_length import AutoLength, DraftLength, FixedLength, Memory
 from tta_ext.decoding.deferral.implicit_reward import ImplicitReward, ImplicitRewardLoop
 from tta_ext.decoding.deferral.loop import DenseDeferral, LazyDeferral, Loop, LoopOptions
 from tta_ext.decoding.deferral.result import Generation
@@ -41,7 +35,7 @@ from tta_ext.decoding.runtime.streaming import StreamEvent, TextDeltas
 from tta_ext.decoding.runtime.vocabulary import Vocabulary
 from tta_ext.rules import Rule
 
-__all__ = ["GenerationOptions", "Models", "Request"]
+__all__ = ["GenerationOptions", "Models", "Request", "draft_length"]
 
 
 class GenerationOptions(TypedDict, total=False):
@@ -72,6 +66,21 @@ class GenerationOptions(TypedDict, total=False):
     speculative: int | str | None
     num_assistant_tokens: int | str | None
     errors: str
+
+
+def draft_length(value: int | str | None) -> int | str | None:
+    """The argument ``speculative`` itself if it makes sense.
+
+    Raises:
+        ValueError: it is not None, ``"auto"`` or a length from 1 to 64.
+    """
+    if value is None or value == "auto":
+        return value
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 64:
+        raise ValueError(
+            f"speculative is {value!r}, expected None, 'auto' or a draft length from 1 to 64"
+        )
+    return value
 
 
 @dataclass(frozen=True)

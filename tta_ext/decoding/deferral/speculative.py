@@ -62,6 +62,7 @@ class Speculative(Loop):
         self._drafted: Tensor | None = None
         self._failed: list[bool] = []  # the rows whose drafting model had no law to draw from
         self._doubt = False  # a round ended before a position whose law a plain step has to tell
+        self._draft_seconds = 0.0  # of the latest step
 
     def finish_stats(self) -> DecodeStats:
         self.stats.speculation = self.policy.note
@@ -75,31 +76,33 @@ class Speculative(Loop):
     @torch.inference_mode()
     def step(self) -> None:
         """Advance every active row by one token or more."""
-        start, rows, answers = perf_counter(), len(self.rows.active), self.rows
-        room = [
-            self.options.limits.max_new_tokens - len(answers.tokens[i]) - 1 for i in answers.active
-        ]
-        before = sum(map(len, answers.tokens))
-        spent = self.drafter.seconds
-        lengths = None if self._doubt else self.policy.plan(room)
-        self._doubt = False
+        start, answers = perf_counter(), self.rows
+        rows, most = len(answers.active), self.options.limits.max_new_tokens
+        lengths = self.policy.plan([most - len(answers.tokens[i]) - 1 for i in answers.active])
         drafts: list[list[int]] = []
         accepted: list[int] = []
-        if lengths is None or not any(lengths):
+        begin, self._draft_seconds = start, -self.drafter.seconds
+        if self._doubt or lengths is None or not any(lengths):
+            self._doubt = False
             super().step()
+            self._draft_seconds += self.drafter.seconds
         else:
+            if self._fed or not self.stats.steps:  # what was missed is no cost of this round
+                for runner in self.runners:
+                    runner.prefill()
+                    runner.settle()
+            begin = perf_counter()
+            drafts, accepted = self._round(lengths)
             self.stats.row_steps += rows
             self.stats.steps += 1
-            drafts, accepted = self._round(lengths)
             self.stats.seconds += perf_counter() - start
         self.policy.report(
             StepReport(
                 drafts=[len(draft) for draft in drafts],
                 accepted=accepted,
                 rows=rows,
-                tokens=sum(map(len, answers.tokens)) - before,
-                seconds=perf_counter() - start,
-                draft_seconds=self.drafter.seconds - spent,
+                seconds=perf_counter() - begin,
+                draft_seconds=self._draft_seconds,
             )
         )
 
@@ -109,16 +112,16 @@ class Speculative(Loop):
         """Draft, judge, emit; the drafts and how much of each stood."""
         context = self.options.context
         self.events = []
-        if not self._fed:
-            for runner in self.runners:
-                runner.prefill()
         # A follower may be two tokens behind after a round, so a plain step must catch up.
         self._fed = False
         starts = [list(runner.lengths) for runner in self.runners]
         read = None if context is None else context.lengths
         position = self.base.total.clone()
+        begin = perf_counter()
         with span("draft"):
             drafts = self._draft(list(lengths), position)
+        # Each draw waits for its forward, which on CUDA the runner's own clock does not.
+        self._draft_seconds = perf_counter() - begin
         logits = self._score(drafts, read)
         if context is not None and read is not None:
             context.lengths = read

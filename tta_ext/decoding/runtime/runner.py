@@ -14,7 +14,7 @@ times what a benchmark of it alone would say: few calls matter more than cheap o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from time import perf_counter
 from typing import Any
 
@@ -51,11 +51,7 @@ class Runner:
         count: number of rows.
         device: the model's device.
         seconds, calls, rows_run, tokens_run: cost of the forwards so far; tokens without padding.
-        observe: called as ``observe(rows, columns, seconds, prefill)`` after each forward, with the
-            device waited for; None leaves that out.
     """
-
-    observe: Callable[[int, int, float, bool], None] | None = None
 
     def __init__(
         self,
@@ -318,9 +314,7 @@ class Runner:
         """
         behind = [row for row in range(self.count) if self._total[row] - self._cached[row] > 1]
         if behind:
-            observe, self.observe = self.observe, None  # a matter of prompts, not of drafts
             self._feed(behind, [total - 1 for total in self._total])
-            self.observe = observe
 
     def _feed(
         self,
@@ -399,11 +393,6 @@ class Runner:
                 return_dict=True,
                 **extra,
             ).logits
-        if self.observe is not None:
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
-            took = perf_counter() - start
-            self.observe(tokens.shape[0], tokens.shape[1], took, mask is None)
         self.seconds += perf_counter() - start
         self.calls += 1
         self.rows_run += tokens.shape[0]
