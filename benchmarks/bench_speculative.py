@@ -69,31 +69,22 @@ def widen(model: Any, width: int, seed: int = 0) -> Any:
     return large
 
 
-def _forward_seconds(model: Any) -> float:
-    """A forward of one column, without a cache."""
-    token = torch.tensor([[5]])
-    with torch.inference_mode():
-        return harness.measure({"": lambda: model(input_ids=token)}, 0.3)[""].q20
-
-
 def as_slow(model: Any, other: Any) -> Any:
-    """``model`` widened until a forward takes as long as one of ``other``."""
-    wanted, width = _forward_seconds(other), model.config.intermediate_size
-    while _forward_seconds(model) < wanted:
+    """``model`` widened until a forward of one column takes as long as one of ``other``."""
+    token, width = torch.tensor([[5]]), model.config.intermediate_size
+    while True:
+        runs = {"this": model, "other": other}
+        with torch.inference_mode():
+            times = harness.measure({k: lambda m=m: m(input_ids=token) for k, m in runs.items()})
+        if times["this"].q20 >= times["other"].q20:
+            return model
         width *= 2
         model = widen(model, width)
-    return model
 
 
 @dataclass
 class Provider:
-    """One way to write the same answers, and what it took.
-
-    Attributes:
-        speculative: draft length, 0 for the plain loop.
-        fresh: forget what was measured before each call.
-        ratios: speed of each round over the plain loop's.
-    """
+    """One way to write the same answers (``fresh``: forgetful), times and speeds over plain."""
 
     name: str
     speculative: int | str = 0

@@ -107,7 +107,7 @@ class Memory:
     judged: float = 2.0
     steps: int = 0
     rounds: int = 0
-    trial: int = 2
+    trial: int = 6
     pause: int = 0
     next_pause: int = 32
     note: str = ""
@@ -126,7 +126,7 @@ class AutoLength:
     """
 
     FIRST, ENOUGH = 12, 3  # plain steps before drafts: of all, and of about so many rows
-    MARGIN, HOPELESS = 1.08, 0.8
+    MARGIN, HOPELESS = 1.08, 0.85
     LONGEST, PATIENCE, REFRESH, LONGEST_PAUSE = 8, 6, 20, 2048
 
     def __init__(self, memory: Memory) -> None:
