@@ -12,9 +12,9 @@ so that drafts stand as often as on a real task:
 
 ``auto`` remembers what earlier rounds measured; ``auto, first call`` is a new object each time.
 
-The second table is exact arithmetic on both models' distributions, over positions of answers that
-the rule wrote: how often a draft token stands with the plain loop's own random numbers ("coupled",
-what the loop does), and the most that any verification reaches ("optimal").
+The second table is exact arithmetic over positions that the rule wrote: how often a draft token
+stands with the plain loop's own random numbers ("coupled", what the loop does), and the most that
+any verification reaches ("optimal").
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,9 +74,12 @@ def as_slow(model: Any, other: Any) -> Any:
     """``model`` widened until a forward of one column takes as long as one of ``other``."""
     token, width = torch.tensor([[5]]), model.config.intermediate_size
     while True:
-        runs = {"this": model, "other": other}
+        runs: dict[str, harness.Run] = {
+            "this": partial(model, token),
+            "other": partial(other, token),
+        }
         with torch.inference_mode():
-            times = harness.measure({k: lambda m=m: m(input_ids=token) for k, m in runs.items()})
+            times = harness.measure(runs, 0.2)
         if times["this"].q20 >= times["other"].q20:
             return model
         width *= 2

@@ -82,9 +82,8 @@ class _Costs:
         for length in range(1, most + 1):
             tokens += stood**length
             extra = 0.25 * alone  # what several columns cost over one, at a guess
-            if more:
-                near = min(more, key=lambda tried: abs(tried - length))
-                extra = more[near] * (length + 1) / (near + 1)
+            if more:  # often most for two columns, so that a longer draft costs little
+                extra = more[min(more, key=lambda tried: abs(tried - length))]
             found.append(tokens * step / (length * draft + alone + extra))
         return found
 
