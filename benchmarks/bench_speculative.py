@@ -101,16 +101,6 @@ class Provider:
     note: str = ""
 
 
-def providers(lengths: Sequence[int]) -> list[Provider]:
-    """The plain loop first."""
-    return [
-        Provider("plain"),
-        *(Provider(f"speculative {length}", length) for length in lengths),
-        Provider("auto", "auto"),
-        Provider("auto, first call", "auto", fresh=True),
-    ]
-
-
 def run(
     pair: Sequence[Any],
     rule: tuple[str, float],
@@ -123,7 +113,8 @@ def run(
     from tta_ext import KnapsackDeferral
 
     name, param = rule
-    found = providers(lengths)
+    found = [Provider("plain"), *(Provider(f"speculative {k}", k) for k in lengths)]
+    found += [Provider("auto", "auto"), Provider("auto, first call", "auto", fresh=True)]
     owners = {p.name: KnapsackDeferral(*pair, rule=name, param=param) for p in found}
     keys: dict[str, Any] = {"max_new_tokens": tokens, "eos_token_id": []}
     owners["plain"].generate(prompts, seed=0, **keys)  # warms up
