@@ -12,9 +12,9 @@ so that drafts stand as often as on a real task:
 
 ``auto`` remembers what earlier rounds measured; ``auto, first call`` is a new object each time.
 
-The second table is exact arithmetic on both models' distributions, over positions of answers that
-the rule wrote: how often a draft token stands with the plain loop's own random numbers ("coupled",
-what the loop does), and the most that any verification reaches ("optimal").
+The second table is exact arithmetic over positions that the rule wrote: how often a draft token
+stands with the plain loop's own random numbers ("coupled", what the loop does), and the most that
+any verification reaches ("optimal").
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,31 +70,25 @@ def widen(model: Any, width: int, seed: int = 0) -> Any:
     return large
 
 
-def _forward_seconds(model: Any) -> float:
-    """A forward of one column, without a cache."""
-    token = torch.tensor([[5]])
-    with torch.inference_mode():
-        return harness.measure({"": lambda: model(input_ids=token)}, 0.3)[""].q20
-
-
 def as_slow(model: Any, other: Any) -> Any:
-    """``model`` widened until a forward takes as long as one of ``other``."""
-    wanted, width = _forward_seconds(other), model.config.intermediate_size
-    while _forward_seconds(model) < wanted:
+    """``model`` widened until a forward of one column takes as long as one of ``other``."""
+    token, width = torch.tensor([[5]]), model.config.intermediate_size
+    while True:
+        runs: dict[str, harness.Run] = {
+            "this": partial(model, token),
+            "other": partial(other, token),
+        }
+        with torch.inference_mode():
+            times = harness.measure(runs, 0.2)
+        if times["this"].q20 >= times["other"].q20:
+            return model
         width *= 2
         model = widen(model, width)
-    return model
 
 
 @dataclass
 class Provider:
-    """One way to write the same answers, and what it took.
-
-    Attributes:
-        speculative: draft length, 0 for the plain loop.
-        fresh: forget what was measured before each call.
-        ratios: speed of each round over the plain loop's.
-    """
+    """One way to write the same answers (``fresh``: forgetful), times and speeds over plain."""
 
     name: str
     speculative: int | str = 0
@@ -104,16 +99,6 @@ class Provider:
     equal: int = 0
     answers: int = 0
     note: str = ""
-
-
-def providers(lengths: Sequence[int]) -> list[Provider]:
-    """The plain loop first."""
-    return [
-        Provider("plain"),
-        *(Provider(f"speculative {length}", length) for length in lengths),
-        Provider("auto", "auto"),
-        Provider("auto, first call", "auto", fresh=True),
-    ]
 
 
 def run(
@@ -128,7 +113,8 @@ def run(
     from tta_ext import KnapsackDeferral
 
     name, param = rule
-    found = providers(lengths)
+    found = [Provider("plain"), *(Provider(f"speculative {k}", k) for k in lengths)]
+    found += [Provider("auto", "auto"), Provider("auto, first call", "auto", fresh=True)]
     owners = {p.name: KnapsackDeferral(*pair, rule=name, param=param) for p in found}
     keys: dict[str, Any] = {"max_new_tokens": tokens, "eos_token_id": []}
     owners["plain"].generate(prompts, seed=0, **keys)  # warms up

@@ -82,9 +82,8 @@ class _Costs:
         for length in range(1, most + 1):
             tokens += stood**length
             extra = 0.25 * alone  # what several columns cost over one, at a guess
-            if more:
-                near = min(more, key=lambda tried: abs(tried - length))
-                extra = more[near] * (length + 1) / (near + 1)
+            if more:  # often most for two columns, so that a longer draft costs little
+                extra = more[min(more, key=lambda tried: abs(tried - length))]
             found.append(tokens * step / (length * draft + alone + extra))
         return found
 
@@ -107,7 +106,7 @@ class Memory:
     judged: float = 2.0
     steps: int = 0
     rounds: int = 0
-    trial: int = 2
+    trial: int = 6
     pause: int = 0
     next_pause: int = 32
     note: str = ""
@@ -126,7 +125,7 @@ class AutoLength:
     """
 
     FIRST, ENOUGH = 12, 3  # plain steps before drafts: of all, and of about so many rows
-    MARGIN, HOPELESS = 1.08, 0.8
+    MARGIN, HOPELESS = 1.08, 0.85
     LONGEST, PATIENCE, REFRESH, LONGEST_PAUSE = 8, 6, 20, 2048
 
     def __init__(self, memory: Memory) -> None:

@@ -33,11 +33,11 @@ class DecodeStats:
         seconds: time of the whole loop.
         row_steps: steps of all rows; plain decoding adds a token in each.
         draft_tokens: tokens that the proxy drafted (speculative decoding).
-        judged_tokens: how many of them verification looked at: those before a row's first rejection
-            and the rejected one.
+        judged_tokens: how many of them were looked at: those before a row's first difference from
+            the plain loop, and that one.
         accepted_tokens: how many of those stood.
         accepted_lengths: how often a draft had 0, 1, 2, ... tokens accepted.
-        speculation: what speculative decoding has to say, such as why it switched itself off.
+        speculation: what speculative decoding has to say, such as why drafts pause.
     """
 
     tokens: int = 0
