@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -171,6 +170,90 @@ def test_a_prompt_is_run_once_for_all_its_answers_in_batches_too() -> None:
     assert parts.stats.base_tokens == whole.stats.base_tokens < 100
 
 
+@pytest.mark.parametrize("where", ["call", "constructor"])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rule": "knapsack", "param": [-0.1, 0.2]}, r"param is -0\.1, expected a budget >= 0"),
+        ({"rule": "knapsack", "param": torch.tensor([0.1, -0.2])}, "expected a budget >= 0"),
+        ({"param": [0.1, float("nan")]}, "param is nan, expected a number"),
+        ({"rule": "implicit_reward", "param": float("nan")}, "expected finite betas"),
+        ({"rule": "implicit_reward", "param": 1.0, "critical": "bogus"}, "critical is 'bogus'"),
+        ({"rule": "token_max", "param": 0.3}, "expected None for rule 'argmax'"),
+    ],
+)
+def test_a_bad_parameter_is_not_laid_on_the_model(
+    where: str, options: dict[str, Any], message: str
+) -> None:
+    given = options if where == "constructor" else {}
+
+    def run() -> None:
+        kad = KnapsackDeferral(base_model(), proxy_model(), **given)
+        kad.generate([[5], [6]], seed=0, errors="finish", **options)
+
+    with pytest.raises(ValueError, match=message):
+        run()
+
+
+def test_an_alias_of_argmax_needs_no_parameter() -> None:
+    keys: dict[str, Any] = {"seed": 1, "max_new_tokens": 5, "eos_token_id": []}
+    pair = base_model(), proxy_model()
+    named = KnapsackDeferral(*pair, rule="argmax", param=None).generate([[5, 6]], **keys)
+    assert (
+        KnapsackDeferral(*pair, rule="token_max").generate([[5, 6]], **keys).tokens == named.tokens
+    )
+    other = KnapsackDeferral(*pair).generate([[5, 6]], rule="token_max", **keys)
+    assert other.tokens == named.tokens
+
+
+def test_arguments_that_do_not_go_together() -> None:
+    kad, ids = KnapsackDeferral(base_model(), proxy_model()), torch.tensor([[5, 6]])
+    for options, message in (
+        ({"input_ids": ids, "proxy_prompts": [[5]]}, "proxy_prompts go with prompts"),
+        ({"prompts": [[5]], "attention_mask": ids}, "attention_mask goes with input_ids"),
+        ({"prompts": [[5]], "proxy_attention_mask": ids}, "proxy_attention_mask goes with"),
+        ({"prompts": [[5]], "rule": tta_ext.Rule(), "param": [0.1, 0.2]}, "rule is a Rule, which"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            kad.generate(**options)
+    with pytest.raises(ValueError, match="rule is a Rule, which"):
+        KnapsackDeferral(base_model(), proxy_model(), rule=tta_ext.Rule(), param=torch.ones(2))
+
+
+def test_streams_give_all_text_of_an_answer_that_failed() -> None:
+    base, tokenizer = make_model(seed=0), make_tokenizer()
+    kad = KnapsackDeferral(base, make_model(seed=3), tokenizer)
+    keys: dict[str, Any] = {
+        "seed": 5, "max_new_tokens": NEW, "eos_token_id": [], "errors": "finish",
+    }  # fmt: skip
+    prompts = ragged_prompts()
+    clean = kad.generate(prompts, **keys)
+    row, place = lonely(prompts, clean)
+    last = clean.tokens[row][place]
+    keys["stop_strings"] = tokenizer.decode([last]) + "~~~"  # held back until it is clear
+    with spoiled(base, last):
+        whole = kad.generate([prompts[row]], sequence=[row], **keys)
+        events = list(kad.stream([prompts[row]], sequence=[row], **keys))
+    assert whole.finish == ["error"]
+    assert "".join(event.text or "" for event in events) == whole.text
+
+
+def test_searches_number_prompts_over_groups_and_check_all_first() -> None:
+    asked: list[Any] = []
+
+    def reward(prompts: list[Any], responses: list[Any]) -> list[float]:
+        asked.extend(prompts)
+        return [0.0] * len(responses)
+
+    model = make_model(seed=0)
+    search = BestOfN(model, reward, n=2, batch_size=2, max_new_tokens=3)
+    with pytest.raises(ValueError, match="prompt 2 has the id 9999"):
+        search.generate([[5], [6], [9999]], seed=0)
+    assert not asked
+    with spoiled(model, 9), pytest.raises(ValueError, match="for prompt 2, rollout 0, position 1"):
+        search.generate([[5], [6], [9]], seed=4, eos_token_id=[])
+
+
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
 def test_a_search_names_the_rollout(method: Any) -> None:
     model = make_model(seed=0)
@@ -278,76 +361,3 @@ def test_a_foreign_engine_draws_the_same_rollouts() -> None:
     assert [r.kl for r in here.curves[0]] == pytest.approx([r.kl for r in there.curves[0]])
     with pytest.raises(ValueError, match="ChunkBeamSearch looks at rollouts token by token"):
         ChunkBeamSearch(base_model(), reward, engine=Shards)
-
-
-# ---- the public face -------------------------------------------------------------------------
-
-
-def test_signatures_name_every_argument() -> None:
-    for function in (KnapsackDeferral.generate, KnapsackDeferral.stream, KnapsackDeferral.chat):
-        parameters = inspect.signature(function).parameters
-        assert {"max_new_tokens", "stop_strings", "errors", "num_return_sequences"} <= set(
-            parameters
-        )
-        assert parameters["max_new_tokens"].default == 128
-    for method in METHODS:
-        for function in (method.__init__, method.start, method.generate):
-            parameters = inspect.signature(function).parameters
-            fields = method.settings_type.__dataclass_fields__
-            assert set(fields) <= set(parameters), function
-            assert all(p.kind is not p.VAR_KEYWORD for p in parameters.values())
-    assert inspect.signature(AdaptiveImportanceSampling.generate).parameters["n"].default == 16
-    assert inspect.signature(BestOfN.generate).parameters["n"].default == 32
-
-
-def test_typed_keywords_are_the_real_ones() -> None:
-    from tta_ext.decoding.deferral import request
-    from tta_ext.decoding.search import aisp_settings, best_of_n, chunk_beam, reward_guided
-
-    known = set(inspect.signature(request.Request).parameters) - {
-        "models", "rule", "memories", "prompts",
-    }  # fmt: skip
-    more = {"rule", "param", "critical", "temperature", "rule_temperature", "num_assistant_tokens"}
-    assert set(request.GenerationOptions.__annotations__) == known | more
-    for settings, options in (
-        (aisp_settings.AISPSettings, aisp_settings.AISPOptions),
-        (best_of_n.BestOfNSettings, best_of_n.BestOfNOptions),
-        (chunk_beam.ChunkBeamSettings, chunk_beam.ChunkBeamOptions),
-        (reward_guided.RewardGuidedSettings, reward_guided.RewardGuidedOptions),
-    ):
-        fields = settings.__dataclass_fields__
-        assert set(options.__annotations__) == set(fields), settings
-        types: dict[str, Any] = {}
-        for one in reversed(options.__mro__ if options.__mro__[1] is not dict else [options]):
-            types |= getattr(one, "__annotations__", {})
-        for name, annotation in types.items():
-            text = getattr(annotation, "__forward_arg__", annotation)
-            assert text == fields[name].type, name
-
-
-def test_a_rule_object_is_handed_down_whole() -> None:
-    prompts, keys = ragged_prompts(), {"seed": 3, "max_new_tokens": 6, "eos_token_id": []}
-    rule = tta_ext.Rule("knapsack", 0.3, critical="split", rule_temperature=0.8)
-    kad = KnapsackDeferral(base_model(), proxy_model(), rule=rule)
-    named = KnapsackDeferral(
-        base_model(), proxy_model(), rule="primal", param=0.3, critical="split",
-        rule_temperature=0.8,
-    )  # fmt: skip
-    assert kad.rule == named.rule == rule
-    expected = named.generate(prompts, **keys)
-    assert kad.generate(prompts, **keys).tokens == expected.tokens
-    plain = KnapsackDeferral(base_model(), proxy_model())
-    assert plain.generate(prompts, rule=rule, **keys).tokens == expected.tokens
-    assert plain.generate(prompts, rule=rule, num_assistant_tokens=3, **keys).tokens == (
-        expected.tokens
-    )
-    for call in (
-        lambda: KnapsackDeferral(base_model(), proxy_model(), rule=rule, param=0.2),
-        lambda: plain.generate(prompts, rule=rule, temperature=0.5),
-    ):
-        with pytest.raises(ValueError, match="rule is a Rule, which brings param"):
-            call()
-    with pytest.raises(ValueError, match="speculative and num_assistant_tokens are one argument"):
-        plain.generate(prompts, speculative=2, num_assistant_tokens=2)
-    with pytest.raises(ValueError, match=r"param is 0\.3, expected None for rule 'argmax'"):
-        plain.generate(prompts, rule="argmax", param=0.3)

@@ -42,14 +42,18 @@ class ImplicitReward:
 
     @classmethod
     def of(
-        cls, beta: float | Sequence[float] | Tensor, experts: int, temperature: float
+        cls, beta: float | Sequence[float] | Tensor | None, experts: int, temperature: float
     ) -> ImplicitReward:
         """The mixture with one weight for all experts, or one for each.
 
         Raises:
-            ValueError: another number of weights.
+            ValueError: none, another number of weights, or one that is not finite.
         """
+        if beta is None:
+            raise ValueError("param is None, expected beta: a number, or one for each expert")
         weights = torch.as_tensor(beta, dtype=torch.float32).flatten()
+        if not bool(torch.isfinite(weights).all()):
+            raise ValueError(f"param is {beta!r}, expected finite betas")
         if weights.numel() not in (1, experts):
             raise ValueError(
                 f"param has {weights.numel()} betas, expected {experts}, one for each expert"

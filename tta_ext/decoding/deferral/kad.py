@@ -25,11 +25,23 @@ from tta_ext.decoding.runtime.probe import probe_model
 from tta_ext.decoding.runtime.signatures import keywords_of
 from tta_ext.decoding.runtime.streaming import StreamEvent
 from tta_ext.decoding.runtime.vocabulary import align_vocabularies
-from tta_ext.rules import IMPLICIT_REWARD, Rule
+from tta_ext.rules import ARGMAX, IMPLICIT_REWARD, Rule, rule_code
 
 __all__ = ["KnapsackDeferral"]
 
 _RULE_KEYS = ("rule", "param", "critical", "temperature", "rule_temperature")
+# What a request is made of besides a call's keywords; what a conversation supplies itself.
+_OWN = ("models", "rule", "memories")
+_PROMPTS = (
+    "prompts",
+    "proxy_prompts",
+    "input_ids",
+    "attention_mask",
+    "proxy_input_ids",
+    "proxy_attention_mask",
+    "padded_context",
+)
+_TURN = [name for name in GenerationOptions.__annotations__ if name not in _PROMPTS]
 _BOTH = "rule is a Rule, which brings param, critical, temperature and rule_temperature with it"
 
 
@@ -141,14 +153,14 @@ class KnapsackDeferral:
             proxy_chat_template=proxy_chat_template,
             vocabulary=vocabulary,
         )
-        if rule == "argmax":
-            param = None
         given = (param, critical, temperature, rule_temperature)
         if isinstance(rule, Rule):
-            if given != (0.4, "exclude", 1.0, None):
+            if isinstance(param, (Tensor, Sequence)) or given != (0.4, "exclude", 1.0, None):
                 raise ValueError(_BOTH)
             given = (rule.param, rule.critical, rule.temperature, rule.rule_temperature)
             rule = rule.name
+        elif isinstance(param, float) and param == 0.4 and _is_argmax(rule):
+            given = (None, *given[1:])
         self._given: dict[str, Any] = dict(zip(_RULE_KEYS, (rule, *given), strict=True))
         self.rule = self._chosen({})
         if probe:
@@ -156,6 +168,7 @@ class KnapsackDeferral:
                 probe_model(model, name)
 
     @classmethod
+    @keywords_of(__init__, "base", "proxy", "tokenizer", "proxy_tokenizer", "anti")
     def from_pretrained(
         cls,
         base: str,
@@ -190,7 +203,7 @@ class KnapsackDeferral:
 
     # ---- public calls ------------------------------------------------------------------------
 
-    @keywords_of(Request, "models", "rule", "memories")
+    @keywords_of(Request, *_OWN, also=GenerationOptions.__annotations__)
     def generate(
         self,
         prompts: Any = None,
@@ -265,7 +278,7 @@ class KnapsackDeferral:
             streamer.end()
         return Generation.concatenate(parts)
 
-    @keywords_of(Request, "models", "rule", "memories")
+    @keywords_of(Request, *_OWN, also=GenerationOptions.__annotations__)
     def stream(
         self,
         prompts: Any = None,
@@ -278,7 +291,7 @@ class KnapsackDeferral:
         for batch in request.batches(batch_size):
             yield from request.stream(request.start(batch, events=True), batch.first)
 
-    @keywords_of(Request, "models", "rule", "memories", "prompts")
+    @keywords_of(Request, *_OWN, *_PROMPTS, also=_TURN)
     def chat(self, system: str | None = None, **options: Unpack[GenerationOptions]) -> Chat:
         """A conversation that keeps both models' caches between turns; see :class:`Chat`."""
         return Chat(self.request, system, **options)
@@ -304,7 +317,7 @@ class KnapsackDeferral:
                 raise ValueError(_BOTH)
             changes = dict(zip(_RULE_KEYS, (rule.name, rule.param, rule.critical), strict=False))
             changes |= {"temperature": rule.temperature, "rule_temperature": rule.rule_temperature}
-        elif rule == "argmax":
+        elif rule is not None and _is_argmax(rule):
             changes.setdefault("param", None)
         merged = self._given | changes
         name, param = merged["rule"], merged["param"]
@@ -314,15 +327,22 @@ class KnapsackDeferral:
                 raise ValueError(
                     f"anti has {antis} models, expected one for each of {experts} experts"
                 )
+            for key, unused in (("critical", "exclude"), ("rule_temperature", None)):
+                if merged[key] != unused:
+                    raise ValueError(f"{key} is {merged[key]!r}, which rule {name!r} does not use")
             mixture = ImplicitReward.of(param, experts, merged["temperature"])
             return replace(mixture, param=mixture.param.to(device_of(models.base)))
         if experts != 1 or antis:
             raise ValueError(
                 f"rule is {name!r}, which takes one proxy and no anti; got {experts} and {antis}"
             )
-        if isinstance(param, (Tensor, Sequence)) and not isinstance(param, str):
-            param = torch.as_tensor(param, dtype=torch.float64)
+        if isinstance(param, Tensor):
+            param = param.flatten().tolist()  # each is checked
         return Rule(name, param, *(merged[key] for key in _RULE_KEYS[2:]))
+
+
+def _is_argmax(rule: str) -> bool:
+    return rule != IMPLICIT_REWARD and rule_code(rule) == ARGMAX
 
 
 def _either(speculative: int | str | None, assistant: int | str | None) -> int | str | None:

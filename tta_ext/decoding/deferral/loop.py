@@ -156,6 +156,8 @@ class Loop(ABC):
     @torch.inference_mode()
     def step(self) -> None:
         """Advance every active row by one token."""
+        if self.done:
+            return
         start = perf_counter()
         self.stats.row_steps += len(self.rows.active)
         self.events = []

@@ -184,6 +184,8 @@ class Request:
         ends = end_ids(eos_token_id, [model for model, _ in models.named], tokenizers)
         self.limits = Limits(max_new_tokens, ends, stop)
         base, proxy = self._prompts(prompts, proxy_prompts, input_ids, attention_mask)
+        if proxy_input_ids is None and proxy_attention_mask is not None:
+            raise ValueError("proxy_attention_mask goes with proxy_input_ids")
         if proxy_input_ids is not None:
             proxy = unpad(proxy_input_ids, proxy_attention_mask)
         if len(base) != len(proxy):
@@ -209,8 +211,12 @@ class Request:
         if (prompts is None) == (input_ids is None):
             raise ValueError("expected either prompts or input_ids")
         if input_ids is not None:
+            if proxy_prompts is not None:
+                raise ValueError("proxy_prompts go with prompts; with input_ids: proxy_input_ids")
             base = unpad(input_ids, mask)
             return base, base
+        if mask is not None:
+            raise ValueError("attention_mask goes with input_ids")
         other = None if proxy_prompts is None else normalise_prompts(proxy_prompts)
         return self.models.encode(normalise_prompts(prompts), other)
 
@@ -344,7 +350,8 @@ class Request:
                 text = None
                 if deltas is not None:
                     last = one.finish is not None
-                    text = deltas[one.row].push(one.token, last) if one.token >= 0 else ""
+                    delta = deltas[one.row]
+                    text = delta.push(one.token, last) if one.token >= 0 else delta.flush()
                 yield StreamEvent(first + one.row, one.token, text, one.deferred, one.finish)
 
     def feed(self, streamer: Any, loop: Loop, prompts: Sequence[Sequence[int]] | None) -> None:

@@ -119,10 +119,14 @@ class Rows:
     def _fail(self, number: int, logits: Mapping[str, Tensor]) -> None:
         culprits = [name for name, row in logits.items() if _makes_no_law(row)]
         position = self._prompts[number] + len(self.tokens[number])
-        message = (
-            f"the logits of {' and '.join(culprits or logits)} for {self._title(number)}, position "
-            f"{position}, have NaN or +inf, or no finite value"
-        )
+        where = f"{self._title(number)}, position {position}"
+        if culprits:
+            message = (
+                f"the logits of {' and '.join(culprits)} for {where}, have NaN or +inf, or no "
+                "finite value"
+            )
+        else:
+            message = f"no token can be drawn from {' and '.join(logits)} for {where}"
         if self._policy == "raise":
             raise ValueError(message)
         self.errors[number], self.finish[number] = message, "error"

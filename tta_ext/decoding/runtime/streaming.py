@@ -18,7 +18,7 @@ class StreamEvent:
 
     Attributes:
         row: which answer, in the order of the result.
-        token: its id.
+        token: its id; -1 where the answer ended with ``"error"`` and nothing could be drawn.
         text: text that became certain with it; may be empty while a character is incomplete. None
             without a tokenizer.
         deferred: whether the proxy wrote it.
@@ -55,7 +55,15 @@ class TextDeltas:
     def push(self, token: int, last: bool = False) -> str:
         """Add a token; the new text. ``last`` flushes what was held back."""
         self._tokens.append(token)
-        new = self._whole(last) if last or self._backend is None else self._step(token)
+        return self._out(
+            self._whole(last) if last or self._backend is None else self._step(token), last
+        )
+
+    def flush(self) -> str:
+        """What was held back, where no token follows."""
+        return self._out(self._whole(True), True)
+
+    def _out(self, new: str, last: bool) -> str:
         self._decoded += len(new)
         if self._stop is None:
             return new

@@ -24,6 +24,7 @@ real-time planning", arXiv:2008.06389.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -72,8 +73,9 @@ class AISPSearch(Search[AISPSettings]):
         settings: AISPSettings,
         seed: int,
         sequence: Sequence[int] | None = None,
+        first: int = 0,
     ) -> None:
-        super().__init__(method, prompts, settings, seed, sequence)
+        super().__init__(method, prompts, settings, seed, sequence, first)
         self.mean = torch.zeros(
             len(self.prompts),
             settings.tau + (settings.coherence > 0),
@@ -382,7 +384,7 @@ class AdaptiveImportanceSampling(SearchMethod[AISPSettings]):
         path = Path(checkpoint)
         if path.exists():
             search = self.resume(path)
-            if search.prompts != normalise_prompts(prompts):
+            if search.prompts != json.loads(json.dumps(normalise_prompts(prompts))):
                 raise ValueError(
                     f"{path} holds a run over other prompts; remove it or name another"
                 )

@@ -81,8 +81,9 @@ class SearchMethod(Generic[S]):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Spell the settings out in the signatures that ``help()`` and editors show."""
         super().__init_subclass__(**kwargs)
-        for name in ("__init__", "start", "generate"):
-            setattr(cls, name, keywords_of(cls.settings_type)(getattr(cls, name)))
+        if "settings_type" in cls.__dict__:
+            for name in ("__init__", "start", "generate"):
+                setattr(cls, name, keywords_of(cls.settings_type)(getattr(cls, name)))
 
     def __init__(
         self,
@@ -152,6 +153,12 @@ class SearchMethod(Generic[S]):
         search.run()
         return search.result()
 
+    def encode(self, prompts: Sequence[Any], max_new_tokens: int) -> list[list[int]]:
+        """Token ids of prompts, checked."""
+        encoded = encode_prompts(prompts, self.tokenizer, template=self.chat_template)
+        check_prompts(self.model, encoded, max_new_tokens)
+        return encoded
+
     def rows(self, settings: S) -> int:
         """Rows in flight for each prompt."""
         return max(settings.schedule())
@@ -175,13 +182,16 @@ class SearchMethod(Generic[S]):
         ids = sequence_ids(sequence, len(listed))
         merged = self._merge(self.settings, settings)
         seed = rng.resolve_seed(seed)
+        self.encode(listed, merged.max_new_tokens)  # all of them before hours go into the first
         group = len(listed) or 1
         if merged.batch_size is not None:
             group = max(1, merged.batch_size // self.rows(merged))
         parts = []
         for first in range(0, max(len(listed), 1), group):
             part = slice(first, first + group)
-            parts.append(self.run(listed[part], seed=seed, sequence=ids[part], **settings))
+            search = self.run_type(self, listed[part], merged, seed, ids[part], first)
+            search.run()
+            parts.append(search.result())
             if progress is not None:
                 progress(min(first + group, len(listed)))
         return SearchResult.concatenate(parts)
@@ -196,6 +206,7 @@ class Search(Generic[S]):
         settings: the method's settings with this run's changes.
         seed: 64-bit seed.
         sequence: a sequence id for each prompt, or None for 0, 1, ...
+        first: what messages call the first prompt.
 
     Attributes:
         iteration: iterations done.
@@ -211,19 +222,19 @@ class Search(Generic[S]):
         settings: S,
         seed: int,
         sequence: Sequence[int] | None = None,
+        first: int = 0,
     ) -> None:
         begin = perf_counter()
         self.method, self.settings, self.seed = method, settings, seed
         self.prompts = normalise_prompts(prompts)
         count = len(self.prompts)
         self.sequence = sequence_ids(sequence, count)
-        self.encoded = encode_prompts(self.prompts, method.tokenizer, template=method.chat_template)
-        check_prompts(method.model, self.encoded, settings.max_new_tokens)
+        self.encoded = method.encode(self.prompts, settings.max_new_tokens)
         self.schedule = settings.schedule()
         stop = settings.stop_strings
         self.sampling = settings.sampling(
             end_ids(settings.eos_token_id, [method.model], [method.tokenizer]),
-            StopStrings(stop, method.tokenizer) if stop else None,
+            None if stop is None else StopStrings(stop, method.tokenizer),
         )
         self.stream = RewardStream(method.reward, settings.reward_batch_size)
         self.streams = [self.stream]
@@ -234,6 +245,7 @@ class Search(Generic[S]):
             seed,
             method.vocabulary,
             settings.batch_size,
+            first,
         )
         self.engine = self.open(task)
         self.iteration = 0

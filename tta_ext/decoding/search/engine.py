@@ -36,6 +36,7 @@ class RolloutTask:
         seed: 64-bit seed.
         vocabulary: the ids that may be drawn.
         batch_size: rows in a batch at most; None: as many as the job has.
+        first: what messages call the first prompt.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -44,6 +45,7 @@ class RolloutTask:
     seed: int
     vocabulary: Vocabulary
     batch_size: int | None = None
+    first: int = 0
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class RolloutBatch:
         tokens: ids of each, with the end-of-sequence id if one was drawn.
         finish: why each ended.
         dot, common_dot: float32 ``[cells]``, sum over a rollout's steps of u . eps, and the same of
-            the noise's common part; on any device.
+            the noise's common part; on any device. Wanted where the job has noise.
         kl: measured divergence in nats of some cells, by their number.
     """
 
@@ -122,7 +124,7 @@ class LocalEngine:
         self, model: Any, task: RolloutTask, make: Callable[..., Rollouts] = Rollouts
     ) -> None:
         self.task, self._make = task, make
-        self.prompts = PromptCache(model, task.prompts, task.sequence, task.vocabulary)
+        self.prompts = PromptCache(model, task.prompts, task.sequence, task.vocabulary, task.first)
         self.device, self.dimensions = self.prompts.device, self.prompts.dimensions
         self._seed = torch.tensor([task.seed], dtype=torch.int64, device=self.device)
 

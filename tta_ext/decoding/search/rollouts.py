@@ -5,10 +5,9 @@ rows of its rollouts. Only a prompt's last token is run again, one row a prompt:
 language-model head turns its pre-logits into one row a rollout. The head is called by the model
 itself, so whatever the model does to its logits afterwards (soft-capping, scaling) stays in force.
 
-Rows lie in the ragged cache (:mod:`cache`): positions are explicit, nothing is
-padded, finished rollouts leave the batch. Every random number is keyed by seed, prompt, iteration,
-rollout and position, so a rollout does not depend on its neighbours, apart from the model's own
-arithmetic.
+Rows lie in the ragged cache (``runtime/cache.py``): positions are explicit, nothing is padded,
+finished rollouts leave the batch. Every random number is keyed by seed, prompt, iteration, rollout
+and position, so a rollout does not depend on its neighbours, apart from the model's own arithmetic.
 """
 
 from __future__ import annotations
@@ -40,6 +39,7 @@ class PromptCache:
         prompts: token ids of each prompt.
         sequence: sequence id of each prompt's random streams.
         vocabulary: the ids that may be drawn.
+        first: what messages call the first prompt.
 
     Attributes:
         dimensions: size d of the pre-logits.
@@ -52,8 +52,9 @@ class PromptCache:
         prompts: Sequence[Sequence[int]],
         sequence: Sequence[int],
         vocabulary: Vocabulary,
+        first: int = 0,
     ) -> None:
-        self.model, self.sequence = model, list(sequence)
+        self.model, self.sequence, self.first = model, list(sequence), first
         self.head = model.get_output_embeddings()
         self.dimensions: int = self.head.weight.shape[1]
         self.prompts = [list(prompt) for prompt in prompts]
@@ -135,7 +136,7 @@ class Rollouts:
 
     def _title(self, cell: int) -> str:
         prompt, rollout = self.cells[cell]
-        return f"prompt {prompt}, rollout {rollout}"
+        return f"prompt {self.prompts.first + prompt}, rollout {rollout}"
 
     def _column(self, values: Iterable[int]) -> Tensor:
         return torch.tensor(list(values), dtype=torch.int64, device=self.prompts.device)
