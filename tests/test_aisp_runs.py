@@ -301,7 +301,9 @@ def test_broken_logits_are_refused() -> None:
     assert isinstance(engine, LocalEngine)
     rollouts = engine.rollouts(RolloutJob([(0, 0), (0, 1)], 0))
     rollouts.logits()
-    with pytest.raises(ValueError, match="drawn from the model for prompt 0, rollout 1, position 1"):
+    with pytest.raises(
+        ValueError, match="drawn from the model for prompt 0, rollout 1, position 1"
+    ):
         rollouts.commit(torch.tensor([5, -1]))
 
 
