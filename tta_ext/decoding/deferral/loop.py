@@ -23,7 +23,7 @@ from torch import Tensor
 
 from tta_ext import ops
 from tta_ext.decoding.deferral.result import DecodeStats
-from tta_ext.decoding.deferral.step import deferral_step
+from tta_ext.decoding.deferral.step import AskProxy, Drawn, deferral_step
 from tta_ext.decoding.deferral.trace import TokenTrace, trace_step
 from tta_ext.decoding.runtime.processors import SequenceView
 from tta_ext.decoding.runtime.rows import Limits, Rows
@@ -303,7 +303,28 @@ class Loop(ABC):
         self._token, self._deferred = self._token[:count], self._deferred[:count]
 
 
-class LazyDeferral(Loop):
+class Deferral(Loop):
+    """A base and one proxy, under a :class:`~tta_ext.rules.Rule`."""
+
+    def __init__(self, base: Runner, followers: Sequence[Runner], options: LoopOptions) -> None:
+        super().__init__(base, followers, options)
+        (self.proxy,) = self.followers
+
+    def drawn(self, logits: Tensor, proxy: Tensor | AskProxy) -> Drawn:
+        """The step's draws; the proxy as :func:`deferral_step` takes it."""
+        return deferral_step(
+            logits,
+            proxy,
+            self.rule,
+            seed=self.options.seed,
+            position=self.base.total,
+            sequence=self.sequence,
+            do_sample=self.options.do_sample,
+            out=ops.Proposal(self._token, self._deferred),
+        )
+
+
+class LazyDeferral(Deferral):
     """Rules that look at the base alone: the proxy is asked only about rejected tokens.
 
     The proxy's prompt is not run before the first rejection; a row that needs the proxy feeds it
@@ -330,16 +351,7 @@ class LazyDeferral(Loop):
             asked.append(("proxy", found, rows))
             return found
 
-        token, flags = deferral_step(
-            logits,
-            ask,
-            self.rule,
-            seed=options.seed,
-            position=self.base.total,
-            sequence=self.sequence,
-            do_sample=options.do_sample,
-            out=ops.Proposal(self._token, self._deferred),
-        )
+        token, flags = self.drawn(logits, ask)
         stats.proxy_rows_saved += saved
         if everyone is not None:
             asked = [("proxy", everyone, None)]
@@ -355,24 +367,10 @@ class LazyDeferral(Loop):
         return self.process(self.proxy.catch_up(rows, index), rows)
 
 
-class DenseDeferral(Loop):
+class DenseDeferral(Deferral):
     """Rules that compare both models: the proxy runs for every row at every step."""
 
-    def __init__(self, base: Runner, followers: Sequence[Runner], options: LoopOptions) -> None:
-        super().__init__(base, followers, options)
-        (self.proxy,) = self.followers
-
     def draw(self) -> tuple[Tensor, list[bool], Seen]:
-        options, logits = self.options, self.logits(self.base)
-        proxy_logits = self.logits(self.proxy)
-        token, flags = deferral_step(
-            logits,
-            proxy_logits,
-            self.rule,
-            seed=options.seed,
-            position=self.base.total,
-            sequence=self.sequence,
-            do_sample=options.do_sample,
-            out=ops.Proposal(self._token, self._deferred),
-        )
+        logits, proxy_logits = self.logits(self.base), self.logits(self.proxy)
+        token, flags = self.drawn(logits, proxy_logits)
         return token, flags, Seen(logits, [("proxy", proxy_logits, None)])

@@ -182,10 +182,12 @@ class SearchMethod(Generic[S]):
         ids = sequence_ids(sequence, len(listed))
         merged = self._merge(self.settings, settings)
         seed = rng.resolve_seed(seed)
-        self.encode(listed, merged.max_new_tokens)  # all of them before hours go into the first
         group = len(listed) or 1
         if merged.batch_size is not None:
             group = max(1, merged.batch_size // self.rows(merged))
+        if group < len(listed):
+            # All are checked before hours go into the first group; a single group checks its own.
+            self.encode(listed, merged.max_new_tokens)
         parts = []
         for first in range(0, max(len(listed), 1), group):
             part = slice(first, first + group)
