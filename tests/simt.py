@@ -202,8 +202,13 @@ class Layer:
         races: bool = True,
         uninitialised: bool = True,
         step_limit: int = 200_000_000,
+        forget: str = "",
+        forget_in: str = "",
+        forget_at: int = 0,
     ) -> None:
-        """Options of the launches that follow; those left out get their defaults."""
+        """Options of the launches that follow (csrc/testing/simt/control.h); those left out get
+        their defaults.
+        """
         self.library.simt_configure(
             ctypes.c_uint64(seed),
             ctypes.c_double(preempt),
@@ -211,6 +216,9 @@ class Layer:
             races,
             uninitialised,
             ctypes.c_uint64(step_limit),
+            forget.encode(),
+            forget_in.encode(),
+            forget_at,
         )
 
     def add_buffer(self, address: int, size: int, writable: bool, name: str) -> None:

@@ -9,8 +9,10 @@
 TTA_SIMT_EXPORT int simt_has_hooks() { return simt::has_hooks(); }
 
 TTA_SIMT_EXPORT void simt_configure(uint64_t seed, double preempt, int bounds, int races,
-                                    int uninitialised, uint64_t step_limit) {
-  simt::options = {seed, preempt, bounds != 0, races != 0, uninitialised != 0, step_limit};
+                                    int uninitialised, uint64_t step_limit, const char* forget,
+                                    const char* forget_in, int forget_at) {
+  simt::options = {seed,       preempt, bounds != 0, races != 0, uninitialised != 0,
+                   step_limit, forget,  forget_in,   forget_at};
 }
 
 TTA_SIMT_EXPORT void simt_add_buffer(const void* data, size_t bytes, int writable,

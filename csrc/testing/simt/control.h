@@ -20,6 +20,11 @@ struct Options {
   // Memory accesses of a block without a barrier, a warp operation or an exit before the kernel
   // counts as an endless loop.
   uint64_t step_limit = 200'000'000;
+  // Synchronisation that is left out, as if the kernel's author had forgotten it: the function,
+  // such as "__syncthreads", the end of its file's path, and the line of the call (0: each of the
+  // file).
+  std::string forget, forget_in;
+  int forget_at = 0;
 };
 
 extern Options options;

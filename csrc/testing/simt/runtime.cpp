@@ -180,6 +180,13 @@ bool same_site(const Site& a, const Site& b) {
   return a.line == b.line && !std::strcmp(a.function, b.function) && !std::strcmp(a.file, b.file);
 }
 
+bool forgotten(const Site& site) {
+  if (options.forget.empty() || options.forget != site.function) return false;
+  const std::string_view file = site.file, end = options.forget_in;
+  return file.size() >= end.size() && file.substr(file.size() - end.size()) == end &&
+         (!options.forget_at || options.forget_at == site.line);
+}
+
 std::string lanes(unsigned mask) {
   char text[16];
   std::snprintf(text, sizeof text, "0x%08x", mask);
@@ -394,6 +401,7 @@ void give_way() {
 
 int block_barrier(Vote vote, int predicate, Site site) {
   const Inside inside;
+  if (forgotten(site)) return predicate;
   Fiber& fiber = running();
   shadow::settle();
   if (exited)
@@ -494,6 +502,7 @@ void finish_warp_operation(unsigned warp, unsigned mask, WarpOp op) {
 
 uint64_t warp_operation(WarpOp op, unsigned mask, uint64_t value, unsigned source, Site site) {
   const Inside inside;
+  if (op == WarpOp::kSync && forgotten(site)) return 0;
   Fiber& fiber = running();
   shadow::settle();
   shadow::progress();
@@ -533,8 +542,9 @@ uint64_t warp_operation(WarpOp op, unsigned mask, uint64_t value, unsigned sourc
   return fiber.value;
 }
 
-void fence(bool whole_device) {
+void fence(bool whole_device, Site site) {
   const Inside inside;
+  if (forgotten(site)) return;
   shadow::settle();
   shadow::fence(running(), whole_device);
 }

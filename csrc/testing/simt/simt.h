@@ -82,7 +82,7 @@ uint64_t warp_operation(WarpOp op, unsigned mask, uint64_t value, unsigned sourc
 void atomic_access(void* address, size_t bytes, void* pc);
 // Before a load through the non-coherent cache.
 void constant_access(const void* address, size_t bytes);
-void fence(bool whole_device);
+void fence(bool whole_device, Site site);
 
 void* shared_object(const void* site, size_t bytes, size_t alignment, const char* name);
 void* dynamic_shared(size_t alignment);
@@ -203,8 +203,8 @@ TTA_SIMT_LAYER int __syncthreads_count(int predicate, TTA_SIMT_PLACE) {
 TTA_SIMT_LAYER void __syncwarp(unsigned mask = 0xffffffffu, TTA_SIMT_PLACE) {
   ::simt::warp_operation(::simt::WarpOp::kSync, mask, 0, 0, TTA_SIMT_SITE);
 }
-TTA_SIMT_LAYER void __threadfence() { ::simt::fence(true); }
-TTA_SIMT_LAYER void __threadfence_block() { ::simt::fence(false); }
+TTA_SIMT_LAYER void __threadfence(TTA_SIMT_PLACE) { ::simt::fence(true, TTA_SIMT_SITE); }
+TTA_SIMT_LAYER void __threadfence_block(TTA_SIMT_PLACE) { ::simt::fence(false, TTA_SIMT_SITE); }
 
 // Shuffles within segments of `width` lanes, a power of two.
 template <class T>
