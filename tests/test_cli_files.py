@@ -56,10 +56,10 @@ def test_the_operators_are_there_when_a_command_runs() -> None:
 def test_prompts(tmp_path: Path, monkeypatch: Any) -> None:
     source = tmp_path / "in"
     source.write_text('{"prompt": "a"}\n{"prompt": \n')
-    with pytest.raises(ValueError, match="line 2 of .* is not JSON"):
+    with pytest.raises(ValueError, match=r"line 2 of .* is not JSON"):
         read_prompts(None, source)
     source.write_text('\n{"text": "a"}\n')
-    with pytest.raises(ValueError, match="line 2: .* neither 'prompt' nor 'messages'"):
+    with pytest.raises(ValueError, match=r"line 2: .* neither 'prompt' nor 'messages'"):
         read_prompts(None, source)
     for text, prompts in (
         ("\ufeffone\x0cpage\r\n\nnext\u2028line\x85\n", ["one\x0cpage", "next\u2028line\x85"]),
