@@ -50,7 +50,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--provider", nargs="+", choices=PROVIDERS)
     p.add_argument("--threads", type=int, default=1, help="torch threads (1)")
     p.add_argument("--seconds", type=float, default=0.3, help="spent on each line, about (0.3)")
-    p.add_argument("--output", type=Path, help=f"where to write the table ({RESULTS}/STEM.md)")
+    p.add_argument("--output", type=Path, help="also write the table to this file")
+    p.add_argument("--record", action="store_true", help=f"write {RESULTS}/STEM.md, in a checkout")
     p.add_argument("--seed", type=int, default=0)
     return p
 
@@ -82,6 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return int(module.main(arguments[1:]))
     args = parser().parse_args(arguments)
+    if args.output and args.record:
+        parser().error("--output and --record name two places for one table")
     unknown = set(args.stems) - set(STEMS)
     if unknown:
         parser().error(f"unknown stem {unknown.pop()!r}, expected one of {', '.join(STEMS)}")
@@ -93,7 +96,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for case in STEMS[stem].cases(grid_of(args)):
             rows += harness.run_case(case, args.seconds)
         if not args.output:
-            harness.report(command, harness.table_of(rows), RESULTS / f"{stem}.md")
+            path = RESULTS / f"{stem}.md" if args.record else None
+            harness.report(command, harness.table_of(rows), path)
         every += rows
     if args.output:
         harness.report(command, harness.table_of(every), args.output)

@@ -231,7 +231,7 @@ def test_a_killed_run_resumes(pair, tmp_path, monkeypatch):
 
     done = []
 
-    def killed_after_four(count):
+    def killed_after_four(count, tokens):
         done.append(count)
         if len(done) == 4:
             raise Killed

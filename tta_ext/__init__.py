@@ -1,28 +1,39 @@
 """Test-time alignment of frozen language models while they decode, on native kernels.
 
 Importing registers the operators and loads nothing else: no compiler, no CUDA, no transformers, no
-triton. Everything below is imported when it is first used.
+triton. Everything below is imported when it is first used. The ``tta`` command registers them with
+the first command that runs, so that its help need not wait for torch.
 """
 
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from typing import TYPE_CHECKING, Any
 
 from tta_ext._version import __version__
 
-try:
-    import torch as _torch  # noqa: F401
-except ModuleNotFoundError as error:
-    # `python -m tta_ext.env` describes installations whose torch is missing, so it must start.
-    if error.name != "torch" or "tta_ext.env" not in sys.orig_argv:
+
+def register() -> None:
+    """Import torch, and register the operators; importing tta_ext has done it already."""
+    try:
+        import torch  # noqa: F401
+    except ModuleNotFoundError as error:
+        # `python -m tta_ext.env` describes installations whose torch is missing, so it must start.
+        if error.name == "torch" and "tta_ext.env" in sys.orig_argv:
+            return
         raise ImportError(
             "tta_ext needs torch 2.10 or newer; mend it with: pip install torch"
         ) from error
-else:
-    from tta_ext import dispatch as dispatch
-    from tta_ext import schemas as schemas
+    importlib.import_module("tta_ext.dispatch")
+    importlib.import_module("tta_ext.schemas")
+
+
+# The program is the command, as a script or as `python -m tta_ext.cli`.
+_PROGRAM = os.path.basename(sys.argv[0]) if sys.argv else ""
+if "tta_ext.cli" not in sys.orig_argv and _PROGRAM not in ("tta", "tta.exe"):
+    register()
 
 if TYPE_CHECKING:
     from tta_ext import decoding, hf, ops, rng, rules
@@ -80,4 +91,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    # Not what this file imports for itself.
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from tta_ext import build, env
+from tta_ext._version import install
 from tta_ext.build import LoadResult
 from tta_ext.build.cache import cache_dir
 
@@ -75,7 +76,7 @@ def diagnose() -> Diagnosis:
     missing = [libraries["cpu"]] + ([libraries["cuda"]] if facts["GPUs"] != "none" else [])
     advice = [one.reason.split("mend it with: ")[-1] for one in missing if not one.loaded]
     if env.package_version("transformers") is None:
-        advice.append("pip install 'tta-ext[hf]'  (to decode with transformers models)")
+        advice.append(f"{install('hf')}  (to decode with transformers models)")
     return Diagnosis(
         env=facts,
         native=libraries["cpu"],

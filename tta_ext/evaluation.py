@@ -13,11 +13,19 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tta_ext import rules
-from tta_ext.journal import Journal, model_facts, parse_jsonl, resume_key
+from tta_ext.intervals import difference, difference_interval, wilson_interval
+from tta_ext.journal import (
+    Journal,
+    decode_all,
+    model_facts,
+    numbered_jsonl,
+    read_text,
+    resume_key,
+    run_facts,
+)
 
 if TYPE_CHECKING:
     from tta_ext.decoding import DecodeStats, KnapsackDeferral
@@ -37,10 +45,13 @@ __all__ = [
     "Task",
     "data_task",
     "difference",
+    "difference_interval",
     "evaluate",
     "record_prompt",
 ]
 
+# Where a JSONL record may have its prompt.
+PROMPT_FIELDS = ("prompt", "messages", "question")
 IMPLICIT_REWARD = "implicit_reward"
 GREEDY, SAMPLED = "greedy", "sampled"
 MODES = (GREEDY, SAMPLED)
@@ -117,7 +128,7 @@ class Models:
     proxy_tokenizer: Any = None
     anti: Any = None
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, dict[str, str]]:
         """What a resume key holds of the models."""
         named = {"base": self.base, "proxy": self.proxy, "anti": self.anti}
         return {name: model_facts(model) for name, model in named.items() if model is not None}
@@ -158,55 +169,72 @@ class Task:
         prompts: what :meth:`KnapsackDeferral.generate` takes, one for each problem.
         score: from a problem's place and an answer's text.
         max_new_tokens: tokens after which an answer ends unless a run says otherwise.
+        names: what errors call the problems; empty: their places.
     """
 
     prompts: Sequence[Any]
     score: Callable[[int, str], Score]
     max_new_tokens: int = 128
+    names: Sequence[str] = ()
+
+    def name(self, place: int) -> str:
+        """What errors call a problem."""
+        return f"{self.names[place]}, problem {place}" if self.names else f"problem {place}"
 
 
 def data_task(path: str | Path, n: int | None = None, pattern: str | None = None) -> Task:
-    """Problems of a JSONL file, whose records have ``prompt`` or ``messages``, and ``answer``.
+    """Problems of a JSONL file: ``prompt``, ``question`` or ``messages``, and ``answer``.
 
     Args:
         path: the file.
         n: only the first so many problems.
         pattern: regular expression whose last match in the text (its group 1 if it has one) must
-            equal the answer; None: the text must.
+            equal the answer; None: the text must. In an answer that is a text with a match, as
+            GSM8K's are, the last match is what counts too.
 
     Raises:
         ValueError: a line that is no such record, no problems, or not a regular expression.
     """
-    records = parse_jsonl(Path(path).read_bytes().decode("utf-8-sig"), path)[:n]
-    if not records:
+    numbered = numbered_jsonl(read_text(path), path)[:n]
+    if not numbered:
         raise ValueError(f"{path} has no problems")
-    for number, record in enumerate(records, 1):
+    prompts = []
+    for number, record in numbered:
         if not isinstance(record, dict) or "answer" not in record:
-            raise ValueError(f"record {number} of {path} has no 'answer'")
+            raise ValueError(f"line {number} of {path} has no 'answer'")
+        prompts.append(record_prompt(record))
     try:
         expression = None if pattern is None else re.compile(pattern)
     except re.error as error:
         raise ValueError(f"pattern is {pattern!r}, not a regular expression: {error}") from None
 
+    def matches(text: str) -> list[str]:
+        if expression is None:
+            return [text]
+        group = 1 if expression.groups else 0
+        return [match.group(group) or "" for match in expression.finditer(text)]
+
     def score(place: int, text: str) -> Score:
-        found = [text]
-        if expression is not None:
-            group = 1 if expression.groups else 0
-            found = [match.group(group) or "" for match in expression.finditer(text)]
-        right = bool(found) and found[-1].strip() == str(records[place]["answer"]).strip()
+        found, answer = matches(text), numbered[place][1]["answer"]
+        wanted = [str(answer)]
+        if isinstance(answer, str):
+            wanted = matches(answer) or wanted
+        right = bool(found) and found[-1].strip() == wanted[-1].strip()
         return Score(right, right, bool(found))
 
-    return Task([record_prompt(record) for record in records], score)
+    return Task(prompts, score, names=[f"line {number}" for number, _ in numbered])
 
 
 def record_prompt(record: Any) -> Any:
-    """The prompt in a JSONL record: the record itself, its ``prompt`` or its ``messages``."""
+    """The prompt in a JSONL record: the record itself, or its field of :data:`PROMPT_FIELDS`."""
     if isinstance(record, (str, list)):
         return record
-    for key in ("prompt", "messages"):
+    for key in PROMPT_FIELDS:
         if isinstance(record, dict) and key in record:
             return record[key]
-    raise ValueError(f"a JSONL record has neither 'prompt' nor 'messages': {str(record)[:80]}")
+    raise ValueError(
+        f"a JSONL record has neither 'prompt' nor 'messages' nor 'question': {str(record)[:80]}"
+    )
 
 
 @dataclass
@@ -216,7 +244,7 @@ class Row:
     Attributes:
         setting: the setting; its fields are the row's own in JSON.
         mode: ``"greedy"`` or ``"sampled"``.
-        n: problems answered.
+        n: problems, those that could not be answered (``failed``) counted as wrong.
         exact, exact_stderr: share of exact matches (the right answer in the wanted format) and its
             standard error ``sqrt(x (1 - x) / n)``.
         lenient, lenient_stderr: the same without regard to format.
@@ -226,6 +254,7 @@ class Row:
         proxy_call_rate: share of tokens for which the proxy was asked.
         tokens: mean length of an answer, the end token included.
         tokens_per_second: generated tokens per second of the decoding loop, the whole batch.
+        failed: problems without an answer.
         outcomes, lenient_outcomes: the two scores of each problem, for paired differences; not in
             JSON.
     """
@@ -242,8 +271,19 @@ class Row:
     proxy_call_rate: float
     tokens: float
     tokens_per_second: float
+    failed: int = 0
     outcomes: tuple[bool, ...] = field(default=(), repr=False)
     lenient_outcomes: tuple[bool, ...] = field(default=(), repr=False)
+
+    @property
+    def exact_interval(self) -> tuple[float, float]:
+        """95% Wilson interval of ``exact``."""
+        return wilson_interval(sum(self.outcomes), self.n)
+
+    @property
+    def lenient_interval(self) -> tuple[float, float]:
+        """95% Wilson interval of ``lenient``."""
+        return wilson_interval(sum(self.lenient_outcomes), self.n)
 
     def as_dict(self) -> dict[str, Any]:
         """All fields but the outcomes, for JSON."""
@@ -261,7 +301,8 @@ def evaluate(
     batch_size: int = 100,
     max_new_tokens: int | None = None,
     journal: Journal | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int, int], object] | None = None,
+    failures: dict[int, str] | None = None,
 ) -> Iterator[Row]:
     """Answer a task's problems under every setting and mode.
 
@@ -274,7 +315,10 @@ def evaluate(
         batch_size: problems decoded together.
         max_new_tokens: tokens after which an answer ends; None: the task's.
         journal: keeps finished batches; a run with the same journal takes them over.
-        progress: called after each batch with its number of problems.
+        progress: called after each batch with its numbers of problems and of generated tokens (0:
+            taken over from the journal).
+        failures: takes the errors of problems that cannot be answered, by their places; they count
+            as wrong, and stop no other. None: the first error is raised.
 
     Yields:
         A :class:`Row` for each setting and mode, in that order, as it is finished. The same
@@ -296,29 +340,53 @@ def evaluate(
     named = None if journal is None else models.facts()
     facts = {"method": "evaluate", "models": named, **options}
     journal = Journal(None) if journal is None else journal
+    counted = progress or (lambda problems, tokens: None)
     for setting, mode in product(chosen, modes):
         decoder = None
-        texts: list[str] = []
+        texts: dict[int, str] = {}
         stats = DecodeStats()
+        how = facts | asdict(setting) | {"mode": mode}
+
+        def decode(
+            places: list[int], setting: Setting = setting, how: dict[str, Any] = how
+        ) -> tuple[str, dict[str, Any]]:
+            nonlocal decoder
+            prompts = [task.prompts[place] for place in places]
+            key = resume_key(**how, start=places[0], prompts=prompts)
+            if key in journal.records:
+                return key, journal.records[key]
+            decoder = decoder or models.decoder(setting)
+            sampled = how["mode"] == SAMPLED
+            made = decoder.generate(prompts, do_sample=sampled, sequence=places, **options)
+            return key, {"start": places[0], "texts": made.texts, "stats": vars(made.stats)}
+
         for start in range(0, len(task.prompts), batch_size):
-            prompts = list(task.prompts[start : start + batch_size])
-            key = resume_key(**facts, **asdict(setting), mode=mode, start=start, prompts=prompts)
-            if key not in journal.records:
-                decoder = decoder or models.decoder(setting)
-                sequence = list(range(start, start + len(prompts)))
-                result = decoder.generate(
-                    prompts, do_sample=mode == SAMPLED, sequence=sequence, **options
-                )
-                journal.add({key: {"texts": result.texts, "stats": vars(result.stats)}})
-            batch = journal.records[key]
-            texts += batch["texts"]
-            stats += DecodeStats(**batch["stats"])
-            if progress is not None:
-                progress(len(prompts))
-        yield _row(setting, mode, [task.score(i, text) for i, text in enumerate(texts)], stats)
+            batch = list(range(len(task.prompts)))[start : start + batch_size]
+            for places, found in decode_all(decode, batch):
+                if isinstance(found, Exception):
+                    if failures is None:
+                        raise found
+                    failures[places[0]] = f"{type(found).__name__}: {found}"
+                    counted(1, 0)
+                    continue
+                key, record = found
+                new = key not in journal.records
+                if new:
+                    journal.add({key: record | {"run": run_facts(**how)}})
+                spent = DecodeStats(**record["stats"])
+                texts |= zip(places, record["texts"], strict=True)
+                stats += spent
+                counted(len(places), spent.tokens if new else 0)
+        scores = [
+            task.score(place, texts[place]) if place in texts else Score(False, False, False)
+            for place in range(len(task.prompts))
+        ]
+        yield _row(setting, mode, scores, stats, len(scores) - len(texts))
 
 
-def _row(setting: Setting, mode: str, scores: Sequence[Score], stats: DecodeStats) -> Row:
+def _row(
+    setting: Setting, mode: str, scores: Sequence[Score], stats: DecodeStats, failed: int
+) -> Row:
     count, tokens = len(scores), max(1, stats.tokens)
     exact, lenient, formatted = (sum(column) / count for column in zip(*scores, strict=True))
     deferred: float | None = stats.deferred_tokens / tokens
@@ -340,24 +408,7 @@ def _row(setting: Setting, mode: str, scores: Sequence[Score], stats: DecodeStat
         proxy_call_rate=calls,
         tokens=stats.tokens / count,
         tokens_per_second=stats.tokens_per_second,
+        failed=failed,
         outcomes=tuple(score.exact for score in scores),
         lenient_outcomes=tuple(score.lenient for score in scores),
     )
-
-
-def difference(one: Row | Sequence[bool], other: Row | Sequence[bool]) -> tuple[float, float]:
-    """Paired difference, ``one - other``, and its standard error.
-
-    Args:
-        one, other: rows, for exact match; or outcomes, problem by problem.
-
-    Raises:
-        ValueError: the rows answered different numbers of problems.
-    """
-    left = one.outcomes if isinstance(one, Row) else one
-    right = other.outcomes if isinstance(other, Row) else other
-    if len(left) != len(right) or not left:
-        raise ValueError("rows are not paired: they answered different problems")
-    deltas = [int(a) - int(b) for a, b in zip(left, right, strict=True)]
-    spread = stdev(deltas) if len(deltas) > 1 else 0.0
-    return fmean(deltas), spread / math.sqrt(len(deltas))

@@ -8,15 +8,32 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from filelock import FileLock, Timeout
 
 from tta_ext._version import __version__
 
-__all__ = ["Journal", "fingerprint", "json_line", "model_facts", "parse_jsonl", "resume_key"]
+__all__ = [
+    "Journal",
+    "decode_all",
+    "fingerprint",
+    "json_line",
+    "model_facts",
+    "numbered_jsonl",
+    "parse_jsonl",
+    "read_text",
+    "resume_key",
+    "run_facts",
+    "strict",
+]
 
 # What every line of a journal begins with, for an item of any key.
 _START = '{"key": "' + "0" * 32 + '"'
@@ -27,64 +44,159 @@ HASHED_BYTES = 1 << 26
 # What transformers reads from a model's folder.
 _MODEL_FILES = frozenset({".json", ".safetensors", ".gguf", ".jinja", ".model", ".txt"})
 
+R = TypeVar("R")
+
 
 class Journal:
-    """A JSONL file of finished items.
+    """A JSONL file of finished items, of one process at a time (``.NAME.lock`` beside it says so).
 
-    A last line that a kill cut short is dropped. Nothing else in the file is ever changed.
+    A last line that a kill cut short is dropped, and one that lacks only its end gets it. Nothing
+    else in the file is ever changed. Closing lets another process have it; so does the end of this
+    one, however it comes.
 
     Args:
         path: the file, made if missing; None keeps nothing.
 
     Attributes:
-        records: the file's items by their keys, in the file's order.
+        records: the file's items by their keys, in the file's order; of one key the last.
 
     Raises:
-        ValueError: the file holds something else; it is left as it is.
+        ValueError: the file holds something else, and is left as it is; or another run has it.
+        OSError: it cannot be written.
     """
 
     def __init__(self, path: str | Path | None) -> None:
         self.records: dict[str, dict[str, Any]] = {}
         self.path = None if path is None else Path(path)
+        self._lock: FileLock | None = None
         if self.path is None:
             return
-        if not self.path.exists():
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.touch()
-            return
-        if not self.path.is_file():
+        if self.path.exists() and not self.path.is_file():
             raise ValueError(f"{self.path} is not a regular file, so no run can go on from it")
-        content = self.path.read_bytes()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        real = self.path.resolve()
+        # One for all journals of this process, so that a cell of a notebook can be run again.
+        lock = str(real.with_name(f".{real.name}.lock"))
+        self._lock = FileLock(lock, thread_local=False, is_singleton=True)
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise ValueError(
+                f"another run writes {self.path}; wait for its end, or name another file"
+            ) from None
+        try:
+            self._read(self.path)
+        except BaseException:
+            self.close()
+            raise
+
+    def _read(self, path: Path) -> None:
+        with path.open("ab"):  # made if missing, and told now if it cannot be written
+            pass
+        content = path.read_bytes()
         for number, line in enumerate(content.split(b"\n"), 1):
             text = line.decode("utf-8", "replace")
             # A line cut short is ours as far as it goes.
             if text and not _OURS.match(text + _START[len(text) :]):
-                raise ValueError(f"line {number} of {self.path} is not a journal's: it is kept")
+                raise ValueError(f"line {number} of {path} is not a journal's: it is kept")
         end = content.rfind(b"\n") + 1
-        records = parse_jsonl(content[:end].decode(), self.path)
-        self.records = {record["key"]: record for record in records}
+        records = parse_jsonl(content[:end].decode(), path)
         if end < len(content):
-            os.truncate(self.path, end)
+            try:
+                records.append(json.loads(content[end:]))
+            except ValueError:
+                os.truncate(path, end)
+            else:
+                with path.open("ab") as file:
+                    file.write(b"\n")
+        self.records = {record["key"]: record for record in records}
+
+    def close(self) -> None:
+        """Let others have the file."""
+        if self._lock is not None:
+            self._lock.release()
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def add(self, items: Mapping[str, Mapping[str, Any]]) -> None:
-        """Append items by their keys; they are on the disk when this returns."""
-        new = {key: {"key": key, **item} for key, item in items.items()}
+        """Append items by their keys; they are on the disk when this returns.
+
+        Raises:
+            OSError: names the file that could not be written.
+        """
+        new = {key: {"key": key, **strict(item)} | {"key": key} for key, item in items.items()}
         self.records.update(new)
         if self.path is not None:
-            with self.path.open("ab") as file:
-                file.write("".join(map(json_line, new.values())).encode())
-                file.flush()
-                os.fsync(file.fileno())
+            try:
+                with self.path.open("ab") as file:
+                    file.write("".join(map(json_line, new.values())).encode())
+                    file.flush()
+                    os.fsync(file.fileno())
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, str(self.path)) from error
+
+
+def decode_all(
+    decode: Callable[[list[int]], R], places: Sequence[int]
+) -> list[tuple[list[int], R | Exception]]:
+    """Decode places together; where that fails in halves, so that one bad item stops no other.
+
+    Returns:
+        Places in order, in parts, each with its result; or a single place with its error.
+    """
+    part = list(places)
+    try:
+        return [(part, decode(part))]
+    except Exception as error:
+        if os.environ.get("TTA_EXT_TRACEBACK"):
+            raise
+        if len(part) == 1:
+            return [(part, error)]
+    middle = len(part) // 2
+    return decode_all(decode, part[:middle]) + decode_all(decode, part[middle:])
+
+
+def strict(value: Any) -> Any:
+    """A value for JSON, which has no NaN and no infinities: null, "Infinity" and "-Infinity".
+
+    ``float`` reads the texts back.
+    """
+    if isinstance(value, float):
+        if math.isnan(value):
+            return None
+        return value if math.isfinite(value) else ("Infinity" if value > 0 else "-Infinity")
+    if isinstance(value, Mapping):
+        return {key: strict(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [strict(one) for one in value]
+    return value
 
 
 def json_line(value: Any) -> str:
-    """A line of JSONL, its end included: characters as they are, lone surrogates escaped."""
-    text = json.dumps(value, ensure_ascii=False, default=str) + "\n"
-    return text.encode("utf-8", "backslashreplace").decode()
+    """A line of JSONL, its end included: ASCII, in which no reader finds other ends of lines."""
+    return json.dumps(strict(value), allow_nan=False, default=str) + "\n"
 
 
-def parse_jsonl(text: str, source: str | Path | None = None) -> list[Any]:
-    """The values of JSON lines, which end at line feeds only; empty lines are left out.
+def read_text(path: str | Path) -> str:
+    """A file's text, its byte order mark and nothing else left out.
+
+    Raises:
+        ValueError: it is not UTF-8.
+    """
+    try:
+        return Path(path).read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error.reason} at byte {error.start}") from None
+
+
+def numbered_jsonl(text: str, source: str | Path | None = None) -> list[tuple[int, Any]]:
+    """The values of JSON lines, each with the number of its line; empty lines are left out.
+
+    Lines end at line feeds only.
 
     Raises:
         ValueError: names the line that is no JSON, and its source.
@@ -93,11 +205,16 @@ def parse_jsonl(text: str, source: str | Path | None = None) -> list[Any]:
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
-                values.append(json.loads(line))
-            except json.JSONDecodeError as error:
+                values.append((number, json.loads(line)))
+            except (ValueError, RecursionError) as error:
                 where = "" if source is None else f" of {source}"
                 raise ValueError(f"line {number}{where} is not JSON: {error}") from None
     return values
+
+
+def parse_jsonl(text: str, source: str | Path | None = None) -> list[Any]:
+    """The values of :func:`numbered_jsonl` alone."""
+    return [value for _, value in numbered_jsonl(text, source)]
 
 
 def resume_key(**facts: Any) -> str:
@@ -105,15 +222,31 @@ def resume_key(**facts: Any) -> str:
 
     Args:
         facts: the method and all of its settings, the seed, the item and its place, and
-            :func:`model_facts` of every model; JSON values, else their ``str``. The package's
-            version goes in by itself.
+            :func:`model_facts` of every model; JSON values, else their ``str``. The versions of
+            :func:`run_facts` go in by themselves.
     """
-    text = json.dumps({"tta_ext": __version__, **facts}, sort_keys=True, default=str)
+    text = json.dumps(run_facts(**facts), sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def model_facts(model: Any, source: str | None = None) -> list[Any]:
-    """What tells a loaded model from others: source, dtype, files.
+def run_facts(**facts: Any) -> dict[str, Any]:
+    """What a record says of the run that it is from: the facts, and the versions of what ran."""
+    return {"tta_ext": __version__, **_versions(), **facts}
+
+
+@cache
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in ("torch", "transformers"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def model_facts(model: Any, source: str | None = None) -> dict[str, str]:
+    """What tells a loaded model from others: source, files, and how it computes.
 
     Args:
         model: a ``transformers`` model.
@@ -122,39 +255,48 @@ def model_facts(model: Any, source: str | None = None) -> list[Any]:
     Raises:
         ValueError: the model was made in memory, so nothing tells it from another.
     """
-    source = source or getattr(model.config, "name_or_path", "")
+    config = model.config
+    source = source or getattr(config, "name_or_path", "")
     if not source:
         raise ValueError("a model that came from no file cannot be named in a journal")
     path = Path(source)
-    return [str(path.resolve()) if path.exists() else source, str(model.dtype), fingerprint(source)]
+    facts = {
+        "source": str(path.resolve()) if path.exists() else source,
+        "fingerprint": fingerprint(source, getattr(config, "_commit_hash", None)),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": model.device.type,
+        "attention": str(getattr(config, "_attn_implementation", None)),
+    }
+    quantized = getattr(config, "quantization_config", None)
+    return facts | ({"quantization": str(quantized)} if quantized else {})
 
 
-def fingerprint(source: str) -> list[list[Any]]:
-    """Names, sizes and contents of the files that make up a model, its tokenizer included.
+def fingerprint(source: str, revision: str | None = None) -> str:
+    """A hash over the files that make up a model, its tokenizer included; "" if there are none.
 
     Contents are hashed up to 64 MiB a file; larger files stand for themselves by size and time of
     last change. A copy of large weights made at another time therefore counts as another model.
 
     Args:
-        source: a folder, a file, or a hub name (the files of its local copy); else the list is
-            empty.
+        source: a folder, a file, or a hub name (the files of its local copy).
+        revision: of the local copy of a hub name.
     """
     found = []
-    for file in _files(Path(source)):
+    for file in _files(Path(source), revision):
         size, content = file.stat().st_size, f"changed {file.stat().st_mtime_ns}"
         if size <= HASHED_BYTES:
             content = hashlib.sha256(file.read_bytes()).hexdigest()
         found.append([file.name, size, content])
-    return found
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:32] if found else ""
 
 
-def _files(path: Path) -> list[Path]:
+def _files(path: Path, revision: str | None) -> list[Path]:
     if path.is_file():
         return [path]
     if not path.is_dir():
         from huggingface_hub import try_to_load_from_cache
 
-        config = try_to_load_from_cache(str(path), "config.json")
+        config = try_to_load_from_cache(str(path), "config.json", revision=revision)
         if not isinstance(config, str):
             return []
         path = Path(config).parent

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import typer
 
+import tta_ext
 from tta_ext._version import __version__
 from tta_ext.cli import bench, compare, demo, doctor, evaluate, generate, search, trace
-from tta_ext.cli.common import errors
+from tta_ext.cli.common import errors, sentence
 
 __all__ = ["app", "run"]
 
@@ -17,26 +20,38 @@ app = typer.Typer(
     name="tta",
     help="Steer a frozen language model while it decodes.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("demo")(demo.demo)
-app.command("generate")(generate.generate)
-app.command("search")(search.search)
-app.command("eval")(evaluate.evaluate)
-app.command("sweep")(evaluate.sweep)
-app.command("compare")(compare.compare)
-app.command("trace")(trace.trace)
-app.command("doctor")(doctor.doctor)
-app.command(
+
+
+def _command(name: str, function: Callable[..., Any], **settings: Any) -> None:
+    @functools.wraps(function)
+    def registered(*arguments: Any, **options: Any) -> Any:
+        tta_ext.register()  # no sooner, so that help does not wait for torch
+        return function(*arguments, **options)
+
+    app.command(name, **settings)(registered)
+
+
+_command("demo", demo.demo)
+_command("generate", generate.generate)
+_command("search", search.search)
+_command("eval", evaluate.evaluate)
+_command("sweep", evaluate.sweep)
+_command("compare", compare.compare)
+_command("trace", trace.trace)
+_command("doctor", doctor.doctor)
+_command(
     "bench",
+    bench.bench,
     context_settings={
         "allow_extra_args": True,
         "ignore_unknown_options": True,
         "help_option_names": [],
     },
-)(bench.bench)
+)
 
 
 def _version(value: bool) -> None:
@@ -55,14 +70,14 @@ def _options(
 
 
 def run(argv: Sequence[str] | None = None) -> int:
-    """Run a command line; the exit status. Bad input is one sentence, not a traceback."""
+    """Run a command line; the exit status. An error is one sentence, not a traceback."""
     try:
         app(args=None if argv is None else list(argv))
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except Exception as error:
         if os.environ.get("TTA_EXT_TRACEBACK"):
             raise
-        errors.print(f"tta: {error}", style="red")
+        errors.print(f"tta: {sentence(error)}", style="red")
         return 1
     return 0

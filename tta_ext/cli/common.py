@@ -1,21 +1,21 @@
-"""What the commands share: consoles, options, models, prompts, answers that resume."""
+"""What the commands share: consoles, options, models, reports, tables."""
 
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+import re
+import sysconfig
+import traceback
+from collections.abc import Collection, Iterable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from tta_ext.journal import Journal, json_line, parse_jsonl, resume_key
+from tta_ext.journal import strict
 
 if TYPE_CHECKING:
     from tta_ext.evaluation import Models, Setting
@@ -25,6 +25,13 @@ __all__ = ["console", "errors"]
 # What is printed is text of models, paths and tokens, never markup.
 console = Console(markup=False, highlight=False, emoji=False)
 errors = Console(stderr=True, markup=False, highlight=False, emoji=False, soft_wrap=True)
+
+# What a terminal may take for a command to itself, ends of lines and tabs apart.
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+# What every report holds near its beginning: the version that wrote it.
+REPORT_MARK = b'"tta_ext"'
+_HERE = Path(__file__).resolve().parent.parent
 
 PROXY_STYLE = "magenta"
 BASE_STYLE = "cyan"
@@ -37,6 +44,18 @@ def _set_threads(threads: int | None) -> int | None:
         torch.set_num_threads(threads)
     return threads
 
+
+# Chosen on the shipped pair.
+DEFAULT_PARAM = {
+    "knapsack": 0.9,
+    "threshold": 0.4,
+    "confidence_bet": 0.2,
+    "nudging": 0.4,
+    "relative": 0.2,
+    "proxy_below": -0.3,
+    "proxy_above": 0.2,
+    "implicit_reward": 1.0,
+}
 
 Prompts = Annotated[list[str] | None, typer.Argument(help="Prompts; default: stdin.")]
 Source = Annotated[
@@ -60,9 +79,16 @@ Proxy = Annotated[str | None, typer.Option(help="Proxy model, likewise.")]
 Anti = Annotated[
     str | None, typer.Option(help="The proxy before alignment, for implicit reward, likewise.")
 ]
-Rule = Annotated[str, typer.Option(help="Deferral rule, or implicit_reward.")]
+Rule = Annotated[
+    str, typer.Option(help=f"Deferral rule: {', '.join(DEFAULT_PARAM)} (of experts) or argmax.")
+]
 Param = Annotated[
-    float | None, typer.Option(help="The rule's parameter (beta for implicit_reward).")
+    float | None,
+    typer.Option(
+        help="The rule's parameter. Defaults, for the shipped pair: "
+        + ", ".join(f"{name} {value:g}" for name, value in DEFAULT_PARAM.items())
+        + "."
+    ),
 ]
 Critical = Annotated[
     Literal["exclude", "include", "split"], typer.Option(help="Knapsack's critical item.")
@@ -83,23 +109,13 @@ Threads = Annotated[
     int | None, typer.Option(min=1, callback=_set_threads, help="Threads of torch.")
 ]
 
-DEFAULT_PARAM = {
-    "knapsack": 0.9,
-    "threshold": 0.4,
-    "confidence_bet": 0.2,
-    "nudging": 0.4,
-    "relative": 0.2,
-    "proxy_below": -0.3,
-    "proxy_above": 0.2,
-    "implicit_reward": 1.0,
-}
-
 
 def refuse_unused(context: typer.Context, choice: str, unused: Collection[str]) -> None:
     """``ValueError`` if the command line has a parameter that what was chosen does not use."""
     for parameter in context.command.params:
         source = context.get_parameter_source(parameter.name or "")
-        if parameter.name in unused and source is not None and source.name == "COMMANDLINE":
+        given = source is not None and source.name in ("COMMANDLINE", "DEFAULT_MAP")
+        if parameter.name in unused and given:
             raise ValueError(f"{choice} does not use {parameter.opts[0]}")
 
 
@@ -120,18 +136,57 @@ def chosen_setting(
     return Setting(name, DEFAULT_PARAM.get(name) if param is None else param, critical)
 
 
-def check_writable(path: Path | None) -> None:
-    """An ``OSError`` before the work if a file cannot be written after it."""
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.open("a").close()
+def check_output(path: Path | None, mark: bytes = REPORT_MARK) -> None:
+    """An error before the work if a file cannot be written after it, or should not be.
+
+    Args:
+        path: the file; None: none was asked for. Only a regular file is looked into.
+        mark: what a file of ours holds near its beginning.
+
+    Raises:
+        ValueError: it is there, and holds something of others.
+        OSError: it cannot be written.
+    """
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    there = path.exists()
+    if there and path.is_file() and path.stat().st_size:
+        with path.open("rb") as file:
+            if mark not in file.read(1 << 16):
+                raise ValueError(f"{path} is no earlier result of this command: it is kept")
+    with path.open("ab"):
+        pass
+    if not there:
+        path.unlink()
 
 
 def write_report(path: Path | None, value: Any) -> None:
     """Write a JSON file if one was asked for."""
     if path is not None:
-        path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+        text = json.dumps(strict(value), indent=1, allow_nan=False, default=str) + "\n"
+        path.write_text(text, encoding="utf-8")
         errors.print(f"written: {path}")
+
+
+def sentence(error: BaseException) -> str:
+    """An error in a line; where it comes from code that is not ours, with the place."""
+    text = " ".join(str(error).split()) or "no more is known"
+    frames = traceback.extract_tb(error.__traceback__)
+    known = (ValueError, TypeError, ImportError)
+    if isinstance(error, OSError) or not frames:
+        return text
+    if isinstance(error, known) and Path(frames[-1].filename).is_relative_to(_HERE):
+        return text
+    installed = sysconfig.get_paths()
+    libraries = [_HERE, *(Path(installed[name]) for name in ("stdlib", "purelib", "platlib"))]
+    users = [
+        frame
+        for frame in frames
+        if not any(Path(frame.filename).is_relative_to(folder) for folder in libraries)
+    ]
+    place = (users or frames)[-1]
+    return f"{type(error).__name__}: {text} ({Path(place.filename).name}:{place.lineno})"
 
 
 def quiet_transformers() -> None:
@@ -172,55 +227,12 @@ def load_models(
         )
 
 
-def read_prompts(
-    arguments: Iterable[str] | None,
-    source: Path | None,
-    chat: bool = False,
-    system: str | None = None,
-) -> list[Any]:
-    """Prompts from arguments, else from a file, else from stdin.
-
-    A file whose first line starts with ``{`` or ``[`` is JSONL: strings do not need that form; an
-    object has ``prompt`` (text) or ``messages`` (a conversation), a list is a conversation. Any
-    other file has a prompt on each line that is not empty. With ``chat`` or a system message, texts
-    become conversations.
-    """
-    prompts = list(arguments or ())
-    if prompts and source is not None:
-        raise ValueError("prompts are given both as arguments and by --input")
-    if not prompts:
-        prompts = _parse_prompts(source)
-    if not chat and system is None:
-        return prompts
-    start = [] if system is None else [{"role": "system", "content": system}]
-    return [
-        [*start, {"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        for prompt in prompts
-    ]
-
-
-def _parse_prompts(source: Path | None) -> list[Any]:
-    from tta_ext.evaluation import record_prompt
-
-    if source is not None and str(source) != "-":
-        # Not read_text, which would end lines at carriage returns too.
-        text = source.read_bytes().decode()
-    elif source is None and sys.stdin.isatty():
-        raise ValueError("there are no prompts: pass them as arguments, by --input or on stdin")
-    else:
-        text = sys.stdin.read()
-    text = text.removeprefix("\ufeff")
-    if not text.strip():
-        raise ValueError("the input has no prompts")
-    if text.lstrip()[0] not in "{[":
-        return [line.removesuffix("\r") for line in text.split("\n") if line.strip()]
-    return [record_prompt(record) for record in parse_jsonl(text)]
-
-
-def echo(text: str, style: str | None = None, end: str = "\n") -> None:
-    """Print a model's text as it is, coloured where stdout is a terminal that wants colours."""
-    if style is not None and console.is_terminal and not console.no_color:
-        text = typer.style(text, fg=style)
+def echo(text: str, style: str | None = None, end: str = "\n", dim: bool = False) -> None:
+    """Print a model's text as it is; on a terminal coloured, and without what would command it."""
+    if console.is_terminal:
+        text = _CONTROLS.sub(lambda found: repr(found[0])[1:-1], text)
+        if not console.no_color and (style or dim):
+            text = typer.style(text, fg=style, dim=dim or None)
     print(text, end=end, flush=True)
 
 
@@ -236,73 +248,17 @@ def echo_coloured(spans: Iterable[tuple[str, bool]]) -> None:
     echo("")
 
 
-@contextmanager
-def progress(unit: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr, so that stdout keeps only results; yields what counts further units."""
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
-    with Progress(*columns, TimeElapsedColumn(), console=errors, transient=True) as bar:
-        yield partial(bar.advance, bar.add_task(unit, total=total, completed=done))
-
-
 def table(name: str, *numbers: str) -> Table:
     """A table whose first column is text and the others right-aligned."""
     made = Table(box=None, pad_edge=False)
-    made.add_column(name, overflow="fold")
+    made.add_column(name, no_wrap=True)
     for number in numbers:
         made.add_column(number, justify="right", no_wrap=True)
     return made
 
 
-def chosen_seed(seed: int | None, journal: Journal) -> int:
-    """The seed asked for; else that of the answers in the file, so that they stand; else any."""
-    if seed is None:
-        seed = next((r["seed"] for r in reversed(journal.records.values()) if "seed" in r), None)
-    if seed is None:
-        import torch
-
-        seed = int(torch.randint(2**31, ()))
-    return seed
-
-
-R = TypeVar("R")
-
-
-def answer(
-    prompts: Sequence[Any],
-    facts: dict[str, Any],
-    *,
-    journal: Journal,
-    jsonl: bool,
-    at_once: int,
-    decode: Callable[[list[int]], R],
-    records: Callable[[R], list[dict[str, Any]]],
-    show: Callable[[R], None],
-) -> None:
-    """Answer prompts in batches: into a file that resumes, as JSONL, or as text.
-
-    ``decode`` answers the prompts of some places, and ``records`` makes a record of each. ``facts``
-    are what decides the answers besides prompt and place (:func:`tta_ext.journal.resume_key`).
-    Random streams are named by the place in the input, so a run that was cut short draws what it
-    would have drawn.
-    """
-    keys = [resume_key(**facts, prompt=p, place=i) for i, p in enumerate(prompts)]
-    todo = [i for i, key in enumerate(keys) if key not in journal.records]
-    there = len(prompts) - len(todo)
-    with progress("answers", len(prompts), there) as advance:
-        for start in range(0, len(todo), at_once):
-            places = todo[start : start + at_once]
-            result = decode(places)
-            if journal.path is None and not jsonl:
-                show(result)
-            else:
-                items = {
-                    keys[place]: {"index": place, "prompt": prompts[place], **record}
-                    for place, record in zip(places, records(result), strict=True)
-                }
-                if journal.path is not None:
-                    journal.add(items)
-                else:
-                    echo("".join(map(json_line, items.values())), end="")
-            advance(len(places))
-    if journal.path is not None:
-        errors.print(f"{len(todo)} answered, {there} were there: {journal.path}")
+def show_table(shown: Table) -> None:
+    """Print a table as wide as it is: neither a log nor a narrow terminal loses a digit."""
+    whole = console.options.update(max_width=10_000)
+    width = console.measure(shown, options=whole).maximum
+    console.print(shown, width=max(width, 1), crop=False, no_wrap=True, overflow="ignore")

@@ -10,16 +10,21 @@ import typer
 from rich.table import Table
 
 from tta_ext.cli import common
-from tta_ext.cli.common import console, errors
+from tta_ext.cli.common import errors
+from tta_ext.cli.config import Config
+from tta_ext.cli.evaluate import interval
+from tta_ext.cli.progress import progress
+from tta_ext.cli.prompts import read_prompts
 from tta_ext.cli.search import (
     SMOLLM2,
     Model,
     RewardName,
     Settings,
+    chosen_reward,
     load_model_and_tokenizer,
     reward_facts,
 )
-from tta_ext.journal import Journal, model_facts
+from tta_ext.journal import Journal, model_facts, run_facts
 
 __all__ = ["compare"]
 
@@ -68,102 +73,123 @@ def compare(
     dtype: common.Dtype = "auto",
     device: common.Device = None,
     threads: common.Threads = None,
+    config: Config = None,
 ) -> None:
     """Compare methods on the same prompts and reward, at equal samples or equal wall-clock.
 
-    Prints each method's reward and cost, and its paired difference to the baseline with standard
-    error and win rate.
+    Prints each method's reward and cost, and its paired difference to the baseline with its
+    bootstrap interval and win rate.
     """
-    from tta_ext.decoding.rewards import parse_reward
     from tta_ext.decoding.search import compare as comparison
+    from tta_ext.decoding.search import plots
 
     if samples is None and seconds is None:
         samples = DEFAULT_SAMPLES
-    asked = common.read_prompts(prompts, source, chat, system)[:limit]
+    asked = read_prompts(prompts, source, chat, system)[:limit]
     contestants = [comparison.Contestant.parse(text) for text in method or DEFAULT_METHODS]
     labels = [one.label for one in contestants]
     if baseline is None:
         baseline = next((c.label for c in contestants if c.method == "best_of_n"), labels[-1])
     if baseline not in labels:
         raise ValueError(f"--baseline is {baseline!r}, expected one of {', '.join(labels)}")
-    scorer = parse_reward(reward)
-    file = Journal(journal)
-    common.check_writable(output)
-    common.check_writable(plot)
-    loaded, tokenizer = load_model_and_tokenizer(model, dtype, device)
-    with common.progress("answers", len(asked) * len(contestants)) as advance:
-        records = comparison.compare(
-            loaded,
-            tokenizer,
-            scorer,
-            asked,
-            contestants,
-            samples=samples,
-            seconds=seconds,
-            seed=seed,
-            common={"max_new_tokens": max_new_tokens} | comparison.parse_settings(settings or ()),
-            tag=[model_facts(loaded), reward_facts(reward)],
-            journal=file,
-            prompts_at_once=batch_size,
-            progress=advance,
-        )
-    rows, pairs = comparison.summary(records), comparison.paired(records, baseline)
-    console.print(methods_table(rows))
-    if pairs:
-        console.print(pairs_table(pairs, baseline))
-    report = {
-        "model": model,
-        "reward": reward,
-        "samples": samples,
-        "seconds": seconds,
-        "seed": seed,
-        "baseline": baseline,
-        "methods": rows,
-        "paired": [vars(pair) | {"win_rate": pair.win_rate} for pair in pairs],
-    }
-    common.write_report(output, report)
+    shared = {"max_new_tokens": max_new_tokens} | comparison.parse_settings(settings or ())
+    for one in contestants:  # before any model is loaded
+        one.resolved(shared, samples, seconds)
+    scorer = chosen_reward(reward)
+    common.check_output(output)
     if plot is not None:
-        comparison.plot(records, plot, f"{reward}, {len(asked)} prompts")
+        plots.check_plot(plot)
+        common.check_output(plot, plots.MARK)
+    with Journal(journal) as file:
+        loaded, tokenizer = load_model_and_tokenizer(model, dtype, device)
+        facts = {"model": model_facts(loaded), "reward": reward_facts(reward)}
+        failures: dict[int, str] = {}
+        with progress("answers", len(asked) * len(contestants)) as advance:
+            records = comparison.compare(
+                loaded,
+                tokenizer,
+                scorer,
+                [one.prompt for one in asked],
+                contestants,
+                samples=samples,
+                seconds=seconds,
+                seed=seed,
+                common=shared,
+                tag=facts,
+                journal=file,
+                prompts_at_once=batch_size,
+                progress=advance,
+                failures=failures,
+            )
+    for place, error in failures.items():
+        errors.print(f"tta: {asked[place].name(place)}: {error}", style="red")
+    if records:
+        rows, pairs = comparison.summary(records), comparison.paired(records, baseline)
+        for table in methods_tables(rows):
+            common.show_table(table)
+        if pairs:
+            common.show_table(pairs_table(pairs, baseline))
+        report = {
+            "run": run_facts(**facts, settings=shared),
+            "model": model,
+            "reward": reward,
+            "samples": samples,
+            "seconds": seconds,
+            "seed": seed,
+            "baseline": baseline,
+            "methods": rows,
+            "paired": [vars(pair) | {"win_rate": pair.win_rate} for pair in pairs],
+        }
+        common.write_report(output, report)
+    if records and plot is not None:
+        budget = f"{samples} samples" if seconds is None else f"{seconds:g} s"
+        title = f"{model}, {reward}, {len(asked) - len(failures)} prompts, {budget}, seed {seed}"
+        plots.plot(records, plot, title)
         errors.print(f"written: {plot}")
+    if failures:
+        errors.print(f"{len(failures)} of {len(asked)} prompts not answered", style="red")
+        raise typer.Exit(1)
 
 
-def methods_table(rows: list[dict[str, Any]]) -> Table:
-    """Reward and cost of each method."""
-    table = common.table(
-        "method", "best reward", "first mean", "last mean", "KL", "asked", "tokens", "s", "ours s"
-    )
+def methods_tables(rows: list[dict[str, Any]]) -> list[Table]:
+    """What each method reached, and what it cost: narrow enough for a log."""
+    reached = common.table("method", "best reward", "first mean", "last mean", "KL, nats")
+    cost = common.table("method", "scored", "tokens", "seconds", "beside model\nand reward, s")
     for row in rows:
-        table.add_row(
+        reached.add_row(
             row["label"],
             with_error(row["reward"], row["error"]),
             f"{row['first']:.3f}",
             f"{row['last']:.3f}",
             "-" if row["kl"] is None else f"{row['kl']:.1f}",
+        )
+        cost.add_row(
+            row["label"],
             f"{row['asked']:.0f}",
             f"{row['tokens']:.0f}",
             f"{row['seconds']:.2f}",
             f"{row['other']:.2f}",
         )
-    return table
+    return [reached, cost]
 
 
 def pairs_table(pairs: list[Any], baseline: str) -> Table:
     """Differences to the baseline."""
-    columns = "difference", "in errors", "wins", "ties", "losses", "win rate"
+    columns = "difference [95%]", "wins", "ties", "losses", "win rate"
     table = common.table(f"against {baseline}", *columns)
     for pair in pairs:
-        known = math.isfinite(pair.error) and pair.error > 0
+        found = f"{pair.difference:+.3f}"
+        if math.isfinite(pair.low):
+            found += f" {interval((pair.low, pair.high), sign=True)}"
         table.add_row(
             pair.label,
-            with_error(pair.difference, pair.error, sign=True),
-            f"{pair.difference / pair.error:+.1f}" if known else "-",
+            found,
             *map(str, (pair.wins, pair.ties, pair.losses)),
             f"{pair.win_rate:.2f}",
         )
     return table
 
 
-def with_error(value: float, error: float, sign: bool = False) -> str:
+def with_error(value: float, error: float) -> str:
     """``0.123 ± 0.004``."""
-    text = f"{value:+.3f}" if sign else f"{value:.3f}"
-    return text if math.isnan(error) else f"{text} ± {error:.3f}"
+    return f"{value:.3f}" if math.isnan(error) else f"{value:.3f} ± {error:.3f}"

@@ -6,15 +6,15 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 from rich.panel import Panel
 from rich.text import Text
-from torch.utils.benchmark import Timer
 
 from tta_ext.cli import common
 from tta_ext.cli.common import console
+from tta_ext.cli.config import Config
 from tta_ext.cli.evaluate import row_table
+from tta_ext.cli.progress import progress
 from tta_ext.cli.search import SMOLLM2, load_model_and_tokenizer
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ def demo(
     answers: Annotated[int, typer.Option(min=0, help="Answers to show.")] = 3,
     seed: Annotated[int, typer.Option(help="Seed.")] = 0,
     threads: common.Threads = 1,  # the pair is too small to gain from more
+    config: Config = None,
 ) -> None:
     """Accuracy of rules on the shipped pair, answers coloured by source, and where time went."""
     from tta_ext.demo.task import evaluation_problems, evaluation_task
@@ -40,9 +41,9 @@ def demo(
         f"base {_size(models.base)}, knows arithmetic but not the answer format; proxy "
         f"{_size(models.proxy)}, knows the format but computes worse; {n} held-out problems"
     )
-    with common.progress("problems", n * len(SHORT) * len(MODES)) as advance:
+    with progress("problems", n * len(SHORT) * len(MODES)) as advance:
         rows = list(evaluate(models, task, seed=seed, progress=advance))
-    console.print(row_table(rows))
+    common.show_table(row_table(rows))
     console.print()
 
     setting = Setting("threshold", 0.4)
@@ -86,12 +87,15 @@ def _where_time_went(kad: KnapsackDeferral, prompts: list[str], seed: int) -> No
             f"{stats.tokens_per_second:.0f}",
             f"{stats.proxy_calls} in {stats.steps} steps",
         )
-    console.print(table)
+    common.show_table(table)
     console.print()
     _time_ops(kad, prompts, seed)
 
 
 def _time_ops(kad: KnapsackDeferral, prompts: list[str], seed: int) -> None:
+    import torch
+    from torch.utils.benchmark import Timer
+
     from tta_ext import ops, rng
     from tta_ext.doctor import diagnose
 
@@ -128,7 +132,7 @@ def _time_ops(kad: KnapsackDeferral, prompts: list[str], seed: int) -> None:
         table.add_row(name, served[name], f"{seconds * 1e6:.1f}")
     where = f"instruction set {found.cpu_isa}" if found.cpu_isa else found.native.reason
     console.print(f"{where}; {rows} rows of {base.shape[1]} logits, op alone", soft_wrap=True)
-    console.print(table)
+    common.show_table(table)
 
 
 def _show_aisp(seed: int, prompt: str = "Tell me about the sea.") -> None:

@@ -8,11 +8,14 @@ from typing import Annotated
 
 import typer
 
+from tta_ext.cli.config import Config
+
 __all__ = ["doctor"]
 
 
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    config: Config = None,
 ) -> None:
     """Print what was found on this machine, which backend serves each op, and why not another."""
     from tta_ext.doctor import diagnose, render

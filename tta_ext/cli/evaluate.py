@@ -13,13 +13,18 @@ from rich.table import Table
 from rich.text import Text
 
 from tta_ext.cli import common
-from tta_ext.cli.common import console
-from tta_ext.journal import Journal
+from tta_ext.cli.common import errors
+from tta_ext.cli.config import Config
+from tta_ext.cli.progress import progress
+from tta_ext.journal import Journal, run_facts
 
 if TYPE_CHECKING:
     from tta_ext.evaluation import Row, Setting
 
 __all__ = ["evaluate", "row_table", "sweep"]
+
+# Of one sweep.
+MOST_PARAMS = 10_000
 
 Mode = Annotated[list[str] | None, typer.Option(help="sampled, greedy; both by default.")]
 JournalFile = Annotated[
@@ -29,7 +34,8 @@ JournalFile = Annotated[
 Data = Annotated[
     Path | None,
     typer.Option(
-        help='JSONL with "prompt" or "messages", and "answer". Default: the demo\'s problems.'
+        help='JSONL with "prompt", "question" or "messages", and "answer". Default: the demo\'s '
+        "problems."
     ),
 ]
 Pattern = Annotated[
@@ -69,11 +75,13 @@ def evaluate(
     dtype: common.Dtype = "auto",
     device: common.Device = None,
     threads: common.Threads = None,
+    config: Config = None,
 ) -> None:
     """Accuracy of deferral rules, next to each model alone.
 
     Without --data, on the held-out problems of the demo's pair; with it, the share of answers that
-    match: the --pattern's last match in the text, or the text itself, equals "answer".
+    match: the --pattern's last match in the text, or the text itself, equals "answer". Intervals
+    are of 95%: Wilson's for shares, the paired bootstrap's for differences.
     """
     from tta_ext.evaluation import IMPLICIT_REWARD, SHORT, Setting
 
@@ -105,6 +113,7 @@ def sweep(
     dtype: common.Dtype = "auto",
     device: common.Device = None,
     threads: common.Threads = None,
+    config: Config = None,
 ) -> None:
     """Accuracy of one rule over a range of its parameter; otherwise as eval."""
     setting = common.chosen_setting(context, rule, None, critical)
@@ -129,26 +138,36 @@ def _run(context: typer.Context, settings: Sequence[Setting]) -> None:
         task = evaluation_task(n or 100)
     else:
         task = data_task(data, n, options["pattern"])
-    journal = Journal(options["journal"])
     modes = tuple(options["mode"] or MODES)
-    common.check_writable(options["output"])
-    named = {key: options[key] for key in ("base", "proxy", "anti", "dtype", "device")}
-    models = common.load_models(**named, implicit=implicit)
-    total = len(task.prompts) * len(settings) * len(modes)
-    with common.progress("problems", total) as advance:
-        rows = list(
-            evaluate_rows(
-                models,
-                task,
-                settings,
-                modes=modes,
-                journal=journal,
-                progress=advance,
-                **{key: options[key] for key in ("seed", "batch_size", "max_new_tokens")},
-            )
-        )
-    console.print(row_table(rows))
-    common.write_report(options["output"], [row.as_dict() for row in rows])
+    common.check_output(options["output"])
+    with Journal(options["journal"]) as journal:
+        named = {key: options[key] for key in ("base", "proxy", "anti", "dtype", "device")}
+        models = common.load_models(**named, implicit=implicit)
+        rows: list[Row] = []
+        failures: dict[int, str] = {}
+        chosen = {key: options[key] for key in ("seed", "batch_size", "max_new_tokens")}
+        with progress("problems", len(task.prompts) * len(settings) * len(modes)) as advance:
+            rows += evaluate_rows(
+                models, task, settings, modes=modes, journal=journal, progress=advance,
+                failures=failures, **chosen,
+            )  # fmt: skip
+    common.show_table(row_table(rows))
+    for table in best_tables(rows):
+        common.show_table(table)
+    if options["output"] is not None:
+        facts = run_facts(models=models.facts(), data=data or "demo", pattern=options["pattern"])
+        report = [
+            {"run": facts | {"seed": options["seed"]}, **row.as_dict()}
+            | {"exact_interval": row.exact_interval, "lenient_interval": row.lenient_interval}
+            | {"outcomes": [int(outcome) for outcome in row.outcomes]}
+            for row in rows
+        ]
+        common.write_report(options["output"], report)
+    if failures:
+        for place, error in failures.items():
+            errors.print(f"tta: {task.name(place)}: {error}", style="red")
+        errors.print(f"{len(failures)} of {rows[0].n} not answered, counted as wrong", style="red")
+        raise typer.Exit(1)
 
 
 def parse_range(text: str) -> list[float]:
@@ -158,32 +177,37 @@ def parse_range(text: str) -> list[float]:
             return [float(part) for part in text.split(",")]
         start, stop, step = (float(part) for part in text.split(":"))
         count = math.floor((stop - start) / step + 1e-9) + 1
-        if count < 1:
+        if not 1 <= count <= MOST_PARAMS:
             raise ValueError
-    except (ValueError, ZeroDivisionError):
-        raise ValueError(f"--params is {text!r}, expected a,b,c or start:stop:step") from None
+    except (ValueError, ZeroDivisionError, OverflowError):
+        raise ValueError(
+            f"--params is {text!r}, expected a,b,c or start:stop:step, at most {MOST_PARAMS}"
+        ) from None
     return [round(start + i * step, 10) for i in range(count)]
 
 
 def row_table(rows: Sequence[Row]) -> Table:
     """Rows of an evaluation for the terminal, all modes of a setting side by side.
 
-    ``free`` is the score without regard to format; the last columns are the last mode's.
+    A score stands with its 95% interval; ``any format`` is the score without regard to format,
+    where that is another question. The last columns are the last mode's.
     """
     modes = list(dict.fromkeys(row.mode for row in rows))
     best = {mode: max(row.exact for row in rows if row.mode == mode) for mode in modes}
-    scores = [name for mode in modes for name in (f"{mode}\nexact ± se", "free")]
-    table = common.table("rule", *scores, "proxy\ncalls", "tokens\n/s")
-    settings: dict[Any, dict[str, Row]] = {}
-    for row in rows:
-        settings.setdefault(row.setting, {})[row.mode] = row
-    for setting, by_mode in settings.items():
+    free = any(row.outcomes != row.lenient_outcomes for row in rows)
+    scores = [
+        name
+        for mode in modes
+        for name in (f"{mode}\nexact [95%]", *(["any\nformat"] if free else []))
+    ]
+    table = common.table(f"rule, {rows[0].n} problems", *scores, "proxy\ncalls", "tokens\n/s")
+    for setting, by_mode in _by_setting(rows).items():
         cells: list[str | Text] = []
         for mode in modes:
             one = by_mode[mode]
-            exact = f"{one.exact:.3f} ±{f'{one.exact_stderr:.3f}'.removeprefix('0')}"
             style = "bold green" if one.exact == best[mode] else ""
-            cells += [Text(exact, style), f"{one.lenient:.3f}"]
+            cells.append(Text(f"{one.exact:.3f} {interval(one.exact_interval)}", style))
+            cells += [f"{one.lenient:.3f}"] if free else []
         last = list(by_mode.values())[-1]
         table.add_row(
             setting.label,
@@ -192,3 +216,35 @@ def row_table(rows: Sequence[Row]) -> Table:
             f"{last.tokens_per_second:.0f}",
         )
     return table
+
+
+def best_tables(rows: Sequence[Row]) -> list[Table]:
+    """How far each setting is behind the best of its mode, where there are several."""
+    from tta_ext.intervals import difference, difference_interval
+
+    tables = []
+    for mode in dict.fromkeys(row.mode for row in rows):
+        ranked = sorted((row for row in rows if row.mode == mode), key=lambda row: -row.exact)
+        best, *others = ranked
+        if not others or best.n < 2:
+            continue
+        table = common.table(f"{mode}: behind {best.setting.label}", "difference [95%]")
+        for row in others:
+            mean, _ = difference(row, best)
+            found = interval(difference_interval(row, best), sign=True)
+            table.add_row(row.setting.label, f"{mean:+.3f} {found}")
+        tables.append(table)
+    return tables
+
+
+def interval(bounds: tuple[float, float], sign: bool = False) -> str:
+    """``[.012, .345]``."""
+    low, high = (f"{x:+.3f}" if sign else f"{x:.3f}".removeprefix("0") for x in bounds)
+    return f"[{low}, {high}]"
+
+
+def _by_setting(rows: Sequence[Row]) -> dict[Setting, dict[str, Row]]:
+    settings: dict[Setting, dict[str, Row]] = {}
+    for row in rows:
+        settings.setdefault(row.setting, {})[row.mode] = row
+    return settings

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tta_ext.cli import common
+from tta_ext.cli.answers import answer, chosen_seed, heading
+from tta_ext.cli.config import Config
+from tta_ext.cli.prompts import Asked, read_prompts
 from tta_ext.journal import Journal
 
 if TYPE_CHECKING:
@@ -53,6 +57,7 @@ def generate(
     dtype: common.Dtype = "auto",
     device: common.Device = None,
     threads: common.Threads = None,
+    config: Config = None,
 ) -> None:
     """Answer prompts with two models; `tta search` is for one model and a reward.
 
@@ -73,48 +78,52 @@ def generate(
     ):
         if chosen:
             common.refuse_unused(context, name, unused)
-    asked = common.read_prompts(prompts, source, chat, system)
-    journal = Journal(output)
-    seed = common.chosen_seed(seed, journal)
-    implicit = setting.rule == IMPLICIT_REWARD
-    models = common.load_models(base, proxy, anti, implicit=implicit, dtype=dtype, device=device)
-    pair_options: dict[str, Any] = {
-        "temperature": temperature,
-        "rule_temperature": rule_temperature,
-        "speculative": _draft_length(speculative),
-    }
-    kad = models.decoder(setting, **pair_options)
-    options: dict[str, Any] = {
-        "do_sample": not greedy,
-        "seed": seed,
-        "max_new_tokens": max_new_tokens,
-        "num_return_sequences": samples,
-        "stop_strings": stop or None,
-    }
-    if stream:
-        _stream(kad, asked, options)
-        return
-    facts = {
-        "method": "generate",
-        "models": models.facts() if output is not None else None,
-        **asdict(setting),
-        **pair_options,
-        **options,
-    }
-    common.answer(
-        asked,
-        facts,
-        journal=journal,
-        jsonl=jsonl,
-        at_once=max(1, batch_size // samples),
-        decode=lambda places: kad.generate(
-            [asked[i] for i in places],
-            sequence=[i * samples + j for i in places for j in range(samples)],
-            **options,
-        ),
-        records=lambda result: _records(result, samples),
-        show=lambda result: _print(kad, result, colour),
-    )
+    asked = read_prompts(prompts, source, chat, system)
+    with Journal(output) as journal:
+        seed = chosen_seed(seed, journal)
+        implicit = setting.rule == IMPLICIT_REWARD
+        models = common.load_models(
+            base, proxy, anti, implicit=implicit, dtype=dtype, device=device
+        )
+        pair_options: dict[str, Any] = {
+            "temperature": temperature,
+            "rule_temperature": rule_temperature,
+            "speculative": _draft_length(speculative),
+        }
+        kad = models.decoder(setting, **pair_options)
+        options: dict[str, Any] = {
+            "do_sample": not greedy,
+            "seed": seed,
+            "max_new_tokens": max_new_tokens,
+            "num_return_sequences": samples,
+            "stop_strings": stop or None,
+        }
+
+        def decode(places: list[int]) -> Generation | None:
+            chosen = [asked[place].prompt for place in places]
+            sequence = [place * samples + j for place in places for j in range(samples)]
+            if stream:
+                heading(asked, places[0])
+                _stream(kad, chosen, options | {"sequence": sequence})
+                return None
+            return kad.generate(chosen, sequence=sequence, **options)
+
+        answer(
+            asked,
+            {
+                "method": "generate",
+                "models": models.facts(),
+                **asdict(setting),
+                **pair_options,
+                **options,
+            },
+            journal=journal,
+            jsonl=jsonl,
+            at_once=1 if stream else max(1, batch_size // samples),
+            decode=decode,
+            records=lambda result: _records(result, samples),
+            show=lambda result, places: _print(kad, result, colour, asked, places),
+        )
 
 
 def _check_method(method: str) -> None:
@@ -136,35 +145,43 @@ def _draft_length(value: str | None) -> int | str | None:
 
 
 def _stream(kad: KnapsackDeferral, prompts: list[Any], options: dict[str, Any]) -> None:
-    # One prompt at a time, so that texts do not mix.
-    samples = options["num_return_sequences"]
-    for i, prompt in enumerate(prompts):
-        texts = [""] * samples
-        sequence = range(i * samples, (i + 1) * samples)
-        for event in kad.stream([prompt], sequence=sequence, **options):
-            if samples == 1:
-                common.echo(event.text or "", common.source_style(event.deferred), end="")
-            texts[event.row] += event.text or ""
-        if samples > 1:
-            common.echo("\n".join(texts))
-        common.echo("")
+    """Print the answers to one prompt as they come; several wait for their end."""
+    texts = [""] * options["num_return_sequences"]
+    for event in kad.stream(prompts, **options):
+        if len(texts) == 1:
+            common.echo(event.text or "", common.source_style(event.deferred), end="")
+        texts[event.row] += event.text or ""
+    if len(texts) > 1:
+        common.echo("\n".join(texts))
+    common.echo("")
 
 
-def _records(result: Generation, samples: int) -> list[dict[str, Any]]:
+def _records(result: Generation | None, samples: int) -> list[dict[str, Any]]:
+    assert result is not None
     return [
         {
             "texts": (result.texts or [])[at : at + samples],
             "finish": result.finish[at : at + samples],
             "tokens": result.tokens[at : at + samples],
             "deferred": [[int(flag) for flag in row] for row in result.deferred[at : at + samples]],
-            "seed": result.seed,
         }
         for at in range(0, len(result), samples)
     ]
 
 
-def _print(kad: KnapsackDeferral, result: Generation, colour: bool) -> None:
-    for row, text in enumerate(result.texts or ()):
+def _print(
+    kad: KnapsackDeferral,
+    result: Generation | None,
+    colour: bool,
+    asked: Sequence[Asked],
+    places: Sequence[int],
+) -> None:
+    if result is None:  # streamed
+        return
+    texts = result.texts or []
+    samples = len(texts) // len(places)
+    for row, text in enumerate(texts):
+        heading(asked, places[row // samples], samples)
         if colour:
             common.echo_coloured(result.source_spans(row, kad.tokenizer))
         else:

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import sys
+from collections.abc import Sequence
 from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tta_ext.cli import common
+from tta_ext.cli.answers import answer, chosen_seed, heading
 from tta_ext.cli.common import errors
+from tta_ext.cli.config import Config
+from tta_ext.cli.prompts import Asked, read_prompts
 from tta_ext.journal import Journal, fingerprint, model_facts
 
 if TYPE_CHECKING:
+    from tta_ext.decoding.rewards import Reward
     from tta_ext.decoding.search.outcome import SearchResult
 
 __all__ = ["Model", "RewardName", "Settings", "load_model_and_tokenizer", "reward_facts", "search"]
@@ -74,13 +81,13 @@ def search(
     dtype: common.Dtype = "auto",
     device: common.Device = None,
     threads: common.Threads = None,
+    config: Config = None,
 ) -> None:
     """Answer prompts with one model, by a search for a high reward.
 
     Prompts are arguments, lines of --input or stdin, or JSONL records with "prompt" or "messages".
     """
-    from tta_ext.decoding.rewards import parse_reward
-    from tta_ext.decoding.search.compare import method_class, parse_settings
+    from tta_ext.decoding.search.compare import method_class, parse_settings, typed
 
     kind = method_class(method)
     used = {field.name for field in fields(kind.settings_type)}
@@ -90,32 +97,40 @@ def search(
     chosen: dict[str, Any] = {"temperature": temperature, "max_new_tokens": max_new_tokens}
     chosen |= {"stop_strings": stop or None} | ({"decoding": "greedy"} if greedy else {})
     chosen |= {k: context.params[k] for k in OPTIONS if context.params[k] is not None}
-    chosen |= parse_settings(settings or ())
-    asked = common.read_prompts(prompts, source, chat, system)
-    journal = Journal(output)
-    seed = common.chosen_seed(seed, journal)
-    scorer = parse_reward(reward)
-    loaded, tokenizer = load_model_and_tokenizer(model, dtype, device)
-    machine = kind(loaded, scorer, tokenizer, **chosen)
-    facts = {
-        "method": machine.name,
-        "settings": asdict(machine.settings),
-        "model": model_facts(loaded) if output is not None else None,
-        "reward": reward_facts(reward),
-        "seed": seed,
-    }
-    common.answer(
-        asked,
-        facts,
-        journal=journal,
-        jsonl=jsonl,
-        at_once=max(1, batch_size // machine.rows(machine.settings)),
-        decode=lambda places: machine.generate(
-            [asked[i] for i in places], seed=seed, sequence=places
-        ),
-        records=_records,
-        show=_print,
-    )
+    chosen = typed(kind, chosen | parse_settings(settings or ()))
+    asked = read_prompts(prompts, source, chat, system)
+    with Journal(output) as journal:
+        seed = chosen_seed(seed, journal)
+        scorer = chosen_reward(reward)
+        loaded, tokenizer = load_model_and_tokenizer(model, dtype, device)
+        machine = kind(loaded, scorer, tokenizer, **chosen)
+        answer(
+            asked,
+            {
+                "method": machine.name,
+                "settings": asdict(machine.settings),
+                "models": {"model": model_facts(loaded)},
+                "reward": reward_facts(reward),
+                "seed": seed,
+            },
+            journal=journal,
+            jsonl=jsonl,
+            at_once=max(1, batch_size // machine.rows(machine.settings)),
+            decode=lambda places: machine.generate(
+                [asked[i].prompt for i in places], seed=seed, sequence=places
+            ),
+            records=_records,
+            show=lambda result, places: _print(result, asked, places),
+        )
+
+
+def chosen_reward(text: str) -> Reward:
+    """The reward that a command line names; modules beside the user are found too."""
+    from tta_ext.decoding.rewards import parse_reward
+
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    return parse_reward(text)
 
 
 def load_model_and_tokenizer(
@@ -135,7 +150,7 @@ def load_model_and_tokenizer(
         return load_model(name, dtype=dtype, device=device), load_tokenizer(name)
 
 
-def reward_facts(reward: str) -> list[Any]:
+def reward_facts(reward: str) -> dict[str, str]:
     """What a resume key holds of a reward: its name, and the files behind it."""
     kind, _, rest = reward.partition(":")
     source = None
@@ -144,7 +159,7 @@ def reward_facts(reward: str) -> list[Any]:
     elif kind == "python":
         found = importlib.util.find_spec(rest.partition(":")[0])
         source = found.origin if found is not None else None
-    return [reward, [] if source is None else fingerprint(source)]
+    return {"name": reward, "fingerprint": "" if source is None else fingerprint(source)}
 
 
 def _records(result: SearchResult) -> list[dict[str, Any]]:
@@ -156,8 +171,6 @@ def _records(result: SearchResult) -> list[dict[str, Any]]:
             "rewards": whole["rewards"][at],
             "curve": whole["curves"][at],
             "stopped": whole["stopped"][at],
-            "method": result.method,
-            "seed": result.seed,
             # Of the whole batch that the prompt was in.
             "timing": whole["timing"],
         }
@@ -165,8 +178,9 @@ def _records(result: SearchResult) -> list[dict[str, Any]]:
     ]
 
 
-def _print(result: SearchResult) -> None:
-    for best, curve in zip(result.best, result.curves, strict=True):
+def _print(result: SearchResult, asked: Sequence[Asked], places: Sequence[int]) -> None:
+    for place, best, curve in zip(places, result.best, result.curves, strict=True):
+        heading(asked, place)
         common.echo(best.text or "")
         first, last = curve[0], curve[-1]
         line = f"reward {best.reward:.4g}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +11,9 @@ from rich.table import Table
 
 from tta_ext.cli import common
 from tta_ext.cli.common import console
-from tta_ext.journal import json_line
+from tta_ext.cli.config import Config
+from tta_ext.cli.prompts import read_prompts
+from tta_ext.journal import json_line, run_facts
 
 __all__ = ["trace"]
 
@@ -33,13 +36,15 @@ def trace(
     dtype: common.Dtype = "auto",
     device: common.Device = None,
     threads: common.Threads = None,
+    config: Config = None,
 ) -> None:
     """Answer one prompt and show, for each token, who wrote it and with which probabilities."""
     setting = common.chosen_setting(context, rule, param, critical)
+    common.check_output(output)
     models = common.load_models(base, proxy, dtype=dtype, device=device)
     kad = models.decoder(setting, temperature=temperature, rule_temperature=rule_temperature)
     result = kad.generate(
-        common.read_prompts([prompt], None, chat),
+        [one.prompt for one in read_prompts([prompt], None, chat)],
         do_sample=not greedy,
         seed=seed,
         max_new_tokens=max_new_tokens,
@@ -48,7 +53,14 @@ def trace(
     assert result.trace is not None
     decode = kad.tokenizer.decode
     if output is not None:
-        lines = [json_line({"text": decode([t.token]), **t.as_dict()}) for t in result.trace[0]]
+        run = run_facts(
+            models=models.facts(), **asdict(setting), temperature=temperature,
+            rule_temperature=rule_temperature, greedy=greedy, seed=result.seed, prompt=prompt,
+        )  # fmt: skip
+        lines = [
+            json_line({"text": decode([t.token]), **t.as_dict()} | ({} if i else {"run": run}))
+            for i, t in enumerate(result.trace[0])
+        ]
         output.write_text("".join(lines), encoding="utf-8", newline="\n")
     common.echo_coloured(result.source_spans(0, kad.tokenizer))
     table = Table("token", "source", "p", "q", "deferred mass", "critical", box=None)
@@ -62,7 +74,7 @@ def trace(
             "" if t.critical is None else repr(decode([t.critical])),
             style=common.PROXY_STYLE if t.source == "proxy" else None,
         )
-    console.print(table)
+    common.show_table(table)
     stats = result.stats
     console.print(
         f"{stats.tokens} tokens, {stats.deferred_tokens} from the proxy; seed {result.seed}"

@@ -1,4 +1,4 @@
-"""Decoding: deferral between two models, search by reward. Needs transformers (``tta-ext[hf]``)."""
+"""Decoding: deferral between two models, search by reward. Needs transformers (extra ``hf``)."""
 
 from tta_ext.decoding.deferral.chat import Chat
 from tta_ext.decoding.deferral.kad import KnapsackDeferral

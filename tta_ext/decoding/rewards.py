@@ -29,6 +29,7 @@ from typing import Any, TypeAlias
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from tta_ext._version import install
 from tta_ext.decoding.runtime.loading import reading
 from tta_ext.decoding.runtime.models import device_of
 
@@ -279,7 +280,7 @@ class SentimentReward:
             from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
         except ModuleNotFoundError:
             raise ImportError(
-                "the sentiment reward needs vaderSentiment: pip install 'tta-ext[demo]'"
+                f"the sentiment reward needs vaderSentiment: {install('demo')}"
             ) from None
         self.sign = sign
         self._analyzer = SentimentIntensityAnalyzer()
@@ -390,6 +391,22 @@ def _classifier(text: str) -> Reward:
     return ClassifierReward.from_pretrained(path, label=label or None)
 
 
+def _exactly(text: str, known: dict[str, Any]) -> Any:
+    """What one of a few texts after a reward's name stands for."""
+    try:
+        return known[text]
+    except KeyError:
+        raise ValueError(
+            f"after the reward's colon is {text!r}, expected {' or '.join(map(repr, known))}"
+        ) from None
+
+
+def _words(text: str) -> Reward:
+    if text and not text.isdecimal():
+        raise ValueError(f"words:{text} is not known, expected a number, such as words:20")
+    return LengthReward(int(text or 20))
+
+
 def _letter(text: str) -> Reward:
     letter, colon, rest = text.partition(":")
     if colon and rest != "distinct":
@@ -397,11 +414,12 @@ def _letter(text: str) -> Reward:
     return LetterReward(letter or "s", distinct=bool(colon))
 
 
+_SIGNS = {"": 1.0, "positive": 1.0, "negative": -1.0}
 _KINDS: dict[str, Callable[[str], Reward]] = {
     "letter": _letter,
-    "sentiment": lambda text: SentimentReward(-1.0 if text == "negative" else 1.0),
-    "json": lambda text: JsonReward(),
-    "words": lambda text: LengthReward(int(text or 20)),
+    "sentiment": lambda text: SentimentReward(_exactly(text, _SIGNS)),
+    "json": lambda text: _exactly(text, {"": JsonReward})(),
+    "words": _words,
     "classifier": _classifier,
     "python": _named,
 }

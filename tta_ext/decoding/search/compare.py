@@ -15,9 +15,7 @@ import ast
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from statistics import stdev
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from tta_ext.decoding.rewards import Reward
 from tta_ext.decoding.search.aisp import AdaptiveImportanceSampling
@@ -25,9 +23,11 @@ from tta_ext.decoding.search.base import SearchMethod
 from tta_ext.decoding.search.best_of_n import BestOfN
 from tta_ext.decoding.search.chunk_beam import ChunkBeamSearch
 from tta_ext.decoding.search.outcome import SearchResult
+from tta_ext.decoding.search.plots import by_label, curve_means, mean, mean_and_error, plot
 from tta_ext.decoding.search.reward_guided import RewardGuidedSearch
 from tta_ext.decoding.search.settings import SearchSettings
-from tta_ext.journal import Journal, resume_key
+from tta_ext.intervals import difference_interval
+from tta_ext.journal import Journal, decode_all, resume_key, run_facts
 
 __all__ = [
     "METHODS",
@@ -77,6 +77,26 @@ def parse_settings(items: Iterable[str]) -> dict[str, Any]:
     return found
 
 
+def typed(kind: type[SearchMethod[Any]], settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings as they are, after a look at names and types.
+
+    Raises:
+        ValueError: a setting that the method does not have, or a value of a wrong type.
+    """
+    hints = get_type_hints(kind.settings_type)
+    for name, value in settings.items():
+        if name not in hints:
+            known = ", ".join(hints)
+            raise ValueError(f"{kind.name} has no setting {name!r}, expected one of {known}")
+        kinds = get_args(hints[name]) or (hints[name],)
+        allowed = tuple(get_origin(one) or one for one in kinds if get_origin(one) is not Literal)
+        allowed += (int,) if float in allowed else ()
+        wrong = not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed)
+        if allowed and wrong:
+            raise ValueError(f"setting {name} is {value!r}, expected {hints[name]}")
+    return settings
+
+
 @dataclass(frozen=True)
 class Contestant:
     """A method with settings, under a name of its own.
@@ -103,7 +123,8 @@ class Contestant:
         self, common: dict[str, Any], samples: int | None, seconds: float | None
     ) -> SearchSettings:
         """All settings, with the budget worked in."""
-        settings: SearchSettings = METHODS[self.method].settings_type(**(common | self.settings))
+        kind = METHODS[self.method]
+        settings: SearchSettings = kind.settings_type(**typed(kind, common | self.settings))
         if samples is not None:
             settings = settings.for_samples(samples)
         if seconds is not None:
@@ -125,7 +146,8 @@ def compare(
     prompts_at_once: int = 1,
     tag: Any = None,
     journal: Journal | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int, int], object] | None = None,
+    failures: dict[int, str] | None = None,
 ) -> list[dict[str, Any]]:
     """Let every contestant answer every prompt.
 
@@ -142,7 +164,10 @@ def compare(
         tag: names model and reward in the journal (:func:`tta_ext.journal.model_facts`); records
             with another are not taken over.
         journal: keeps finished answers; those that it has are taken over.
-        progress: called with the number of answers after each batch.
+        progress: called after each batch with its numbers of answers and of generated tokens (0:
+            taken over from the journal).
+        failures: takes the errors of prompts that a contestant cannot answer, by their places; such
+            prompts are left out, and stop no other. None: the first error is raised.
 
     Returns:
         One record for each prompt and contestant, in that order.
@@ -164,35 +189,58 @@ def compare(
         method = METHODS[one.method](model, reward, tokenizer, probe=not machines, **settings)
         machines.append((one.label, method))
     places = range(len(prompts))
+    how = {
+        label: {"method": m.name, "settings": asdict(m.settings), "seed": seed, "tag": tag}
+        for label, m in machines
+    }
     keys = {
-        (place, label): resume_key(
-            method=method.name, settings=asdict(method.settings), seed=seed, tag=tag,
-            prompt=prompts[place], place=place,
-        )
-        for label, method in machines
+        (place, label): resume_key(**how[label], prompt=prompts[place], place=place)
+        for label, _ in machines
         for place in places
-    }  # fmt: skip
+    }
+    counted = progress or (lambda answers, tokens: None)
     for first in range(0, len(prompts), prompts_at_once):
         for label, method in machines:
             part = places[first : first + prompts_at_once]
             missing = [place for place in part if keys[place, label] not in journal.records]
-            if missing:
-                asked = [prompts[place] for place in missing]
-                result = method.generate(asked, seed=seed, sequence=missing)
+            counted(len(part) - len(missing), 0)
+            run = run_facts(**how[label])
+
+            def decode(places: list[int], method: SearchMethod[Any] = method) -> SearchResult:
+                return method.generate([prompts[i] for i in places], seed=seed, sequence=places)
+
+            for done, result in decode_all(decode, missing) if missing else ():
+                if isinstance(result, Exception):
+                    if failures is None:
+                        raise result
+                    failures[done[0]] = f"{type(result).__name__}: {result}"
+                    counted(1, 0)
+                    continue
                 journal.add(
                     {
-                        keys[place, label]: {"index": place, "label": label} | record_of(result, at)
-                        for at, place in enumerate(missing)
+                        keys[place, label]: {"index": place, "label": label}
+                        | record_of(result, at)
+                        | {"run": run}
+                        for at, place in enumerate(done)
                     }
                 )
-            if progress is not None:
-                progress(len(part))
+                counted(len(done), result.timing.tokens)
     # A label is only a name: it may have changed since the journal was written.
     return [
-        journal.records[keys[place, label]] | {"label": label}
+        _numbers(journal.records[keys[place, label]]) | {"label": label}
         for place in places
+        if not (failures and place in failures)
         for label in labels
     ]
+
+
+def _numbers(record: dict[str, Any]) -> dict[str, Any]:
+    """A record with the infinite rewards that JSON had to write as texts."""
+    curve = [
+        {name: float(x) if isinstance(x, str) else x for name, x in point.items()}
+        for point in record["curve"]
+    ]
+    return record | {"reward": float(record["reward"]), "curve": curve}
 
 
 def record_of(result: SearchResult, at: int) -> dict[str, Any]:
@@ -220,6 +268,7 @@ class Paired:
         prompts: number of prompts.
         difference: mean of reward minus the baseline's reward.
         error: standard error of that mean; nan for fewer than two prompts.
+        low, high: 95% interval of that mean by the paired bootstrap; nan likewise.
         wins, ties, losses: prompts with a higher, equal or lower reward.
     """
 
@@ -227,6 +276,8 @@ class Paired:
     prompts: int
     difference: float
     error: float
+    low: float
+    high: float
     wins: int
     ties: int
     losses: int
@@ -237,43 +288,27 @@ class Paired:
         return (self.wins + 0.5 * self.ties) / self.prompts if self.prompts else math.nan
 
 
-def _by_label(records: Iterable[dict[str, Any]]) -> dict[str, dict[int, dict[str, Any]]]:
-    table: dict[str, dict[int, dict[str, Any]]] = {}
-    for record in records:
-        table.setdefault(record["label"], {})[record["index"]] = record
-    return table
-
-
-def _mean(values: Sequence[float]) -> float:
-    # Not statistics.fmean, which refuses infinities of both signs: rewards may be -inf.
-    return sum(values) / len(values)
-
-
-def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and its standard error (nan where it cannot be had)."""
-    mean = _mean(values) if values else math.nan
-    if len(values) < 2 or not math.isfinite(mean):
-        return mean, math.nan
-    return mean, stdev(values) / math.sqrt(len(values))
-
-
 def paired(records: Iterable[dict[str, Any]], baseline: str) -> list[Paired]:
     """Every other contestant against the baseline.
 
     Raises:
         ValueError: the baseline is not among the records.
     """
-    table = _by_label(records)
+    table = by_label(records)
     if baseline not in table:
         raise ValueError(f"baseline is {baseline!r}, expected one of {', '.join(table)}")
     base = table.pop(baseline)
     found = []
     for label, rows in table.items():
         pairs = [(row["reward"], base[i]["reward"]) for i, row in rows.items() if i in base]
-        mean, error = mean_and_error([a - b if a != b else 0.0 for a, b in pairs])
+        deltas = [a - b if a != b else 0.0 for a, b in pairs]
+        mean, error = mean_and_error(deltas)
+        low = high = math.nan
+        if math.isfinite(error):
+            low, high = difference_interval(deltas, [0.0] * len(deltas))
         wins, losses = sum(a > b for a, b in pairs), sum(a < b for a, b in pairs)
         ties = len(pairs) - wins - losses
-        found.append(Paired(label, len(pairs), mean, error, wins, ties, losses))
+        found.append(Paired(label, len(pairs), mean, error, low, high, wins, ties, losses))
     return found
 
 
@@ -284,7 +319,7 @@ def summary(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     paired difference with ``rise_error``; equal where there is one iteration only.
     """
     rows = []
-    for label, answers in _by_label(records).items():
+    for label, answers in by_label(records).items():
         items = [answers[i] for i in sorted(answers)]
         reward, error = mean_and_error([item["reward"] for item in items])
         first, last = ([item["curve"][at] for item in items] for at in (0, -1))
@@ -317,61 +352,4 @@ def summary(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _mean_of(rows: Iterable[dict[str, Any]], name: str) -> float | None:
     values = [row[name] for row in rows if row[name] is not None]
-    return _mean(values) if values else None
-
-
-def curve_means(
-    records: Iterable[dict[str, Any]], axis: str, points: int = 100
-) -> dict[str, tuple[list[float], list[float]]]:
-    """Best reward so far, averaged over prompts, against samples asked for, tokens or seconds.
-
-    Args:
-        records: of :func:`compare`.
-        axis: ``"samples"``, ``"tokens"`` or ``"seconds"``.
-        points: of the seconds axis; the others take the values that occur.
-
-    Returns:
-        For each contestant (x, y), beginning where every prompt has an answer.
-    """
-    if axis not in ("samples", "tokens", "seconds"):
-        raise ValueError(f"axis is {axis!r}, expected samples, tokens or seconds")
-    found = {}
-    for label, answers in _by_label(records).items():
-        curves = [[(c[axis], c["best"]) for c in item["curve"]] for item in answers.values()]
-        start = max(curve[0][0] for curve in curves)
-        end = max(curve[-1][0] for curve in curves)
-        if axis == "seconds":
-            xs = [start + (end - start) * i / max(points - 1, 1) for i in range(points)]
-        else:
-            xs = sorted({x for curve in curves for x, _ in curve if x >= start})
-        ys = []
-        for x in xs:
-            # Steps: the best so far stays until a later iteration betters it.
-            reached = [[best for at, best in curve if at <= x][-1] for curve in curves]
-            ys.append(_mean(reached))
-        found[label] = (xs, ys)
-    return found
-
-
-def plot(records: Sequence[dict[str, Any]], path: str | Path, title: str = "") -> None:
-    """Draw best reward so far against samples and against seconds. Needs matplotlib.
-
-    Raises:
-        ImportError: matplotlib is missing; the message has the command.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        raise ImportError("plots need matplotlib: pip install 'tta-ext[plot]'") from None
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    names = {"samples": "answers scored", "seconds": "seconds a prompt"}
-    for axes, (axis, name) in zip(figure.subplots(1, 2), names.items(), strict=True):
-        for label, (xs, ys) in curve_means(records, axis).items():
-            axes.plot(xs, ys, label=label, drawstyle="steps-post", marker=".", markersize=3)
-        axes.set_xlabel(name)
-        axes.set_ylabel("best reward, mean over prompts")
-        axes.grid(alpha=0.3)
-    figure.axes[0].legend(fontsize="small")
-    if title:
-        figure.suptitle(title)
-    figure.savefig(path, dpi=150)
+    return mean(values) if values else None

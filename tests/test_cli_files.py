@@ -1,0 +1,272 @@
+"""What the command reads and writes: prompts, answers, errors among them, configs, reports."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import call
+from rich.console import Console
+
+from tta_ext.cli import common, config, progress
+from tta_ext.cli.prompts import Asked, read_prompts
+from tta_ext.journal import json_line
+
+# By the pair that ships.
+GENERATE = ["generate", "--max-new-tokens", "3"]
+HELP = """
+import sys
+sys.argv = sys.orig_argv = ["tta", *{arguments}]
+from tta_ext.cli import main
+try:
+    main()
+finally:
+    print("loaded", *sys.modules, file=sys.stderr)
+"""
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().split("\n") if line]
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["generate", "-h"], ["compare", "-h"]])
+def test_help_does_not_wait_for_torch(arguments: list[str]) -> None:
+    program = HELP.format(arguments=arguments)
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "Usage: tta" in run.stdout
+    loaded = set(run.stderr.rpartition("loaded")[2].split())
+    assert "tta_ext.cli.app" in loaded
+    assert not loaded & {"torch", "transformers", "scipy", "numpy", "yaml", "matplotlib"}
+
+
+def test_the_operators_are_there_when_a_command_runs() -> None:
+    program = HELP.format(arguments=["trace", "--max-new-tokens", "1", "Q:"])
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "deferred mass" in run.stdout
+
+
+def test_prompts(tmp_path: Path, monkeypatch: Any) -> None:
+    source = tmp_path / "in"
+    source.write_text('{"prompt": "a"}\n{"prompt": \n')
+    with pytest.raises(ValueError, match=r"line 2 of .* is not JSON"):
+        read_prompts(None, source)
+    source.write_text('\n{"text": "a"}\n')
+    with pytest.raises(ValueError, match=r"line 2: .* neither 'prompt' nor 'messages'"):
+        read_prompts(None, source)
+    for text, prompts in (
+        ("\ufeffone\x0cpage\r\n\nnext\u2028line\x85\n", ["one\x0cpage", "next\u2028line\x85"]),
+        ('\ufeff{"prompt": "a\u2028b"}\r\n', ["a\u2028b"]),
+        ('{"question": "a"}\n{"prompt": null}', ["a", None]),
+        ("[INST] a [/INST]\n{b\n", ["[INST] a [/INST]", "{b"]),
+        ("1\n", ["1"]),
+    ):
+        source.write_bytes(text.encode())
+        assert [one.prompt for one in read_prompts(None, source)] == prompts
+    source.write_text('\n{"id": 7, "prompt": "a", "key": 1}\n')
+    assert read_prompts(None, source) == [Asked("a", 2, {"id": 7})]
+    assert Asked("a", 2).name(0) == "line 2, prompt 0"
+    named = tmp_path / "in.jsonl"
+    named.write_text('"text"\n"other"\n')
+    assert [one.prompt for one in read_prompts(None, named)] == ["text", "other"]
+    source.write_bytes("a".encode("utf-16"))
+    with pytest.raises(ValueError, match="is not UTF-8"):
+        read_prompts(None, source)
+    source.write_text("\n")
+    with pytest.raises(ValueError, match="no prompts"):
+        read_prompts(None, source)
+    with pytest.raises(ValueError, match="both as arguments and by --input"):
+        read_prompts(["a"], source)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a\rb\nc")))
+    assert [one.prompt for one in read_prompts(None, None)] == ["a\rb", "c"]
+
+
+def test_one_bad_prompt_stops_no_other(capsys: Any, tmp_path: Path) -> None:
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    prompts = ["Q: a", "", "Q: b", "Q: c", "Q: big? " * 1000]
+    records = [{"prompt": prompt, "id": f"n{i}"} for i, prompt in enumerate(prompts)]
+    source.write_text("\n" + "".join(map(json_line, records)))
+    words = [*GENERATE, "--input", str(source), "--batch-size", "4", "--seed", "5"]
+    status, _, errors = call(capsys, *words, "--output", str(output))
+    assert status == 1
+    assert "line 3, prompt 1: the prompt is empty" in errors
+    assert "2 of 5 not answered: line 3, prompt 1, line 6, prompt 4" in errors
+    made = {record["index"]: record for record in lines(output)}
+    assert [made[i]["id"] for i in range(5)] == ["n0", "n1", "n2", "n3", "n4"]
+    assert [i for i in range(5) if "error" in made[i]] == [1, 4]
+    # The same tokens as alone; once more changes nothing, and still says so.
+    assert call(capsys, *GENERATE, "--seed", "5", "Q: a")[1] == made[0]["texts"][0] + "\n"
+    before = output.read_bytes()
+    assert call(capsys, *words, "--output", str(output))[0] == 1
+    assert output.read_bytes() == before
+    status, out, errors = call(capsys, *words)
+    assert status == 1
+    assert "[3] Q: c" in out
+    status, out, _ = call(capsys, *words, "--jsonl")
+    assert status == 1
+    assert ["error" in json.loads(line) for line in out.splitlines()] == [0, 1, 0, 0, 1]
+
+
+def test_a_record_says_what_made_it(capsys: Any, tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    words = [*GENERATE, "--rule", "knapsack", "--output", str(output), "Q: a"]
+    assert call(capsys, *words)[0] == 0
+    (one,) = lines(output)
+    run = one["run"]
+    assert (run["rule"], run["param"], run["do_sample"]) == ("knapsack", 0.9, True)
+    assert run["models"]["base"]["dtype"] == "float32"
+    assert len(run["models"]["proxy"]["fingerprint"]) == 32
+    assert {"tta_ext", "torch", "transformers"} <= set(run)
+    # Without --seed the file's stands.
+    assert "1 were there" in call(capsys, *words)[2]
+    assert call(capsys, *words, "--dtype", "bfloat16")[0] == 0
+    assert [record["seed"] for record in lines(output)] == [one["seed"]] * 2
+
+
+def test_a_bad_problem_counts_as_wrong(capsys: Any, tmp_path: Path) -> None:
+    data, report = tmp_path / "d.jsonl", tmp_path / "r.json"
+    prompts = ["Q: a", "", "Q: b"]
+    data.write_text("".join(json_line({"prompt": p, "answer": "x"}) for p in prompts))
+    words = ["eval", "threshold:0.4", "--mode", "greedy", "--max-new-tokens", "2", "--data",
+             str(data), "--output", str(report)]  # fmt: skip
+    status, _, errors = call(capsys, *words)
+    assert status == 1
+    assert "line 2, problem 1: ValueError: " in errors
+    (row,) = json.loads(report.read_text())
+    assert (row["n"], row["failed"], row["outcomes"]) == (3, 1, [0, 0, 0])
+    assert row["run"]["seed"] == 0
+    # The report is ours, and may be written again.
+    assert call(capsys, *words)[0] == 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["eval", "base", "--n", "1", "--output"],
+        ["trace", "Q:", "--output"],
+        ["compare", "--model", "demo", "--reward", "json", "Q:", "--output"],
+        ["compare", "--model", "demo", "--reward", "json", "Q:", "--journal"],
+        ["compare", "--model", "demo", "--reward", "json", "Q:", "--plot"],
+        [*GENERATE, "Q:", "--output"],
+    ],
+)
+def test_what_is_not_ours_is_kept(capsys: Any, tmp_path: Path, words: list[str]) -> None:
+    for content in ('{"my": "precious data"}', "line one of my notes\nline two"):
+        path = tmp_path / "mine.png"
+        path.write_text(content)
+        status, _, errors = call(capsys, *words, str(path))
+        assert status == 1
+        assert "kept" in errors
+        assert path.read_text() == content
+
+
+def test_outputs_are_tried_before_the_work(tmp_path: Path) -> None:
+    common.check_output(tmp_path / "new" / "r.json")
+    assert list((tmp_path / "new").iterdir()) == []
+    common.check_output(Path(os.devnull))
+    with pytest.raises(OSError, match="directory"):
+        common.check_output(tmp_path)
+
+
+def test_reports_are_strict_json(tmp_path: Path) -> None:
+    common.write_report(tmp_path / "r", {"a": float("nan"), "b": [-float("inf")]})
+    read = json.loads((tmp_path / "r").read_text(), parse_constant=pytest.fail)
+    assert read == {"a": None, "b": ["-Infinity"]}
+
+
+def test_config(capsys: Any, tmp_path: Path) -> None:
+    file, toml = tmp_path / "c.yaml", tmp_path / "c.toml"
+    file.write_text("prompts: [Q, 7]\nmax-new-tokens: 3\ngreedy: true\neval: {n: 1}\n")
+    toml.write_text('max_new_tokens = 9\n[generate]\nprompts = "Q"\ngreedy = true\n')
+    status, out, _ = call(capsys, "generate", "--config", str(file))
+    assert status == 0
+    assert out == call(capsys, *GENERATE, "--greedy", "Q", "7")[1]
+    # What is on the command line goes first.
+    status, out, _ = call(capsys, "generate", "--config", str(toml), "--max-new-tokens", "3")
+    assert out == call(capsys, *GENERATE, "--greedy", "Q")[1]
+    for text, message in (
+        ("max-tokens: 3", "tta generate has no option 'max-tokens'"),
+        ("config: x", "has no option 'config'"),
+        ("critical: split", "rule threshold does not use --critical"),
+        ("max-new-tokens: 3\nmax_new_tokens: 4", "is given twice"),
+        ("greedy: 1", "greedy is 1, expected true or false"),
+        ("stop: [true]", "stop is True, expected a number or a text"),
+        ("seed: {a: 1}", "seed is {'a': 1}, expected"),
+        ("- a", "is not a table of options"),
+        ("a: [", "cannot be read"),
+    ):
+        file.write_text(text)
+        status, _, errors = call(capsys, "generate", "--config", str(file), "Q")
+        assert status == 1
+        assert message in errors
+    file.write_text("seed: few\n")
+    assert call(capsys, "generate", "--config", str(file), "Q")[0] == 2
+    file.write_text("set: {alpha: 0.9, n: 4}\nreward: json\nmodel: /nowhere\n")
+    assert "no folder" in call(capsys, "search", "--config", str(file), "Q")[2]
+    file.write_text("a: 1\nbench: {b: 2}\neval: {c: 3}")
+    assert config.read(file, "bench", {"bench": 0, "eval": 0}) == {"a": 1, "b": 2}
+
+
+def test_a_terminal_is_not_commanded(capsys: Any, monkeypatch: Any) -> None:
+    text = "a\tb\x1b]0;title\x07\r\x9b2J\n:smile: [bold]"
+    common.echo(text)
+    assert capsys.readouterr().out == text + "\n"
+    terminal = Console(force_terminal=True, no_color=True)
+    monkeypatch.setattr(common, "console", terminal)
+    common.echo(text, "red")
+    shown = "a\tb\\x1b]0;title\\x07\\r\\x9b2J\n:smile: [bold]\n"
+    assert capsys.readouterr().out == shown
+
+
+def test_progress_in_a_log(capsys: Any, monkeypatch: Any) -> None:
+    seconds = iter(range(0, 1000, 4))
+    monkeypatch.setattr(progress, "monotonic", lambda: float(next(seconds)))
+    with progress.progress("answers", 10, done=2) as advance:
+        advance(1)
+        for _ in range(7):
+            advance(1, 40)
+    told = capsys.readouterr().err.splitlines()
+    assert told[-1].startswith("answers 10/10, ")
+    assert "tokens/s" in told[-1]
+    assert "left" not in told[-1]
+    assert len(told) > 2
+    assert all("tokens/s, " in line and line.endswith(" left") for line in told[1:-1])
+
+
+def test_a_bar_leaves_stdout_alone(monkeypatch: Any, capfd: Any) -> None:
+    monkeypatch.setattr(progress, "errors", Console(stderr=True, force_terminal=True))
+    with progress.progress("answers", 2) as advance:
+        print("result")
+        advance(2, 8)
+    assert capfd.readouterr().out == "result\n"
+
+
+def test_tables_lose_nothing(capsys: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(common, "console", Console(width=20))
+    table = common.table("label", "a long column", "another")
+    table.add_row("best_of_n:group=16", "0.123456789", "-12.5")
+    common.show_table(table)
+    (_, row) = capsys.readouterr().out.splitlines()
+    assert row.split() == ["best_of_n:group=16", "0.123456789", "-12.5"]
+
+
+def test_errors_of_other_code_say_where(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text("def reward(p, r):\n    return len(3)\n")
+    space: dict[str, Any] = {}
+    exec(compile(path.read_text(), str(path), "exec"), space)
+    with pytest.raises(TypeError) as found:
+        space["reward"]([], [])
+    assert common.sentence(found.value) == (
+        "TypeError: object of type 'int' has no len() (mine.py:2)"
+    )
+    with pytest.raises(ValueError) as told:
+        common.check_output(path)
+    assert common.sentence(told.value).endswith("it is kept")
