@@ -24,7 +24,7 @@ HERE = Path(__file__).resolve().parent
 # tta_ext.build without tta_ext itself, which needs torch.
 sys.modules["tta_ext"] = ModuleType("tta_ext")
 sys.modules["tta_ext"].__path__ = [str(HERE / "tta_ext")]
-from tta_ext.build import LIBRARIES  # noqa: E402
+from tta_ext.build import LIBRARIES, files  # noqa: E402
 from tta_ext.build.toolchain import BuildError, Recipe, find_torch  # noqa: E402
 
 del sys.modules["tta_ext"]
@@ -96,7 +96,11 @@ class BuildNative(build_ext):
         # A running process may have the old library mapped: replace the file, never write into it.
         output.unlink(missing_ok=True)
         self.move_file(str(built), str(output))
-        record = {"compiler": ext.recipe.compiler.version, **ext.recipe.record}
+        record = {
+            "compiler": ext.recipe.compiler.version,
+            **ext.recipe.record,
+            **files.stamp(output.read_bytes()),
+        }
         output.with_suffix(".json").write_text(json.dumps(record))
 
 

@@ -16,7 +16,7 @@ import torch
 from conftest import fake_nvcc
 
 from tta_ext import build, dispatch
-from tta_ext.build import LIBRARIES, BuildError, Library, cuda
+from tta_ext.build import LIBRARIES, BuildError, Library, cuda, files
 from tta_ext.build.cuda import CudaLibrary, gpus
 from tta_ext.build.toolchain import Compiler, Torch
 
@@ -281,7 +281,12 @@ def test_prebuilt_library_must_fit(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     library = CudaLibrary(ROOT / "csrc")
     prebuilt = tmp_path / library.name
     prebuilt.touch()
-    record = {"digest": library.digest(), "cuda": "13.0", "images": ["sm_80"]}
+    record = {
+        "digest": library.digest(),
+        "cuda": "13.0",
+        "images": ["sm_80"],
+        **files.stamp(b""),
+    }
 
     def reason(version: str, gpu: cuda.Gpu, **changes: str) -> str:
         prebuilt.with_suffix(".json").write_text(json.dumps({**record, **changes}))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import re
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from types import TracebackType
@@ -12,17 +14,24 @@ import torch
 from torch import Tensor
 
 from tta_ext import schemas
-from tta_ext.schemas import OpSpec
+from tta_ext.schemas import OpSpec, below_autograd
 
 __all__ = ["BACKENDS", "invoke", "native_status", "serves", "use_backend"]
 
 COMPILED = ("cpu", "cuda")
 BACKENDS = ("reference", *COMPILED)
 
-_INVALID = "invalid row: "
+# A kernel's refusal: function, file and line of the check, and what it says (csrc/bind). Bad values
+# are marked, so that callers of torch.ops can tell them from bad arguments.
+_REFUSAL = re.compile(r"(\w+), [^\n]*?[/\\]bind[/\\]\w+\.\w+:\d+, (?:invalid row: )?([^\n]*)")
+# The one that is no refusal: a CUDA call failed.
+_FAILURE = "check_cuda"
 
-# The backend forced by use_backend, for the whole process; None lets the dispatcher choose.
+# The backend forced by use_backend, for the whole process; None lets the dispatcher choose. And the
+# blocks that are open, by the order of their opening: threads may leave theirs in any order.
 _forced: str | None = None
+_blocks: list[use_backend] = []
+_blocks_lock = threading.Lock()
 
 # Of each library that has been tried, by device: "" = usable, other text = why not.
 _status: dict[str, str] = {}
@@ -44,17 +53,22 @@ def _load(device: str) -> str:
     result = build.load(device)
     if not result.loaded:
         return result.reason or "no reason given"
-    version = "native_version" if device == "cpu" else f"{device}_version"
-    return _check_version(getattr(torch.ops.tta_ext, version)(), str(result.path), device.upper())
+    name = "native_version" if device == "cpu" else f"{device}_version"
+    try:
+        version = int(getattr(torch.ops.tta_ext, name)())
+    except (RuntimeError, NotImplementedError):  # it loads, and registers nothing of ours
+        version = None
+    return _check_version(version, str(result.path), device.upper())
 
 
-def _check_version(version: int, path: str, device: str) -> str:
+def _check_version(version: int | None, path: str, device: str) -> str:
     """Why a loaded library must not be used; empty if it may."""
     if version == schemas.NATIVE_VERSION:
         return ""
+    made_for = "something else" if version is None else f"operator version {version}"
     reason = (
-        f"{path} was built for operator version {version}, this is version "
-        f"{schemas.NATIVE_VERSION}; reinstall tta_ext to mend it"
+        f"{path} was built for {made_for}, this is version {schemas.NATIVE_VERSION}; "
+        "reinstall tta_ext to mend it"
     )
     warnings.warn(f"native {device} operators are off: {reason}", stacklevel=3)
     _stale.add(device.lower())
@@ -97,6 +111,7 @@ schemas.fallback = run_without_kernel
 
 
 def _run_reference(spec: OpSpec, args: Sequence[Any], outputs: Sequence[Tensor]) -> None:
+    schemas.refuse_overlap(spec, args, outputs)
     with torch.no_grad():
         results = reference(spec.name)(*args)
         values = results if isinstance(results, tuple) else (results,)
@@ -121,17 +136,43 @@ def _forces_reference(op: OpSpec, device: torch.device) -> bool:
 
 
 def translated(error: RuntimeError) -> Exception:
-    """A kernel's complaint about its input as ``ValueError``, anything else as it is."""
-    text = str(error)
-    start = text.find(_INVALID)
-    if start < 0:
+    """A kernel's complaint about its arguments as ``ValueError``, anything else as it is."""
+    found = _REFUSAL.match(str(error))
+    if found is None:
         return error
-    return ValueError(text[start + len(_INVALID) :].partition("\n")[0])
+    return (RuntimeError if found[1] == _FAILURE else ValueError)(found[2])
+
+
+def _remade(args: Sequence[Any]) -> list[Any]:
+    """Arguments for a call under a fake or another tensor mode, which must have made what it sees.
+
+    The numbers that tta_ext.ops keeps as tensors were made before.
+    """
+    with torch.utils._python_dispatch._disable_current_modes():
+        kept = {
+            i: (x.tolist(), x.dtype, x.device)
+            for i, x in enumerate(args)
+            if type(x) is Tensor and x.dim() < 2 and not x.is_meta and x.dtype in _NUMBERS
+        }
+    made = {i: torch.tensor(v, dtype=t, device=d) for i, (v, t, d) in kept.items()}
+    return [made.get(i, x) for i, x in enumerate(args)]
+
+
+_NUMBERS = (torch.int64, torch.float64)
+_modes = torch._C._len_torch_dispatch_stack
+_transforms = torch._C._functorch.peek_interpreter_stack
 
 
 def invoke(op: OpSpec, args: Sequence[Any], out: Sequence[Tensor] | None) -> Sequence[Tensor]:
     """Run an operator on validated arguments, into ``out`` if it is given."""
-    if torch.compiler.is_compiling():
+    like = args[0]
+    if type(like) is not Tensor and (mode := getattr(like, "fake_mode", None)) and not _modes():
+        with mode:
+            return invoke(op, args, out)
+    traced = _modes() or _transforms() is not None
+    if traced or torch.compiler.is_compiling():
+        if _modes():
+            args = _remade(args)
         if out is None:
             result = op.functional(*args)
             return (result,) if len(op.outputs) == 1 else result
@@ -139,15 +180,18 @@ def invoke(op: OpSpec, args: Sequence[Any], out: Sequence[Tensor] | None) -> Seq
         return out
     if out is None:
         out = op.allocate(*args)
+    else:
+        torch._C._increment_version(out)
     if (_forced is not None or _stale) and _forces_reference(op, out[0].device):
         _run_reference(op, args, out)
         return out
     names = op.outputs
     try:
-        if len(names) == 2:  # decoding steps: spares the zip
-            op.run(*args, **{names[0]: out[0], names[1]: out[1]})
-        else:
-            op.run(*args, **dict(zip(names, out)))  # noqa: B905
+        with below_autograd():
+            if len(names) == 2:  # decoding steps: spares the zip
+                op.run(*args, **{names[0]: out[0], names[1]: out[1]})
+            else:
+                op.run(*args, **dict(zip(names, out)))  # noqa: B905
     except RuntimeError as error:
         raise translated(error) from None
     return out
@@ -185,14 +229,15 @@ class use_backend:
         if backend not in BACKENDS:
             raise ValueError(f"backend is {backend!r}, expected one of {', '.join(BACKENDS)}")
         self._backend = backend
-        self._outer: str | None = None
 
     def __enter__(self) -> use_backend:
         global _forced
         reason = unavailable(self._backend)
         if reason:
             raise RuntimeError(f"backend {self._backend!r} is not available: {reason}")
-        self._outer, _forced = _forced, self._backend
+        with _blocks_lock:
+            _blocks.append(self)
+            _forced = self._backend
         return self
 
     def __exit__(
@@ -202,4 +247,7 @@ class use_backend:
         trace: TracebackType | None,
     ) -> None:
         global _forced
-        _forced = self._outer
+        with _blocks_lock:
+            last = max(i for i, block in enumerate(_blocks) if block is self)
+            del _blocks[last]
+            _forced = _blocks[-1]._backend if _blocks else None

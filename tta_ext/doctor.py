@@ -82,7 +82,7 @@ def diagnose() -> Diagnosis:
         native=libraries["cpu"],
         cuda=libraries["cuda"],
         cpu_isa=isa,
-        cache=str(cache_dir()),
+        cache=env.found(lambda: str(cache_dir())),
         ops=ops,
         advice=list(dict.fromkeys(advice)),
     )

@@ -68,13 +68,13 @@ def _torch() -> dict[str, str]:
     return {
         "torch": str(torch.__version__),
         "torch CUDA": str(torch.version.cuda),
-        "GPUs": _found(_gpus),
+        "GPUs": found(_gpus),
         "torch threads": str(torch.get_num_threads()),
         "torch CPU capability": str(torch.backends.cpu.get_cpu_capability()),
     }
 
 
-def _found(look: Callable[[], str]) -> str:
+def found(look: Callable[[], str]) -> str:
     """What was found, or why nothing was: a broken driver is what the report is for."""
     try:
         return look()
@@ -113,8 +113,8 @@ def collect() -> dict[str, str]:
         "packages": ", ".join(
             f"{name} {version}" for name in _PACKAGES if (version := package_version(name))
         ),
-        "C++ compiler": _found(_compiler),
-        "CUDA compiler": _found(_nvcc),
+        "C++ compiler": found(_compiler),
+        "CUDA compiler": found(_nvcc),
         "C++ sources": str(source_root()),
         "variables": ", ".join(variables) or "none set",
     }

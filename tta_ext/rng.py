@@ -85,8 +85,19 @@ ITERATIONS: Final = 1 << 12
 ROLLOUTS: Final = 1 << 16
 
 
+def is_int(value: object) -> bool:
+    """Whether something is an integer (also a symbolic one), and no bool."""
+    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+
+
+def _refuse_other(name: str, value: object) -> None:
+    if not is_int(value):
+        raise TypeError(f"{name} is {value!r}, expected an int")
+
+
 def check_iteration(iteration: int) -> int:
     """The iteration itself; ``ValueError`` unless ``0 <= iteration < 4096``."""
+    _refuse_other("iteration", iteration)
     if not 0 <= iteration < ITERATIONS:
         raise ValueError(f"iteration is {iteration}, expected 0 <= iteration < {ITERATIONS}")
     return iteration
@@ -94,6 +105,7 @@ def check_iteration(iteration: int) -> int:
 
 def check_rollout(rollout: int) -> int:
     """The rollout itself; ``ValueError`` unless ``0 <= rollout < 65536``."""
+    _refuse_other("rollout", rollout)
     if not 0 <= rollout < ROLLOUTS:
         raise ValueError(f"rollout is {rollout}, expected 0 <= rollout < {ROLLOUTS}")
     return rollout
@@ -101,6 +113,7 @@ def check_rollout(rollout: int) -> int:
 
 def check_word(name: str, value: int) -> int:
     """The value itself; ``ValueError`` unless it fits 32 bits without a sign."""
+    _refuse_other(name, value)
     if not 0 <= value < WORD:
         raise ValueError(f"{name} is {value}, expected 0 <= {name} < 2**32")
     return value
@@ -108,6 +121,7 @@ def check_word(name: str, value: int) -> int:
 
 def check_stream(stream: int) -> int:
     """The stream's tag; ``ValueError`` unless it is one of :data:`STREAMS`."""
+    _refuse_other("stream", stream)
     if not 0 <= stream <= USER:
         names = ", ".join(f"{name}={tag}" for name, tag in STREAMS.items())
         raise ValueError(f"stream is {stream}, expected one of {names}")

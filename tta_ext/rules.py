@@ -147,7 +147,7 @@ def check_temperature(name: str, value: float) -> float:
     """A temperature whose inverse is a normal float32."""
     try:
         inverse = 1.0 / value
-    except (ZeroDivisionError, TypeError):
+    except (ZeroDivisionError, OverflowError, TypeError):
         inverse = math.nan
     if not _FLOAT32_TINY <= inverse <= _FLOAT32_MAX:
         raise ValueError(
@@ -178,7 +178,17 @@ def _check_param(rule: str, code: int, param: float | Tensor | None) -> float | 
         raise ValueError(f"param is {param!r}, expected a budget >= 0 for rule 'knapsack'")
     if param != param:
         raise ValueError(f"param is {param!r}, expected a number for rule {rule!r}")
-    return float(param)
+    return as_float("param", param)
+
+
+def as_float(name: str, value: float) -> float:
+    """The number as a float; ``ValueError`` for an int that is too large for one."""
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(
+            f"{name} is an int beyond float64, expected a number in its range"
+        ) from None
 
 
 def check_rule(

@@ -46,6 +46,7 @@ class Output(NamedTuple):
     name: str
     dtype: torch.dtype | None  # None: that of the first tensor
     dims: int | None = None  # its shape: so many leading dimensions of the first tensor, or all
+    in_place: tuple[str, ...] = ()  # arguments whose very memory it may take
 
 
 class OpSpec:
@@ -54,6 +55,7 @@ class OpSpec:
     Attributes:
         accumulated: outputs that ``X.out`` adds to instead of overwriting; ``X`` starts them from
             zeros.
+        inputs, outputs: names of all arguments, and of the tensors that are written.
         functional, out: the overloads.
         run: ``out`` without torch's Python wrapper, which costs a tenth of a small call.
     """
@@ -68,6 +70,7 @@ class OpSpec:
         self.name, self.arguments, self.results = name, arguments, results
         self.accumulated = accumulated
         self.outputs = tuple(output.name for output in results)
+        self.inputs = tuple(argument.split()[-1] for argument in arguments.split(","))
 
     @property
     def functional_schema(self) -> str:
@@ -93,13 +96,14 @@ class OpSpec:
                 (like.new_zeros if name in accumulated else new)(
                     rows if dims == 1 else shape[:dims], dtype=dtype or like.dtype
                 )
-                for name, dtype, dims in self.results
+                for name, dtype, dims, _ in self.results
             ]
         )
 
 
 _PROPOSAL = (Output("token", torch.int64, 1), Output("deferred", torch.bool, 1))
 _FLOAT32 = Output("out", torch.float32)
+_UPDATED = Output("out", torch.float32, in_place=("mean",))
 _TOKEN = Output("out", torch.int64, 1)
 
 _SPECS = (
@@ -111,7 +115,9 @@ _SPECS = (
         Output("fraction", torch.float32, 1),
     ),
     OpSpec(
-        "deferral_probs", f"Tensor base_logits, Tensor proxy_logits, {RULE}, bool check", _FLOAT32
+        "deferral_probs",
+        f"Tensor base_logits, Tensor proxy_logits, {RULE}, bool check",
+        _FLOAT32._replace(in_place=("base_logits", "proxy_logits")),
     ),
     OpSpec(
         "deferral_stats",
@@ -135,7 +141,11 @@ _SPECS = (
         *_PROPOSAL,
         Output("mass", torch.float64, 2),
     ),
-    OpSpec("implicit_reward_probs", f"{MIXED}, bool check", _FLOAT32),
+    OpSpec(
+        "implicit_reward_probs",
+        f"{MIXED}, bool check",
+        _FLOAT32._replace(in_place=("base_logits",)),
+    ),
     OpSpec("implicit_reward_sample", f"{MIXED}, {KEY}, bool check", _TOKEN),
     OpSpec(
         "categorical_sample",
@@ -155,24 +165,32 @@ _SPECS = (
         "prelogit_perturb",
         "Tensor hidden, Tensor mean, Tensor step, Tensor row, Tensor sequence, "
         "Tensor rollout, SymInt iteration, float sigma, Tensor seed, bool check",
-        Output("out", None),
+        Output("out", None, in_place=("hidden",)),
         Output("dot", torch.float32, 1),
         accumulated=("dot",),
     ),
     OpSpec(
         "importance_weights",
         "Tensor reward, Tensor dot, Tensor norm2, float lam, float alpha, float sigma, bool check",
-        Output("weights", torch.float32),
+        Output("weights", torch.float32, in_place=("reward", "dot", "norm2")),
         Output("ess", torch.float32, 1),
     ),
     OpSpec(
         "control_update",
         "Tensor mean, Tensor weights, Tensor? length, Tensor seed, Tensor sequence, "
         "SymInt iteration, float sigma, SymInt start, SymInt stop, bool partial, bool check",
-        _FLOAT32,
+        _UPDATED,
     ),
-    OpSpec("control_merge", "Tensor mean, Tensor partials, float sigma", _FLOAT32),
-    OpSpec("philox", "Tensor counter, Tensor key", Output("out", torch.int64)),
+    OpSpec(
+        "control_merge",
+        "Tensor mean, Tensor partials, float sigma",
+        _FLOAT32._replace(in_place=("mean", "partials")),
+    ),
+    OpSpec(
+        "philox",
+        "Tensor counter, Tensor key",
+        Output("out", torch.int64, in_place=("counter",)),
+    ),
     OpSpec(
         "normal",
         "SymInt n, Tensor seed, SymInt step, SymInt sequence, SymInt iteration, SymInt rollout",
@@ -187,12 +205,74 @@ OPS = {spec.name: spec for spec in _SPECS}
 NATIVE_ONLY = ("cpu_isa(int level) -> int", "native_version() -> int", "cuda_version() -> int")
 
 
+def refuse_overlap(spec: OpSpec, args: Sequence[Any], outputs: Sequence[Tensor]) -> None:
+    """``ValueError`` if an output shares memory with an argument or with another output, other than
+    exactly in place of an argument that its entry in the table names.
+
+    The kernels check the same (csrc/bind/stable.h); this is for backends written in Python.
+    """
+    seen = [(n, x) for n, x in zip(spec.inputs, args, strict=True) if isinstance(x, Tensor)]
+    spans = [(name, *_span(x), x.is_contiguous()) for name, x in seen if x.numel()]
+    for (name, _, _, in_place), x in zip(spec.results, outputs, strict=True):
+        if x.is_meta or not x.numel():
+            continue
+        begin, end = _span(x)
+        for other, first, last, dense in spans:
+            exact = dense and (begin, end) == (first, last) and other in in_place
+            if begin < last and first < end and not exact:
+                raise ValueError(f"{name} shares memory with {other}, expected memory of its own")
+        spans.append((name, begin, end, True))
+
+
+def _span(x: Tensor) -> tuple[int, int]:
+    """Addresses of a tensor's first byte and of the one after its last, whatever lies between."""
+    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()
+
+
+def _refuse_devices(spec: OpSpec, args: Sequence[Any], device: torch.device) -> None:
+    """``ValueError`` for a tensor elsewhere: nothing may pass for computed that was not."""
+    for name, x in zip(spec.inputs, args, strict=True):
+        if isinstance(x, Tensor) and x.device != device and not (x.is_cpu and x.numel() == 1):
+            raise ValueError(f"{name} is on {x.device}, expected {device}")
+
+
+# What a caller of ``X.out`` owes to autograd is done under this key, above all backends, and not
+# again for tensors that nobody else has seen.
+below_autograd = torch._C._AutoDispatchBelowADInplaceOrView
+
+
 def _functional(spec: OpSpec, fake: bool) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
         outputs = spec.allocate(*args)
-        if not fake:
-            spec.out(*args, **dict(zip(spec.outputs, outputs, strict=True)))
+        if fake:
+            _refuse_devices(spec, args, outputs[0].device)
+        else:
+            with below_autograd():
+                spec.out(*args, **dict(zip(spec.outputs, outputs, strict=True)))
         return outputs[0] if len(outputs) == 1 else outputs
+
+    return run
+
+
+def refuse_grad(name: str, output: Tensor) -> None:
+    """``ValueError`` for a tensor to write whose gradient would not know of it."""
+    if output.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{name} requires grad, which nothing written here has; pass {name}.detach(), or call "
+            "under torch.no_grad()"
+        )
+
+
+def _written(spec: OpSpec) -> Callable[..., None]:
+    """``X.out`` for whoever holds its outputs: autograd shall see that they change."""
+
+    def run(*args: Any, **outputs: Tensor) -> None:
+        for name, output in outputs.items():
+            refuse_grad(name, output)
+        torch._C._increment_version(outputs.values())
+        with below_autograd():
+            spec.out(*args, **outputs)
 
     return run
 
@@ -212,8 +292,15 @@ def _out(spec: OpSpec) -> Callable[..., None]:
     return run
 
 
-def _out_fake(*args: Any, **outputs: Tensor) -> None:
-    return None
+def _out_fake(spec: OpSpec) -> Callable[..., None]:
+    def run(*args: Any, **outputs: Tensor) -> None:
+        device = next(iter(outputs.values())).device
+        _refuse_devices(spec, args, device)
+        for name, output in outputs.items():
+            if output.device != device:
+                raise ValueError(f"{name} is on {output.device}, expected {device}")
+
+    return run
 
 
 def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -251,7 +338,8 @@ def _define() -> torch.library.Library:
         spec.run = getattr(packet.out, "_op", packet.out)
         qualified = f"{NAMESPACE}::{spec.name}"
         torch.library.register_fake(qualified, _functional(spec, fake=True), lib=library)
-        torch.library.register_fake(f"{qualified}.out", _out_fake, lib=library)
+        torch.library.register_fake(f"{qualified}.out", _out_fake(spec), lib=library)
+        library.impl(f"{spec.name}.out", _written(spec), "ADInplaceOrView")
         torch.library.register_autograd(
             qualified, _backward(spec), setup_context=_setup_context, lib=library
         )

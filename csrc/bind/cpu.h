@@ -26,7 +26,7 @@ inline Parallel pool(int64_t elements) {
 }
 constexpr Parallel row_pool() { return {run_parallel, 1}; }
 
-class Cpu {
+class Cpu : public Memory {
  public:
   Cpu(const Tensor&, const char*, bool) {}
 

@@ -37,7 +37,7 @@ class HostCopy {
   std::vector<T> values_;
 };
 
-class Cuda {
+class Cuda : public Memory {
  public:
   Cuda(const Tensor& like, const char* name, bool check);
 

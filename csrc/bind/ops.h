@@ -61,7 +61,8 @@ void deferral_probs(Tensor base, Tensor proxy, Tensor param, int64_t rule, int64
   Device device(base, "base_logits", check);
   ProbsArgs a;
   fill(device, &a, base, proxy, param, rule, critical, temperature, rule_temperature, check);
-  a.out = output<float>(device, out, ScalarType::Float, a.batch * a.base.vocab, "out");
+  a.out = output<float>(device, out, ScalarType::Float, a.batch * a.base.vocab, "out",
+                        {"base_logits", "proxy_logits"});
   a.out_stride = a.base.vocab;
   device.run(a);
   raise_invalid(device, check);
@@ -140,6 +141,8 @@ void deferral_verify(Tensor base, Tensor proxy, Tensor draft, Tensor draft_lengt
   a.has_bonus_row = proxy_rows == positions;
   device.own(draft, "draft");
   device.own(draft_length, "draft_length");
+  device.reads(draft, "draft");
+  device.reads(draft_length, "draft_length");
   check_dtype(draft, ScalarType::Long, "draft");
   check_dtype(draft_length, ScalarType::Long, "draft_length");
   STD_TORCH_CHECK(draft.dim() == 2 && draft.size(0) == a.batch && draft.size(1) == a.draft_capacity,
@@ -156,7 +159,8 @@ void deferral_verify(Tensor base, Tensor proxy, Tensor draft, Tensor draft_lengt
                      each ? a.batch * positions : a.batch, check);
   a.param_row_stride = params == 1 ? 0 : each ? positions : 1;
   a.param_position_stride = each ? 1 : 0;
-  a.key = key_spec(device, seed, position, sequence, iteration, rollout, do_sample, a.batch, check);
+  a.key = key_spec(device, seed, position, sequence, iteration, rollout, do_sample, a.batch, check,
+                   a.draft_capacity);
   a.return_mass = return_mass;
   a.accepted = output<int64_t>(device, accepted, ScalarType::Long, a.batch, "accepted");
   a.token = output<int64_t>(device, token, ScalarType::Long, a.batch, "token");
@@ -213,8 +217,7 @@ void categorical_sample(Tensor x, double temperature, Tensor seed, Tensor positi
 // ---- mixtures
 
 template <class Device>
-Logits expert_logits(const Device& device, const Tensor& x, const MixtureArgs& a,
-                     const char* name) {
+Logits expert_logits(Device& device, const Tensor& x, const MixtureArgs& a, const char* name) {
   const Logits out = logits(device, x, name, 3);
   STD_TORCH_CHECK(x.size(0) == a.experts && x.size(1) == a.batch && out.vocab == a.base.vocab, name,
                   " is [", x.size(0), ", ", x.size(1), ", ", out.vocab, "], expected [", a.experts,
@@ -231,6 +234,7 @@ void fill(Device& device, MixtureArgs* a, const Tensor& base, const Tensor& expe
   a->batch = base.size(0);
   a->experts = beta.numel();
   device.own(beta, "beta");
+  device.reads(beta, "beta");
   check_dtype(beta, ScalarType::Float, "beta");
   STD_TORCH_CHECK(1 + 2 * a->experts < InvalidRow::kTensors, "beta has ", a->experts,
                   " elements, expected fewer than ", InvalidRow::kTensors / 2);
@@ -268,7 +272,8 @@ void implicit_reward_probs(Tensor base, Tensor expert, std::optional<Tensor> ant
   Device device(base, "base_logits", check);
   MixtureArgs a;
   fill(device, &a, base, expert, anti, beta, temperature, check);
-  a.probs = output<float>(device, out, ScalarType::Float, a.batch * a.base.vocab, "out");
+  a.probs =
+      output<float>(device, out, ScalarType::Float, a.batch * a.base.vocab, "out", {"base_logits"});
   a.probs_stride = a.base.vocab;
   device.run(a);
   raise_invalid(device, a, check);
@@ -342,10 +347,12 @@ void philox(Tensor counter, Tensor key, Tensor out) {
   STD_TORCH_CHECK(counter.dim() >= 1 && counter.size(counter.dim() - 1) == 4,
                   "counter must have 4 words in its last dimension");
   STD_TORCH_CHECK(key.numel() == 2, "key must have 2 words");
+  device.reads(counter, "counter");
+  device.reads(key, "key");
   a.counter = static_cast<const int64_t*>(dense(counter).const_data_ptr());
   a.key_low = device.template one<int64_t>(dense(key), "key", 0);
   a.key_high = device.template one<int64_t>(key, "key", 1);
-  a.out = output<int64_t>(device, out, ScalarType::Long, counter.numel(), "out");
+  a.out = output<int64_t>(device, out, ScalarType::Long, counter.numel(), "out", {"counter"});
   a.blocks = counter.numel() / 4;
   device.run(a);
 }
@@ -355,9 +362,9 @@ void normal(int64_t n, Tensor seed, int64_t step, int64_t sequence, int64_t iter
             int64_t rollout, Tensor out) {
   Device device(out, "out", false);
   NormalArgs a;
+  a.seed = seed_of(device, seed);
   a.out = output<float>(device, out, ScalarType::Float, n, "out");
   a.count = n;
-  a.seed = seed_of(device, seed);
   a.step = counter_field(step, kWord, "step");
   a.sequence = counter_field(sequence, kWord, "sequence");
   a.word3 = counter_word3(kNoise, counter_field(iteration, 1 << 12, "iteration"),

@@ -20,8 +20,9 @@ inline float finite_float(double x, const char* name) {
 
 // u and its like, [P, tau, d].
 template <class Device>
-const float* control(const Device& device, Tensor& mean, const char* name) {
+const float* control(Device& device, Tensor& mean, const char* name) {
   device.own(mean, name);
+  device.reads(mean, name);
   check_dtype(mean, ScalarType::Float, name);
   STD_TORCH_CHECK(mean.dim() == 3, name, " has ", mean.dim(), " dimensions, expected 3");
   return static_cast<const float*>(dense(mean).const_data_ptr());
@@ -35,6 +36,7 @@ void prelogit_perturb(Tensor hidden, Tensor mean, Tensor step, Tensor row, Tenso
   PerturbArgs a;
   STD_TORCH_CHECK(hidden.dim() == 2, "hidden has ", hidden.dim(), " dimensions, expected 2");
   a.dtype = logits_dtype(hidden, "hidden");
+  device.reads(hidden, "hidden");
   check_unit_stride(hidden, "hidden");
   a.rows = hidden.size(0);
   a.dim = hidden.size(1);
@@ -64,6 +66,7 @@ void prelogit_perturb(Tensor hidden, Tensor mean, Tensor step, Tensor row, Tenso
   STD_TORCH_CHECK(out.scalar_type() == hidden.scalar_type() && out.dim() == 2 &&
                       out.size(0) == a.rows && out.size(1) == a.dim && out.is_contiguous(),
                   "out must be contiguous, of hidden's shape and dtype");
+  device.writes(out, "out", {"hidden"});
   a.out = out.mutable_data_ptr();
   a.out_stride = a.dim;
   a.dot = output<float>(device, dot, ScalarType::Float, a.rows, "dot");
@@ -71,9 +74,10 @@ void prelogit_perturb(Tensor hidden, Tensor mean, Tensor step, Tensor row, Tenso
 }
 
 template <class Device>
-const float* rewards(const Device& device, Tensor& x, const Tensor& like, int64_t* stride,
+const float* rewards(Device& device, Tensor& x, const Tensor& like, int64_t* stride,
                      const char* name) {
   device.own(x, name);
+  device.reads(x, name);
   check_dtype(x, ScalarType::Float, name);
   STD_TORCH_CHECK(x.dim() == 2 && x.size(0) == like.size(0) && x.size(1) == like.size(1), name,
                   " must be [P, n] like reward");
@@ -101,7 +105,8 @@ void importance_weights(Tensor reward, Tensor dot, Tensor norm2, double lam, dou
   a.lambda = lam;
   a.alpha = alpha;
   a.sigma = sigma;
-  a.weights = output<float>(device, weights, ScalarType::Float, a.prompts * a.rollouts, "weights");
+  a.weights = output<float>(device, weights, ScalarType::Float, a.prompts * a.rollouts, "weights",
+                            {"reward", "dot", "norm2"});
   a.ess = output<float>(device, ess, ScalarType::Float, a.prompts, "ess");
   a.invalid = device.invalid();
   device.run(a);
@@ -142,6 +147,7 @@ void control_update(Tensor mean, Tensor weights, std::optional<Tensor> length, T
   a.steps = mean.size(1);
   a.dim = mean.size(2);
   device.own(weights, "weights");
+  device.reads(weights, "weights");
   check_dtype(weights, ScalarType::Float, "weights");
   STD_TORCH_CHECK(weights.dim() == 2 && weights.size(0) == a.prompts, "weights must be [",
                   a.prompts, ", n]");
@@ -151,6 +157,7 @@ void control_update(Tensor mean, Tensor weights, std::optional<Tensor> length, T
   a.weights = static_cast<const float*>(dense(weights).const_data_ptr());
   if (length) {
     device.own(*length, "length");
+    device.reads(*length, "length");
     check_dtype(*length, ScalarType::Long, "length");
     STD_TORCH_CHECK(
         length->dim() == 2 && length->size(0) == a.prompts && length->size(1) == a.rollouts,
@@ -171,7 +178,7 @@ void control_update(Tensor mean, Tensor weights, std::optional<Tensor> length, T
     check_word(device, a.sequence, a.prompts, kWord, "sequence", "2**32");
     check_weights(device, a);
   }
-  a.out = output<float>(device, out, ScalarType::Float, mean.numel(), "out");
+  a.out = output<float>(device, out, ScalarType::Float, mean.numel(), "out", {"mean"});
   device.run(a);
 }
 
@@ -181,6 +188,7 @@ void control_merge(Tensor mean, Tensor partials, double sigma, Tensor out) {
   MergeArgs a;
   a.mean = control(device, mean, "mean");
   device.own(partials, "partials");
+  device.reads(partials, "partials");
   check_dtype(partials, ScalarType::Float, "partials");
   a.count = mean.numel();
   STD_TORCH_CHECK(partials.dim() == 4, "partials must be [S, P, tau, d]");
@@ -191,7 +199,7 @@ void control_merge(Tensor mean, Tensor partials, double sigma, Tensor out) {
                   " elements, expected ", a.shards * a.count);
   a.partials = static_cast<const float*>(dense(partials).const_data_ptr());
   a.sigma = finite_float(sigma, "sigma");
-  a.out = output<float>(device, out, ScalarType::Float, a.count, "out");
+  a.out = output<float>(device, out, ScalarType::Float, a.count, "out", {"mean", "partials"});
   device.run(a);
 }
 

@@ -6,6 +6,7 @@
 // Cpu (cpu.h) or Cuda (cuda.h), made for one call from a tensor that says where the call runs:
 //   Device(like, name, check)
 //   own(x, name)          refuses a tensor that lies elsewhere
+//   reads(x, name)        notes an argument's memory, which output() guards
 //   one<T>(x, name, i)    element i of a small tensor, which may always lie on the CPU
 //   host(values, n)       the first n values, to be read here; waits for the device, so only with
 //                         check
@@ -14,7 +15,9 @@
 //   found()               the InvalidRow after run(), only with check
 //
 // Small arguments (one value a row or position) may have any stride, logits and hidden rows any but
-// over their last dimension, outputs are contiguous.
+// over their last dimension, outputs are contiguous and share no memory with an argument or another
+// output; where every element is read before its place is written, an output may be exactly an
+// argument.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -24,6 +27,8 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <cmath>
+#include <cstring>
+#include <initializer_list>
 #include <optional>
 #include <string>
 
@@ -84,10 +89,64 @@ inline void check_unit_stride(const Tensor& x, const char* name) {
 
 constexpr int64_t kMaxVocab = int64_t{1} << 20;
 
+// What one call reads and writes.
+class Memory {
+ public:
+  void reads(const Tensor& x, const char* name) { note(x, name); }
+
+  // `in_place` names the arguments whose very place the output may take.
+  void writes(const Tensor& x, const char* name, std::initializer_list<const char*> in_place) {
+    const int before = count_;
+    note(x, name);
+    if (count_ == before) return;
+    const Span& mine = spans_[before];
+    for (int i = 0; i < before; ++i) {
+      const Span& other = spans_[i];
+      if (mine.begin >= other.end || other.begin >= mine.end) continue;
+      bool exact = other.dense && mine.begin == other.begin && mine.end == other.end;
+      if (exact) {
+        exact = false;
+        for (const char* allowed : in_place) exact = exact || !std::strcmp(allowed, other.name);
+      }
+      STD_TORCH_CHECK(exact, name, " shares memory with ", other.name,
+                      ", expected memory of its own");
+    }
+  }
+
+ private:
+  struct Span {
+    const char* begin;
+    const char* end;
+    const char* name;
+    bool dense;
+  };
+
+  // From the first byte to the last, whatever lies between.
+  void note(const Tensor& x, const char* name) {
+    const int64_t numel = x.numel();
+    if (numel == 0) return;
+    const bool dense = x.is_contiguous();
+    int64_t last = numel - 1;
+    if (!dense) {
+      last = 0;
+      for (int64_t d = 0; d < x.dim(); ++d) last += (x.size(d) - 1) * x.stride(d);
+    }
+    const char* begin = static_cast<const char*>(x.const_data_ptr());
+    STD_TORCH_CHECK(count_ < kMost, "more tensors than a call has");
+    spans_[count_++] = {begin, begin + (last + 1) * static_cast<int64_t>(x.element_size()), name,
+                        dense};
+  }
+
+  static constexpr int kMost = 20;
+  Span spans_[kMost];
+  int count_ = 0;
+};
+
 // [B, V] or [B, K, V] logits.
 template <class Device>
-Logits logits(const Device& device, const Tensor& x, const char* name, int64_t dim = 2) {
+Logits logits(Device& device, const Tensor& x, const char* name, int64_t dim = 2) {
   device.own(x, name);
+  device.reads(x, name);
   STD_TORCH_CHECK(x.dim() == dim, name, " has ", x.dim(), " dimensions, expected ", dim);
   Logits out;
   out.dtype = logits_dtype(x, name);
@@ -102,11 +161,13 @@ Logits logits(const Device& device, const Tensor& x, const char* name, int64_t d
 }
 
 template <class T, class Device>
-T* output(const Device& device, const Tensor& x, ScalarType type, int64_t numel, const char* name) {
+T* output(Device& device, const Tensor& x, ScalarType type, int64_t numel, const char* name,
+          std::initializer_list<const char*> in_place = {}) {
   device.own(x, name);
   check_dtype(x, type, name);
   STD_TORCH_CHECK(x.numel() == numel, name, " has ", x.numel(), " elements, expected ", numel);
   STD_TORCH_CHECK(x.is_contiguous(), name, " must be contiguous");
+  device.writes(x, name, in_place);
   return static_cast<T*>(x.mutable_data_ptr());
 }
 
@@ -118,9 +179,9 @@ inline Tensor& dense(Tensor& x) {
 
 // A tensor of one element, or of one a row at any stride.
 template <class T, class Device>
-PerRow<T> per_row(const Device& device, Tensor& x, ScalarType type, int64_t rows,
-                  const char* name) {
+PerRow<T> per_row(Device& device, Tensor& x, ScalarType type, int64_t rows, const char* name) {
   check_dtype(x, type, name);
+  device.reads(x, name);
   const int64_t n = x.numel();
   STD_TORCH_CHECK(n == 1 || n == rows, name, " has ", n, " elements, expected 1 or ", rows);
   if (n == 1) return device.template one<T>(x, name);
@@ -130,8 +191,9 @@ PerRow<T> per_row(const Device& device, Tensor& x, ScalarType type, int64_t rows
 }
 
 template <class Device>
-Seed seed_of(const Device& device, const Tensor& x) {
+Seed seed_of(Device& device, const Tensor& x) {
   check_dtype(x, ScalarType::Long, "seed");
+  device.reads(x, "seed");
   STD_TORCH_CHECK(x.numel() == 1, "seed has ", x.numel(), " elements, expected 1");
   return device.template one<int64_t>(x, "seed");
 }
@@ -144,7 +206,7 @@ inline float inverse_temperature(double t, const char* name) {
 }
 
 template <class Device>
-RuleSpec rule_spec(const Device& device, Tensor& param, int64_t rule, int64_t critical,
+RuleSpec rule_spec(Device& device, Tensor& param, int64_t rule, int64_t critical,
                    double temperature, double rule_temperature, int64_t rows, bool check) {
   RuleSpec out;
   STD_TORCH_CHECK(rule >= 0 && rule < kRules, "rule is ", rule, ", expected 0 to ", kRules - 1);
@@ -185,8 +247,9 @@ inline uint32_t counter_field(int64_t value, int64_t limit, const char* name) {
 }
 
 template <class Device>
-KeySpec key_spec(const Device& device, const Tensor& seed, Tensor& position, Tensor& sequence,
-                 int64_t iteration, Tensor& rollout, bool do_sample, int64_t rows, bool check) {
+KeySpec key_spec(Device& device, const Tensor& seed, Tensor& position, Tensor& sequence,
+                 int64_t iteration, Tensor& rollout, bool do_sample, int64_t rows, bool check,
+                 int64_t more_positions = 0) {
   KeySpec out;
   out.seed = seed_of(device, seed);
   out.position = per_row<int64_t>(device, position, ScalarType::Long, rows, "position");
@@ -195,7 +258,8 @@ KeySpec key_spec(const Device& device, const Tensor& seed, Tensor& position, Ten
   out.rollout = per_row<int64_t>(device, rollout, ScalarType::Long, rows, "rollout");
   out.do_sample = do_sample;
   if (check && do_sample) {
-    check_word(device, out.position, rows, kWord, "position", "2**32");
+    check_word(device, out.position, rows, kWord - more_positions, "position",
+               more_positions ? ("2**32 - " + std::to_string(more_positions)).c_str() : "2**32");
     check_word(device, out.sequence, rows, kWord, "sequence", "2**32");
     check_word(device, out.rollout, rows, 1 << 16, "rollout", "65536");
   }

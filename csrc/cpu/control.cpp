@@ -336,7 +336,7 @@ static void merge_body(void* context, int64_t begin, int64_t end) {
 
 void control_merge(const MergeArgs& a, const Parallel& parallel) {
   if (a.sigma == 0.0f) {
-    std::memmove(a.out, a.mean, static_cast<size_t>(a.count) * sizeof(float));
+    if (a.count > 0) std::memmove(a.out, a.mean, static_cast<size_t>(a.count) * sizeof(float));
     return;
   }
   parallel.run((a.count + kMergeTask - 1) / kMergeTask, parallel.grain, merge_body,

@@ -1,8 +1,9 @@
 #include "cpu/isa.h"
 
+#include <strings.h>
+
 #include <atomic>
 #include <cstdlib>
-#include <cstring>
 
 #include "core/config.h"
 #if TTA_X86_64
@@ -38,9 +39,10 @@ int initial_isa() {
   const int machine = machine_isa();
   const char* wish = std::getenv("TTA_EXT_CPU_ISA");
   if (!wish) return machine;
-  const int level = !std::strcmp(wish, "scalar") ? kScalar
-                    : !std::strcmp(wish, "avx2") ? kAvx2
-                                                 : kAvx512;
+  // In any case of letters; tta_ext/build/library.py refuses other words.
+  const int level = !strcasecmp(wish, "scalar") ? kScalar
+                    : !strcasecmp(wish, "avx2") ? kAvx2
+                                                : kAvx512;
   return level < machine ? level : machine;
 }
 

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from tta_ext.build.library import Library, NotNeeded
@@ -236,6 +237,7 @@ class CudaLibrary(Library):
     device = "CUDA"
     name = "_C_cuda.so"
     variable = "TTA_EXT_CUDA"
+    choices: Mapping[str, tuple[str, ...]] = MappingProxyType({})
     source_globs = ("cuda/*.cu", "bind/cuda*.cpp")
     header_folders = ("core", "cuda", "bind")
     flags = FLAGS

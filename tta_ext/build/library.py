@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import sys
 import threading
 import time
@@ -15,12 +14,14 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from tta_ext.build import cache
+from tta_ext.build import cache, files
 from tta_ext.build.toolchain import (
     CXX_FLAGS,
     BuildError,
+    CompilerError,
     Recipe,
     Torch,
     digest_of,
@@ -77,12 +78,25 @@ def _open(path: Path, kind: str) -> None:
         raise BuildError(f"the {kind} library {path} does not load ({error})") from error
 
 
+def _one_of(variable: str, *allowed: str) -> str:
+    """An environment variable's value in small letters; the first of ``allowed`` if it is not set.
+
+    Raises:
+        ValueError: another value.
+    """
+    value = os.environ.get(variable, "").strip().lower() or allowed[0]
+    if value not in allowed:
+        raise ValueError(f"{variable}={value!r} is not one of {', '.join(allowed)}")
+    return value
+
+
 class Library:
     """The library of the CPU's kernels; :class:`tta_ext.build.cuda.CudaLibrary` is of CUDA's.
 
     Attributes:
         device, name: whose kernels it holds; its file name.
         variable: the environment variable that switches it: auto, 0 or 1.
+        choices: other variables that the library reads, and their values; the first by default.
         source_globs, header_folders: what it is compiled from, below ``root``.
         flags: compiler flags for every file.
         loss: what happens without it.
@@ -93,6 +107,9 @@ class Library:
     device = "CPU"
     name = "_C.so"
     variable = "TTA_EXT_NATIVE"
+    choices: Mapping[str, tuple[str, ...]] = MappingProxyType(
+        {"TTA_EXT_CPU_ISA": ("avx512", "avx2", "scalar")}
+    )
     source_globs: tuple[str, ...] = ("cpu/*.cpp", "bind/cpu*.cpp")
     header_folders: tuple[str, ...] = ("core", "cpu", "bind")
     flags: tuple[str, ...] = CXX_FLAGS
@@ -140,12 +157,11 @@ class Library:
         """What the environment variable says: auto (also unset), 0 or 1.
 
         Raises:
-            ValueError: another value.
+            ValueError: it, or one of :attr:`choices`, has another value than those.
         """
-        value = os.environ.get(self.variable, "").strip().lower() or "auto"
-        if value not in ("auto", "0", "1"):
-            raise ValueError(f"{self.variable}={value!r} is not one of auto, 0, 1")
-        return value
+        for name, allowed in self.choices.items():
+            _one_of(name, *allowed)
+        return _one_of(self.variable, "auto", "0", "1")
 
     def require(self, torch: Torch, wanted: str) -> None:
         """``NotNeeded`` if there is nothing for the library to do."""
@@ -172,7 +188,7 @@ class Library:
         start = time.perf_counter()
         try:
             path, built, reason = self._obtain(wanted)
-        except (BuildError, OSError) as error:
+        except Exception as error:  # whatever it is, the reference serves
             reason = self._summary(error)
             if wanted == "1":
                 raise RuntimeError(f"{self.variable}=1, but {reason}") from error
@@ -204,13 +220,9 @@ class Library:
         path, built = cache.get(recipe, self.device.lower())
         try:
             _open(path, "compiled")
-        except BuildError:
-            if built:
-                raise
-            # A damaged cache entry (a full or failing disk): one new build, then give up.
-            shutil.rmtree(path.parent, ignore_errors=True)
-            path, built = cache.get(recipe, self.device.lower())
-            _open(path, "compiled")
+        except BuildError as error:
+            # Its bytes are those that the compiler wrote: the same again would not help.
+            raise BuildError(f"{error}; mend it with: {self.remedy()}") from error
         state = "compiled" if built else "found"
         return path, built, f"{state} in the cache{_images(recipe.record)}; {why}"
 
@@ -224,14 +236,19 @@ class Library:
             raise BuildError(f"the prebuilt library has no readable record ({error})") from error
         if record.get("digest") != self.digest():
             raise BuildError("the prebuilt library is older than the C++ sources")
+        if why := files.damage(path, record):
+            raise BuildError(f"the prebuilt library is damaged ({why})")
         return record
 
     def _summary(self, error: Exception) -> str:
         """One line for the user: the compiler's first error if it is a compiler's output."""
         text = str(error)
+        if not isinstance(error, BuildError):
+            said = " ".join(text.split())
+            return f"getting the {self.device} library ended with {type(error).__name__}: {said}"
         lines = text.splitlines()
-        if len(lines) <= 1:
-            return text
+        if not isinstance(error, CompilerError) or len(lines) <= 1:
+            return " ".join(lines)
         first = next((line.strip() for line in lines[1:] if "error:" in line), lines[-1].strip())
         return (
             f"the compiler failed: {first} (whole output in {cache.cache_dir()}/*.log); "

@@ -7,15 +7,20 @@ torch can use it too.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
+import functools
 import hashlib
 import importlib.util
 import os
 import platform
+import re
 import runpy
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,10 +40,16 @@ CXX_FLAGS = (
     "-DTORCH_TARGET_VERSION=0x020a000000000000",
 )
 MINIMUM_TORCH = (2, 10)
+#: How long a compiler may think about who it is.
+ANSWER_SECONDS = 60.0
 
 
 class BuildError(RuntimeError):
     """The library could not be compiled; the message names the command that mends it."""
+
+
+class CompilerError(BuildError):
+    """A compiler failed: the message is its command and then, line by line, what it printed."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +76,9 @@ def find_torch() -> Torch:
     root = Path(spec.origin).resolve().parent
     facts = runpy.run_path(str(root / "version.py"))
     version = str(facts["__version__"])
-    if tuple(map(int, version.split("+")[0].split(".")[:2])) < MINIMUM_TORCH:
+    number = re.match(r"(\d+)\.(\d+)", version)
+    # A version that is no number is somebody's own build, hardly an old one.
+    if number and tuple(map(int, number.groups())) < MINIMUM_TORCH:
         least = ".".join(map(str, MINIMUM_TORCH))
         raise BuildError(
             f"torch {version} is older than {least}, the first with the stable ABI that the "
@@ -100,6 +113,75 @@ def install_hint() -> str:
     return "conda install -y -c conda-forge cxx-compiler"
 
 
+def seconds(variable: str, default: float) -> float:
+    """The seconds that an environment variable names.
+
+    Raises:
+        BuildError: it is set and no number of seconds.
+    """
+    text = os.environ.get(variable, "").strip()
+    try:
+        value = float(text) if text else default
+    except ValueError:
+        value = -1.0
+    if not 0.0 <= value <= 1e7:
+        raise BuildError(
+            f"{variable}={text!r} is no number of seconds from 0 to 1e7; "
+            f"mend it with: unset {variable}"
+        )
+    return value
+
+
+# Held while a program is started: a child that is forked by another thread meanwhile would copy the
+# pipes that tell us of the program's start and end, and keep them open.
+_starting = threading.Lock()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_starting.acquire,
+        after_in_parent=_starting.release,
+        after_in_child=_starting.release,
+    )
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """End a program and all that it started: a compiler is a driver of others."""
+    with contextlib.suppress(OSError):
+        if hasattr(os, "killpg"):
+            os.killpg(process.pid, signal.SIGKILL)
+        else:
+            process.kill()
+
+
+def _outcome(
+    command: Sequence[str], limit: float, running: set[subprocess.Popen[str]] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a program to its end, or for ``limit`` seconds (``TimeoutExpired``); it is in ``running``
+    meanwhile.
+    """
+    with _starting:
+        started = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            # Not the locale's, which need not be that of the program's messages.
+            encoding="utf-8",
+            errors="replace",
+            start_new_session=True,
+        )
+    with started as process:
+        running = set() if running is None else running
+        running.add(process)
+        try:
+            out, err = process.communicate(timeout=limit)
+        except BaseException:
+            _end(process)
+            raise
+        finally:
+            running.discard(process)
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
 def answer_of(command: Sequence[str], name: str, remedy: str) -> str:
     """What a program prints.
 
@@ -107,11 +189,11 @@ def answer_of(command: Sequence[str], name: str, remedy: str) -> str:
         BuildError: it does not run; the message calls it ``name`` and says what mends it.
     """
     try:
-        return subprocess.check_output(
-            command, stderr=subprocess.PIPE, text=True, timeout=60, stdin=subprocess.DEVNULL
-        )
+        done = _outcome(command, ANSWER_SECONDS)
+        done.check_returncode()
     except (OSError, subprocess.SubprocessError) as error:
         raise BuildError(f"{name} does not run ({error}); mend it with: {remedy}") from error
+    return done.stdout
 
 
 def find_compiler() -> Compiler:
@@ -121,7 +203,13 @@ def find_compiler() -> Compiler:
         BuildError: none was found, or it does not run; the message says what was looked for.
     """
     named = os.environ.get("CXX", "").strip()
-    candidates = [tuple(shlex.split(named))] if named else [("c++",), ("g++",), ("clang++",)]
+    try:
+        candidates = [tuple(shlex.split(named))] if named else [("c++",), ("g++",), ("clang++",)]
+    except ValueError as error:
+        raise BuildError(
+            f"no C++ compiler: CXX={named!r} cannot be read ({error}); mend it with: "
+            f"unset CXX, or {install_hint()}"
+        ) from error
     for command in candidates:
         if shutil.which(command[0]) is None:
             continue
@@ -162,19 +250,39 @@ def digest_of(root: Path, files: Iterable[Path], flags: Sequence[str]) -> str:
 
 
 def job_count(files: int) -> int:
-    """Compilers to run at once: ``MAX_JOBS`` if set, else the cores this process may use."""
-    try:
-        wanted = int(os.environ["MAX_JOBS"])
-    except (KeyError, ValueError):
+    """Compilers to run at once: ``MAX_JOBS`` if set, else the cores this process may use.
+
+    Raises:
+        BuildError: ``MAX_JOBS`` is no positive number.
+    """
+    if text := os.environ.get("MAX_JOBS", "").strip():
+        if not text.isdecimal() or int(text) < 1:
+            raise BuildError(
+                f"MAX_JOBS={text!r} is no number from 1 on; mend it with: unset MAX_JOBS"
+            )
+        wanted = int(text)
+    else:
         only_linux = getattr(os, "sched_getaffinity", None)
         wanted = len(only_linux(0)) if only_linux else os.cpu_count() or 1
     return max(1, min(files, wanted))
 
 
-def _run(command: Sequence[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    if done.returncode:
-        raise BuildError(f"{shlex.join(command)}\n{done.stderr or done.stdout}")
+def _run(running: set[subprocess.Popen[str]], command: Sequence[str], output: Path) -> None:
+    """Run a compiler that is to write ``output``; ``CompilerError`` unless it does."""
+    limit = seconds("TTA_EXT_COMPILE_TIMEOUT", 3600.0)
+    try:
+        done = _outcome(command, limit, running)
+    except subprocess.TimeoutExpired:
+        raise CompilerError(
+            f"{shlex.join(command)}\nerror: no end after {limit:g} s; raise "
+            "TTA_EXT_COMPILE_TIMEOUT where that is too short"
+        ) from None
+    except OSError as error:
+        raise CompilerError(f"{shlex.join(command)}\nerror: does not run ({error})") from error
+    if done.returncode or not output.is_file():
+        printed = done.stderr or done.stdout or f"error: ended with {done.returncode}"
+        said = printed if done.returncode else f"error: wrote no {output.name}\n{printed}"
+        raise CompilerError(f"{shlex.join(command)}\n{said}")
 
 
 @dataclass(frozen=True)
@@ -232,14 +340,21 @@ class Recipe:
         if self.torch is not None:
             # System headers: their warnings are not ours to mend.
             includes += ["-isystem", str(self.torch.root / "include")]
-        objects = [str(output.parent / f"{i}_{path.stem}.o") for i, path in enumerate(self.sources)]
+        objects = [output.parent / f"{i}_{path.stem}.o" for i, path in enumerate(self.sources)]
         commands = [
-            [*self.compiler.command, *self.flags, *includes, "-c", str(source), "-o", made]
+            [*self.compiler.command, *self.flags, *includes, "-c", str(source), "-o", str(made)]
             for source, made in zip(self.sources, objects, strict=True)
         ]
+        running: set[subprocess.Popen[str]] = set()
         with concurrent.futures.ThreadPoolExecutor(job_count(len(commands))) as pool:
-            list(pool.map(_run, commands))  # the first failure cancels those that have not begun
+            try:
+                list(pool.map(functools.partial(_run, running), commands, objects))
+            except BaseException:  # also ^C: what has not begun is cancelled, the rest ended
+                for process in list(running):
+                    _end(process)
+                raise
         link = self.link or link_flags(self.torch)
-        _run([*self.compiler.command, *objects, "-o", str(output), *link])
+        command = [*self.compiler.command, *map(str, objects), "-o", str(output), *link]
+        _run(running, command, output)
         for path in objects:
-            os.unlink(path)
+            path.unlink()

@@ -9,6 +9,7 @@ is enough, with the extra ``demo`` for the GGUF reader.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import tempfile
 from pathlib import Path
@@ -17,7 +18,8 @@ from typing import Any
 import torch
 
 from tta_ext._version import install
-from tta_ext.build.cache import cache_dir
+from tta_ext.build import BuildError
+from tta_ext.build.cache import cache_dir, cache_folder
 
 __all__ = ["NAME", "available", "folder", "load"]
 
@@ -37,8 +39,9 @@ def gguf_file() -> Path | None:
 
 def available() -> bool:
     """Whether :func:`load` would work: converted weights, or the file and a reader for it."""
-    if (cache_dir() / "models" / _FOLDER / "config.json").is_file():
-        return True
+    with contextlib.suppress(BuildError):  # no folder is known to be this user's
+        if (cache_dir() / "models" / _FOLDER / "config.json").is_file():
+            return True
     reader = all(importlib.util.find_spec(name) for name in ("gguf", "accelerate"))
     return reader and gguf_file() is not None
 
@@ -54,7 +57,7 @@ def folder() -> Path:
         return target
     if not available():
         raise ValueError(f"{NAME} or the reader of its GGUF file is not installed: {_INSTALL}")
-    target.parent.mkdir(parents=True, exist_ok=True)
+    (cache_folder() / "models").mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{_FOLDER}-", dir=target.parent) as scratch:
         partial = Path(scratch) / _FOLDER
         partial.mkdir()

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from tta_ext import rng, rules
 from tta_ext.rules import Rule
-from tta_ext.schemas import OpSpec
+from tta_ext.schemas import OpSpec, refuse_grad
 
 LOGIT_DTYPES = frozenset((torch.float32, torch.float16, torch.bfloat16))
 MAX_VOCABULARY = 1 << 20
+_FLOAT32_MAX = torch.finfo(torch.float32).max
 
 RuleArguments = tuple[Tensor, int, int, float, float]
 KeyArguments = tuple[Tensor, Tensor, Tensor, int, Tensor, bool]
@@ -31,12 +32,23 @@ def _describe(value: object) -> str:
     return repr(value)
 
 
+_STRIDED = torch.strided
+
+
+def check_dense(name: str, tensor: Tensor) -> None:
+    """Raise for a sparse, nested or otherwise packed tensor."""
+    if tensor.layout is not _STRIDED or tensor.is_nested:
+        kind = "nested" if tensor.is_nested else f"of layout {tensor.layout}"
+        raise TypeError(f"{name} is {kind}, expected a plain tensor, such as .to_dense() returns")
+
+
 def check_logits(
     name: str, logits: Tensor, dims: int, form: str, *, unit_stride: bool = True
 ) -> None:
     """Raise unless ``logits`` has an accepted dtype, shape and layout."""
     if not isinstance(logits, Tensor):
         raise TypeError(f"{name} is {type(logits).__name__}, expected a tensor {form}")
+    check_dense(name, logits)
     if logits.dtype not in LOGIT_DTYPES:
         raise TypeError(
             f"{name} has dtype {logits.dtype}, expected torch.float32, torch.float16 or "
@@ -49,7 +61,13 @@ def check_logits(
         raise ValueError(
             f"{name} has a last dimension of {shape[-1]}, expected 1 to {MAX_VOCABULARY}"
         )
-    if unit_stride and not logits.is_contiguous() and logits.stride(-1) != 1 and shape[-1] != 1:
+    if (
+        unit_stride
+        and not logits.is_contiguous()
+        and logits.stride(-1) != 1
+        and shape[-1] != 1
+        and logits.numel()
+    ):
         raise ValueError(
             f"{name} has stride {logits.stride(-1)} over its last dimension, expected 1; "
             "call .contiguous() on it"
@@ -73,6 +91,8 @@ def check_alike(name: str, logits: Tensor, like_name: str, like: Tensor, form: s
     """Raise unless logits pass :func:`check_logits` and are of the shape and device of others."""
     if (  # what most calls need
         type(logits) is not Tensor
+        or logits.layout is not _STRIDED
+        or logits.is_nested
         or logits.dtype not in LOGIT_DTYPES
         or logits.shape != like.shape
         or logits.device != like.device
@@ -92,7 +112,10 @@ def check_matrices(form: str, *, unit_stride: bool = True, **matrices: Tensor) -
 
 
 def check_kind(name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> None:
-    """Raise unless a tensor has this dtype and device."""
+    """Raise unless a value is a plain tensor of this dtype and device."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} is {_describe(tensor)}, expected a tensor of dtype {dtype}")
+    check_dense(name, tensor)
     if tensor.dtype is not dtype:
         raise TypeError(f"{name} has dtype {tensor.dtype}, expected {dtype}")
     if tensor.device != device:
@@ -103,8 +126,6 @@ def check_tensor(
     name: str, tensor: Tensor, dtype: torch.dtype, shape: Sequence[int], device: torch.device
 ) -> None:
     """Raise unless a tensor has exactly this dtype, shape and device."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} is {_describe(tensor)}, expected a tensor of dtype {dtype}")
     check_kind(name, tensor, dtype, device)
     if tensor.shape != torch.Size(shape):
         raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {list(shape)}")
@@ -118,16 +139,19 @@ def one_or_each(
     device: torch.device,
     positions: int | None = None,
 ) -> Tensor:
-    """The tensor itself; raises unless it has one element, one a row or one a row and position."""
+    """The tensor itself, a column as a row; raises unless it has one element, one a row or one a
+    row and position.
+    """
     if values.dtype is not dtype:
         raise TypeError(f"{name} has dtype {values.dtype}, expected {dtype}")
+    check_dense(name, values)
     shape = values.shape
-    if shape != (count,) and shape != (count, positions) and values.numel() != 1:
+    if shape not in ((count,), (count, 1), (count, positions)) and values.numel() != 1:
         more = "" if positions is None else f" or [{count}, {positions}]"
         raise ValueError(f"{name} has shape {list(shape)}, expected one element or [{count}]{more}")
     if values.device != device and not (values.is_cpu and values.numel() == 1):
         raise ValueError(f"{name} is on {values.device}, expected {device}")
-    return values
+    return values.squeeze(1) if shape == (count, 1) else values
 
 
 def check_flag(check: bool | None, tensor: Tensor) -> bool:
@@ -179,8 +203,14 @@ def double(value: float) -> Tensor:
     return _doubles[value]
 
 
-def is_int(value: object) -> bool:
-    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+def number(name: str, value: float, high: float = _FLOAT32_MAX) -> float:
+    """A number from 0 to ``high`` as a float; its own largest is that of float32, as in kernels."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat)):
+        raise TypeError(f"{name} is {value!r}, expected a number")
+    if not 0.0 <= value <= high:
+        wanted = f"0 <= {name} <= {high:g}" if high < _FLOAT32_MAX else "a finite number >= 0"
+        raise ValueError(f"{name} is {value!r}, expected {wanted}")
+    return float(value)
 
 
 def index_tensor(name: str, value: int | Tensor, count: int, device: torch.device) -> Tensor:
@@ -189,7 +219,7 @@ def index_tensor(name: str, value: int | Tensor, count: int, device: torch.devic
         return one_or_each(name, value, torch.int64, count, device)
     if type(value) is int and 0 <= value < rng.WORD and not _compiling():
         return _integers[value]  # what most calls need
-    if not is_int(value):
+    if not rng.is_int(value):
         raise TypeError(f"{name} is {value!r}, expected an int or an int64 tensor")
     return _integer(rng.check_word(name, value))
 
@@ -205,7 +235,7 @@ def sequence_tensor(value: int | Tensor | None, count: int, device: torch.device
 
 def rollout_tensor(value: int | Tensor, count: int, device: torch.device) -> Tensor:
     """Rollout numbers of 16 bits."""
-    if not isinstance(value, Tensor) and is_int(value):
+    if not isinstance(value, Tensor) and rng.is_int(value):
         rng.check_rollout(value)
     return index_tensor("rollout", value, count, device)
 
@@ -219,7 +249,7 @@ def seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
         return seed
     if isinstance(seed, torch.Generator):
         raise TypeError("seed is a torch.Generator, expected tta_ext.rng.seed_from_generator of it")
-    if seed is None or not is_int(seed):
+    if seed is None or not rng.is_int(seed):
         raise TypeError(f"seed is {seed!r}, expected an int or an int64 tensor")
     return _integer(rng.as_seed(seed))
 
@@ -241,7 +271,7 @@ def key_arguments(
             raise TypeError(f"{missing} is None, expected an int or an int64 tensor to draw with")
         seed = 0 if seed is None else seed
         position = 0 if position is None else position
-    if not 0 <= iteration < rng.ITERATIONS:
+    if type(iteration) is not int or not 0 <= iteration < rng.ITERATIONS:
         rng.check_iteration(iteration)
     plain = not _compiling()
     return (
@@ -335,15 +365,17 @@ def refuse_proxy_rule(name: str, rule: str | Rule, code: int) -> None:
 def check_output(
     name: str, tensor: Tensor, dtype: torch.dtype, shape: Sequence[int], device: torch.device
 ) -> None:
-    """Raise unless a tensor to write is contiguous and has this dtype, shape and device."""
+    """Raise unless a tensor may be written: contiguous, this dtype, shape and device, no grad."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} is {type(tensor).__name__}, expected a tensor")
+    check_dense(name, tensor)
     if tensor.dtype is not dtype or tensor.shape != shape or tensor.device != device:
         raise ValueError(
             f"{name} is {_describe(tensor)}, expected shape {list(shape)}, {dtype}, on {device}"
         )
     if not tensor.is_contiguous():
         raise ValueError(f"{name} is not contiguous, expected a contiguous tensor")
+    refuse_grad(name, tensor)
 
 
 def outputs(
@@ -369,7 +401,7 @@ def outputs(
             f"out has {len(found)} tensors, expected {len(results)}: {', '.join(fields)}"
         )
     whole, device = like.shape if shape is None else shape, like.device
-    for tensor, (name, dtype, dims) in zip(found, results):  # noqa: B905
+    for tensor, (name, dtype, dims, _) in zip(found, results):  # noqa: B905
         wanted = (whole[0],) if dims == 1 else whole if dims is None else whole[:dims]
         if (  # what most calls need, without another call
             type(tensor) is not Tensor
@@ -377,6 +409,7 @@ def outputs(
             or tensor.shape != wanted
             or tensor.device != device
             or not tensor.is_contiguous()
+            or tensor.requires_grad
         ):
             given = f"out.{fields[op.outputs.index(name)]}" if fields else "out"
             check_output(given, tensor, dtype or like.dtype, wanted, device)

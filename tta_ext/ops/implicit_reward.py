@@ -57,7 +57,11 @@ def _models(
     if experts == 0:
         raise ValueError(f"expert_logits has shape {list(expert_logits.shape)}, expected E >= 1")
     if not isinstance(beta, Tensor):
-        beta = torch.tensor(beta, dtype=torch.float32, device=device).reshape(-1)
+        try:
+            beta = torch.tensor(beta, dtype=torch.float32, device=device).reshape(-1)
+        except (TypeError, ValueError, RuntimeError, OverflowError):
+            form = f"{experts} finite numbers or float32 [{experts}]"
+            raise TypeError(f"beta is {beta!r}, expected {form}") from None
     args.check_tensor("beta", beta, torch.float32, (experts,), device)
     dtypes = {base_logits.dtype, *(stack.dtype for _, stack in stacks)}
     if len(dtypes) > 1:

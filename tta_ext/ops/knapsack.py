@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tta_ext import rules
 from tta_ext.dispatch import invoke
 from tta_ext.ops import _arguments as args
 from tta_ext.ops._documentation import documented
@@ -89,7 +90,7 @@ def greedy_knapsack(
             raise TypeError(f"capacity is {capacity!r}, expected a number or a float64 tensor")
         if not capacity >= 0:
             raise ValueError(f"capacity is {capacity!r}, expected a capacity >= 0")
-        limit = args.double(float(capacity))
+        limit = args.double(rules.as_float("capacity", capacity))
     outs = args.outputs(_KNAPSACK, out, profit, Knapsack._fields)
     arguments = (profit, weight, limit, args.check_flag(check, profit))
     return Knapsack(*invoke(_KNAPSACK, arguments, outs))

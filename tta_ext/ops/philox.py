@@ -83,6 +83,8 @@ def normal(
         >>> normal(3, seed=1).shape
         torch.Size([3])
     """
+    if not rng.is_int(n):
+        raise TypeError(f"n is {n!r}, expected an int")
     if n < 0:
         raise ValueError(f"n is {n}, expected n >= 0")
     device = seed.device if isinstance(seed, Tensor) else torch.device("cpu")

@@ -12,7 +12,6 @@ memory is O(tau d) whatever the number of rollouts.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -49,12 +48,6 @@ _PERTURB = OPS["prelogit_perturb"]
 _WEIGHTS = OPS["importance_weights"]
 _UPDATE = OPS["control_update"]
 _MERGE = OPS["control_merge"]
-
-
-def _check_sigma(sigma: float) -> float:
-    if not 0.0 <= sigma < math.inf:
-        raise ValueError(f"sigma is {sigma!r}, expected a finite number >= 0")
-    return float(sigma)
 
 
 def _check_mean(mean: Tensor, device: torch.device) -> None:
@@ -123,8 +116,6 @@ def prelogit_perturb(
         )
     if mean.shape[0] == 0 or mean.shape[1] == 0:
         raise ValueError(f"mean has shape {list(mean.shape)}, expected P >= 1 and tau >= 1")
-    if not isinstance(row, Tensor) and not 0 <= row < mean.shape[0]:
-        raise ValueError(f"row is {row}, expected 0 <= row < {mean.shape[0]}")
     rng.check_iteration(iteration)
     indices = (
         args.index_tensor("step", step, count, device),
@@ -132,19 +123,23 @@ def prelogit_perturb(
         args.index_tensor("sequence", sequence, count, device),
         args.rollout_tensor(rollout, count, device),
     )
-    if dot is None:
-        dot = hidden.new_zeros(count, dtype=torch.float32)
-    else:
-        args.check_tensor("dot", dot, torch.float32, (count,), device)
-        if not dot.is_contiguous():
-            raise ValueError("dot is not contiguous, expected a contiguous tensor")
-    if out is None:
-        out = hidden.new_empty(hidden.shape)
-    else:
-        args.check_output("out", out, hidden.dtype, hidden.shape, device)
+    if not isinstance(row, Tensor) and not row < mean.shape[0]:
+        raise ValueError(f"row is {row}, expected 0 <= row < {mean.shape[0]}")
+    outs = None
+    if out is not None or dot is not None:
+        if dot is None:
+            dot = hidden.new_zeros(count, dtype=torch.float32)
+        else:
+            args.check_kind("dot", dot, torch.float32, device)
+            args.check_output("dot", dot, torch.float32, (count,), device)
+        if out is None:
+            out = hidden.new_empty(hidden.shape)
+        else:
+            args.check_output("out", out, hidden.dtype, hidden.shape, device)
+        outs = out, dot
     key, flag = args.seed_tensor(seed, device), args.check_flag(check, hidden)
-    arguments = (hidden, mean, *indices, iteration, _check_sigma(sigma), key, flag)
-    return invoke(_PERTURB, arguments, (out, dot))[0]
+    arguments = (hidden, mean, *indices, iteration, args.number("sigma", sigma), key, flag)
+    return invoke(_PERTURB, arguments, outs)[0]
 
 
 def importance_weights(
@@ -189,13 +184,9 @@ def importance_weights(
         tensor([[0., 1., 0.]])
     """
     args.check_matrices("[P, n]", unit_stride=False, reward=reward, dot=dot, norm2=norm2)
-    if not 0.0 <= lam < math.inf:
-        raise ValueError(f"lam is {lam!r}, expected a finite number >= 0")
-    if not 0.0 <= alpha <= 1.0:
-        raise ValueError(f"alpha is {alpha!r}, expected 0 <= alpha <= 1")
+    numbers = args.number("lam", lam), args.number("alpha", alpha, 1.0), args.number("sigma", sigma)
     outs = args.outputs(_WEIGHTS, out, reward, Weights._fields)
-    flag = args.check_flag(check, reward)
-    arguments = (reward, dot, norm2, float(lam), float(alpha), _check_sigma(sigma), flag)
+    arguments = (reward, dot, norm2, *numbers, args.check_flag(check, reward))
     return Weights(*invoke(_WEIGHTS, arguments, outs))
 
 
@@ -205,6 +196,8 @@ def _subtree(rollouts: tuple[int, int] | None, count: int) -> tuple[int, int, bo
     if rollouts is None:
         return 0, padded, False
     start, stop = rollouts
+    if not (rng.is_int(start) and rng.is_int(stop)):
+        raise TypeError(f"rollouts is {rollouts!r}, expected two ints (start, stop)")
     size = stop - start
     if not (0 <= start < stop <= padded and size & (size - 1) == 0 and start % size == 0):
         raise ValueError(
@@ -244,7 +237,7 @@ def control_update(
         rollouts: the subtree to sum; default: all, and the result is the new mean.
         check: raise ``ValueError`` for weights that are not finite and ids out of range (default on
             the CPU).
-        out: contiguous float32 ``[P, tau, d]`` to write; may not be ``mean``.
+        out: contiguous float32 ``[P, tau, d]`` to write; may be ``mean`` itself.
 
     Errors: ``TypeError`` for dtypes, ``ValueError`` for shapes, devices, layout and ranges.
 
@@ -271,10 +264,8 @@ def control_update(
     rng.check_iteration(iteration)
     part = _subtree(rollouts, count)
     outs = args.outputs(_UPDATE, out, mean)
-    if out is mean:
-        raise ValueError("out is mean, expected another tensor")
     key, ids = args.seed_tensor(seed, device), args.sequence_tensor(sequence, prompts, device)
-    noise = (key, ids, iteration, _check_sigma(sigma))
+    noise = (key, ids, iteration, args.number("sigma", sigma))
     arguments = (mean, weights, length, *noise, *part, args.check_flag(check, mean))
     return invoke(_UPDATE, arguments, outs)[0]
 
@@ -317,4 +308,4 @@ def control_merge(
         )
     args.check_tensor("partials", partials, torch.float32, (shards, *mean.shape), mean.device)
     outs = args.outputs(_MERGE, out, mean)
-    return invoke(_MERGE, (mean, partials, _check_sigma(sigma)), outs)[0]
+    return invoke(_MERGE, (mean, partials, args.number("sigma", sigma)), outs)[0]

@@ -58,9 +58,9 @@ def categorical_sample(
     args.check_logits("logits", logits, 2, "[B, V]")
     temperature = rules.check_temperature("temperature", temperature)
     key = args.key_arguments(logits, seed, position, sequence, iteration, rollout, do_sample)
-    if not 0 <= stream <= rng.USER:
+    if type(stream) is not int or not 0 <= stream <= rng.USER:
         rng.check_stream(stream)
-    if not 0 <= draw < rng.WORD:
+    if type(draw) is not int or not 0 <= draw < rng.WORD:
         rng.check_word("draw", draw)
     outs = args.outputs(_SAMPLE, out, logits)
     flag = args.check_flag(check, logits)

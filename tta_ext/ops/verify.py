@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tta_ext import rules
+from tta_ext import rng, rules
 from tta_ext.dispatch import invoke
 from tta_ext.ops import _arguments as args
 from tta_ext.ops._documentation import documented
@@ -126,6 +126,9 @@ def deferral_verify(
         )
     base, proxy = base_logits, proxy_logits
     args.check_tensor("draft", draft, torch.int64, (rows, positions - 1), base.device)
+    args.check_kind("draft_length", draft_length, torch.int64, base.device)
+    if draft_length.shape == (rows, 1):
+        draft_length = draft_length.squeeze(1)
     args.check_tensor("draft_length", draft_length, torch.int64, (rows,), base.device)
     numbers = args.rule_arguments(
         base, rule, param, critical, temperature, rule_temperature, positions
@@ -136,6 +139,11 @@ def deferral_verify(
             "which needs the proxy at every position"
         )
     key = args.key_arguments(base, seed, position, sequence, iteration, rollout, do_sample)
+    if isinstance(position, int) and position + positions > rng.WORD:
+        raise ValueError(
+            f"position is {position}, expected 0 <= position < 2**32 - {positions - 1}: the k-th "
+            "draft draws with position + k"
+        )
     outs = args.outputs(_VERIFY, out, base, Verified._fields)
     flag = args.check_flag(check, base)
     arguments = (base, proxy, draft, draft_length, *numbers, *key, bool(return_mass), flag)

@@ -74,7 +74,7 @@ def importance_weights(
         score = (r - r.amax(-1, keepdim=True)) / lam
         if sigma != 0:
             slack = (1.0 - alpha) / sigma
-            penalty = slack * dot.to(compute_dtype) + 0.5 * slack**2 * norm2.to(compute_dtype)
+            penalty = slack * dot.to(compute_dtype) + 0.5 * slack * slack * norm2.to(compute_dtype)
             score = score - torch.where(invalid.unsqueeze(-1), 0.0, penalty)
         weights = torch.softmax(score, dim=-1)
     ess = 1.0 / weights.square().sum(-1)
