@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from tta_ext.decoding.deferral.implicit_reward import ImplicitReward
 from tta_ext.decoding.deferral.request import GenerationOptions, Models, Request, draft_length
 from tta_ext.decoding.deferral.result import Generation
 from tta_ext.decoding.runtime.attention import check_model
-from tta_ext.decoding.runtime.loading import load_model, load_tokenizer
+from tta_ext.decoding.runtime.loading import LoadingOptions, load_model, load_tokenizer
 from tta_ext.decoding.runtime.models import device_of, logit_count
 from tta_ext.decoding.runtime.probe import probe_model
 from tta_ext.decoding.runtime.signatures import keywords_of
@@ -45,8 +45,8 @@ _TURN = [name for name in GenerationOptions.__annotations__ if name not in _PROM
 _BOTH = "rule is a Rule, which brings param, critical, temperature and rule_temperature with it"
 
 
-class _Options(TypedDict, total=False):
-    """The constructor's keywords, for :meth:`KnapsackDeferral.from_pretrained`."""
+class _Options(LoadingOptions, total=False):
+    """The keywords of :meth:`KnapsackDeferral.from_pretrained`: the constructor's and loading's."""
 
     rule: str | Rule
     param: float | Tensor | Sequence[float] | None
@@ -168,7 +168,15 @@ class KnapsackDeferral:
                 probe_model(model, name)
 
     @classmethod
-    @keywords_of(__init__, "base", "proxy", "tokenizer", "proxy_tokenizer", "anti")
+    @keywords_of(
+        __init__,
+        "base",
+        "proxy",
+        "tokenizer",
+        "proxy_tokenizer",
+        "anti",
+        also=LoadingOptions.__annotations__,
+    )
     def from_pretrained(
         cls,
         base: str,
@@ -177,6 +185,7 @@ class KnapsackDeferral:
         anti: str | None = None,
         dtype: torch.dtype | str = "auto",
         device: torch.device | str | None = None,
+        proxy_loading: LoadingOptions | None = None,
         **options: Unpack[_Options],
     ) -> KnapsackDeferral:
         """Load two models and their tokenizers (safetensors or GGUF) and pair them.
@@ -185,20 +194,31 @@ class KnapsackDeferral:
             base, proxy, anti: folders, ``.gguf`` files or hub names.
             dtype: dtype of the weights; ``"auto"`` keeps the files'.
             device: where the models go; None leaves them on the CPU.
-            options: passed to the constructor.
+            proxy_loading: loading options of proxy and anti that differ from the base's.
+            options: ``device_map``, ``attn_implementation``, ``quantization_config``, ``revision``
+                and the other :class:`~tta_ext.decoding.runtime.loading.LoadingOptions` go to
+                transformers, the rest to the constructor.
+
+        Raises:
+            TypeError, ValueError: as :func:`~tta_ext.decoding.runtime.loading.load_model` and the
+                constructor.
         """
+        given: dict[str, Any] = dict(options)
+        own: Any = {k: given.pop(k) for k in LoadingOptions.__annotations__ if k in given}
+        theirs: Any = {**own, **(proxy_loading or {})}
+        named = (("base", base, own), ("proxy", proxy, theirs), ("anti", anti, theirs))
         models = {
-            name: load_model(path, dtype=dtype, device=device)
-            for name, path in (("base", base), ("proxy", proxy), ("anti", anti))
+            name: load_model(path, dtype=dtype, device=device, **loading)
+            for name, path, loading in named
             if path is not None
         }
         return cls(
             models["base"],
             models["proxy"],
-            load_tokenizer(base),
-            proxy_tokenizer=load_tokenizer(proxy),
+            load_tokenizer(base, **own),
+            proxy_tokenizer=load_tokenizer(proxy, **theirs),
             anti=models.get("anti"),
-            **options,
+            **given,
         )
 
     # ---- public calls ------------------------------------------------------------------------
