@@ -8,6 +8,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -155,10 +156,13 @@ def test_code_of_a_folder_is_never_run(
     answers = io.StringIO("y\n" * 20)
     monkeypatch.setattr(sys, "stdin", answers)
     load = load_model if kind == "model" else load_classifier
-    if where == "config":  # elsewhere transformers has a class of its own
-        with pytest.raises(ValueError, match="needs code of its own"):
-            load(str(path))
-    else:
+    # Transformers may have a class of its own for what the folder names; then that one is taken.
+    own = (where, kind) in {
+        ("model", "model"),
+        ("model", "classifier"),
+        ("tokenizer", "classifier"),
+    }
+    with nullcontext() if own else pytest.raises(ValueError, match="needs code of its own"):
         load(str(path))
         load_tokenizer(str(path))
     assert not (tmp_path / "ran").exists()
@@ -250,8 +254,8 @@ FAULTS: list[tuple[Callable[[Path], Any], str]] = [
     (cut, "is damaged: Error while deserializing header"),
     (text("model.safetensors", POINTER), "is a pointer of Git LFS"),
     (text("model.safetensors", "no model"), "is damaged"),
-    (other_shape, "cannot load a model from .*size mismatch"),
-    (lacks_one, r"it has no weights for model\.layers\.0\.mlp\.up_proj\.weight of LlamaForCausal"),
+    (other_shape, r"it has lm_head\.weight of shape \[104, 32\] where \[105, 32\] is expected"),
+    (lacks_one, r"it has no weights for model\.layers\.0\.mlp\.up_proj\.weight \(LlamaForCausal"),
     (text("config.json", "["), "is no JSON"),
     (text("config.json", "[" * 100_000), "is no JSON"),
     (text("config.json", "[]"), "holds no JSON object"),

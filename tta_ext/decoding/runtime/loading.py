@@ -119,12 +119,17 @@ def _load(
             dtype=dtype,
             trust_remote_code=False,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,
             **extra,
             **given,
         )
-        missing = sorted(report["missing_keys"])
-        if missing:  # transformers draws them at random
-            raise ValueError(f"it has no weights for {_few(missing)} of {type(model).__name__}")
+        # Transformers would draw them at random.
+        missing = [f"no weights for {name}" for name in sorted(report["missing_keys"])]
+        for name, found, expected in sorted(report["mismatched_keys"]):
+            missing.append(f"{name} of shape {list(found)} where {list(expected)} is expected")
+        if missing:
+            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+            raise ValueError(f"it has {', '.join(missing[:3])}{more} ({type(model).__name__})")
         if device is not None:
             model = model.to(device)
     model.config.name_or_path = path  # transformers names the folder of a .gguf file
@@ -281,7 +286,7 @@ def reading(what: str, path: str) -> Iterator[None]:
         raise
     except Exception as error:
         line = _line(error)
-        if "trust_remote_code" in line:
+        if "trust_remote_code" in str(error):
             line = (
                 "it needs code of its own, which is never run here; load it with transformers and "
                 "pass the model"
@@ -293,8 +298,3 @@ def reading(what: str, path: str) -> Iterator[None]:
 
 def _line(error: BaseException) -> str:
     return shorten(str(error), 300, placeholder=" ...")
-
-
-def _few(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
