@@ -63,7 +63,7 @@ def test_sequence_view_groups_rows() -> None:
     assert out[:, 0].tolist() == [3, 3, 9]
     assert sorted(shapes) == [(1, 1), (2, 2)]
     view.write([0, 1, 2], [7, 8, 9])
-    view.keep([1, 2], torch.tensor([1, 2]))
+    view.keep([1, 2])
     assert view.process(processor, torch.zeros(1, 4), [0])[:, 0].tolist() == [11]
     assert view.stopped(lambda ids, scores: ids[:, -1] == 9, torch.zeros(2, 4)) == [False, True]
 

@@ -19,6 +19,7 @@ from tta_ext.decoding.deferral.implicit_reward import ImplicitReward
 from tta_ext.decoding.deferral.request import GenerationOptions, Models, Request, draft_length
 from tta_ext.decoding.deferral.result import Generation
 from tta_ext.decoding.runtime.attention import check_model
+from tta_ext.decoding.runtime.generate_options import check_processors
 from tta_ext.decoding.runtime.loading import LoadingOptions, load_model, load_tokenizer
 from tta_ext.decoding.runtime.models import device_of, logit_count
 from tta_ext.decoding.runtime.probe import probe_model
@@ -243,6 +244,10 @@ class KnapsackDeferral:
                 of ``prompts``; ``proxy_input_ids``, ``proxy_attention_mask`` for the proxy.
             max_new_tokens: tokens after which an answer ends (default 128).
             do_sample: draw from the mixture; False takes its most probable token.
+            top_k, top_p, min_p: cut both models' distributions before the rule looks at them: keep
+                the k most probable tokens; the smallest set with this mass; tokens with this share
+                of the highest probability. After ``logits_processor``, in this order, at the rule's
+                ``temperature``, as in transformers. For ``"implicit_reward"``, the base's alone.
             seed: an int, or a ``torch.Generator`` that supplies one; None takes one from torch's
                 default generator.
             sequence: 32-bit ids of the answers' random streams, one for each answer; default
@@ -261,7 +266,9 @@ class KnapsackDeferral:
             trace: True keeps a :class:`TokenTrace` for each token and runs the proxy at every step
                 to know ``q``; ``"lazy"`` leaves ``q`` None where the proxy was not needed.
             padded_context: with ``input_ids``, processors and criteria see them as they are,
-                padding included, as in transformers' own ``generate``.
+                padding included, and every row at each call, as in transformers' own ``generate``.
+            pad_token_id: what stands behind answers that have ended, where processors, criteria and
+                streamers see several; default: the tokenizer's, or an end of answer.
             errors: a row whose logits have NaN or +inf, or nothing finite, has no token.
                 ``"raise"`` stops with a ``ValueError`` that names prompt, position and model;
                 ``"finish"`` ends that answer alone, with ``finish`` ``"error"`` and the sentence in
@@ -275,6 +282,10 @@ class KnapsackDeferral:
             TypeError, ValueError: one sentence with the offending value and what is accepted.
         """
         request = self.request(prompts, **options)
+        if streamer is not None:
+            check_processors([streamer])
+            if batch_size is not None and batch_size < len(request.base) // request.repeats:
+                raise ValueError("a streamer takes one batch; leave batch_size out")
         parts: list[Generation] = []
         done = 0
 
@@ -291,7 +302,7 @@ class KnapsackDeferral:
             if streamer is None:
                 loop.run()
             else:
-                request.feed(streamer, loop, None if parts else batch.base)
+                request.feed(streamer, loop, batch.base)
             parts.append(request.result(batch, loop))
             done += len(parts[-1])
         if streamer is not None:
