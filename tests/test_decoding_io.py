@@ -19,7 +19,7 @@ from models import (
     ragged_prompts,
 )
 
-from tta_ext.decoding import KnapsackDeferral, align_vocabularies, load_model
+from tta_ext.decoding import KnapsackDeferral, align_vocabularies
 from tta_ext.decoding.runtime.processors import SequenceView
 from tta_ext.decoding.runtime.prompts import encode_prompts, unpad
 
@@ -63,7 +63,7 @@ def test_sequence_view_groups_rows() -> None:
     assert out[:, 0].tolist() == [3, 3, 9]
     assert sorted(shapes) == [(1, 1), (2, 2)]
     view.write([0, 1, 2], [7, 8, 9])
-    view.keep([1, 2], torch.tensor([1, 2]))
+    view.keep([1, 2])
     assert view.process(processor, torch.zeros(1, 4), [0])[:, 0].tolist() == [11]
     assert view.stopped(lambda ids, scores: ids[:, -1] == 9, torch.zeros(2, 4)) == [False, True]
 
@@ -263,24 +263,3 @@ def test_vocabularies_that_differ_are_refused() -> None:
     with pytest.raises(ValueError, match="proxy has 50 logits but the vocabulary has"):
         align_vocabularies(200, 50, ours)
     assert align_vocabularies(200, 150, ours, make_tokenizer()).size == len(ours)
-
-
-def test_only_safetensors_are_loaded(tmp_path: Any) -> None:
-    model = base_model()
-    model.save_pretrained(tmp_path / "good")
-    torch.testing.assert_close(
-        load_model(str(tmp_path / "good")).lm_head.weight, model.lm_head.weight
-    )
-    make_tokenizer().save_pretrained(tmp_path / "good")
-    kad = KnapsackDeferral.from_pretrained(
-        str(tmp_path / "good"), str(tmp_path / "good"), rule="knapsack", param=0.5
-    )
-    assert len(kad.generate("hi", max_new_tokens=2).tokens[0]) <= 2
-    bad = tmp_path / "bad"
-    bad.mkdir()
-    model.config.save_pretrained(bad)
-    torch.save(model.state_dict(), bad / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"holds no \.safetensors"):
-        load_model(str(bad))
-    with pytest.raises(ValueError, match=r"there is no file .*x\.gguf"):
-        load_model(str(tmp_path / "x.gguf"))

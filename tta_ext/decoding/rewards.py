@@ -30,7 +30,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from tta_ext._version import install
-from tta_ext.decoding.runtime.loading import reading
+from tta_ext.decoding.runtime.loading import LoadingOptions, load_classifier, load_tokenizer
 from tta_ext.decoding.runtime.models import device_of
 
 __all__ = [
@@ -190,17 +190,23 @@ class ClassifierReward:
 
     @classmethod
     def from_pretrained(
-        cls, path: str, *, dtype: torch.dtype | str = "auto", device: Any = None, **options: Any
+        cls,
+        path: str,
+        *,
+        dtype: torch.dtype | str = "auto",
+        device: torch.device | str | None = None,
+        **options: Any,
     ) -> ClassifierReward:
-        """Load a reward model (safetensors) and its tokenizer; ``options`` as the constructor's."""
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+        """Load a reward model (safetensors) and its tokenizer.
 
-        with reading("a reward model", path):
-            model = AutoModelForSequenceClassification.from_pretrained(
-                path, dtype=dtype, use_safetensors=True
-            )
-            tokenizer = AutoTokenizer.from_pretrained(path)
-        return cls(model if device is None else model.to(device), tokenizer, **options)
+        Args:
+            path, dtype, device: as :func:`~tta_ext.decoding.runtime.loading.load_model`.
+            options: its :class:`~tta_ext.decoding.runtime.loading.LoadingOptions`; the rest as the
+                constructor's.
+        """
+        loading: Any = {k: options.pop(k) for k in LoadingOptions.__annotations__ if k in options}
+        model = load_classifier(path, dtype=dtype, device=device, **loading)
+        return cls(model, load_tokenizer(path, **loading), **options)
 
     @staticmethod
     def _find(label: int | str | None, config: Any) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +19,8 @@ from tta_ext.decoding.deferral.implicit_reward import ImplicitReward
 from tta_ext.decoding.deferral.request import GenerationOptions, Models, Request, draft_length
 from tta_ext.decoding.deferral.result import Generation
 from tta_ext.decoding.runtime.attention import check_model
-from tta_ext.decoding.runtime.loading import load_model, load_tokenizer
+from tta_ext.decoding.runtime.generate_options import check_processors
+from tta_ext.decoding.runtime.loading import LoadingOptions, load_model, load_tokenizer
 from tta_ext.decoding.runtime.models import device_of, logit_count
 from tta_ext.decoding.runtime.probe import probe_model
 from tta_ext.decoding.runtime.signatures import keywords_of
@@ -45,8 +46,8 @@ _TURN = [name for name in GenerationOptions.__annotations__ if name not in _PROM
 _BOTH = "rule is a Rule, which brings param, critical, temperature and rule_temperature with it"
 
 
-class _Options(TypedDict, total=False):
-    """The constructor's keywords, for :meth:`KnapsackDeferral.from_pretrained`."""
+class _Options(LoadingOptions, total=False):
+    """The keywords of :meth:`KnapsackDeferral.from_pretrained`: the constructor's and loading's."""
 
     rule: str | Rule
     param: float | Tensor | Sequence[float] | None
@@ -168,7 +169,15 @@ class KnapsackDeferral:
                 probe_model(model, name)
 
     @classmethod
-    @keywords_of(__init__, "base", "proxy", "tokenizer", "proxy_tokenizer", "anti")
+    @keywords_of(
+        __init__,
+        "base",
+        "proxy",
+        "tokenizer",
+        "proxy_tokenizer",
+        "anti",
+        also=LoadingOptions.__annotations__,
+    )
     def from_pretrained(
         cls,
         base: str,
@@ -177,6 +186,7 @@ class KnapsackDeferral:
         anti: str | None = None,
         dtype: torch.dtype | str = "auto",
         device: torch.device | str | None = None,
+        proxy_loading: LoadingOptions | None = None,
         **options: Unpack[_Options],
     ) -> KnapsackDeferral:
         """Load two models and their tokenizers (safetensors or GGUF) and pair them.
@@ -185,20 +195,31 @@ class KnapsackDeferral:
             base, proxy, anti: folders, ``.gguf`` files or hub names.
             dtype: dtype of the weights; ``"auto"`` keeps the files'.
             device: where the models go; None leaves them on the CPU.
-            options: passed to the constructor.
+            proxy_loading: loading options of proxy and anti that differ from the base's.
+            options: ``device_map``, ``attn_implementation``, ``quantization_config``, ``revision``
+                and the other :class:`~tta_ext.decoding.runtime.loading.LoadingOptions` go to
+                transformers, the rest to the constructor.
+
+        Raises:
+            TypeError, ValueError: as :func:`~tta_ext.decoding.runtime.loading.load_model` and the
+                constructor.
         """
+        given: dict[str, Any] = dict(options)
+        own: Any = {k: given.pop(k) for k in LoadingOptions.__annotations__ if k in given}
+        theirs: Any = {**own, **(proxy_loading or {})}
+        named = (("base", base, own), ("proxy", proxy, theirs), ("anti", anti, theirs))
         models = {
-            name: load_model(path, dtype=dtype, device=device)
-            for name, path in (("base", base), ("proxy", proxy), ("anti", anti))
+            name: load_model(path, dtype=dtype, device=device, **loading)
+            for name, path, loading in named
             if path is not None
         }
         return cls(
             models["base"],
             models["proxy"],
-            load_tokenizer(base),
-            proxy_tokenizer=load_tokenizer(proxy),
+            load_tokenizer(base, **own),
+            proxy_tokenizer=load_tokenizer(proxy, **theirs),
             anti=models.get("anti"),
-            **options,
+            **given,
         )
 
     # ---- public calls ------------------------------------------------------------------------
@@ -223,6 +244,10 @@ class KnapsackDeferral:
                 of ``prompts``; ``proxy_input_ids``, ``proxy_attention_mask`` for the proxy.
             max_new_tokens: tokens after which an answer ends (default 128).
             do_sample: draw from the mixture; False takes its most probable token.
+            top_k, top_p, min_p: cut both models' distributions before the rule looks at them: keep
+                the k most probable tokens; the smallest set with this mass; tokens with this share
+                of the highest probability. After ``logits_processor``, in this order, at the rule's
+                ``temperature``, as in transformers. For ``"implicit_reward"``, the base's alone.
             seed: an int, or a ``torch.Generator`` that supplies one; None takes one from torch's
                 default generator.
             sequence: 32-bit ids of the answers' random streams, one for each answer; default
@@ -241,7 +266,9 @@ class KnapsackDeferral:
             trace: True keeps a :class:`TokenTrace` for each token and runs the proxy at every step
                 to know ``q``; ``"lazy"`` leaves ``q`` None where the proxy was not needed.
             padded_context: with ``input_ids``, processors and criteria see them as they are,
-                padding included, as in transformers' own ``generate``.
+                padding included, and every row at each call, as in transformers' own ``generate``.
+            pad_token_id: what stands behind answers that have ended, where processors, criteria and
+                streamers see several; default: the tokenizer's, or an end of answer.
             errors: a row whose logits have NaN or +inf, or nothing finite, has no token.
                 ``"raise"`` stops with a ``ValueError`` that names prompt, position and model;
                 ``"finish"`` ends that answer alone, with ``finish`` ``"error"`` and the sentence in
@@ -255,6 +282,10 @@ class KnapsackDeferral:
             TypeError, ValueError: one sentence with the offending value and what is accepted.
         """
         request = self.request(prompts, **options)
+        if streamer is not None:
+            check_processors([streamer])
+            if batch_size is not None and batch_size < len(request.base) // request.repeats:
+                raise ValueError("a streamer takes one batch; leave batch_size out")
         parts: list[Generation] = []
         done = 0
 
@@ -271,7 +302,7 @@ class KnapsackDeferral:
             if streamer is None:
                 loop.run()
             else:
-                request.feed(streamer, loop, None if parts else batch.base)
+                request.feed(streamer, loop, batch.base)
             parts.append(request.result(batch, loop))
             done += len(parts[-1])
         if streamer is not None:

@@ -293,7 +293,7 @@ class Loop(ABC):
             runner.keep(kept)
         index = torch.tensor(kept, device=self.base.device)
         if self.options.context is not None:
-            self.options.context.keep(kept, index)
+            self.options.context.keep(kept)
         self.keep(index)
 
     def keep(self, index: Tensor) -> None:

@@ -8,6 +8,7 @@ from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from tta_ext import rng
 from tta_ext.decoding.deferral.draft_length import AutoLength, DraftLength, FixedLength, Memory
@@ -20,7 +21,12 @@ from tta_ext.decoding.deferral.speculative import (
     SpeculativeLazy,
 )
 from tta_ext.decoding.runtime.models import device_of
-from tta_ext.decoding.runtime.processors import SequenceView, as_criteria, as_processors
+from tta_ext.decoding.runtime.processors import (
+    SequenceView,
+    as_criteria,
+    as_processors,
+    warpers,
+)
 from tta_ext.decoding.runtime.prompts import (
     check_prompts,
     encode_prompts,
@@ -48,6 +54,9 @@ class GenerationOptions(TypedDict, total=False):
     proxy_attention_mask: Tensor | None
     max_new_tokens: int
     do_sample: bool
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
     seed: int | torch.Generator | None
     sequence: Sequence[int] | Tensor | None
     num_return_sequences: int
@@ -61,6 +70,7 @@ class GenerationOptions(TypedDict, total=False):
     logits_processor: Any
     stopping_criteria: Any
     padded_context: bool
+    pad_token_id: int | None
     lazy: bool
     trace: bool | str
     speculative: int | str | None
@@ -128,7 +138,6 @@ class Batch:
     proxy: list[list[int]]
     sequence: list[int]
     rule: Rule | ImplicitReward
-    context: list[list[int]]
 
 
 class Request:
@@ -155,6 +164,9 @@ class Request:
         proxy_attention_mask: Tensor | None = None,
         max_new_tokens: int = 128,
         do_sample: bool = True,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
         seed: int | torch.Generator | None = None,
         sequence: Sequence[int] | Tensor | None = None,
         num_return_sequences: int = 1,
@@ -163,6 +175,7 @@ class Request:
         logits_processor: Any = None,
         stopping_criteria: Any = None,
         padded_context: bool = False,
+        pad_token_id: int | None = None,
         lazy: bool = True,
         trace: bool | str = False,
         speculative: int | str | None = None,
@@ -192,17 +205,29 @@ class Request:
             raise ValueError(f"there are {len(base)} prompts and {len(proxy)} proxy prompts")
         for i, (model, name) in enumerate(models.named):
             check_prompts(model, proxy if i else base, max_new_tokens, name)
-        context = base if input_ids is None or not padded_context else input_ids.tolist()
+        self.padded = input_ids is not None and padded_context
+        context = input_ids.tolist() if input_ids is not None and padded_context else base
         self.repeats = num_return_sequences
         self.base, self.proxy, self.context = (
             [prompt for prompt in each for _ in range(num_return_sequences)]
             for each in (base, proxy, context)
         )
+        pad = (
+            getattr(models.tokenizer, "pad_token_id", None)
+            if pad_token_id is None
+            else pad_token_id
+        )
+        self.pad: int = min(ends, default=0) if pad is None else pad
         self.sequence = sequence_ids(sequence, len(self.base))
         self.rule = self._spread(rule, len(base))
         self.policy = self._policy(speculative, memories)
         self.seed = rng.resolve_seed(seed)
-        self.processors = as_processors(logits_processor)
+        cuts = {"top_k": top_k, "top_p": top_p, "min_p": min_p}
+        given = [name for name, value in cuts.items() if value is not None]
+        if given and not do_sample:
+            raise ValueError(f"{given[0]} goes with do_sample=True")
+        own = as_processors(logits_processor) or []
+        self.processors = as_processors([*own, *warpers(rule.temperature, **cuts)])
         self.criteria = as_criteria(stopping_criteria)
 
     def _prompts(
@@ -270,7 +295,6 @@ class Request:
                 self.proxy[part],
                 self.sequence[part],
                 rule,
-                self.context[part],
             )
 
     def start(
@@ -291,7 +315,11 @@ class Request:
                     runner.reload(batch.proxy if i else batch.base, room)
         context = None
         if self.processors or self.criteria:
-            context = SequenceView(batch.context, room, device)
+            # Of every batch, so that a row is found at its place in the call.
+            rows = range(batch.first, batch.first + len(batch.base))
+            context = SequenceView(
+                self.context, room, device, pad=self.pad, rows=rows, whole=self.padded
+            )
         options = LoopOptions(
             rule=batch.rule,
             seed=torch.tensor([self.seed], dtype=torch.int64, device=device),
@@ -356,11 +384,11 @@ class Request:
 
     def feed(self, streamer: Any, loop: Loop, prompts: Sequence[Sequence[int]] | None) -> None:
         """Run a loop into a transformers streamer: prompts, if any, then a token a row at most."""
-        pad = getattr(self.models.tokenizer, "pad_token_id", None)
-        pad = min(self.limits.ends, default=0) if pad is None else pad
-        count = len(loop.rows.active)
-        if prompts is not None and len({len(prompt) for prompt in prompts}) == 1:
-            streamer.put(torch.tensor(prompts))
+        pad, count = self.pad, len(loop.rows.active)
+        if prompts is not None:
+            # Padded where lengths differ, as generate() of transformers would have them.
+            rows = [torch.tensor(prompt) for prompt in prompts]
+            streamer.put(pad_sequence(rows, True, pad, padding_side="left"))
         while not loop.done:
             loop.step()
             columns: list[list[int]] = []

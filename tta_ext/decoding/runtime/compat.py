@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
+from transformers import GenerationMixin, LogitsProcessor, PrefixConstrainedLogitsProcessor
 from transformers.cache_utils import CacheLayerMixin
 
 __all__ = [
@@ -19,6 +20,8 @@ __all__ = [
     "attention_implementation",
     "cache_argument",
     "is_recurrent",
+    "kept_by_generate",
+    "of_one_row",
     "passed_cache",
     "query_count",
 ]
@@ -65,6 +68,30 @@ def attention_implementation(config: Any) -> str:
 def query_count(queries: int | Tensor) -> int:
     """How many queries a cache is asked about: until 5.3 it is given their positions."""
     return queries.shape[0] if isinstance(queries, Tensor) else queries
+
+
+def of_one_row(constraint: PrefixConstrainedLogitsProcessor, row: int) -> LogitsProcessor:
+    """A prefix constraint for one row of a call: its function is told that row's number."""
+    allowed, beams = constraint._prefix_allowed_tokens_fn, constraint._num_beams
+    return PrefixConstrainedLogitsProcessor(lambda _, ids: allowed(row // beams, ids), 1)
+
+
+def kept_by_generate() -> dict[str, Any]:
+    """What the caller of ``generate`` passed, and ``generate`` does not hand on to custom loops.
+
+    Transformers keeps the streamer and the assistant model to itself, in silence; only its own
+    frame knows of them. Empty outside of a call of ``generate``.
+    """
+    code = inspect.unwrap(GenerationMixin.generate).__code__
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back
+    if frame is None:
+        return {}
+    names = ("streamer", "assistant_model", "synced_gpus")
+    names += ("negative_prompt_ids", "negative_prompt_attention_mask")
+    found = frame.f_locals
+    return {name: found[name] for name in names if found.get(name) is not None}
 
 
 class AttentionLayerCache(CacheLayerMixin):

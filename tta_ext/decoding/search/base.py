@@ -14,10 +14,12 @@ from time import perf_counter
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
+from typing_extensions import Self
 
 from tta_ext import rng
 from tta_ext.decoding.rewards import Reward, RewardStream, check_reward
 from tta_ext.decoding.runtime.attention import check_model
+from tta_ext.decoding.runtime.loading import LoadingOptions, load_model, load_tokenizer
 from tta_ext.decoding.runtime.models import logit_count
 from tta_ext.decoding.runtime.probe import probe_model
 from tta_ext.decoding.runtime.prompts import (
@@ -113,6 +115,32 @@ class SearchMethod(Generic[S]):
         )
         if probe:
             probe_model(model, "model")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str,
+        reward: Reward,
+        *,
+        dtype: torch.dtype | str = "auto",
+        device: torch.device | str | None = None,
+        **options: Any,
+    ) -> Self:
+        """Load a model and its tokenizer (safetensors or GGUF).
+
+        Args:
+            model: a folder, a ``.gguf`` file or a hub name.
+            reward: the reward, as the constructor's.
+            dtype: dtype of the weights; ``"auto"`` keeps the file's.
+            device: where the model goes; None leaves it on the CPU.
+            options: ``device_map``, ``attn_implementation``, ``quantization_config``, ``revision``
+                and the other :class:`~tta_ext.decoding.runtime.loading.LoadingOptions` go to
+                transformers, the rest to the constructor.
+        """
+        check_reward(reward)
+        loading: Any = {k: options.pop(k) for k in LoadingOptions.__annotations__ if k in options}
+        loaded = load_model(model, dtype=dtype, device=device, **loading)
+        return cls(loaded, reward, load_tokenizer(model, **loading), **options)
 
     def _merge(self, settings: S | None, changes: dict[str, Any]) -> S:
         known = {field.name for field in fields(self.settings_type)}

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 from transformers import TopKLogitsWarper
 
+from tta_ext.decoding.runtime.processors import TopP
 from tta_ext.decoding.runtime.rows import Limits
 from tta_ext.decoding.runtime.stopping import StopStrings
 from tta_ext.decoding.search.ranges import check_choice, check_range
@@ -84,12 +84,6 @@ def restrict(logits: Tensor, temperature: float, top_k: int | None, top_p: float
     """
     if top_k is not None:
         logits = TopKLogitsWarper(top_k)(None, logits)
-    # Not TopPLogitsWarper: of equal logits it keeps the last or any, here the first stay.
-    if top_p is not None and top_p < 1.0:
-        ordered, order = logits.float().sort(dim=-1, descending=True, stable=True)
-        p = torch.softmax(ordered / temperature, dim=-1)
-        # A token goes if those before it have the mass already; the first always stays.
-        gone = p.cumsum(-1) - p >= top_p
-        gone[..., 0] = False
-        logits = logits.masked_fill(gone.scatter(-1, order, gone), float("-inf"))
+    if top_p is not None:
+        logits = TopP(top_p, temperature)(None, logits)
     return logits
