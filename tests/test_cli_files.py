@@ -270,3 +270,40 @@ def test_errors_of_other_code_say_where(tmp_path: Path) -> None:
     with pytest.raises(ValueError) as told:
         common.check_output(path)
     assert common.sentence(told.value).endswith("it is kept")
+
+
+def test_shards_merge_into_what_one_run_writes(capsys: Any, tmp_path: Path) -> None:
+    prompts = ["Q: a", "Q: b", "Q: c", "Q: d", "Q: e"]
+    words = [*GENERATE, *prompts, "--seed", "7", "--output"]
+    parts = [str(tmp_path / f"{i}.jsonl") for i in (1, 2)]
+    for i, part in enumerate(parts, 1):
+        assert call(capsys, *words, part, "--shard", f"{i}/2")[0] == 0
+    one, merged = tmp_path / "one.jsonl", tmp_path / "merged.jsonl"
+    assert call(capsys, *words, str(one))[0] == 0
+    status, _, errors = call(capsys, "merge", parts[0], "--output", str(merged))
+    assert status == 1
+    assert "2 of 5 are missing, at 1, 3, of the run" in errors
+    assert not merged.exists()
+    assert call(capsys, "merge", *parts, "--output", str(merged))[0] == 0
+    assert lines(merged) == lines(one)
+    assert "0 answered, 5 were there" in call(capsys, *words, str(merged))[2]
+    assert "expected i/n" in call(capsys, *words, str(one), "--shard", "3/2")[2]
+    assert "--shard needs --seed" in call(capsys, *GENERATE, "Q", "--shard", "1/2")[2]
+
+
+def test_shards_of_evaluations_and_comparisons(capsys: Any, tmp_path: Path) -> None:
+    evaluation = ["eval", "threshold:0.4", "--mode", "greedy", "--n", "5", "--batch-size", "2",
+                  "--max-new-tokens", "3", "--journal"]  # fmt: skip
+    search = ["compare", "--model", "demo", "--reward", "letter:s", "--samples", "2", "--method",
+              "best_of_n:group=2", "--max-new-tokens", "2", "Q: a", "Q: b", "Q: c",
+              "--journal"]  # fmt: skip
+    for words, count in ((evaluation, 3), (search, 3)):
+        parts = [str(tmp_path / f"{words[0]}{i}") for i in (1, 2)]
+        for i, part in enumerate(parts, 1):
+            assert call(capsys, *words, part, "--shard", f"{i}/2")[0] == 0
+        merged = tmp_path / f"{words[0]}.jsonl"
+        assert call(capsys, "merge", *parts, "--output", str(merged))[0] == 0
+        before = merged.read_bytes()
+        assert before.count(b"\n") == count
+        assert call(capsys, *words, str(merged))[0] == 0  # it has all that this run needs
+        assert merged.read_bytes() == before

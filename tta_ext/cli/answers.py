@@ -11,7 +11,7 @@ import typer
 from tta_ext.cli.common import echo, errors, sentence
 from tta_ext.cli.progress import progress
 from tta_ext.cli.prompts import Asked
-from tta_ext.journal import Journal, decode_all, json_line, resume_key, run_facts
+from tta_ext.journal import Journal, Shard, decode_all, json_line, resume_key, run_facts
 
 __all__ = ["answer", "chosen_seed", "heading"]
 
@@ -49,6 +49,7 @@ def answer(
     *,
     journal: Journal,
     jsonl: bool,
+    shard: Shard,
     at_once: int,
     decode: Callable[[list[int]], R],
     records: Callable[[R], list[dict[str, Any]]],
@@ -67,10 +68,11 @@ def answer(
     Raises:
         typer.Exit: some prompts were not answered; the status is 1.
     """
-    keys = [resume_key(**facts, prompt=one.prompt, place=i) for i, one in enumerate(prompts)]
-    known = [journal.records.get(key) for key in keys]
-    todo = [i for i, record in enumerate(known) if record is None or "error" in record]
-    there = len(prompts) - len(todo)
+    part = shard.of(range(len(prompts)))
+    keys = {i: resume_key(**facts, prompt=prompts[i].prompt, place=i) for i in part}
+    known = {i: journal.records.get(key) for i, key in keys.items()}
+    todo = [i for i, record in known.items() if record is None or "error" in record]
+    there = len(part) - len(todo)
     text = journal.path is None and not jsonl
     failed: dict[int, str] = {}
     told: Counter[str] = Counter()
@@ -81,7 +83,7 @@ def answer(
         for place, record in zip(places, made, strict=True):
             one = prompts[place]
             line = {} if one.line is None else {"line": one.line}
-            head = {"index": place, **line, "prompt": one.prompt}
+            head = {"index": place, "of": len(prompts), **line, "prompt": one.prompt}
             items[keys[place]] = {**one.fields, **head, **record, "seed": facts["seed"], "run": run}
         if journal.path is None:
             echo("".join(map(json_line, items.values())), end="")
@@ -94,7 +96,7 @@ def answer(
         }
         journal.add(new)
 
-    with progress("answers", len(prompts), there, text) as advance:
+    with progress("answers", len(part), there, text) as advance:
         for start in range(0, len(todo), at_once):
             for places, result in decode_all(decode, todo[start : start + at_once]):
                 if isinstance(result, Exception):
@@ -117,7 +119,7 @@ def answer(
         errors.print(f"{len(todo) - len(failed)} answered, {there} were there: {journal.path}")
     if failed:
         names = ", ".join(prompts[place].name(place) for place in failed)
-        errors.print(f"{len(failed)} of {len(prompts)} not answered: {names}", style="red")
+        errors.print(f"{len(failed)} of {len(part)} not answered: {names}", style="red")
         raise typer.Exit(1)
 
 

@@ -74,6 +74,12 @@ def evaluate(
     output: Report = None,
     dtype: common.Dtype = "auto",
     device: common.Device = None,
+    device_map: common.DeviceMap = None,
+    attn_implementation: common.Attention = None,
+    quantization_config: common.Quantization = None,
+    revision: common.Revision = None,
+    proxy_revision: common.ProxyRevision = None,
+    shard: common.ShardOf = None,
     threads: common.Threads = None,
     config: Config = None,
 ) -> None:
@@ -112,6 +118,12 @@ def sweep(
     output: Report = None,
     dtype: common.Dtype = "auto",
     device: common.Device = None,
+    device_map: common.DeviceMap = None,
+    attn_implementation: common.Attention = None,
+    quantization_config: common.Quantization = None,
+    revision: common.Revision = None,
+    proxy_revision: common.ProxyRevision = None,
+    shard: common.ShardOf = None,
     threads: common.Threads = None,
     config: Config = None,
 ) -> None:
@@ -138,19 +150,23 @@ def _run(context: typer.Context, settings: Sequence[Setting]) -> None:
         task = evaluation_task(n or 100)
     else:
         task = data_task(data, n, options["pattern"])
+    part = common.chosen_shard(context, "journal")
     modes = tuple(options["mode"] or MODES)
     common.check_output(options["output"])
     with Journal(options["journal"]) as journal:
-        named = {key: options[key] for key in ("base", "proxy", "anti", "dtype", "device")}
-        models = common.load_models(**named, implicit=implicit)
+        named = {key: options[key] for key in ("base", "proxy", "anti", "proxy_revision")}
+        models = common.load_models(**named, implicit=implicit, **common.loading_options(context))
         rows: list[Row] = []
         failures: dict[int, str] = {}
         chosen = {key: options[key] for key in ("seed", "batch_size", "max_new_tokens")}
         with progress("problems", len(task.prompts) * len(settings) * len(modes)) as advance:
             rows += evaluate_rows(
                 models, task, settings, modes=modes, journal=journal, progress=advance,
-                failures=failures, **chosen,
+                failures=failures, shard=part, **chosen,
             )  # fmt: skip
+    if not rows:
+        errors.print(f"no batch of {options['batch_size']} problems is left for this shard")
+        return
     common.show_table(row_table(rows))
     for table in best_tables(rows):
         common.show_table(table)
