@@ -135,16 +135,20 @@ def test_eval_and_sweep_on_data(capsys: Any, pair: list[str], tmp_path: Path) ->
     assert call(capsys, *arguments)[0] == 0
     assert json.loads(output.read_text()) != []
     assert len(journal.read_text().splitlines()) == 6
+    picture = tmp_path / "sweep.svg"
     status, out, _ = call(
-        capsys, "sweep", *pair, "--data", str(data), *options, "--rule", "dual", "--params",
-        "0:1:0.5",
+        capsys, "sweep", "--plot", str(picture), *pair, "--data", str(data), *options,
+        "--rule", "dual", "--params", "0:1:0.5",
     )  # fmt: skip
     assert status == 0
-    assert [line.split()[1] for line in out.splitlines() if "threshold" in line] == [
+    rows, _, behind = out.partition("greedy: behind threshold ")
+    assert [line.split()[1] for line in rows.splitlines() if "threshold" in line] == [
         "0",
         "0.5",
         "1",
     ]
+    assert behind.count("threshold") == 2
+    assert "Matplotlib" in picture.read_text()
 
 
 def base_answer(prompt: str) -> str:

@@ -14,6 +14,7 @@ import pytest
 from commands import call
 from rich.console import Console
 
+from tta_ext._version import __version__
 from tta_ext.cli import common, config, progress
 from tta_ext.cli.prompts import Asked, read_prompts
 from tta_ext.journal import json_line
@@ -212,6 +213,13 @@ def test_config(capsys: Any, tmp_path: Path) -> None:
     assert "no folder" in call(capsys, "search", "--config", str(file), "Q")[2]
     file.write_text("a: 1\nbench: {b: 2}\neval: {c: 3}")
     assert config.read(file, "bench", {"bench": 0, "eval": 0}) == {"a": 1, "b": 2}
+
+
+def test_the_citation_is_of_this_version() -> None:
+    file = Path(__file__).resolve().parent.parent / "CITATION.cff"
+    found = config.read(file, "", {})
+    assert found["version"] == __version__
+    assert found["license"] == "Apache-2.0"
 
 
 def test_a_terminal_is_not_commanded(capsys: Any, monkeypatch: Any) -> None:

@@ -325,6 +325,6 @@ def table(name: str, *numbers: str) -> Table:
 
 def show_table(shown: Table) -> None:
     """Print a table as wide as it is: neither a log nor a narrow terminal loses a digit."""
-    whole = console.options.update(max_width=10_000)
-    width = console.measure(shown, options=whole).maximum
-    console.print(shown, width=max(width, 1), crop=False, no_wrap=True, overflow="ignore")
+    width = console.measure(shown, options=console.options.update(max_width=10_000)).maximum
+    wide = Console(width=max(width, console.width), markup=False, highlight=False, emoji=False)
+    wide.print(shown, crop=False, soft_wrap=True)

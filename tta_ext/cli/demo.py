@@ -51,14 +51,23 @@ def demo(
     problems = evaluation_problems(max(16, answers))
     prompts = [problem.prompt for problem in problems[:16]]
     if answers:
-        legend = Text.assemble(("base", common.BASE_STYLE), " ", ("proxy", common.PROXY_STYLE))
-        console.print(f"sampled with {setting.label}, tokens by", legend)
+        coloured = console.is_terminal and not console.no_color
+        legend = Text("the proxy's tokens in « »")
+        if coloured:
+            names = ("base", common.BASE_STYLE), " ", ("proxy", common.PROXY_STYLE)
+            legend = Text.assemble("tokens by ", *names)
+        console.print(f"sampled with {setting.label},", legend)
         shown = kad.generate(
             [p.prompt for p in problems[:answers]], seed=seed, max_new_tokens=task.max_new_tokens
         )
         for row, problem in enumerate(problems[:answers]):
             spans = shown.source_spans(row, kad.tokenizer)
-            text = Text.assemble(*((piece, common.source_style(proxy)) for piece, proxy in spans))
+            text = Text.assemble(
+                *(
+                    (piece if coloured or not proxy else f"«{piece}»", common.source_style(proxy))
+                    for piece, proxy in spans
+                )
+            )
             console.print(problem.question, style="dim")
             console.print(Panel(text, expand=False))
     _where_time_went(kad, prompts, seed)

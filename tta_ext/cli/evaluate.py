@@ -116,6 +116,9 @@ def sweep(
     batch_size: common.BatchSize = 50,
     journal: JournalFile = None,
     output: Report = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Image of accuracy and proxy calls against the parameter.")
+    ] = None,
     dtype: common.Dtype = "auto",
     device: common.Device = None,
     device_map: common.DeviceMap = None,
@@ -136,6 +139,7 @@ def sweep(
 
 def _run(context: typer.Context, settings: Sequence[Setting]) -> None:
     """Evaluate settings as the command's other options say, and show the rows."""
+    from tta_ext.decoding.search.plots import MARK, check_plot
     from tta_ext.demo.task import evaluation_task
     from tta_ext.evaluation import IMPLICIT_REWARD, MODES, data_task
     from tta_ext.evaluation import evaluate as evaluate_rows
@@ -153,6 +157,10 @@ def _run(context: typer.Context, settings: Sequence[Setting]) -> None:
     part = common.chosen_shard(context, "journal")
     modes = tuple(options["mode"] or MODES)
     common.check_output(options["output"])
+    picture: Path | None = options.get("plot")
+    if picture is not None:
+        check_plot(picture)
+        common.check_output(picture, MARK)
     with Journal(options["journal"]) as journal:
         named = {key: options[key] for key in ("base", "proxy", "anti", "proxy_revision")}
         models = common.load_models(**named, implicit=implicit, **common.loading_options(context))
@@ -170,6 +178,12 @@ def _run(context: typer.Context, settings: Sequence[Setting]) -> None:
     common.show_table(row_table(rows))
     for table in best_tables(rows):
         common.show_table(table)
+    if picture is not None:
+        title = f"{rows[0].setting.rule}, {rows[0].n} problems, seed {options['seed']}"
+        if options["base"] is not None:
+            title += f"\n{options['base']} and {options['proxy']}"
+        plot_sweep(rows, picture, title)
+        errors.print(f"written: {picture}")
     if options["output"] is not None:
         facts = run_facts(models=models.facts(), data=data or "demo", pattern=options["pattern"])
         report = [
@@ -257,6 +271,28 @@ def interval(bounds: tuple[float, float], sign: bool = False) -> str:
     """``[.012, .345]``."""
     low, high = (f"{x:+.3f}" if sign else f"{x:.3f}".removeprefix("0") for x in bounds)
     return f"[{low}, {high}]"
+
+
+def plot_sweep(rows: Sequence[Row], path: Path, title: str) -> None:
+    """Draw exact match and proxy calls against the parameter, with 95% Wilson bands."""
+    from tta_ext.decoding.search.plots import new_figure
+
+    figure = new_figure()
+    axes = figure.subplots()
+    for mode in dict.fromkeys(row.mode for row in rows):
+        chosen = sorted((r for r in rows if r.mode == mode), key=lambda r: r.setting.param or 0.0)
+        xs = [row.setting.param for row in chosen]
+        (line,) = axes.plot(xs, [row.exact for row in chosen], marker="o", label=f"{mode}: exact")
+        low, high = zip(*(row.exact_interval for row in chosen), strict=True)
+        axes.fill_between(xs, low, high, color=line.get_color(), alpha=0.2)
+        calls = [row.proxy_call_rate for row in chosen]
+        axes.plot(xs, calls, "--", color=line.get_color(), label=f"{mode}: proxy calls a token")
+    axes.set_xlabel("parameter")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    axes.set_title(title, fontsize="medium")
+    figure.savefig(path, dpi=150)
 
 
 def _by_setting(rows: Sequence[Row]) -> dict[Setting, dict[str, Row]]:
