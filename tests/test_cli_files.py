@@ -139,7 +139,7 @@ def test_a_bad_problem_counts_as_wrong(capsys: Any, tmp_path: Path) -> None:
              str(data), "--output", str(report)]  # fmt: skip
     status, _, errors = call(capsys, *words)
     assert status == 1
-    assert "line 2, problem 1: ValueError: " in errors
+    assert "line 2, problem 1: the prompt is empty" in errors
     (row,) = json.loads(report.read_text())
     assert (row["n"], row["failed"], row["outcomes"]) == (3, 1, [0, 0, 0])
     assert row["run"]["seed"] == 0

@@ -304,7 +304,7 @@ def evaluate(
     max_new_tokens: int | None = None,
     journal: Journal | None = None,
     progress: Callable[[int, int], object] | None = None,
-    failures: dict[int, str] | None = None,
+    failures: dict[int, Exception] | None = None,
     shard: Shard = WHOLE,
 ) -> Iterator[Row]:
     """Answer a task's problems under every setting and mode.
@@ -374,7 +374,7 @@ def evaluate(
                 if isinstance(found, Exception):
                     if failures is None:
                         raise found
-                    failures[places[0]] = f"{type(found).__name__}: {found}"
+                    failures[places[0]] = found
                     counted(1, 0)
                     continue
                 key, record = found

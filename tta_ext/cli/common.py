@@ -172,7 +172,7 @@ def check_output(path: Path | None, mark: bytes = REPORT_MARK) -> None:
 
     Args:
         path: the file; None: none was asked for. Only a regular file is looked into.
-        mark: what a file of ours holds near its beginning.
+        mark: what a file of ours holds near its beginning or its end.
 
     Raises:
         ValueError: it is there, and holds something of others.
@@ -184,7 +184,9 @@ def check_output(path: Path | None, mark: bytes = REPORT_MARK) -> None:
     there = path.exists()
     if there and path.is_file() and path.stat().st_size:
         with path.open("rb") as file:
-            if mark not in file.read(1 << 16):
+            start = file.read(1 << 16)
+            file.seek(max(0, path.stat().st_size - (1 << 16)))
+            if mark not in start and mark not in file.read():
                 raise ValueError(f"{path} is no earlier result of this command: it is kept")
     with path.open("ab"):
         pass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +11,7 @@ import typer
 from rich.table import Table
 
 from tta_ext.cli import common
+from tta_ext.cli.answers import tell
 from tta_ext.cli.common import errors
 from tta_ext.cli.config import Config
 from tta_ext.cli.evaluate import interval
@@ -110,7 +112,7 @@ def compare(
     with Journal(journal) as file:
         loaded, tokenizer = load_model_and_tokenizer(model, **common.loading_options(context))
         facts = {"model": model_facts(loaded), "reward": reward_facts(reward)}
-        failures: dict[int, str] = {}
+        failures: dict[int, Exception] = {}
         with progress("answers", len(part.of(asked)) * len(contestants)) as advance:
             records = comparison.compare(
                 loaded,
@@ -129,8 +131,9 @@ def compare(
                 failures=failures,
                 shard=part,
             )
+    told: Counter[str] = Counter()
     for place, error in failures.items():
-        errors.print(f"tta: {asked[place].name(place)}: {error}", style="red")
+        tell(asked[place].name(place), error, told)
     if records:
         rows, pairs = comparison.summary(records), comparison.paired(records, baseline)
         for table in methods_tables(rows):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tta_ext.cli import common
+from tta_ext.cli.answers import tell
 from tta_ext.cli.common import errors
 from tta_ext.cli.config import Config
 from tta_ext.cli.progress import progress
@@ -165,9 +167,11 @@ def _run(context: typer.Context, settings: Sequence[Setting]) -> None:
         named = {key: options[key] for key in ("base", "proxy", "anti", "proxy_revision")}
         models = common.load_models(**named, implicit=implicit, **common.loading_options(context))
         rows: list[Row] = []
-        failures: dict[int, str] = {}
+        failures: dict[int, Exception] = {}
         chosen = {key: options[key] for key in ("seed", "batch_size", "max_new_tokens")}
-        with progress("problems", len(task.prompts) * len(settings) * len(modes)) as advance:
+        total, size = len(task.prompts), options["batch_size"]
+        total = sum(min(size, total - at) for at in part.of(range(0, total, size)))
+        with progress("problems", total * len(settings) * len(modes)) as advance:
             rows += evaluate_rows(
                 models, task, settings, modes=modes, journal=journal, progress=advance,
                 failures=failures, shard=part, **chosen,
@@ -194,8 +198,9 @@ def _run(context: typer.Context, settings: Sequence[Setting]) -> None:
         ]
         common.write_report(options["output"], report)
     if failures:
+        told: Counter[str] = Counter()
         for place, error in failures.items():
-            errors.print(f"tta: {task.name(place)}: {error}", style="red")
+            tell(task.name(place), error, told)
         errors.print(f"{len(failures)} of {rows[0].n} not answered, counted as wrong", style="red")
         raise typer.Exit(1)
 

@@ -148,7 +148,7 @@ def compare(
     tag: Any = None,
     journal: Journal | None = None,
     progress: Callable[[int, int], object] | None = None,
-    failures: dict[int, str] | None = None,
+    failures: dict[int, Exception] | None = None,
     shard: Shard = WHOLE,
 ) -> list[dict[str, Any]]:
     """Let every contestant answer every prompt.
@@ -216,7 +216,7 @@ def compare(
                 if isinstance(result, Exception):
                     if failures is None:
                         raise result
-                    failures[done[0]] = f"{type(result).__name__}: {result}"
+                    failures[done[0]] = result
                     counted(1, 0)
                     continue
                 journal.add(

@@ -21,7 +21,7 @@ __all__ = [
     "plot",
 ]
 
-# What matplotlib writes near the beginning of its files (Software, Creator).
+# What matplotlib writes near the beginning or the end of its files (Software, Creator).
 MARK = b"atplotlib"
 
 
