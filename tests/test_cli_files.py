@@ -209,7 +209,9 @@ def test_config(capsys: Any, tmp_path: Path) -> None:
         assert message in errors
     file.write_text("seed: few\n")
     assert call(capsys, "generate", "--config", str(file), "Q")[0] == 2
-    file.write_text("set: {alpha: 0.9, n: 4}\nreward: json\nmodel: /nowhere\n")
+    file.write_text(
+        "set: {alpha: 0.9, n: 4}\nreward: json\nmodel: /nowhere\nquantization-config: {a: 1}\n"
+    )
     assert "no folder" in call(capsys, "search", "--config", str(file), "Q")[2]
     file.write_text("a: 1\nbench: {b: 2}\neval: {c: 3}")
     assert config.read(file, "bench", {"bench": 0, "eval": 0}) == {"a": 1, "b": 2}
