@@ -224,8 +224,8 @@ def parse_range(text: str) -> list[float]:
 def row_table(rows: Sequence[Row]) -> Table:
     """Rows of an evaluation for the terminal, all modes of a setting side by side.
 
-    A score stands with its 95% interval; ``any format`` is the score without regard to format,
-    where that is another question. The last columns are the last mode's.
+    A score stands with its 95% interval; ``any form`` is the score without regard to format, where
+    that is another question. The last columns are the last mode's.
     """
     modes = list(dict.fromkeys(row.mode for row in rows))
     best = {mode: max(row.exact for row in rows if row.mode == mode) for mode in modes}
@@ -233,15 +233,15 @@ def row_table(rows: Sequence[Row]) -> Table:
     scores = [
         name
         for mode in modes
-        for name in (f"{mode}\nexact [95%]", *(["any\nformat"] if free else []))
+        for name in (f"{mode}\nexact [95%]", *(["any\nform"] if free else []))
     ]
-    table = common.table(f"rule, {rows[0].n} problems", *scores, "proxy\ncalls", "tokens\n/s")
+    table = common.table(f"{rows[0].n} problems", *scores, "proxy\ncalls", "tokens\n/s")
     for setting, by_mode in _by_setting(rows).items():
         cells: list[str | Text] = []
         for mode in modes:
             one = by_mode[mode]
             style = "bold green" if one.exact == best[mode] else ""
-            cells.append(Text(f"{one.exact:.3f} {interval(one.exact_interval)}", style))
+            cells.append(Text(f"{one.exact:.3f} {interval(one.exact_interval, digits=2)}", style))
             cells += [f"{one.lenient:.3f}"] if free else []
         last = list(by_mode.values())[-1]
         table.add_row(
@@ -272,9 +272,10 @@ def best_tables(rows: Sequence[Row]) -> list[Table]:
     return tables
 
 
-def interval(bounds: tuple[float, float], sign: bool = False) -> str:
+def interval(bounds: tuple[float, float], sign: bool = False, digits: int = 3) -> str:
     """``[.012, .345]``."""
-    low, high = (f"{x:+.3f}" if sign else f"{x:.3f}".removeprefix("0") for x in bounds)
+    form = f"{'+' if sign else ''}.{digits}f"
+    low, high = (f"{x:{form}}".removeprefix("0") for x in bounds)
     return f"[{low}, {high}]"
 
 
