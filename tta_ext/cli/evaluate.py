@@ -235,14 +235,14 @@ def row_table(rows: Sequence[Row]) -> Table:
         for mode in modes
         for name in (f"{mode}\nexact [95%]", *(["any\nform"] if free else []))
     ]
-    table = common.table(f"{rows[0].n} problems", *scores, "proxy\ncalls", "tokens\n/s")
+    table = common.table(f"{rows[0].n} problems", *scores, "proxy\ncalls", "\ntok/s")
     for setting, by_mode in _by_setting(rows).items():
         cells: list[str | Text] = []
         for mode in modes:
             one = by_mode[mode]
             style = "bold green" if one.exact == best[mode] else ""
             cells.append(Text(f"{one.exact:.3f} {interval(one.exact_interval, digits=2)}", style))
-            cells += [f"{one.lenient:.3f}"] if free else []
+            cells += [f"{one.lenient:.2f}"] if free else []
         last = list(by_mode.values())[-1]
         table.add_row(
             setting.label,
