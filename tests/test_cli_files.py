@@ -217,6 +217,16 @@ def test_config(capsys: Any, tmp_path: Path) -> None:
     assert config.read(file, "bench", {"bench": 0, "eval": 0}) == {"a": 1, "b": 2}
 
 
+def test_config_of_the_benchmarks(capsys: Any, tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("stems: [nothing]\nquick: true\nrecord: false\n")
+    status, _, errors = call(capsys, "bench", "--config", str(file))
+    assert (status, "unknown stem 'nothing'" in errors) == (2, True)
+    file.write_text("bench: {speed: 3}\n")
+    status, _, errors = call(capsys, "bench", "--config", str(file))
+    assert (status, "unrecognized arguments: --speed" in errors) == (2, True)
+
+
 def test_the_citation_is_of_this_version() -> None:
     file = Path(__file__).resolve().parent.parent / "CITATION.cff"
     found = config.read(file, "", {})
