@@ -15,7 +15,9 @@ from rich.console import Console
 
 from tta_ext.cli import app as app_module
 from tta_ext.cli import common
+from tta_ext.cli import demo as demo_command
 from tta_ext.cli.evaluate import parse_range
+from tta_ext.demo import smollm2
 from tta_ext.evaluation import data_task
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant: "
@@ -135,16 +137,20 @@ def test_eval_and_sweep_on_data(capsys: Any, pair: list[str], tmp_path: Path) ->
     assert call(capsys, *arguments)[0] == 0
     assert json.loads(output.read_text()) != []
     assert len(journal.read_text().splitlines()) == 6
+    picture = tmp_path / "sweep.svg"
     status, out, _ = call(
-        capsys, "sweep", *pair, "--data", str(data), *options, "--rule", "dual", "--params",
-        "0:1:0.5",
+        capsys, "sweep", "--plot", str(picture), *pair, "--data", str(data), *options,
+        "--rule", "dual", "--params", "0:1:0.5",
     )  # fmt: skip
     assert status == 0
-    assert [line.split()[1] for line in out.splitlines() if "threshold" in line] == [
+    rows, _, behind = out.partition("greedy: behind threshold ")
+    assert [line.split()[1] for line in rows.splitlines() if "threshold" in line] == [
         "0",
         "0.5",
         "1",
     ]
+    assert behind.count("threshold") == 2
+    assert "Matplotlib" in picture.read_text()
 
 
 def base_answer(prompt: str) -> str:
@@ -259,6 +265,10 @@ SEARCH = ["search", "--model", "/nowhere", "--reward", "json", "hello"]
         (["sweep", "--rule", "argmax"], 1, "argmax has no parameter"),
         (["sweep", "--params", "0:inf:1"], 1, "--params is '0:inf:1'"),
         (["sweep", "--params", "0:1:1e-12"], 1, "at most 10000"),
+        (["generate", "--quantization-config", "[]", "hi"], 1, "expected a JSON object"),
+        (["generate", "--revision", "main", "hi"], 1, "so it has no revision main"),
+        (["generate", "--device-map", "auto", "--device", "cpu", "hi"], 1, "device_map is given"),
+        (["generate", "--top-k", "0", "hi"], 1, "top_k"),
         (["generate", "--samples", "0", "hi"], 2, "Invalid value for '--samples'"),
         (["eval", "--data", "x", "--output", "/dev/null/x"], 1, "x"),
         # Before any model is loaded.
@@ -290,12 +300,18 @@ def test_errors_are_one_sentence(
     assert "Traceback" not in errors
 
 
-def test_demo(capsys: Any) -> None:
+def test_demo(capsys: Any, monkeypatch: Any) -> None:
+    # The search is of a tiny model here, whatever this machine has.
+    tiny = base_model(), make_tokenizer(template=TEMPLATE)
+    monkeypatch.setattr(smollm2, "available", lambda: True)
+    monkeypatch.setattr(demo_command, "load_model_and_tokenizer", lambda name: tiny)
     status, out, _ = call(capsys, "demo", "--n", "1", "--answers", "1", "--threads", "1")
     assert status == 0
     assert "threshold 0.4" in out
     assert "time of the loop" in out
     assert "deferral_propose" in out
+    assert "aisp: mean reward by iteration" in out
+    assert "best_of_n: mean reward by iteration" in out
     assert torch.get_num_threads() == 1
 
 

@@ -14,6 +14,7 @@ import pytest
 from commands import call
 from rich.console import Console
 
+from tta_ext._version import __version__
 from tta_ext.cli import common, config, progress
 from tta_ext.cli.prompts import Asked, read_prompts
 from tta_ext.journal import json_line
@@ -138,7 +139,7 @@ def test_a_bad_problem_counts_as_wrong(capsys: Any, tmp_path: Path) -> None:
              str(data), "--output", str(report)]  # fmt: skip
     status, _, errors = call(capsys, *words)
     assert status == 1
-    assert "line 2, problem 1: ValueError: " in errors
+    assert "line 2, problem 1: the prompt is empty" in errors
     (row,) = json.loads(report.read_text())
     assert (row["n"], row["failed"], row["outcomes"]) == (3, 1, [0, 0, 0])
     assert row["run"]["seed"] == 0
@@ -208,10 +209,29 @@ def test_config(capsys: Any, tmp_path: Path) -> None:
         assert message in errors
     file.write_text("seed: few\n")
     assert call(capsys, "generate", "--config", str(file), "Q")[0] == 2
-    file.write_text("set: {alpha: 0.9, n: 4}\nreward: json\nmodel: /nowhere\n")
+    file.write_text(
+        "set: {alpha: 0.9, n: 4}\nreward: json\nmodel: /nowhere\nquantization-config: {a: 1}\n"
+    )
     assert "no folder" in call(capsys, "search", "--config", str(file), "Q")[2]
     file.write_text("a: 1\nbench: {b: 2}\neval: {c: 3}")
     assert config.read(file, "bench", {"bench": 0, "eval": 0}) == {"a": 1, "b": 2}
+
+
+def test_config_of_the_benchmarks(capsys: Any, tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("stems: [nothing]\nquick: true\nrecord: false\n")
+    status, _, errors = call(capsys, "bench", "--config", str(file))
+    assert (status, "unknown stem 'nothing'" in errors) == (2, True)
+    file.write_text("bench: {speed: 3}\n")
+    status, _, errors = call(capsys, "bench", "--config", str(file))
+    assert (status, "unrecognized arguments: --speed" in errors) == (2, True)
+
+
+def test_the_citation_is_of_this_version() -> None:
+    file = Path(__file__).resolve().parent.parent / "CITATION.cff"
+    found = config.read(file, "", {})
+    assert found["version"] == __version__
+    assert found["license"] == "Apache-2.0"
 
 
 def test_a_terminal_is_not_commanded(capsys: Any, monkeypatch: Any) -> None:
@@ -270,3 +290,40 @@ def test_errors_of_other_code_say_where(tmp_path: Path) -> None:
     with pytest.raises(ValueError) as told:
         common.check_output(path)
     assert common.sentence(told.value).endswith("it is kept")
+
+
+def test_shards_merge_into_what_one_run_writes(capsys: Any, tmp_path: Path) -> None:
+    prompts = ["Q: a", "Q: b", "Q: c", "Q: d", "Q: e"]
+    words = [*GENERATE, *prompts, "--seed", "7", "--output"]
+    parts = [str(tmp_path / f"{i}.jsonl") for i in (1, 2)]
+    for i, part in enumerate(parts, 1):
+        assert call(capsys, *words, part, "--shard", f"{i}/2")[0] == 0
+    one, merged = tmp_path / "one.jsonl", tmp_path / "merged.jsonl"
+    assert call(capsys, *words, str(one))[0] == 0
+    status, _, errors = call(capsys, "merge", parts[0], "--output", str(merged))
+    assert status == 1
+    assert "2 of 5 are missing, at 1, 3, of the run" in errors
+    assert not merged.exists()
+    assert call(capsys, "merge", *parts, "--output", str(merged))[0] == 0
+    assert lines(merged) == lines(one)
+    assert "0 answered, 5 were there" in call(capsys, *words, str(merged))[2]
+    assert "expected i/n" in call(capsys, *words, str(one), "--shard", "3/2")[2]
+    assert "--shard needs --seed" in call(capsys, *GENERATE, "Q", "--shard", "1/2")[2]
+
+
+def test_shards_of_evaluations_and_comparisons(capsys: Any, tmp_path: Path) -> None:
+    evaluation = ["eval", "threshold:0.4", "--mode", "greedy", "--n", "5", "--batch-size", "2",
+                  "--max-new-tokens", "3", "--journal"]  # fmt: skip
+    search = ["compare", "--model", "demo", "--reward", "letter:s", "--samples", "2", "--method",
+              "best_of_n:group=2", "--max-new-tokens", "2", "Q: a", "Q: b", "Q: c",
+              "--journal"]  # fmt: skip
+    for words, count in ((evaluation, 3), (search, 3)):
+        parts = [str(tmp_path / f"{words[0]}{i}") for i in (1, 2)]
+        for i, part in enumerate(parts, 1):
+            assert call(capsys, *words, part, "--shard", f"{i}/2")[0] == 0
+        merged = tmp_path / f"{words[0]}.jsonl"
+        assert call(capsys, "merge", *parts, "--output", str(merged))[0] == 0
+        before = merged.read_bytes()
+        assert before.count(b"\n") == count
+        assert call(capsys, *words, str(merged))[0] == 0  # it has all that this run needs
+        assert merged.read_bytes() == before

@@ -57,6 +57,7 @@ def test_compare_resumes_and_pairs(tmp_path: Any, monkeypatch: Any) -> None:
     differences = [a - b for a, b in zip(steered, by_prompt, strict=True)]
     assert pair.difference == pytest.approx(sum(differences) / 3)
     assert pair.error == pytest.approx(stats.sem(differences))
+    assert pair.low <= pair.difference <= pair.high
     assert pair.wins + pair.ties + pair.losses == pair.prompts == 3
     rows = comparison.summary(whole)
     assert [row["label"] for row in rows] == [CONTESTANTS[0], "plain", CONTESTANTS[2]]
@@ -81,6 +82,42 @@ def test_compare_by_seconds_and_plot(tmp_path: Any, monkeypatch: Any) -> None:
     assert (tmp_path / "plot.png").stat().st_size > 5000
     with pytest.raises(ValueError, match="expected one budget"):
         run(seconds=1.0)
+
+
+def test_infinite_rewards_come_back_from_a_journal(tmp_path: Any) -> None:
+    path = tmp_path / "journal.jsonl"
+
+    def ruled_out(prompts: list[Any], responses: list[Any]) -> list[float]:
+        return [-math.inf] * len(responses)
+
+    records = [
+        comparison.compare(
+            base_model(), make_tokenizer(), ruled_out, PROMPTS[:1],
+            [comparison.Contestant.parse("best_of_n:group=2")], samples=2,
+            common={"max_new_tokens": 2}, journal=Journal(path),
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    assert len(path.read_text().splitlines()) == 1
+    for (record,) in records:
+        assert record["reward"] == record["curve"][0]["mean"] == -math.inf
+    json.loads(path.read_text(), parse_constant=pytest.fail)
+
+
+def test_a_prompt_that_cannot_be_answered_is_left_out(tmp_path: Any) -> None:
+    failures: dict[int, Exception] = {}
+    asked = [PROMPTS[0], None, PROMPTS[1]]
+    arguments = (base_model(), make_tokenizer(), vowels, asked)
+    contestants = [comparison.Contestant.parse(text) for text in CONTESTANTS[:2]]
+    options: dict[str, Any] = {"samples": 4, "common": {"max_new_tokens": 2}}
+    records = comparison.compare(
+        *arguments, contestants, prompts_at_once=3, failures=failures, **options
+    )
+    assert list(failures) == [1]
+    assert [record["index"] for record in records] == [0, 0, 2, 2]
+    assert comparison.paired(records, "plain")[0].prompts == 2
+    with pytest.raises(type(failures[1])):
+        comparison.compare(*arguments, contestants, **options)
 
 
 def test_infinite_rewards_have_a_summary() -> None:

@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from tta_ext import rules
 from tta_ext.intervals import difference, difference_interval, wilson_interval
 from tta_ext.journal import (
+    WHOLE,
     Journal,
+    Shard,
     decode_all,
     model_facts,
     numbered_jsonl,
@@ -302,7 +304,8 @@ def evaluate(
     max_new_tokens: int | None = None,
     journal: Journal | None = None,
     progress: Callable[[int, int], object] | None = None,
-    failures: dict[int, str] | None = None,
+    failures: dict[int, Exception] | None = None,
+    shard: Shard = WHOLE,
 ) -> Iterator[Row]:
     """Answer a task's problems under every setting and mode.
 
@@ -319,6 +322,7 @@ def evaluate(
             taken over from the journal).
         failures: takes the errors of problems that cannot be answered, by their places; they count
             as wrong, and stop no other. None: the first error is raised.
+        shard: the part of the batches to answer; rows are of its problems alone.
 
     Yields:
         A :class:`Row` for each setting and mode, in that order, as it is finished. The same
@@ -341,6 +345,7 @@ def evaluate(
     facts = {"method": "evaluate", "models": named, **options}
     journal = Journal(None) if journal is None else journal
     counted = progress or (lambda problems, tokens: None)
+    total = len(task.prompts)
     for setting, mode in product(chosen, modes):
         decoder = None
         texts: dict[int, str] = {}
@@ -358,15 +363,18 @@ def evaluate(
             decoder = decoder or models.decoder(setting)
             sampled = how["mode"] == SAMPLED
             made = decoder.generate(prompts, do_sample=sampled, sequence=places, **options)
-            return key, {"start": places[0], "texts": made.texts, "stats": vars(made.stats)}
+            whole = {"start": places[0], "of": len(task.prompts)}
+            return key, {**whole, "texts": made.texts, "stats": vars(made.stats)}
 
-        for start in range(0, len(task.prompts), batch_size):
-            batch = list(range(len(task.prompts)))[start : start + batch_size]
+        batches = [
+            list(range(at, min(at + batch_size, total))) for at in range(0, total, batch_size)
+        ]
+        for batch in shard.of(batches):
             for places, found in decode_all(decode, batch):
                 if isinstance(found, Exception):
                     if failures is None:
                         raise found
-                    failures[places[0]] = f"{type(found).__name__}: {found}"
+                    failures[places[0]] = found
                     counted(1, 0)
                     continue
                 key, record = found
@@ -379,9 +387,11 @@ def evaluate(
                 counted(len(places), spent.tokens if new else 0)
         scores = [
             task.score(place, texts[place]) if place in texts else Score(False, False, False)
-            for place in range(len(task.prompts))
+            for batch in shard.of(batches)
+            for place in batch
         ]
-        yield _row(setting, mode, scores, stats, len(scores) - len(texts))
+        if scores:
+            yield _row(setting, mode, scores, stats, len(scores) - len(texts))
 
 
 def _row(

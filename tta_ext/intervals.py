@@ -63,7 +63,7 @@ def wilson_interval(hits: int, n: int) -> tuple[float, float]:
 def _deltas(one: Any, other: Any) -> list[float]:
     left: Sequence[float] = getattr(one, "outcomes", one)
     right: Sequence[float] = getattr(other, "outcomes", other)
-    if len(left) != len(right) or not left:
+    if len(left) != len(right) or len(left) == 0:
         raise ValueError("rows are not paired: they answered different problems")
     return [float(a) - float(b) for a, b in zip(left, right, strict=True)]
 

@@ -15,14 +15,16 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from filelock import FileLock, Timeout
 
 from tta_ext._version import __version__
 
 __all__ = [
+    "WHOLE",
     "Journal",
+    "Shard",
     "decode_all",
     "fingerprint",
     "json_line",
@@ -45,6 +47,33 @@ HASHED_BYTES = 1 << 26
 _MODEL_FILES = frozenset({".json", ".safetensors", ".gguf", ".jinja", ".model", ".txt"})
 
 R = TypeVar("R")
+
+
+class Shard(NamedTuple):
+    """One of several parts of a work, for one machine each.
+
+    Attributes:
+        number: which, from 1.
+        parts: of how many.
+    """
+
+    number: int
+    parts: int
+
+    @classmethod
+    def parse(cls, text: str) -> Shard:
+        """From ``2/8``; ``ValueError`` if that is no part of a whole."""
+        number, _, parts = text.partition("/")
+        if not (number.isdecimal() and parts.isdecimal() and 1 <= int(number) <= int(parts)):
+            raise ValueError(f"shard is {text!r}, expected i/n with i from 1 to n, such as 2/8")
+        return cls(int(number), int(parts))
+
+    def of(self, items: Sequence[R]) -> Sequence[R]:
+        """The part's items: every ``parts``-th, from the ``number``-th."""
+        return items[self.number - 1 :: self.parts]
+
+
+WHOLE = Shard(1, 1)
 
 
 class Journal:

@@ -11,13 +11,13 @@ import typer
 from tta_ext.cli.common import echo, errors, sentence
 from tta_ext.cli.progress import progress
 from tta_ext.cli.prompts import Asked
-from tta_ext.journal import Journal, decode_all, json_line, resume_key, run_facts
+from tta_ext.journal import Journal, Shard, decode_all, json_line, resume_key, run_facts
 
-__all__ = ["answer", "chosen_seed", "heading"]
+__all__ = ["answer", "chosen_seed", "heading", "tell"]
 
 R = TypeVar("R")
 
-# Equal errors that are told one by one; the others are counted.
+# Equal errors that are said one by one.
 TOLD = 3
 
 
@@ -37,10 +37,19 @@ def heading(prompts: Sequence[Asked], place: int, samples: int = 1) -> None:
     """Say which answer follows, where there are several: they may hold any line."""
     if len(prompts) * samples > 1:
         prompt = prompts[place].prompt
-        if not isinstance(prompt, str):
-            prompt = prompt[-1]["content"]
+        if isinstance(prompt, list) and prompt and isinstance(prompt[-1], dict):
+            prompt = prompt[-1].get("content")
         words = " ".join(str(prompt).split())
         echo(f"[{place}] {words if len(words) <= 60 else words[:57] + '...'}", dim=True)
+
+
+def tell(name: str, error: Exception, told: Counter[str]) -> str:
+    """Say on stderr why a prompt was not answered, unless the same was said often; the sentence."""
+    said = sentence(error).replace("prompt 0", "the prompt")  # it was asked about alone
+    told[said] += 1
+    if told[said] <= TOLD:
+        errors.print(f"tta: {name}: {said}", style="red")
+    return said
 
 
 def answer(
@@ -49,6 +58,7 @@ def answer(
     *,
     journal: Journal,
     jsonl: bool,
+    shard: Shard,
     at_once: int,
     decode: Callable[[list[int]], R],
     records: Callable[[R], list[dict[str, Any]]],
@@ -67,12 +77,13 @@ def answer(
     Raises:
         typer.Exit: some prompts were not answered; the status is 1.
     """
-    keys = [resume_key(**facts, prompt=one.prompt, place=i) for i, one in enumerate(prompts)]
-    known = [journal.records.get(key) for key in keys]
-    todo = [i for i, record in enumerate(known) if record is None or "error" in record]
-    there = len(prompts) - len(todo)
+    part = shard.of(range(len(prompts)))
+    keys = {i: resume_key(**facts, prompt=prompts[i].prompt, place=i) for i in part}
+    known = {i: journal.records.get(key) for i, key in keys.items()}
+    todo = [i for i, record in known.items() if record is None or "error" in record]
+    there = len(part) - len(todo)
     text = journal.path is None and not jsonl
-    failed: dict[int, str] = {}
+    failed: list[str] = []
     told: Counter[str] = Counter()
     run = run_facts(**{name: fact for name, fact in facts.items() if name != "seed"})
 
@@ -81,7 +92,7 @@ def answer(
         for place, record in zip(places, made, strict=True):
             one = prompts[place]
             line = {} if one.line is None else {"line": one.line}
-            head = {"index": place, **line, "prompt": one.prompt}
+            head = {"index": place, "of": len(prompts), **line, "prompt": one.prompt}
             items[keys[place]] = {**one.fields, **head, **record, "seed": facts["seed"], "run": run}
         if journal.path is None:
             echo("".join(map(json_line, items.values())), end="")
@@ -94,20 +105,14 @@ def answer(
         }
         journal.add(new)
 
-    with progress("answers", len(prompts), there, text) as advance:
+    with progress("answers", len(part), there, text) as advance:
         for start in range(0, len(todo), at_once):
             for places, result in decode_all(decode, todo[start : start + at_once]):
                 if isinstance(result, Exception):
-                    (place,) = places
-                    # Of the one prompt that it was asked about.
-                    failed[place] = sentence(result).replace("prompt 0", "the prompt")
-                    told[failed[place]] += 1
-                    if told[failed[place]] <= TOLD:
-                        errors.print(
-                            f"tta: {prompts[place].name(place)}: {failed[place]}", style="red"
-                        )
+                    failed.append(prompts[places[0]].name(places[0]))
+                    said = tell(failed[-1], result, told)
                     if not text:
-                        keep(places, [{"error": failed[place]}])
+                        keep(places, [{"error": said}])
                 elif text:
                     show(result, places)
                 else:
@@ -116,8 +121,7 @@ def answer(
     if journal.path is not None:
         errors.print(f"{len(todo) - len(failed)} answered, {there} were there: {journal.path}")
     if failed:
-        names = ", ".join(prompts[place].name(place) for place in failed)
-        errors.print(f"{len(failed)} of {len(prompts)} not answered: {names}", style="red")
+        errors.print(f"{len(failed)} of {len(part)} not answered: {', '.join(failed)}", style="red")
         raise typer.Exit(1)
 
 

@@ -11,7 +11,7 @@ import typer
 
 import tta_ext
 from tta_ext._version import __version__
-from tta_ext.cli import bench, compare, demo, doctor, evaluate, generate, search, trace
+from tta_ext.cli import bench, compare, demo, doctor, evaluate, generate, merge, search, trace
 from tta_ext.cli.common import errors, sentence
 
 __all__ = ["app", "run"]
@@ -41,6 +41,7 @@ _command("search", search.search)
 _command("eval", evaluate.evaluate)
 _command("sweep", evaluate.sweep)
 _command("compare", compare.compare)
+_command("merge", merge.merge)
 _command("trace", trace.trace)
 _command("doctor", doctor.doctor)
 _command(

@@ -7,7 +7,6 @@ import re
 import sysconfig
 import traceback
 from collections.abc import Collection, Iterable
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -15,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from tta_ext.journal import strict
+from tta_ext.journal import WHOLE, Shard, strict
 
 if TYPE_CHECKING:
     from tta_ext.evaluation import Models, Setting
@@ -105,6 +104,29 @@ Dtype = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Dtype of the weights.")
 ]
 Device = Annotated[str | None, typer.Option(help="Device of the models, such as cuda.")]
+DeviceMap = Annotated[
+    str | None,
+    typer.Option(help="Where transformers puts the layers, such as auto, in place of --device."),
+]
+Attention = Annotated[
+    str | None,
+    typer.Option("--attn-implementation", help="Attention of the models, such as sdpa or eager."),
+]
+Quantization = Annotated[
+    str | None,
+    typer.Option(
+        "--quantization-config",
+        help='JSON object of transformers, such as {"load_in_4bit": true}.',
+    ),
+]
+Revision = Annotated[
+    str | None, typer.Option(help="Branch, tag or commit of the model (the base) on the hub.")
+]
+ProxyRevision = Annotated[str | None, typer.Option(help="Likewise of proxy and anti.")]
+ShardOf = Annotated[
+    str | None,
+    typer.Option("--shard", help="i/n: only the i-th of n parts, from 1; see tta merge."),
+]
 Threads = Annotated[
     int | None, typer.Option(min=1, callback=_set_threads, help="Threads of torch.")
 ]
@@ -136,12 +158,21 @@ def chosen_setting(
     return Setting(name, DEFAULT_PARAM.get(name) if param is None else param, critical)
 
 
+def chosen_shard(context: typer.Context, *needed: str) -> Shard:
+    """The part that --shard asks for; ``ValueError`` without the options that parts need."""
+    text = context.params["shard"]
+    for name in needed:
+        if text is not None and context.params[name] is None:
+            raise ValueError(f"--shard needs --{name}, the same for all parts or a file for each")
+    return WHOLE if text is None else Shard.parse(text)
+
+
 def check_output(path: Path | None, mark: bytes = REPORT_MARK) -> None:
     """An error before the work if a file cannot be written after it, or should not be.
 
     Args:
         path: the file; None: none was asked for. Only a regular file is looked into.
-        mark: what a file of ours holds near its beginning.
+        mark: what a file of ours holds near its beginning or its end.
 
     Raises:
         ValueError: it is there, and holds something of others.
@@ -153,7 +184,9 @@ def check_output(path: Path | None, mark: bytes = REPORT_MARK) -> None:
     there = path.exists()
     if there and path.is_file() and path.stat().st_size:
         with path.open("rb") as file:
-            if mark not in file.read(1 << 16):
+            start = file.read(1 << 16)
+            file.seek(max(0, path.stat().st_size - (1 << 16)))
+            if mark not in start and mark not in file.read():
                 raise ValueError(f"{path} is no earlier result of this command: it is kept")
     with path.open("ab"):
         pass
@@ -197,16 +230,44 @@ def quiet_transformers() -> None:
     logging.disable_progress_bar()
 
 
+def loading_options(context: typer.Context) -> dict[str, Any]:
+    """How a command's options want models loaded, for :func:`load_models` and its like.
+
+    Raises:
+        ValueError: the quantization is no JSON object.
+    """
+    names = ("dtype", "device", "device_map", "attn_implementation", "revision")
+    found = {name: context.params.get(name) for name in names}
+    text = context.params.get("quantization_config")
+    if text is not None:
+        try:
+            found["quantization_config"] = json.loads(text)
+        except ValueError:
+            found["quantization_config"] = None
+        if not isinstance(found["quantization_config"], dict):
+            raise ValueError(f"--quantization-config is {text!r}, expected a JSON object")
+    return found
+
+
+def check_revision(name: str, revision: str | None) -> None:
+    """``ValueError`` if a revision is asked of what is no repository."""
+    if revision is not None and Path(name).exists():
+        raise ValueError(f"{name} is no name on the hub, so it has no revision {revision}")
+
+
 def load_models(
     base: str | None,
     proxy: str | None,
     anti: str | None = None,
     *,
     implicit: bool = False,
-    dtype: str = "auto",
-    device: str | None = None,
+    proxy_revision: str | None = None,
+    **loading: Any,
 ) -> Models:
-    """The models named on the command line; none: the demo's, with an anti if ``implicit``."""
+    """The models named on the command line; none: the demo's, with an anti if ``implicit``.
+
+    ``loading`` is as :func:`loading_options` has it; the revision is the base's alone.
+    """
     from tta_ext.decoding.runtime.loading import load_model, load_tokenizer
     from tta_ext.evaluation import Models
 
@@ -219,11 +280,18 @@ def load_models(
         raise ValueError(
             "--base and --proxy belong together (without both, the demo's pair is used)"
         )
+    check_revision(base, loading.get("revision"))
+    for name in filter(None, (proxy, anti)):
+        check_revision(name, proxy_revision)
     quiet_transformers()
-    get = partial(load_model, dtype=dtype, device=device)
+    theirs = loading | {"revision": proxy_revision}
     with errors.status("loading models"):
         return Models(
-            get(base), get(proxy), load_tokenizer(base), load_tokenizer(proxy), anti and get(anti)
+            load_model(base, **loading),
+            load_model(proxy, **theirs),
+            load_tokenizer(base, revision=loading.get("revision")),
+            load_tokenizer(proxy, revision=proxy_revision),
+            None if anti is None else load_model(anti, **theirs),
         )
 
 
@@ -259,6 +327,6 @@ def table(name: str, *numbers: str) -> Table:
 
 def show_table(shown: Table) -> None:
     """Print a table as wide as it is: neither a log nor a narrow terminal loses a digit."""
-    whole = console.options.update(max_width=10_000)
-    width = console.measure(shown, options=whole).maximum
-    console.print(shown, width=max(width, 1), crop=False, no_wrap=True, overflow="ignore")
+    width = console.measure(shown, options=console.options.update(max_width=10_000)).maximum
+    wide = Console(width=max(width, console.width), markup=False, highlight=False, emoji=False)
+    wide.print(shown, crop=False, soft_wrap=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +11,7 @@ import typer
 from rich.table import Table
 
 from tta_ext.cli import common
+from tta_ext.cli.answers import tell
 from tta_ext.cli.common import errors
 from tta_ext.cli.config import Config
 from tta_ext.cli.evaluate import interval
@@ -33,6 +35,7 @@ DEFAULT_SAMPLES = 64
 
 
 def compare(
+    context: typer.Context,
     reward: RewardName,
     prompts: common.Prompts = None,
     method: Annotated[
@@ -72,6 +75,11 @@ def compare(
     ] = 1,
     dtype: common.Dtype = "auto",
     device: common.Device = None,
+    device_map: common.DeviceMap = None,
+    attn_implementation: common.Attention = None,
+    quantization_config: common.Quantization = None,
+    revision: common.Revision = None,
+    shard: common.ShardOf = None,
     threads: common.Threads = None,
     config: Config = None,
 ) -> None:
@@ -95,16 +103,17 @@ def compare(
     shared = {"max_new_tokens": max_new_tokens} | comparison.parse_settings(settings or ())
     for one in contestants:  # before any model is loaded
         one.resolved(shared, samples, seconds)
+    part = common.chosen_shard(context, "journal")
     scorer = chosen_reward(reward)
     common.check_output(output)
     if plot is not None:
         plots.check_plot(plot)
         common.check_output(plot, plots.MARK)
     with Journal(journal) as file:
-        loaded, tokenizer = load_model_and_tokenizer(model, dtype, device)
+        loaded, tokenizer = load_model_and_tokenizer(model, **common.loading_options(context))
         facts = {"model": model_facts(loaded), "reward": reward_facts(reward)}
-        failures: dict[int, str] = {}
-        with progress("answers", len(asked) * len(contestants)) as advance:
+        failures: dict[int, Exception] = {}
+        with progress("answers", len(part.of(asked)) * len(contestants)) as advance:
             records = comparison.compare(
                 loaded,
                 tokenizer,
@@ -120,9 +129,11 @@ def compare(
                 prompts_at_once=batch_size,
                 progress=advance,
                 failures=failures,
+                shard=part,
             )
+    told: Counter[str] = Counter()
     for place, error in failures.items():
-        errors.print(f"tta: {asked[place].name(place)}: {error}", style="red")
+        tell(asked[place].name(place), error, told)
     if records:
         rows, pairs = comparison.summary(records), comparison.paired(records, baseline)
         for table in methods_tables(rows):
@@ -143,7 +154,8 @@ def compare(
         common.write_report(output, report)
     if records and plot is not None:
         budget = f"{samples} samples" if seconds is None else f"{seconds:g} s"
-        title = f"{model}, {reward}, {len(asked) - len(failures)} prompts, {budget}, seed {seed}"
+        count = len(part.of(asked)) - len(failures)
+        title = f"{model}, {reward}, {count} prompts, {budget}, seed {seed}"
         plots.plot(records, plot, title)
         errors.print(f"written: {plot}")
     if failures:

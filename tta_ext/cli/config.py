@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping
 from importlib import import_module
@@ -62,7 +63,7 @@ def load(context: typer.Context, path: Path | None) -> Path | None:
         if name in context.default_map:
             raise ValueError(f"{path}: {key!r} is given twice")
         if value is not None:
-            context.default_map[name] = _value(parameter, value, f"{path}: {key}")
+            context.default_map[name] = _value(parameter, value, f"{path}: {_option(parameter)}")
     return path
 
 
@@ -74,6 +75,11 @@ Config = Annotated[
         help="YAML or TOML file of options; what is on the command line goes first.",
     ),
 ]
+
+
+def _option(parameter: Any) -> str:
+    """What errors call a parameter."""
+    return str(max(parameter.opts, key=len)).lstrip("-")
 
 
 def _names(parameter: Any) -> set[str]:
@@ -97,6 +103,8 @@ def _value(parameter: Any, value: Any, where: str) -> Any:
 
 
 def _text(value: Any, where: str) -> str:
+    if isinstance(value, dict) and where.endswith(": quantization-config"):
+        return json.dumps(value)
     if isinstance(value, (bool, list, dict)):
         raise ValueError(f"{where} is {value!r}, expected a number or a text (in quotes)")
     return str(value)

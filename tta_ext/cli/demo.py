@@ -51,14 +51,23 @@ def demo(
     problems = evaluation_problems(max(16, answers))
     prompts = [problem.prompt for problem in problems[:16]]
     if answers:
-        legend = Text.assemble(("base", common.BASE_STYLE), " ", ("proxy", common.PROXY_STYLE))
-        console.print(f"sampled with {setting.label}, tokens by", legend)
+        coloured = console.is_terminal and not console.no_color
+        legend = Text("the proxy's tokens in « »")
+        if coloured:
+            names = ("base", common.BASE_STYLE), " ", ("proxy", common.PROXY_STYLE)
+            legend = Text.assemble("tokens by ", *names)
+        console.print(f"sampled with {setting.label},", legend)
         shown = kad.generate(
             [p.prompt for p in problems[:answers]], seed=seed, max_new_tokens=task.max_new_tokens
         )
         for row, problem in enumerate(problems[:answers]):
             spans = shown.source_spans(row, kad.tokenizer)
-            text = Text.assemble(*((piece, common.source_style(proxy)) for piece, proxy in spans))
+            text = Text.assemble(
+                *(
+                    (piece if coloured or not proxy else f"«{piece}»", common.source_style(proxy))
+                    for piece, proxy in spans
+                )
+            )
             console.print(problem.question, style="dim")
             console.print(Panel(text, expand=False))
     _where_time_went(kad, prompts, seed)
@@ -135,31 +144,36 @@ def _time_ops(kad: KnapsackDeferral, prompts: list[str], seed: int) -> None:
     common.show_table(table)
 
 
-def _show_aisp(seed: int, prompt: str = "Tell me about the sea.") -> None:
-    """AISP on one prompt against best-of-n, if SmolLM2 is installed."""
+def _show_aisp(seed: int, prompt: str = "Tell me about the sea.", words: int = 10) -> None:
+    """AISP on one prompt against best-of-n, if SmolLM2 is installed.
+
+    The reward is a length, which leaves the language to the model. One that pays for words or
+    letters is won by answers that are nothing else.
+    """
     from tta_ext.decoding import AdaptiveImportanceSampling, BestOfN
-    from tta_ext.decoding.rewards import LetterReward
+    from tta_ext.decoding.rewards import LengthReward
     from tta_ext.demo import smollm2
 
     if not smollm2.available():
         return
     model, tokenizer = load_model_and_tokenizer(SMOLLM2)
-    reward = LetterReward("s")
+    reward, tokens = LengthReward(words), 24
     asked = [[{"role": "user", "content": prompt}]]
     console.print(
-        f"\nAISP on {smollm2.NAME}: noise on the pre-logits learns to start words with s; "
+        f"\nAISP on {smollm2.NAME}: noise on the pre-logits learns to answer in {words} words; "
         f"{prompt!r}"
     )
     steered = AdaptiveImportanceSampling(
-        model, reward, tokenizer, n=16, iterations=6, max_new_tokens=16
+        model, reward, tokenizer, n=8, iterations=4, max_new_tokens=tokens
     ).generate(asked, seed=seed)
     plain = BestOfN(
-        model, reward, tokenizer, n=96, group=16, max_new_tokens=16, probe=False
+        model, reward, tokenizer, n=32, group=8, max_new_tokens=tokens, probe=False
     ).generate(asked, seed=seed)
     for result in (steered, plain):
         means = " ".join(f"{record.mean:.2f}" for record in result.curves[0])
-        best = result.best[0]
+        best, last = result.best[0], result.candidates[0][-1]
         common.echo(
-            f"{result.method:9} mean reward by iteration {means}; best {best.reward:.2f} in "
-            f"{result.timing.total:.1f} s: {best.text!r}"
+            f"{result.method}: mean reward by iteration {means}, in {result.timing.total:.1f} s\n"
+            f"  best, {best.reward:.2f}: {best.text!r}\n"
+            f"  the last, {last.reward:.2f}: {last.text!r}"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tta_ext.cli import common
+from tta_ext.cli.answers import tell
 from tta_ext.cli.common import errors
 from tta_ext.cli.config import Config
 from tta_ext.cli.progress import progress
@@ -74,6 +76,12 @@ def evaluate(
     output: Report = None,
     dtype: common.Dtype = "auto",
     device: common.Device = None,
+    device_map: common.DeviceMap = None,
+    attn_implementation: common.Attention = None,
+    quantization_config: common.Quantization = None,
+    revision: common.Revision = None,
+    proxy_revision: common.ProxyRevision = None,
+    shard: common.ShardOf = None,
     threads: common.Threads = None,
     config: Config = None,
 ) -> None:
@@ -110,8 +118,17 @@ def sweep(
     batch_size: common.BatchSize = 50,
     journal: JournalFile = None,
     output: Report = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Image of accuracy and proxy calls against the parameter.")
+    ] = None,
     dtype: common.Dtype = "auto",
     device: common.Device = None,
+    device_map: common.DeviceMap = None,
+    attn_implementation: common.Attention = None,
+    quantization_config: common.Quantization = None,
+    revision: common.Revision = None,
+    proxy_revision: common.ProxyRevision = None,
+    shard: common.ShardOf = None,
     threads: common.Threads = None,
     config: Config = None,
 ) -> None:
@@ -124,6 +141,7 @@ def sweep(
 
 def _run(context: typer.Context, settings: Sequence[Setting]) -> None:
     """Evaluate settings as the command's other options say, and show the rows."""
+    from tta_ext.decoding.search.plots import MARK, check_plot
     from tta_ext.demo.task import evaluation_task
     from tta_ext.evaluation import IMPLICIT_REWARD, MODES, data_task
     from tta_ext.evaluation import evaluate as evaluate_rows
@@ -138,22 +156,38 @@ def _run(context: typer.Context, settings: Sequence[Setting]) -> None:
         task = evaluation_task(n or 100)
     else:
         task = data_task(data, n, options["pattern"])
+    part = common.chosen_shard(context, "journal")
     modes = tuple(options["mode"] or MODES)
     common.check_output(options["output"])
+    picture: Path | None = options.get("plot")
+    if picture is not None:
+        check_plot(picture)
+        common.check_output(picture, MARK)
     with Journal(options["journal"]) as journal:
-        named = {key: options[key] for key in ("base", "proxy", "anti", "dtype", "device")}
-        models = common.load_models(**named, implicit=implicit)
+        named = {key: options[key] for key in ("base", "proxy", "anti", "proxy_revision")}
+        models = common.load_models(**named, implicit=implicit, **common.loading_options(context))
         rows: list[Row] = []
-        failures: dict[int, str] = {}
+        failures: dict[int, Exception] = {}
         chosen = {key: options[key] for key in ("seed", "batch_size", "max_new_tokens")}
-        with progress("problems", len(task.prompts) * len(settings) * len(modes)) as advance:
+        total, size = len(task.prompts), options["batch_size"]
+        total = sum(min(size, total - at) for at in part.of(range(0, total, size)))
+        with progress("problems", total * len(settings) * len(modes)) as advance:
             rows += evaluate_rows(
                 models, task, settings, modes=modes, journal=journal, progress=advance,
-                failures=failures, **chosen,
+                failures=failures, shard=part, **chosen,
             )  # fmt: skip
+    if not rows:
+        errors.print(f"no batch of {options['batch_size']} problems is left for this shard")
+        return
     common.show_table(row_table(rows))
     for table in best_tables(rows):
         common.show_table(table)
+    if picture is not None:
+        title = f"{rows[0].setting.rule}, {rows[0].n} problems, seed {options['seed']}"
+        if options["base"] is not None:
+            title += f"\n{options['base']} and {options['proxy']}"
+        plot_sweep(rows, picture, title)
+        errors.print(f"written: {picture}")
     if options["output"] is not None:
         facts = run_facts(models=models.facts(), data=data or "demo", pattern=options["pattern"])
         report = [
@@ -164,8 +198,9 @@ def _run(context: typer.Context, settings: Sequence[Setting]) -> None:
         ]
         common.write_report(options["output"], report)
     if failures:
+        told: Counter[str] = Counter()
         for place, error in failures.items():
-            errors.print(f"tta: {task.name(place)}: {error}", style="red")
+            tell(task.name(place), error, told)
         errors.print(f"{len(failures)} of {rows[0].n} not answered, counted as wrong", style="red")
         raise typer.Exit(1)
 
@@ -189,8 +224,8 @@ def parse_range(text: str) -> list[float]:
 def row_table(rows: Sequence[Row]) -> Table:
     """Rows of an evaluation for the terminal, all modes of a setting side by side.
 
-    A score stands with its 95% interval; ``any format`` is the score without regard to format,
-    where that is another question. The last columns are the last mode's.
+    A score stands with its 95% interval; ``any form`` is the score without regard to format, where
+    that is another question. The last columns are the last mode's.
     """
     modes = list(dict.fromkeys(row.mode for row in rows))
     best = {mode: max(row.exact for row in rows if row.mode == mode) for mode in modes}
@@ -198,16 +233,16 @@ def row_table(rows: Sequence[Row]) -> Table:
     scores = [
         name
         for mode in modes
-        for name in (f"{mode}\nexact [95%]", *(["any\nformat"] if free else []))
+        for name in (f"{mode}\nexact [95%]", *(["any\nform"] if free else []))
     ]
-    table = common.table(f"rule, {rows[0].n} problems", *scores, "proxy\ncalls", "tokens\n/s")
+    table = common.table(f"{rows[0].n} problems", *scores, "proxy\ncalls", "\ntok/s")
     for setting, by_mode in _by_setting(rows).items():
         cells: list[str | Text] = []
         for mode in modes:
             one = by_mode[mode]
             style = "bold green" if one.exact == best[mode] else ""
-            cells.append(Text(f"{one.exact:.3f} {interval(one.exact_interval)}", style))
-            cells += [f"{one.lenient:.3f}"] if free else []
+            cells.append(Text(f"{one.exact:.3f} {interval(one.exact_interval, digits=2)}", style))
+            cells += [f"{one.lenient:.2f}"] if free else []
         last = list(by_mode.values())[-1]
         table.add_row(
             setting.label,
@@ -237,10 +272,33 @@ def best_tables(rows: Sequence[Row]) -> list[Table]:
     return tables
 
 
-def interval(bounds: tuple[float, float], sign: bool = False) -> str:
+def interval(bounds: tuple[float, float], sign: bool = False, digits: int = 3) -> str:
     """``[.012, .345]``."""
-    low, high = (f"{x:+.3f}" if sign else f"{x:.3f}".removeprefix("0") for x in bounds)
+    form = f"{'+' if sign else ''}.{digits}f"
+    low, high = (f"{x:{form}}".removeprefix("0") for x in bounds)
     return f"[{low}, {high}]"
+
+
+def plot_sweep(rows: Sequence[Row], path: Path, title: str) -> None:
+    """Draw exact match and proxy calls against the parameter, with 95% Wilson bands."""
+    from tta_ext.decoding.search.plots import new_figure
+
+    figure = new_figure()
+    axes = figure.subplots()
+    for mode in dict.fromkeys(row.mode for row in rows):
+        chosen = sorted((r for r in rows if r.mode == mode), key=lambda r: r.setting.param or 0.0)
+        xs = [row.setting.param for row in chosen]
+        (line,) = axes.plot(xs, [row.exact for row in chosen], marker="o", label=f"{mode}: exact")
+        low, high = zip(*(row.exact_interval for row in chosen), strict=True)
+        axes.fill_between(xs, low, high, color=line.get_color(), alpha=0.2)
+        calls = [row.proxy_call_rate for row in chosen]
+        axes.plot(xs, calls, "--", color=line.get_color(), label=f"{mode}: proxy calls a token")
+    axes.set_xlabel("parameter")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    axes.set_title(title, fontsize="medium")
+    figure.savefig(path, dpi=150)
 
 
 def _by_setting(rows: Sequence[Row]) -> dict[Setting, dict[str, Row]]:

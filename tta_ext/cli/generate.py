@@ -36,6 +36,16 @@ def generate(
     temperature: common.Temperature = 1.0,
     rule_temperature: common.RuleTemperature = None,
     greedy: common.Greedy = False,
+    top_k: Annotated[
+        int | None, typer.Option(help="Only the k most probable tokens of each model.")
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Only the fewest tokens of each model with this mass.")
+    ] = None,
+    min_p: Annotated[
+        float | None,
+        typer.Option(help="Only tokens with this share of a model's highest probability."),
+    ] = None,
     seed: common.Seed = None,
     max_new_tokens: common.MaxNewTokens = 128,
     samples: Annotated[int, typer.Option(min=1, help="Answers for each prompt.")] = 1,
@@ -56,6 +66,12 @@ def generate(
     batch_size: common.BatchSize = 16,
     dtype: common.Dtype = "auto",
     device: common.Device = None,
+    device_map: common.DeviceMap = None,
+    attn_implementation: common.Attention = None,
+    quantization_config: common.Quantization = None,
+    revision: common.Revision = None,
+    proxy_revision: common.ProxyRevision = None,
+    shard: common.ShardOf = None,
     threads: common.Threads = None,
     config: Config = None,
 ) -> None:
@@ -78,13 +94,15 @@ def generate(
     ):
         if chosen:
             common.refuse_unused(context, name, unused)
+    part = common.chosen_shard(context, "seed")
     asked = read_prompts(prompts, source, chat, system)
     with Journal(output) as journal:
         seed = chosen_seed(seed, journal)
         implicit = setting.rule == IMPLICIT_REWARD
         models = common.load_models(
-            base, proxy, anti, implicit=implicit, dtype=dtype, device=device
-        )
+            base, proxy, anti, implicit=implicit, proxy_revision=proxy_revision,
+            **common.loading_options(context),
+        )  # fmt: skip
         pair_options: dict[str, Any] = {
             "temperature": temperature,
             "rule_temperature": rule_temperature,
@@ -98,6 +116,8 @@ def generate(
             "num_return_sequences": samples,
             "stop_strings": stop or None,
         }
+        cuts = {"top_k": top_k, "top_p": top_p, "min_p": min_p}
+        options |= {name: cut for name, cut in cuts.items() if cut is not None}
 
         def decode(places: list[int]) -> Generation | None:
             chosen = [asked[place].prompt for place in places]
@@ -119,6 +139,7 @@ def generate(
             },
             journal=journal,
             jsonl=jsonl,
+            shard=part,
             at_once=1 if stream else max(1, batch_size // samples),
             decode=decode,
             records=lambda result: _records(result, samples),

@@ -80,6 +80,11 @@ def search(
     batch_size: common.BatchSize = 16,
     dtype: common.Dtype = "auto",
     device: common.Device = None,
+    device_map: common.DeviceMap = None,
+    attn_implementation: common.Attention = None,
+    quantization_config: common.Quantization = None,
+    revision: common.Revision = None,
+    shard: common.ShardOf = None,
     threads: common.Threads = None,
     config: Config = None,
 ) -> None:
@@ -98,11 +103,12 @@ def search(
     chosen |= {"stop_strings": stop or None} | ({"decoding": "greedy"} if greedy else {})
     chosen |= {k: context.params[k] for k in OPTIONS if context.params[k] is not None}
     chosen = typed(kind, chosen | parse_settings(settings or ()))
+    part = common.chosen_shard(context, "seed")
     asked = read_prompts(prompts, source, chat, system)
     with Journal(output) as journal:
         seed = chosen_seed(seed, journal)
         scorer = chosen_reward(reward)
-        loaded, tokenizer = load_model_and_tokenizer(model, dtype, device)
+        loaded, tokenizer = load_model_and_tokenizer(model, **common.loading_options(context))
         machine = kind(loaded, scorer, tokenizer, **chosen)
         answer(
             asked,
@@ -115,6 +121,7 @@ def search(
             },
             journal=journal,
             jsonl=jsonl,
+            shard=part,
             at_once=max(1, batch_size // machine.rows(machine.settings)),
             decode=lambda places: machine.generate(
                 [asked[i].prompt for i in places], seed=seed, sequence=places
@@ -133,10 +140,8 @@ def chosen_reward(text: str) -> Reward:
     return parse_reward(text)
 
 
-def load_model_and_tokenizer(
-    name: str, dtype: str = "auto", device: str | None = None
-) -> tuple[Any, Any]:
-    """The model named on the command line, and its tokenizer."""
+def load_model_and_tokenizer(name: str, **loading: Any) -> tuple[Any, Any]:
+    """The model named on the command line, and its tokenizer; ``common.loading_options``."""
     from tta_ext.decoding.runtime.loading import load_model, load_tokenizer
     from tta_ext.demo import smollm2
     from tta_ext.demo.pair import ASSETS
@@ -147,7 +152,9 @@ def load_model_and_tokenizer(
             name = str(smollm2.folder())
         elif name == "demo":
             name = str(ASSETS / "base")
-        return load_model(name, dtype=dtype, device=device), load_tokenizer(name)
+        common.check_revision(name, loading.get("revision"))
+        model = load_model(name, **loading)
+        return model, load_tokenizer(name, revision=loading.get("revision"))
 
 
 def reward_facts(reward: str) -> dict[str, str]:

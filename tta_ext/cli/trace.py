@@ -35,13 +35,20 @@ def trace(
     output: Annotated[Path | None, typer.Option(help="JSONL file, a line for each token.")] = None,
     dtype: common.Dtype = "auto",
     device: common.Device = None,
+    device_map: common.DeviceMap = None,
+    attn_implementation: common.Attention = None,
+    quantization_config: common.Quantization = None,
+    revision: common.Revision = None,
+    proxy_revision: common.ProxyRevision = None,
     threads: common.Threads = None,
     config: Config = None,
 ) -> None:
     """Answer one prompt and show, for each token, who wrote it and with which probabilities."""
     setting = common.chosen_setting(context, rule, param, critical)
     common.check_output(output)
-    models = common.load_models(base, proxy, dtype=dtype, device=device)
+    models = common.load_models(
+        base, proxy, proxy_revision=proxy_revision, **common.loading_options(context)
+    )
     kad = models.decoder(setting, temperature=temperature, rule_temperature=rule_temperature)
     result = kad.generate(
         [one.prompt for one in read_prompts([prompt], None, chat)],

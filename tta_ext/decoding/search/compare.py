@@ -27,7 +27,7 @@ from tta_ext.decoding.search.plots import by_label, curve_means, mean, mean_and_
 from tta_ext.decoding.search.reward_guided import RewardGuidedSearch
 from tta_ext.decoding.search.settings import SearchSettings
 from tta_ext.intervals import difference_interval
-from tta_ext.journal import Journal, decode_all, resume_key, run_facts
+from tta_ext.journal import WHOLE, Journal, Shard, decode_all, resume_key, run_facts
 
 __all__ = [
     "METHODS",
@@ -93,7 +93,8 @@ def typed(kind: type[SearchMethod[Any]], settings: dict[str, Any]) -> dict[str, 
         allowed += (int,) if float in allowed else ()
         wrong = not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed)
         if allowed and wrong:
-            raise ValueError(f"setting {name} is {value!r}, expected {hints[name]}")
+            expected = hints[name].__name__ if isinstance(hints[name], type) else hints[name]
+            raise ValueError(f"setting {name} is {value!r}, expected {expected}")
     return settings
 
 
@@ -147,7 +148,8 @@ def compare(
     tag: Any = None,
     journal: Journal | None = None,
     progress: Callable[[int, int], object] | None = None,
-    failures: dict[int, str] | None = None,
+    failures: dict[int, Exception] | None = None,
+    shard: Shard = WHOLE,
 ) -> list[dict[str, Any]]:
     """Let every contestant answer every prompt.
 
@@ -168,6 +170,7 @@ def compare(
             taken over from the journal).
         failures: takes the errors of prompts that a contestant cannot answer, by their places; such
             prompts are left out, and stop no other. None: the first error is raised.
+        shard: the part of the prompts to answer; they keep their places.
 
     Returns:
         One record for each prompt and contestant, in that order.
@@ -188,7 +191,7 @@ def compare(
         settings = asdict(one.resolved(common or {}, samples, seconds))
         method = METHODS[one.method](model, reward, tokenizer, probe=not machines, **settings)
         machines.append((one.label, method))
-    places = range(len(prompts))
+    places = shard.of(range(len(prompts)))
     how = {
         label: {"method": m.name, "settings": asdict(m.settings), "seed": seed, "tag": tag}
         for label, m in machines
@@ -199,7 +202,7 @@ def compare(
         for place in places
     }
     counted = progress or (lambda answers, tokens: None)
-    for first in range(0, len(prompts), prompts_at_once):
+    for first in range(0, len(places), prompts_at_once):
         for label, method in machines:
             part = places[first : first + prompts_at_once]
             missing = [place for place in part if keys[place, label] not in journal.records]
@@ -213,12 +216,12 @@ def compare(
                 if isinstance(result, Exception):
                     if failures is None:
                         raise result
-                    failures[done[0]] = f"{type(result).__name__}: {result}"
+                    failures[done[0]] = result
                     counted(1, 0)
                     continue
                 journal.add(
                     {
-                        keys[place, label]: {"index": place, "label": label}
+                        keys[place, label]: {"index": place, "of": len(prompts), "label": label}
                         | record_of(result, at)
                         | {"run": run}
                         for at, place in enumerate(done)

@@ -10,9 +10,18 @@ from typing import Any
 
 from tta_ext._version import install
 
-__all__ = ["MARK", "by_label", "check_plot", "curve_means", "mean", "mean_and_error", "plot"]
+__all__ = [
+    "MARK",
+    "by_label",
+    "check_plot",
+    "curve_means",
+    "mean",
+    "mean_and_error",
+    "new_figure",
+    "plot",
+]
 
-# What matplotlib writes near the beginning of its files (Software, Creator).
+# What matplotlib writes near the beginning or the end of its files (Software, Creator).
 MARK = b"atplotlib"
 
 
@@ -92,7 +101,7 @@ def check_plot(path: Path) -> None:
         ImportError: matplotlib is missing; the message has the command.
         ValueError: the file's name has no ending of a picture.
     """
-    known = _figure().canvas.get_supported_filetypes()
+    known = new_figure().canvas.get_supported_filetypes()
     if path.suffix[1:].lower() not in known:
         raise ValueError(f"{path} has no ending of a picture, expected {', '.join(sorted(known))}")
 
@@ -106,7 +115,7 @@ def plot(records: Sequence[dict[str, Any]], path: str | Path, title: str = "") -
     Raises:
         ImportError: matplotlib is missing; the message has the command.
     """
-    figure = _figure()
+    figure = new_figure()
     figure.set_size_inches(9, 7)
     axes = figure.subplots(2, 2)
     for label, table in by_label(records).items():
@@ -148,7 +157,12 @@ def _curve(
     )
 
 
-def _figure() -> Any:
+def new_figure() -> Any:
+    """An empty figure of matplotlib.
+
+    Raises:
+        ImportError: it is missing; the message has the command.
+    """
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
