@@ -163,21 +163,24 @@ _modes = torch._C._len_torch_dispatch_stack
 _transforms = torch._C._functorch.peek_interpreter_stack
 
 
+def _traced(op: OpSpec, args: Sequence[Any], out: Sequence[Tensor] | None) -> Sequence[Tensor]:
+    """An operator where torch looks on: as one call without effects, if nobody gave an output."""
+    if out is None:
+        result = op.functional(*args)
+        return (result,) if len(op.outputs) == 1 else result
+    op.out(*args, **dict(zip(op.outputs, out)))  # noqa: B905
+    return out
+
+
 def invoke(op: OpSpec, args: Sequence[Any], out: Sequence[Tensor] | None) -> Sequence[Tensor]:
     """Run an operator on validated arguments, into ``out`` if it is given."""
-    like = args[0]
-    if type(like) is not Tensor and (mode := getattr(like, "fake_mode", None)) and not _modes():
+    if torch.compiler.is_compiling():
+        return _traced(op, args, out)
+    if _modes() or _transforms() is not None:
+        return _traced(op, _remade(args) if _modes() else args, out)
+    if type(args[0]) is not Tensor and (mode := getattr(args[0], "fake_mode", None)):
         with mode:
-            return invoke(op, args, out)
-    traced = _modes() or _transforms() is not None
-    if traced or torch.compiler.is_compiling():
-        if _modes():
-            args = _remade(args)
-        if out is None:
-            result = op.functional(*args)
-            return (result,) if len(op.outputs) == 1 else result
-        op.out(*args, **dict(zip(op.outputs, out)))  # noqa: B905
-        return out
+            return _traced(op, _remade(args), out)
     if out is None:
         out = op.allocate(*args)
     else:
