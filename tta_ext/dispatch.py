@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import re
 import threading
@@ -176,11 +177,12 @@ def invoke(op: OpSpec, args: Sequence[Any], out: Sequence[Tensor] | None) -> Seq
     """Run an operator on validated arguments, into ``out`` if it is given."""
     if torch.compiler.is_compiling():
         return _traced(op, args, out)
-    if _modes() or _transforms() is not None:
-        return _traced(op, _remade(args) if _modes() else args, out)
-    if type(args[0]) is not Tensor and (mode := getattr(args[0], "fake_mode", None)):
-        with mode:
-            return _traced(op, _remade(args), out)
+    if type(args[0]) is not Tensor:  # a parameter, a number, or a tensor of somebody's mode
+        mode = getattr(args[0], "fake_mode", None)
+        if mode is not None or _modes():
+            with mode if mode is not None and not _modes() else contextlib.nullcontext():
+                return _traced(op, _remade(args), out)
+    given = out
     if out is None:
         out = op.allocate(*args)
     else:
@@ -190,14 +192,27 @@ def invoke(op: OpSpec, args: Sequence[Any], out: Sequence[Tensor] | None) -> Seq
         return out
     names = op.outputs
     try:
-        with below_autograd():
+        guard = _guards.pop()
+    except IndexError:
+        guard = below_autograd()
+    try:
+        with guard:
             if len(names) == 2:  # decoding steps: spares the zip
                 op.run(*args, **{names[0]: out[0], names[1]: out[1]})
             else:
                 op.run(*args, **dict(zip(names, out)))  # noqa: B905
     except RuntimeError as error:
+        if given is None and _transforms() is not None:
+            # torch.vmap and its like do not know of outputs that are given.
+            return _traced(op, args, None)
         raise translated(error) from None
+    finally:
+        _guards.append(guard)
     return out
+
+
+# Making one costs as much as using it, so they are kept; no two calls have the same at a time.
+_guards: list[Any] = []
 
 
 def unavailable(backend: str) -> str:

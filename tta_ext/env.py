@@ -20,8 +20,8 @@ from tta_ext.build.toolchain import find_compiler
 _PACKAGES = "numpy transformers tokenizers safetensors triton typer rich".split()
 _VARIABLES = (
     "TTA_EXT_NATIVE TTA_EXT_CACHE_DIR TTA_EXT_CPU_ISA TTA_EXT_CUDA TTA_EXT_LOCK_TIMEOUT "
-    "TTA_EXT_COMPILE_TIMEOUT CXX MAX_JOBS CUDA_HOME CUDA_PATH TORCH_CUDA_ARCH_LIST NVCC_APPEND_FLAGS OMP_NUM_THREADS "
-    "OMP_WAIT_POLICY"
+    "TTA_EXT_COMPILE_TIMEOUT CXX MAX_JOBS CUDA_HOME CUDA_PATH TORCH_CUDA_ARCH_LIST "
+    "NVCC_APPEND_FLAGS OMP_NUM_THREADS OMP_WAIT_POLICY"
 ).split()
 _ISA_FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "asimd")
 
