@@ -65,6 +65,7 @@ def check_logits(
             f"{name} has a last dimension of {shape[-1]}, expected 1 to {MAX_VOCABULARY}"
         )
     if unit_stride and not packed and logits.stride(-1) != 1 and shape[-1] != 1 and logits.numel():
+        check_dense(name, logits)
         raise ValueError(
             f"{name} has stride {logits.stride(-1)} over its last dimension, expected 1; "
             "call .contiguous() on it"
