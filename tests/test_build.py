@@ -297,6 +297,25 @@ def test_doctor_names_a_backend_for_every_op() -> None:
     assert all(op.name in text for op in diagnosis.ops)
 
 
+def test_doctor_says_what_would_make_an_op_faster(
+    native: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tta_ext import dispatch, doctor
+
+    assert doctor.served("philox") == {"cpu": ("cpu", "")}
+    why = "no CUDA compiler: looked for nvcc; mend it with: pip install something"
+    monkeypatch.setitem(dispatch._status, "cuda", why)
+    monkeypatch.setattr(doctor.torch.cuda, "is_available", lambda: True)
+    assert doctor.served("philox") == {
+        "cpu": ("cpu", ""),
+        "cuda": ("reference", "pip install something"),
+    }
+    monkeypatch.setattr(doctor.env, "collect", lambda: {"GPUs": "one"})
+    assert "on cuda: reference, faster with: pip install something" in doctor.render(
+        doctor.diagnose()
+    )
+
+
 def test_readme_opens_with_two_one_line_commands() -> None:
     blocks = re.findall(
         r"^```(?:sh|bash|shell)\n(.*?)^```",

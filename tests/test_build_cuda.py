@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import importlib.util
 import json
 import logging
@@ -159,11 +160,90 @@ def test_missing_toolkit_says_what_was_looked_for(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(BuildError, match="nvcc in CUDA_HOME, CUDA_PATH and on the PATH"):
-        cuda.find_toolkit()
+    with pytest.raises(BuildError) as error:
+        cuda.find_toolkit("13.2")
+    assert str(error.value) == (
+        "no CUDA compiler: looked for nvcc in CUDA_HOME, CUDA_PATH, on the PATH and in "
+        "site-packages/nvidia; mend it with: pip install 'cuda-toolkit[nvcc]==13.2.*', or export "
+        "CUDA_HOME=<the folder of a CUDA 13 toolkit>"
+    )
+    with pytest.raises(BuildError, match=r"mend it with: conda install .* cuda-nvcc=12\.8, or exp"):
+        cuda.find_toolkit("12.8")  # of CUDA 12 pip has no nvcc
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     with pytest.raises(BuildError, match=r"CUDA_HOME='.*' has no bin/nvcc"):
         cuda.find_toolkit()
+
+
+PARTS = {
+    "nvidia-cuda-nvcc": "bin/ptxas",
+    "nvidia-nvvm": "nvvm/bin/cicc",
+    "nvidia-cuda-crt": "include/crt/host_config.h",
+    "nvidia-cuda-runtime": "include/cuda_runtime.h",
+}
+
+
+def pip_toolkit(
+    monkeypatch: pytest.MonkeyPatch, site: Path, release: str = "13.0", **others: str
+) -> Path:
+    """nvcc as pip installs it, and its parts of the same or of other releases; None: missing."""
+    nvcc = fake_nvcc(site / "nvidia" / f"cu{release.split('.')[0]}", release)
+    for name, file in PARTS.items():
+        path = nvcc.parent.parent / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if others.get(name) != "missing":
+            path.touch()
+    monkeypatch.syspath_prepend(site)
+    monkeypatch.setattr(
+        importlib.metadata, "version", lambda name: f"{others.get(name, release)}.88"
+    )
+    return nvcc
+
+
+def test_pips_toolkit_comes_last(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    installed = pip_toolkit(monkeypatch, tmp_path / "site")
+    assert cuda.find_toolkit("13.0").compiler.command == (str(installed),)
+    assert cuda.find_toolkit().compiler.command == (str(installed),)
+    with pytest.raises(BuildError, match="no CUDA compiler: looked"):
+        cuda.find_toolkit("12.8")
+    old = fake_nvcc(tmp_path / "old", "12.4")
+    monkeypatch.setenv("PATH", f"{old.parent}:/usr/bin:/bin")
+    assert cuda.find_toolkit().release == "12.4"
+    assert cuda.find_toolkit("12.8").release == "12.4"
+    assert cuda.find_toolkit("13.0").release == "13.0"  # that of the PATH would not do
+    named = fake_nvcc(tmp_path / "named", "13.2")
+    monkeypatch.setenv("CUDA_HOME", str(named.parent.parent))
+    assert cuda.find_toolkit("13.0").release == "13.2"
+
+
+@pytest.mark.parametrize(
+    ("name", "release"), [("nvidia-nvvm", "13.5"), ("nvidia-cuda-crt", "missing")]
+)
+def test_parts_of_pips_toolkit_must_agree(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, release: str
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    pip_toolkit(monkeypatch, tmp_path / "site", **{name: release})
+    with pytest.raises(BuildError) as error:
+        cuda.find_toolkit("13.0")
+    assert f"{name} {release}" in str(error.value)
+    assert "mend it with: pip install 'cuda-toolkit[nvcc]==13.0.*'" in str(error.value)
+
+
+def test_the_runtime_is_linked_by_its_file_where_it_has_no_plain_name(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    nvcc = pip_toolkit(monkeypatch, tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    toolkit = cuda.find_toolkit("13.0")
+    assert cuda._runtime(toolkit) == ("-cudart=shared",)
+    library = nvcc.parent.parent / "lib" / "libcudart.so.13"
+    library.parent.mkdir()
+    library.touch()
+    assert cuda._runtime(toolkit) == ("-cudart=none", f"-Xlinker={library}")
+    library.with_name("libcudart.so").touch()
+    assert cuda._runtime(toolkit) == ("-cudart=shared",)
 
 
 def test_host_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,7 +265,7 @@ def test_key_depends_on_everything(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
     def key(version: str = "nvcc 1", torch_version: str = "2", images: str = "9.0") -> str:
         toolkit = cuda.Toolkit(Compiler(("nvcc",), version), "13.0", KNOWN)
-        monkeypatch.setattr(cuda, "find_toolkit", lambda: toolkit)
+        monkeypatch.setattr(cuda, "find_toolkit", lambda cuda: toolkit)
         monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", images)
         return CudaLibrary(root).recipe(dataclasses.replace(TORCH, version=torch_version)).key()
 

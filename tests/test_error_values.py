@@ -25,9 +25,11 @@ from calls import (
     spoiled,
     update,
     verify,
+    weights,
 )
 
-from tta_ext import ops
+from tta_ext import dispatch, ops
+from tta_ext.schemas import OPS
 
 # What only reading the values can tell.
 VALUES: dict[str, Case] = {
@@ -158,6 +160,123 @@ VALUES: dict[str, Case] = {
         "row 0 of weights has NaN or inf",
     ),
 }
+
+
+HUGE = 10**400
+# What has the wrong type, or a value that only arithmetic would trip over.
+ODD: dict[str, Case] = {
+    **{
+        f"{name} 1.5": (
+            lambda name=name: draw(**{name: 1.5}),
+            TypeError,
+            f"{name} is 1.5, expected",
+        )
+        for name in ("iteration", "stream", "draw", "rollout", "position", "sequence", "seed")
+    },
+    "step 1.5": (lambda: perturb(step=1.5), TypeError, "step is 1.5, expected an int"),
+    "row of text": (lambda: perturb(row="a"), TypeError, "row is 'a', expected an int"),
+    "normal step": (lambda: ops.normal(3, seed=1, step=1.5), TypeError, "step is 1.5, expected"),
+    "normal n": (lambda: ops.normal(1.5, seed=1), TypeError, "n is 1.5, expected an int"),
+    "rollouts": (lambda: update(rollouts=(0, 1.5)), TypeError, "expected two ints (start, stop)"),
+    "huge temperature": (lambda: draw(temperature=HUGE), ValueError, "temperature is 1000"),
+    "huge param": (
+        lambda: mask(param=HUGE),
+        ValueError,
+        "param is an int beyond float64, expected",
+    ),
+    "huge capacity": (
+        lambda: knapsack(capacity=HUGE),
+        ValueError,
+        "capacity is an int beyond float64, expected",
+    ),
+    "huge sigma": (lambda: perturb(sigma=HUGE), ValueError, ", expected a finite number >= 0"),
+    "sigma beyond float32": (
+        lambda: update(sigma=1e39),
+        ValueError,
+        "sigma is 1e+39, expected a finite number >= 0",
+    ),
+    "sigma of text": (lambda: weights(sigma="1"), TypeError, "sigma is '1', expected a number"),
+    "lam of text": (lambda: weights(lam="1"), TypeError, "lam is '1', expected a number"),
+    "alpha NaN": (
+        lambda: weights(alpha=torch.nan),
+        ValueError,
+        "alpha is nan, expected 0 <= alpha",
+    ),
+    "beta of text": (lambda: reward(beta="ab"), TypeError, "beta is 'ab', expected 2 finite numb"),
+    "beta huge": (lambda: reward(beta=[1.0, HUGE]), TypeError, "expected 2 finite numbers"),
+    "weights in a list": (
+        lambda: update(weights=[[1.0]]),
+        TypeError,
+        "weights is [[1.0]], expected a tensor of dtype torch.float32",
+    ),
+    "lengths in a list": (
+        lambda: verify(draft_length=[1, 2, 2]),
+        TypeError,
+        "draft_length is [1, 2, 2], expected a tensor of dtype torch.int64",
+    ),
+    "sparse logits": (
+        lambda: draw(good().to_sparse()),
+        TypeError,
+        "logits is of layout torch.sparse_coo, expected a plain tensor",
+    ),
+    "sparse proxy": (
+        lambda: sample(good(), good().to_sparse_csr()),
+        TypeError,
+        "proxy_logits is of layout torch.sparse_csr, expected a plain tensor",
+    ),
+    "sparse weights": (
+        lambda: update(weights=torch.zeros(2, 5).to_sparse()),
+        TypeError,
+        "weights is of layout torch.sparse_coo, expected a plain tensor",
+    ),
+    "nested logits": (
+        lambda: draw(torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])),
+        TypeError,
+        "logits is nested, expected a plain tensor",
+    ),
+    "verify's last position": (
+        lambda: verify(position=2**32 - 2),
+        ValueError,
+        "position is 4294967294, expected 0 <= position < 2**32 - 2",
+    ),
+    "verify's last position of a row": (
+        lambda: verify(position=ids(0, 2**32 - 2, 0)),
+        ValueError,
+        "position[1] is 4294967294, expected 0 <= position < 2**32 - 2",
+    ),
+    "a cost that overflows": (
+        lambda: weights(sigma=1e-300, dot=torch.ones(2, 4)),
+        ValueError,
+        "row 0 of the scores is undefined or has no finite value",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors", "ignore:Sparse CSR")
+@pytest.mark.parametrize("case", ODD.values(), ids=ODD)
+def test_odd_arguments(backend: str, case: Case) -> None:
+    call, kind, text = case
+    with pytest.raises(kind, match=re.escape(text)) as error:
+        call()
+    assert "\n" not in str(error.value)
+
+
+def test_a_kernels_refusal_names_no_file(native: None) -> None:
+    """What only the kernels' own checks see is a ``ValueError`` in their words."""
+    counter, key = torch.zeros(4, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"^key must have 2 words$"):
+        dispatch.invoke(OPS["philox"], (counter, key), None)
+    failure = RuntimeError("check_cuda, /a/csrc/bind/cuda.cpp:66, philox failed on cuda:0\nmore")
+    assert str(dispatch.translated(failure)) == "philox failed on cuda:0"
+    assert type(dispatch.translated(failure)) is RuntimeError
+    other = RuntimeError("something else, /a/b.cpp:1, of torch's")
+    assert dispatch.translated(other) is other
+
+
+def test_no_rows_of_any_stride(backend: str) -> None:
+    for none in (torch.zeros(8, 0).t(), torch.zeros(0).as_strided((0, 8), (1, 2))):
+        assert none.shape == (0, 8)
+        assert draw(none).shape == (0,)
 
 
 @pytest.mark.parametrize("case", VALUES.values(), ids=VALUES)

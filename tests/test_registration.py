@@ -328,6 +328,20 @@ def test_use_backend_refuses_what_is_not_there() -> None:
             tta_ext.use_backend("cuda").__enter__()
 
 
+def test_blocks_may_be_left_in_any_order(native: None) -> None:
+    """As by two threads."""
+    first, second = tta_ext.use_backend("reference"), tta_ext.use_backend("cpu")
+    first.__enter__()
+    second.__enter__()
+    assert dispatch._forced == "cpu"
+    first.__exit__(None, None, None)
+    assert dispatch._forced == "cpu"
+    with first, first:
+        assert dispatch._forced == "reference"
+    second.__exit__(None, None, None)
+    assert dispatch._forced is None
+
+
 def test_forcing_the_native_backend_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(dispatch._status, "cpu", "no compiler; apt install g++ mends it")
     with pytest.raises(RuntimeError, match="'cpu' is not available: no compiler; apt install"):

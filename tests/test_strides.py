@@ -119,6 +119,21 @@ def test_raw_operators(
     _same(tuple(outputs.values()), want if isinstance(want, tuple) else (want,))
 
 
+COLUMNS = "param position sequence rollout step row capacity draft_length".split()
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_column_is_one_a_row(backend: str, op: str) -> None:
+    given = _arguments(op)
+    want = _public(op, given)
+    columns = [n for n in COLUMNS if isinstance(given.get(n), Tensor) and given[n].dim() == 1]
+    for name in columns:
+        _same(_public(op, given | {name: given[name].unsqueeze(1)}), want)
+        wide = given[name].new_zeros(given[name].numel(), 2)
+        wide[:, 1] = given[name]
+        _same(_public(op, given | {name: wide[:, 1:]}), want)
+
+
 def test_compiled(native: None) -> None:
     torch._dynamo.reset()
 

@@ -232,3 +232,55 @@ def test_isolated_build_is_quiet(build: Build) -> None:
     assert line.startswith(
         "tta_ext: the first op compiles the CPU and the CUDA library: torch is not installed"
     )
+
+
+ALONE = """
+import torch, tta_ext
+from tta_ext import build, schemas
+from tta_ext.build import cuda
+assert torch.version.cuda, torch.__version__
+nvcc = cuda.find_toolkit(torch.version.cuda).compiler.command[0]
+result = build.load("cuda")
+assert result.loaded and result.built, result
+assert torch.ops.tta_ext.cuda_version() == schemas.NATIVE_VERSION
+assert cuda.CudaLibrary().load().path == result.path  # and from the cache
+print(nvcc, result.reason.partition(";")[0], sep="\\n")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cxx")
+def test_the_cuda_extra_is_a_toolkit(tmp_path: Path) -> None:
+    """A clean environment gets a CUDA build of torch and ``tta-ext[cuda]`` from the package index:
+    several GB. ``TTA_EXT_CUDA_VENV`` names one that may be used instead, with torch in it.
+    """
+    given = os.environ.get("TTA_EXT_CUDA_VENV")
+    venv = Path(given or tmp_path / "venv")
+    if not given:
+        subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
+    python = str(venv / "bin" / "python")
+    kept = {k: v for k, v in os.environ.items() if k in ("HOME", "LANG", "TMPDIR") or "PIP_" in k}
+    environment = {
+        **kept,
+        "PATH": f"{venv / 'bin'}:/usr/bin:/bin",
+        "TTA_EXT_CACHE_DIR": str(tmp_path / "cache"),
+        "TORCH_CUDA_ARCH_LIST": "9.0",
+    }
+    assert shutil.which("nvcc", path=environment["PATH"]) is None
+    tree = copy_tree(tmp_path / "tree")
+    # Only the sources: the library is built by the first call.
+    without = {"TTA_EXT_NATIVE": "0", "TTA_EXT_CUDA": "0"}
+    command = [python, "-m", "pip", "install", "-q", "--force-reinstall", "--no-deps", str(tree)]
+    for installing in ([*command[:5], f"{tree}[cuda]"], command):
+        subprocess.run(installing, check=True, env=environment | without, cwd=tmp_path)
+    done = subprocess.run(
+        [python, "-c", ALONE],
+        env=environment | {"TTA_EXT_NATIVE": "0", "TTA_EXT_CUDA": "1"},
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    nvcc, reason = done.stdout.splitlines()
+    assert Path(nvcc).is_relative_to(venv)
+    assert reason == "compiled in the cache, for sm_90"

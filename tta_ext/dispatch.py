@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import re
 import threading
@@ -163,21 +164,25 @@ _modes = torch._C._len_torch_dispatch_stack
 _transforms = torch._C._functorch.peek_interpreter_stack
 
 
+def _traced(op: OpSpec, args: Sequence[Any], out: Sequence[Tensor] | None) -> Sequence[Tensor]:
+    """An operator where torch looks on: as one call without effects, if nobody gave an output."""
+    if out is None:
+        result = op.functional(*args)
+        return (result,) if len(op.outputs) == 1 else result
+    op.out(*args, **dict(zip(op.outputs, out)))  # noqa: B905
+    return out
+
+
 def invoke(op: OpSpec, args: Sequence[Any], out: Sequence[Tensor] | None) -> Sequence[Tensor]:
     """Run an operator on validated arguments, into ``out`` if it is given."""
-    like = args[0]
-    if type(like) is not Tensor and (mode := getattr(like, "fake_mode", None)) and not _modes():
-        with mode:
-            return invoke(op, args, out)
-    traced = _modes() or _transforms() is not None
-    if traced or torch.compiler.is_compiling():
-        if _modes():
-            args = _remade(args)
-        if out is None:
-            result = op.functional(*args)
-            return (result,) if len(op.outputs) == 1 else result
-        op.out(*args, **dict(zip(op.outputs, out)))  # noqa: B905
-        return out
+    if torch.compiler.is_compiling():
+        return _traced(op, args, out)
+    if type(args[0]) is not Tensor:  # a parameter, a number, or a tensor of somebody's mode
+        mode = getattr(args[0], "fake_mode", None)
+        if mode is not None or _modes():
+            with mode if mode is not None and not _modes() else contextlib.nullcontext():
+                return _traced(op, _remade(args), out)
+    given = out
     if out is None:
         out = op.allocate(*args)
     else:
@@ -187,14 +192,27 @@ def invoke(op: OpSpec, args: Sequence[Any], out: Sequence[Tensor] | None) -> Seq
         return out
     names = op.outputs
     try:
-        with below_autograd():
+        guard = _guards.pop()
+    except IndexError:
+        guard = below_autograd()
+    try:
+        with guard:
             if len(names) == 2:  # decoding steps: spares the zip
                 op.run(*args, **{names[0]: out[0], names[1]: out[1]})
             else:
                 op.run(*args, **dict(zip(names, out)))  # noqa: B905
     except RuntimeError as error:
+        if given is None and _transforms() is not None:
+            # torch.vmap and its like do not know of outputs that are given.
+            return _traced(op, args, None)
         raise translated(error) from None
+    finally:
+        _guards.append(guard)
     return out
+
+
+# Making one costs as much as using it, so they are kept; no two calls have the same at a time.
+_guards: list[Any] = []
 
 
 def unavailable(backend: str) -> str:

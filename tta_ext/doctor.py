@@ -88,6 +88,28 @@ def diagnose() -> Diagnosis:
     )
 
 
+def served(name: str) -> dict[str, tuple[str, str]]:
+    """Who serves an op on each device of this machine, and how to have it faster.
+
+    Args:
+        name: the op, as in ``torch.ops.tta_ext``.
+
+    Returns:
+        By device ("cpu", and "cuda" where torch finds one): the backend, and the one command that
+        would put a faster one there; empty where the fastest serves, or no command would help.
+    """
+    from tta_ext import dispatch
+
+    found = {}
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        try:
+            backend, reason = dispatch.serves(name, device)
+        except RuntimeError as error:  # demanded by TTA_EXT_NATIVE=1 or TTA_EXT_CUDA=1
+            backend, reason = "reference", str(error)
+        found[device] = backend, reason.partition("mend it with: ")[2]
+    return found
+
+
 def _state(library: LoadResult) -> str:
     """How a library was found, in a line."""
     state = "not loaded"
@@ -112,4 +134,9 @@ def render(diagnosis: Diagnosis) -> str:
     for op, why_not in zip(diagnosis.ops, reasons, strict=True):
         own = "; ".join(f"{name}: {why}" for name, why in sorted(why_not - shared))
         lines.append(f"{op.name:<24} {op.backend:<10} {own}".rstrip())
+        lines += [
+            f"{'':<24} on {device}: {backend}" + (f", faster with: {command}" if command else "")
+            for device, (backend, command) in served(op.name).items()
+            if command or device != "cpu"
+        ]
     return "\n".join([*lines, *(f"to mend: {line}" for line in diagnosis.advice)])

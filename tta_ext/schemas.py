@@ -103,7 +103,6 @@ class OpSpec:
 
 _PROPOSAL = (Output("token", torch.int64, 1), Output("deferred", torch.bool, 1))
 _FLOAT32 = Output("out", torch.float32)
-_UPDATED = Output("out", torch.float32, in_place=("mean",))
 _TOKEN = Output("out", torch.int64, 1)
 
 _SPECS = (
@@ -179,7 +178,7 @@ _SPECS = (
         "control_update",
         "Tensor mean, Tensor weights, Tensor? length, Tensor seed, Tensor sequence, "
         "SymInt iteration, float sigma, SymInt start, SymInt stop, bool partial, bool check",
-        _UPDATED,
+        _FLOAT32._replace(in_place=("mean",)),
     ),
     OpSpec(
         "control_merge",

@@ -40,6 +40,7 @@ void prelogit_perturb(Tensor hidden, Tensor mean, Tensor step, Tensor row, Tenso
   check_unit_stride(hidden, "hidden");
   a.rows = hidden.size(0);
   a.dim = hidden.size(1);
+  STD_TORCH_CHECK(a.dim >= 1, "hidden has no columns, expected at least 1");
   a.hidden = hidden.const_data_ptr();
   a.hidden_stride = hidden.stride(0);
   a.mean = control(device, mean, "mean");

@@ -83,7 +83,8 @@ inline void check_dtype(const Tensor& x, ScalarType type, const char* name) {
 }
 
 inline void check_unit_stride(const Tensor& x, const char* name) {
-  STD_TORCH_CHECK(x.dim() > 0 && (x.stride(x.dim() - 1) == 1 || x.size(x.dim() - 1) <= 1), name,
+  const int64_t last = x.dim() - 1;
+  STD_TORCH_CHECK(last >= 0 && (x.stride(last) == 1 || x.size(last) <= 1 || x.numel() == 0), name,
                   " must be contiguous in its last dimension");
 }
 

@@ -6,7 +6,8 @@ Nothing happens at import, and nothing here imports torch before :func:`load`. T
 Environment: ``TTA_EXT_NATIVE`` for the CPU's library = auto (default), 0 (never load), 1 (fail
 loudly); ``TTA_EXT_CUDA`` for CUDA's = auto (default: if torch has CUDA, a GPU is visible and the
 wheel carries the library or nvcc is there), 0, 1 (compiles also where no GPU is visible);
-``TTA_EXT_CACHE_DIR``; ``TTA_EXT_LOCK_TIMEOUT`` (seconds, default 600); ``CXX``; ``MAX_JOBS``;
+``TTA_EXT_CACHE_DIR``; ``TTA_EXT_LOCK_TIMEOUT``, ``TTA_EXT_COMPILE_TIMEOUT`` (seconds, by default
+600 and 3600); ``TTA_EXT_CPU_ISA`` = avx512, avx2, scalar; ``CXX``; ``MAX_JOBS``;
 ``TORCH_CUDA_ARCH_LIST``; ``CUDA_HOME``, ``CUDA_PATH``.
 """
 
@@ -39,6 +40,6 @@ def load(device: str) -> LoadResult:
     Raises:
         RuntimeError: the library is demanded (``TTA_EXT_NATIVE=1``, ``TTA_EXT_CUDA=1``) and cannot
             be had.
-        ValueError: the variable has another value than auto, 0, 1.
+        ValueError: the variable has another value than auto, 0, 1, or ``TTA_EXT_CPU_ISA`` is none.
     """
     return LIBRARIES[device].load()

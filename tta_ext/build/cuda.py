@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import importlib.metadata
+import importlib.util
 import logging
 import os
 import re
@@ -60,43 +63,119 @@ class Toolkit:
     known: frozenset[str]
 
 
-def _nvcc_path() -> str:
+def remedy(cuda: str | None = None) -> str:
+    """The command that puts an nvcc of this CUDA (``13.0``; None: that one) beside torch.
+
+    Of CUDA 12, pip has the parts that torch needs itself, but no nvcc.
+    """
+    version = cuda or "13.0"
+    if int(version.split(".")[0]) < 13:
+        command = f"conda install -y -c nvidia cuda-nvcc={version}"
+    else:
+        command = f"pip install 'cuda-toolkit[nvcc]=={version}.*'"
+    return f"{command}, or export CUDA_HOME=<the folder of a CUDA {version.split('.')[0]} toolkit>"
+
+
+def _named_home() -> Path | None:
+    """The nvcc of the toolkit that the environment names."""
     for variable in ("CUDA_HOME", "CUDA_PATH"):
         if home := os.environ.get(variable, "").strip():
             path = Path(home) / "bin" / "nvcc"
             if path.is_file():
-                return str(path)
+                return path
             raise BuildError(
                 f"no CUDA compiler: {variable}={home!r} has no bin/nvcc; "
                 f"mend it with: export {variable}=<the folder of a CUDA toolkit>"
             )
-    found = shutil.which("nvcc")
-    if found is None:
+    return None
+
+
+def _in_site_packages(cuda: str | None) -> list[Path]:
+    """The nvcc that pip has put beside torch, of CUDA's major version or of all, newest first."""
+    spec = importlib.util.find_spec("nvidia")
+    places = list(spec.submodule_search_locations or ()) if spec else []
+    major = f"cu{cuda.split('.')[0]}" if cuda else "cu[0-9]*"
+    found = [path for place in places for path in Path(place).glob(f"{major}/bin/nvcc")]
+    return sorted(found, key=lambda path: path.parent.parent.name, reverse=True)
+
+
+def _check_parts(nvcc: Path, cuda: str | None) -> None:
+    """``BuildError`` unless the packages beside an nvcc of pip's are there, and of its release."""
+    needed = {
+        "nvidia-cuda-nvcc": "bin/ptxas",
+        "nvidia-nvvm": "nvvm/bin/cicc",
+        "nvidia-cuda-crt": "include/crt/host_config.h",
+        "nvidia-cuda-runtime": "include/cuda_runtime.h",
+    }
+    releases = {}
+    for name, file in needed.items():
+        version = None
+        if (nvcc.parent.parent / file).is_file():
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                version = ".".join(importlib.metadata.version(name).split(".")[:2])
+        releases[name] = version or "missing"
+    if len(set(releases.values())) > 1:
+        parts = ", ".join(f"{name} {release}" for name, release in releases.items())
+        wanted = cuda or releases["nvidia-cuda-nvcc"].replace("missing", "13.0")
         raise BuildError(
-            "no CUDA compiler: looked for nvcc in CUDA_HOME, CUDA_PATH and on the PATH; "
-            "mend it with: conda install -y -c nvidia cuda-nvcc, or export CUDA_HOME=<the folder "
-            "of a CUDA toolkit>"
+            f"the parts of the CUDA compiler {nvcc} do not belong together ({parts}); "
+            f"mend it with: {remedy(wanted)}"
         )
-    return found
 
 
-def find_toolkit() -> Toolkit:
-    """The nvcc of ``CUDA_HOME``, else of ``CUDA_PATH``, else of the PATH.
+def _asked(nvcc: Path) -> Toolkit:
+    name, mend = f"the CUDA compiler {nvcc}", "export CUDA_HOME=<the folder of a CUDA toolkit>"
+    text = answer_of([str(nvcc), "--version"], name, mend)
+    release = re.search(r"release (\d+\.\d+)", text)
+    version = re.search(r"V\d+\.\d+\.\d+", text)
+    if release is None:
+        raise BuildError(f"{name} does not say its release; mend it with: {mend}")
+    codes = answer_of([str(nvcc), "--list-gpu-code"], name, mend)
+    known = frozenset(re.findall(r"sm_(\d+[af]?)", codes))
+    said = f"nvcc {version[0] if version else release[1]}"
+    return Toolkit(Compiler((str(nvcc), *host_compiler()), said), release[1], known)
+
+
+def find_toolkit(cuda: str | None = None) -> Toolkit:
+    """The nvcc of ``CUDA_HOME``, else of ``CUDA_PATH``, else of the PATH, else of pip's packages
+    (``site-packages/nvidia/cu13``).
+
+    Args:
+        cuda: the CUDA of torch (``13.0``). One of the PATH of another major version is passed over
+            where pip's fits.
 
     Raises:
         BuildError: none was found, or it does not run; the message says what was looked for.
     """
-    path = _nvcc_path()
-    name, remedy = f"the CUDA compiler {path}", "export CUDA_HOME=<the folder of a CUDA toolkit>"
-    text = answer_of([path, "--version"], name, remedy)
-    release = re.search(r"release (\d+\.\d+)", text)
-    version = re.search(r"V\d+\.\d+\.\d+", text)
-    if release is None:
-        raise BuildError(f"{name} does not say its release; mend it with: {remedy}")
-    codes = answer_of([path, "--list-gpu-code"], name, remedy)
-    known = frozenset(re.findall(r"sm_(\d+[af]?)", codes))
-    compiler = Compiler((path, *host_compiler()), f"nvcc {version[0] if version else release[1]}")
-    return Toolkit(compiler, release[1], known)
+    if home := _named_home():
+        return _asked(home)
+    on_path, installed = shutil.which("nvcc"), _in_site_packages(cuda)
+    if on_path is not None:
+        toolkit = _asked(Path(on_path))
+        if not installed or cuda is None or _same_major(toolkit.release, cuda):
+            return toolkit
+    if not installed:
+        raise BuildError(
+            "no CUDA compiler: looked for nvcc in CUDA_HOME, CUDA_PATH, on the PATH and in "
+            f"site-packages/nvidia; mend it with: {remedy(cuda)}"
+        )
+    _check_parts(installed[0], cuda)
+    return _asked(installed[0])
+
+
+def _same_major(one: str, other: str) -> bool:
+    return one.split(".")[0] == other.split(".")[0]
+
+
+def _runtime(toolkit: Toolkit) -> tuple[str, ...]:
+    """How to link the CUDA runtime that torch has loaded: nvcc's way, or, as pip's packages have no
+    file of the plain name that this looks for, by the file itself.
+    """
+    folder = Path(toolkit.compiler.command[0]).parent.parent / "lib"
+    numbered = sorted(folder.glob("libcudart.so.*"))
+    if not numbered or (folder / "libcudart.so").exists():
+        return ("-cudart=shared",)
+    return ("-cudart=none", f"-Xlinker={numbered[0]}")
 
 
 def host_compiler() -> tuple[str, ...]:
@@ -111,11 +190,10 @@ def host_compiler() -> tuple[str, ...]:
 
 def check_release(toolkit: Toolkit, torch_cuda: str) -> None:
     """``BuildError`` unless the toolkit has the major version of torch's CUDA runtime."""
-    wanted = torch_cuda.split(".")[0]
-    if toolkit.release.split(".")[0] != wanted:
+    if not _same_major(toolkit.release, torch_cuda):
         raise BuildError(
             f"nvcc at {toolkit.compiler.command[0]} is of CUDA {toolkit.release}, torch of CUDA "
-            f"{torch_cuda}; mend it with: export CUDA_HOME=<the folder of a CUDA {wanted} toolkit>"
+            f"{torch_cuda}; mend it with: {remedy(torch_cuda)}"
         )
 
 
@@ -247,11 +325,12 @@ class CudaLibrary(Library):
         """As :meth:`Library.recipe`; also raises if torch has no CUDA, no toolkit of its major
         version is here, or no architecture is left.
         """
-        cuda, host, toolkit = _cuda_of(torch), super().recipe(torch), find_toolkit()
+        cuda, host = _cuda_of(torch), super().recipe(torch)
+        toolkit = find_toolkit(cuda)
         check_release(toolkit, cuda)
         images = images_to_build(toolkit.known)
         gencode = (f"-gencode=arch=compute_{i.partition('_')[2]},code={i}" for i in images)
-        link = ("-shared", "-cudart=shared", "-Xlinker=--as-needed,-z,defs")
+        link = ("-shared", *_runtime(toolkit), "-Xlinker=--as-needed,-z,defs")
         variables = (f"{name}={os.environ.get(name, '')}" for name in NVCC_VARIABLES)
         return dataclasses.replace(
             host,

@@ -48,26 +48,24 @@ def check_logits(
     """Raise unless ``logits`` has an accepted dtype, shape and layout."""
     if not isinstance(logits, Tensor):
         raise TypeError(f"{name} is {type(logits).__name__}, expected a tensor {form}")
-    check_dense(name, logits)
     if logits.dtype not in LOGIT_DTYPES:
         raise TypeError(
             f"{name} has dtype {logits.dtype}, expected torch.float32, torch.float16 or "
             "torch.bfloat16"
         )
-    shape = logits.shape
+    try:
+        shape, packed = logits.shape, logits.is_contiguous()
+    except RuntimeError:  # no strides, so no plain tensor
+        check_dense(name, logits)
+        raise
     if len(shape) != dims:
         raise ValueError(f"{name} has shape {list(shape)}, expected {form}")
     if not 1 <= shape[-1] <= MAX_VOCABULARY:
         raise ValueError(
             f"{name} has a last dimension of {shape[-1]}, expected 1 to {MAX_VOCABULARY}"
         )
-    if (
-        unit_stride
-        and not logits.is_contiguous()
-        and logits.stride(-1) != 1
-        and shape[-1] != 1
-        and logits.numel()
-    ):
+    if unit_stride and not packed and logits.stride(-1) != 1 and shape[-1] != 1 and logits.numel():
+        check_dense(name, logits)
         raise ValueError(
             f"{name} has stride {logits.stride(-1)} over its last dimension, expected 1; "
             "call .contiguous() on it"
@@ -92,7 +90,6 @@ def check_alike(name: str, logits: Tensor, like_name: str, like: Tensor, form: s
     if (  # what most calls need
         type(logits) is not Tensor
         or logits.layout is not _STRIDED
-        or logits.is_nested
         or logits.dtype not in LOGIT_DTYPES
         or logits.shape != like.shape
         or logits.device != like.device
@@ -144,7 +141,6 @@ def one_or_each(
     """
     if values.dtype is not dtype:
         raise TypeError(f"{name} has dtype {values.dtype}, expected {dtype}")
-    check_dense(name, values)
     shape = values.shape
     if shape not in ((count,), (count, 1), (count, positions)) and values.numel() != 1:
         more = "" if positions is None else f" or [{count}, {positions}]"

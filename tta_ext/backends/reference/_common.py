@@ -44,7 +44,8 @@ def check_logits(
 def check_indices(name: str, values: Tensor, stop: int, check: bool) -> None:
     """``ValueError`` unless all integers lie in ``[0, stop)``; nothing without ``check``."""
     flat = values.reshape(-1)
-    limit = "2**32" if stop == rng.WORD else str(stop)
+    less = rng.WORD - stop
+    limit = str(stop) if stop < 1 << 31 else f"2**32 - {less}" if less else "2**32"
     checked(
         (flat < 0) | (flat >= stop),
         check,

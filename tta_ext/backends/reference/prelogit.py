@@ -76,6 +76,13 @@ def importance_weights(
             slack = (1.0 - alpha) / sigma
             penalty = slack * dot.to(compute_dtype) + 0.5 * slack * slack * norm2.to(compute_dtype)
             score = score - torch.where(invalid.unsqueeze(-1), 0.0, penalty)
+        # A cost that overflows leaves nothing to compare, or no weight for anybody.
+        undefined = (score.isnan() | (score == torch.inf)).any(-1) | ~score.isfinite().any(-1)
+        invalid = invalid | common.checked(
+            undefined & ~invalid,
+            check,
+            lambda i: f"row {i} of the scores is undefined or has no finite value",
+        )
         weights = torch.softmax(score, dim=-1)
     ess = 1.0 / weights.square().sum(-1)
     return (

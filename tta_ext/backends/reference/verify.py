@@ -80,6 +80,8 @@ def deferral_verify(
     batch, positions, vocabulary = base_logits.shape
     device = base_logits.device
     key.check(check)
+    if key.do_sample:  # the k-th position is so many further on
+        common.check_indices("position", key.position, rng.WORD - (positions - 1), check)
     common.check_indices("draft_length", draft_length, positions, check)
     in_draft = torch.arange(positions - 1, device=device) < draft_length.unsqueeze(-1)
     common.check_indices("draft", torch.where(in_draft, draft, 0), vocabulary, check)
