@@ -378,8 +378,8 @@ class AdaptiveImportanceSampling(SearchMethod[AISPSettings]):
 
         Raises:
             ValueError: the checkpoint belongs to other prompts, or to a run with another seed,
-                other ids or settings. Those may differ that say when a run ends and how large its batches
-                are.
+                other ids or settings. Those may differ that say when a run ends and how
+                large its batches are.
         """
         if checkpoint is None:
             return super().generate(
