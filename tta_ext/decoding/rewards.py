@@ -77,14 +77,16 @@ def call_reward(reward: Reward, prompts: Sequence[Any], responses: Sequence[Any]
     with torch.inference_mode(False), torch.enable_grad():
         values: Any = reward(list(prompts), list(responses))
     if isinstance(values, torch.Tensor):
-        if values.dim() > 1 and values.shape[1:].numel() > 1:
-            raise TypeError(
-                f"the reward returned a tensor of shape {list(values.shape)}, "
-                f"expected [{len(responses)}]"
-            )
         if values.is_meta:
             raise TypeError("the reward returned a meta tensor, expected one with numbers")
-        values = values.detach().flatten().tolist()
+        values = values.detach().cpu()
+    shape = getattr(values, "shape", ())
+    if math.prod(shape[1:]) > 1:
+        raise TypeError(
+            f"the reward returned values of shape {list(shape)}, expected [{len(responses)}]"
+        )
+    if len(shape) > 1:
+        values = values.reshape(-1)
     if isinstance(values, (Mapping, Set, str, bytes)) or not isinstance(values, Iterable):
         raise TypeError(
             f"the reward returned {type(values).__name__}, expected a number for each response"
@@ -106,7 +108,7 @@ def _number(value: Any) -> float:
         try:
             return float(value)
         except OverflowError:
-            return math.copysign(sys.float_info.max, value)
+            return sys.float_info.max if value > 0 else -sys.float_info.max
         except (TypeError, ValueError, RuntimeError, NotImplementedError):
             pass
     raise TypeError(

@@ -358,6 +358,8 @@ class KnapsackDeferral:
             changes.setdefault("param", None)
         merged = self._given | changes
         name, param = merged["rule"], merged["param"]
+        if not isinstance(param, Tensor) and hasattr(param, "tolist"):
+            param = param.tolist()  # of NumPy
         experts, antis = len(models.proxies), len(models.anti)
         if name == IMPLICIT_REWARD:
             if antis and antis != experts:
