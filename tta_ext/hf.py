@@ -141,7 +141,8 @@ def kad(
     if stop_strings is not None:
         if base_tokenizer is None:
             raise ValueError("stop_strings need a tokenizer; pass base_tokenizer=")
-        criteria = [*criteria, StopStringCriteria(base_tokenizer, stop_strings)]
+        strings = stop_strings if isinstance(stop_strings, str) else list(stop_strings)
+        criteria = [*criteria, StopStringCriteria(base_tokenizer, strings)]
     if num_assistant_tokens is None and CONFIG["num_assistant_tokens"].is_set(
         config.num_assistant_tokens
     ):

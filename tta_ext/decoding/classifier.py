@@ -177,12 +177,11 @@ class ClassifierReward:
         """The model's outputs ``[rows, labels]`` in float32."""
         config, device = self.model.config, device_of(self.model)
         text = config.get_text_config()
-        pad = next((p for p in (config.pad_token_id, text.pad_token_id) if p is not None), None)
-        own, used = pad, {i for row in rows for i in row["input_ids"]}
-        if own is None:
-            # Decoder-like classifiers score the last token that is no padding; without a padding id
-            # that is the last one. So padding must be an id that no input has.
-            pad = next((i for i in range(len(used) + 1) if i not in used), 0)
+        own = next((p for p in (config.pad_token_id, text.pad_token_id) if p is not None), None)
+        # Decoder-like classifiers score the last token that is no padding; without a padding id
+        # that is the last one. So padding must then be an id that no input has.
+        used = {i for row in rows for i in row["input_ids"]}
+        pad = min(set(range(len(used) + 1)) - used) if own is None else int(own)
         names = rows[0].keys()
         batch = {
             name: _padded([row[name] for row in rows], pad if name == "input_ids" else 0)
@@ -211,7 +210,7 @@ def _limit(model: Any, tokenizer: Any) -> int | None:
     Models whose positions start behind the padding id (RoBERTa) have fewer than their table has
     rows; those whose positions are relative alone (DeBERTa) have no limit.
     """
-    limits = []
+    limits: list[Any] = []
     tables = [
         part
         for name, part in model.named_modules()

@@ -224,11 +224,11 @@ class Request:
         self.rule = self._spread(rule, len(base))
         self.policy = self._policy(speculative, memories)
         self.seed = rng.resolve_seed(seed)
-        cuts = {"top_k": top_k, "top_p": top_p, "min_p": min_p}
+        cuts: dict[str, Any] = {"top_k": top_k, "top_p": top_p, "min_p": min_p}
         given = [name for name, value in cuts.items() if value is not None]
         if given and not do_sample:
             raise ValueError(f"{given[0]} goes with do_sample=True")
-        own = as_processors(logits_processor) or []
+        own = as_processors(logits_processor) or ()
         self.processors = as_processors([*own, *warpers(rule.temperature, **cuts)])
         self.criteria = as_criteria(stopping_criteria)
 
