@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -94,6 +95,12 @@ def test_every_class(module: Any, parent: str, known: dict[str, Any]) -> None:
     assert names - known.keys() == set()
     if transformers.__version__ >= "5.23":  # older ones have fewer
         assert known.keys() - names == set()
+
+
+def test_the_page_says_the_same() -> None:
+    """``python -c 'from tta_ext.decoding.runtime.generate_options import page; print(page())'``."""
+    text = (Path(__file__).parent.parent / "docs" / "transformers.md").read_text(encoding="utf-8")
+    assert table.page() in text
 
 
 # ---- fields of the configuration -------------------------------------------------------------

@@ -80,4 +80,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
+    # Not what this file imports for itself.
     return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

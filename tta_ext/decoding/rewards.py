@@ -290,34 +290,27 @@ def _named(text: str) -> Reward:
     return found
 
 
-def _alone(kind: str, made: Callable[[], Reward]) -> Callable[[str], Reward]:
-    """A reward whose name has no more to it."""
-
-    def parse(text: str) -> Reward:
-        if text:
-            raise ValueError(f"{kind}:{text} is not known, expected {kind}")
-        return made()
-
-    return parse
-
-
-def _sentiment(text: str) -> Reward:
-    if text not in ("", "positive", "negative"):
-        raise ValueError(f"sentiment:{text} is not known, expected sentiment or sentiment:negative")
-    return SentimentReward(-1.0 if text == "negative" else 1.0)
-
-
-def _words(text: str) -> Reward:
-    if text and not text.isdecimal():
-        raise ValueError(f"words:{text} is not known, expected a number of words, as in words:20")
-    return LengthReward(int(text or 20))
-
-
 def _classifier(text: str) -> Reward:
     path, _, label = text.partition("#")
     if not path:
         raise ValueError("classifier names no model, expected classifier:PATH")
     return ClassifierReward.from_pretrained(path, label=label or None)
+
+
+def _exactly(text: str, known: dict[str, Any]) -> Any:
+    """What one of a few texts after a reward's name stands for."""
+    try:
+        return known[text]
+    except KeyError:
+        raise ValueError(
+            f"after the reward's colon is {text!r}, expected {' or '.join(map(repr, known))}"
+        ) from None
+
+
+def _words(text: str) -> Reward:
+    if text and not text.isdecimal():
+        raise ValueError(f"words:{text} is not known, expected a number, such as words:20")
+    return LengthReward(int(text or 20))
 
 
 def _letter(text: str) -> Reward:
@@ -327,10 +320,11 @@ def _letter(text: str) -> Reward:
     return LetterReward(letter or "s", distinct=bool(colon))
 
 
+_SIGNS = {"": 1.0, "positive": 1.0, "negative": -1.0}
 _KINDS: dict[str, Callable[[str], Reward]] = {
     "letter": _letter,
-    "sentiment": _sentiment,
-    "json": _alone("json", JsonReward),
+    "sentiment": lambda text: SentimentReward(_exactly(text, _SIGNS)),
+    "json": lambda text: _exactly(text, {"": JsonReward})(),
     "words": _words,
     "classifier": _classifier,
     "python": _named,

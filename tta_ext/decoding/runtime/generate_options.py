@@ -20,6 +20,8 @@ __all__ = [
     "STREAMERS",
     "Option",
     "check_processors",
+    "kind_of",
+    "page",
     "refuse",
 ]
 
@@ -288,3 +290,24 @@ def refuse(given: Mapping[str, Any], method: str) -> list[str]:
         if option.warn:
             warned.append(f"{name}={value!r}")
     return warned
+
+
+def page() -> str:
+    """The tables as Markdown, for ``docs/transformers.md``."""
+    tables = {
+        "Field of the configuration": CONFIG,
+        "Argument": ARGUMENTS,
+        "Logits processor": PROCESSORS,
+        "Stopping criterion": CRITERIA,
+        "Streamer": STREAMERS,
+    }
+    lines = []
+    for title, table in tables.items():
+        lines += [f"| {title} | `hf.kad` | `hf.aisp` |", "|---|---|---|"]
+        for name, option in sorted(table.items()):
+            shown = ["no effect, with a warning" if option.warn else option.why(method) or "yes"
+                     for method in ("kad", "aisp")]  # fmt: skip
+            if not name.startswith("_"):
+                lines.append(f"| `{name}` | {shown[0]} | {shown[1]} |")
+        lines.append("")
+    return "\n".join(lines)
