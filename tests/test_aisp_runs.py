@@ -165,7 +165,7 @@ def test_a_longer_run_is_the_continuation_of_a_shorter(tmp_path: Any) -> None:
 
 
 def test_searches_of_one_model_in_several_threads() -> None:
-    """Each finds what it finds alone: a hook on the shared head is for its own thread's forwards."""
+    """Each finds what it finds alone: a hook on their head is for its own thread's forwards."""
     prompts = [[5, 6, 7], [8, 9, 10, 11], [4], [12, 13, 14, 15, 16]]
     aisp = make_aisp()
 
