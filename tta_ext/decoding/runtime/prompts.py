@@ -105,16 +105,21 @@ def _a(value: Any) -> str:
     return kind if kind in ("bytes", "NoneType") else f"a {kind}"
 
 
-def whole_number(name: str, value: Any, least: int = 1) -> int:
+def whole_number(name: str, value: Any, least: int | None = 1) -> int:
     """An argument that counts something, as an int.
+
+    Args:
+        name: what the message calls it.
+        value: of any library.
+        least: the smallest allowed; None leaves that to the caller.
 
     Raises:
         TypeError: no integer; 4.0 and True are none.
         ValueError: too small.
     """
     if not _is_id(value):
-        raise TypeError(f"{name} is {value!r}, expected an integer of at least {least}")
-    if int(value) < least:
+        raise TypeError(f"{name} is {value!r}, expected an integer")
+    if least is not None and int(value) < least:
         raise ValueError(f"{name} is {value}, expected at least {least}")
     return int(value)
 

@@ -99,7 +99,7 @@ class AISPSettings(SearchSettings):
         check_range(self, "at least 1", "window", "elites")
         if self.lam_unit == "ess" and self.lam is not None and not 1.0 <= self.lam <= self.n:
             raise ValueError(f"lam is {self.lam!r} in units of ess, expected 1 to n = {self.n}")
-        whole_number("kl_rollouts", self.kl_rollouts, 0)
+        whole_number("kl_rollouts", self.kl_rollouts, None)
         if not 0 <= self.kl_rollouts <= self.n:
             raise ValueError(f"kl_rollouts is {self.kl_rollouts}, expected 0 to n = {self.n}")
         if self.kl_budget is not None and not self.kl_rollouts:

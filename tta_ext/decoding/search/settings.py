@@ -94,8 +94,8 @@ def check_samples(samples: int, least: int) -> int:
 
 def check_counts(rollouts: int, iterations: int) -> None:
     """``ValueError`` unless the random streams have counters for so many."""
-    whole_number("n", rollouts)
-    whole_number("iterations", iterations)
+    whole_number("n", rollouts, None)
+    whole_number("iterations", iterations, None)
     if not 1 <= rollouts <= rng.ROLLOUTS:
         raise ValueError(f"n is {rollouts}, expected 1 to {rng.ROLLOUTS} rollouts an iteration")
     if not 1 <= iterations <= rng.ITERATIONS:
