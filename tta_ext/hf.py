@@ -291,10 +291,10 @@ class _Call:
         fields_of = vars(GenerationConfig()).keys()
         given = {key: value for key, value in vars(config).items() if key in fields_of}
         cache_name, cache, passed = passed_cache(model_kwargs)
+        check_model(model, "base")
         warned = refuse({**given, **self.kept, **model_kwargs}, method)
         if input_ids.shape[1] == 0:
             raise ValueError("input_ids has no tokens; inputs_embeds are not supported here")
-        check_model(model, "base")
         if cache is not None and cache.get_seq_length():
             raise ValueError(
                 f"{cache_name} already holds tokens; tta_ext.KnapsackDeferral.chat keeps caches "

@@ -185,8 +185,10 @@ ARGUMENTS: dict[str, Option] = {
     "attention_mask": _HONOURED,
     "position_ids": _HONOURED,
     "logits_to_keep": _HONOURED,
+    # Caches that generate makes, by the names that models have for them.
     "past_key_values": _HONOURED,
     "cache": _HONOURED,
+    "cache_params": _HONOURED,
     "inputs_embeds": _refused(
         "two models read the prompt, and embeddings belong to one", aisp="prompts are token ids"
     ),
