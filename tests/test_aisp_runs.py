@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -161,6 +162,20 @@ def test_a_longer_run_is_the_continuation_of_a_shorter(tmp_path: Any) -> None:
     (tmp_path / "other").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="holds no AISP run"):
         aisp.resume(tmp_path / "other")
+
+
+def test_searches_of_one_model_in_several_threads() -> None:
+    """Each finds what it finds alone: a hook on their head is for its own thread's forwards."""
+    prompts = [[5, 6, 7], [8, 9, 10, 11], [4], [12, 13, 14, 15, 16]]
+    aisp = make_aisp()
+
+    def found(prompt: list[int]) -> Any:
+        return aisp.generate([prompt], seed=1).rewards
+
+    expected = [found(prompt) for prompt in prompts]
+    for _ in range(3):
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            assert list(pool.map(found, prompts)) == expected
 
 
 # ---- settings --------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ FLOORS = [
     {"schemas"},
     {"dispatch"},
     {"backends", "ops"},
-    {"doctor", "decoding.runtime", "decoding.rewards"},
+    {"doctor", "decoding.runtime", "decoding.classifier", "decoding.rewards"},
     {"decoding.deferral", "decoding.search"},
     {"decoding"},
     {"hf", "evaluation", "demo"},

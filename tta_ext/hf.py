@@ -141,7 +141,8 @@ def kad(
     if stop_strings is not None:
         if base_tokenizer is None:
             raise ValueError("stop_strings need a tokenizer; pass base_tokenizer=")
-        criteria = [*criteria, StopStringCriteria(base_tokenizer, stop_strings)]
+        strings = stop_strings if isinstance(stop_strings, str) else list(stop_strings)
+        criteria = [*criteria, StopStringCriteria(base_tokenizer, strings)]
     if num_assistant_tokens is None and CONFIG["num_assistant_tokens"].is_set(
         config.num_assistant_tokens
     ):
@@ -290,10 +291,10 @@ class _Call:
         fields_of = vars(GenerationConfig()).keys()
         given = {key: value for key, value in vars(config).items() if key in fields_of}
         cache_name, cache, passed = passed_cache(model_kwargs)
+        check_model(model, "base")
         warned = refuse({**given, **self.kept, **model_kwargs}, method)
         if input_ids.shape[1] == 0:
             raise ValueError("input_ids has no tokens; inputs_embeds are not supported here")
-        check_model(model, "base")
         if cache is not None and cache.get_seq_length():
             raise ValueError(
                 f"{cache_name} already holds tokens; tta_ext.KnapsackDeferral.chat keeps caches "

@@ -40,6 +40,7 @@ next two, with ``u = (2 (x >> 9) + 1) 2**-24`` (exact in float32), ``r = sqrt(-2
 
 from __future__ import annotations
 
+import operator
 from typing import Final
 
 import torch
@@ -160,12 +161,20 @@ def resolve_seed(seed: int | torch.Generator | None) -> int:
     Args:
         seed: an integer as for :func:`as_seed`, a generator that supplies one and advances, or None
             for torch's default generator.
+
+    Raises:
+        TypeError: something else, such as a fraction.
     """
     if seed is None:
         seed = torch.default_generator
     if isinstance(seed, torch.Generator):
         return seed_from_generator(seed)
-    return as_seed(int(seed))
+    try:
+        return as_seed(operator.index(seed))
+    except TypeError:
+        raise TypeError(
+            f"seed is {seed!r}, expected an integer, a torch.Generator or None"
+        ) from None
 
 
 def key(seed: int) -> tuple[int, int]:

@@ -21,17 +21,16 @@ import importlib
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from itertools import islice
 from time import perf_counter
 from typing import Any, TypeAlias
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
 from tta_ext._version import install
-from tta_ext.decoding.runtime.loading import LoadingOptions, load_classifier, load_tokenizer
-from tta_ext.decoding.runtime.models import device_of
+from tta_ext.decoding.classifier import ClassifierReward
 
 __all__ = [
     "ClassifierReward",
@@ -63,21 +62,37 @@ def check_reward(reward: Any) -> None:
 
 
 def call_reward(reward: Reward, prompts: Sequence[Any], responses: Sequence[Any]) -> list[float]:
-    """Call a reward and check its answer.
+    """Call a reward and check its answer: the one place that does.
+
+    The reward may differentiate: it runs outside of the inference mode that searches run in. Finite
+    values that no float can hold become the nearest one.
+
+    Returns:
+        A float for each response, finite or -inf.
 
     Raises:
-        TypeError: it returned something that is no sequence of numbers.
+        TypeError: it returned something that is no sequence of numbers: text, a mapping, a set.
         ValueError: it returned another number of values, NaN or +inf.
+        Exception: what it raised itself, as it is.
     """
-    values: Any = reward(list(prompts), list(responses))
+    with torch.inference_mode(False), torch.enable_grad():
+        values: Any = reward(list(prompts), list(responses))
     if isinstance(values, torch.Tensor):
-        values = values.flatten().tolist()
-    try:
-        found = [float(value) for value in values]
-    except (TypeError, ValueError):
+        if values.is_meta:
+            raise TypeError("the reward returned a meta tensor, expected one with numbers")
+        values = values.detach().cpu()
+    shape = getattr(values, "shape", ())
+    if math.prod(shape[1:]) > 1:
+        raise TypeError(
+            f"the reward returned values of shape {list(shape)}, expected [{len(responses)}]"
+        )
+    if len(shape) > 1:
+        values = values.reshape(-1)
+    if isinstance(values, (Mapping, Set, str, bytes)) or not isinstance(values, Iterable):
         raise TypeError(
             f"the reward returned {type(values).__name__}, expected a number for each response"
-        ) from None
+        )
+    found = [_number(value) for value in values]
     if len(found) != len(responses):
         raise ValueError(f"the reward returned {len(found)} values for {len(responses)} responses")
     for value, response in zip(found, responses, strict=True):
@@ -86,6 +101,21 @@ def call_reward(reward: Reward, prompts: Sequence[Any], responses: Sequence[Any]
                 f"the reward of {str(response)[:60]!r} is {value}, expected a finite number or -inf"
             )
     return found
+
+
+def _number(value: Any) -> float:
+    """One value of a reward."""
+    if not isinstance(value, (str, bytes)):
+        try:
+            return float(value)
+        except OverflowError:
+            return sys.float_info.max if value > 0 else -sys.float_info.max
+        except (TypeError, ValueError, RuntimeError, NotImplementedError):
+            pass
+    raise TypeError(
+        f"the reward returned a {type(value).__name__} among its values, expected a number for "
+        "each response"
+    )
 
 
 class RewardStream:
@@ -131,145 +161,6 @@ class RewardStream:
             self.calls += 1
             self.items += len(values)
             self._known.update(zip(keys, values, strict=True))
-
-
-def prompt_text(prompt: Any) -> str:
-    """A prompt as plain text: a conversation's messages on lines of their own."""
-    if isinstance(prompt, str):
-        return prompt
-    if prompt and isinstance(prompt[0], Mapping):
-        return "\n".join(str(message["content"]) for message in prompt)
-    raise ValueError("the prompt is token ids, and this reward reads text")
-
-
-class ClassifierReward:
-    """A transformers sequence-classification model as reward.
-
-    Prompt and answer are put into the reward model's own chat template as a conversation. Without a
-    template they are encoded as a pair of texts.
-
-    Args:
-        model: ``AutoModelForSequenceClassification``.
-        tokenizer: its tokenizer.
-        label: which output is the reward, by number or by its name in the model's configuration;
-            may be left out if there is one only.
-        probability: take the label's log-probability in place of its logit.
-        template: a chat template in place of the tokenizer's.
-        batch_size: answers in a forward at most.
-        max_length: longer inputs lose their beginning; None takes the model's number of positions.
-
-    Raises:
-        ValueError: no such label, or several outputs and no label.
-    """
-
-    def __init__(
-        self,
-        model: Any,
-        tokenizer: Any,
-        *,
-        label: int | str | None = None,
-        probability: bool = False,
-        template: str | None = None,
-        batch_size: int = 16,
-        max_length: int | None = None,
-    ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}, expected at least 1")
-        self.model, self.tokenizer = model.eval(), tokenizer
-        self.probability, self.template = probability, template
-        config = model.config
-        self.label = self._find(label, config)
-        pad = getattr(config, "pad_token_id", None)
-        self.pad = getattr(tokenizer, "pad_token_id", None) if pad is None else pad
-        self.batch_size = 1
-        if self.pad is not None:
-            # Decoder-like classifiers find the last token by the padding id.
-            config.pad_token_id, self.batch_size = self.pad, batch_size
-        limit = getattr(config, "max_position_embeddings", None)
-        self.max_length = limit if max_length is None else max_length
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        path: str,
-        *,
-        dtype: torch.dtype | str = "auto",
-        device: torch.device | str | None = None,
-        **options: Any,
-    ) -> ClassifierReward:
-        """Load a reward model (safetensors) and its tokenizer.
-
-        Args:
-            path, dtype, device: as :func:`~tta_ext.decoding.runtime.loading.load_model`.
-            options: its :class:`~tta_ext.decoding.runtime.loading.LoadingOptions`; the rest as the
-                constructor's.
-        """
-        loading: Any = {k: options.pop(k) for k in LoadingOptions.__annotations__ if k in options}
-        model = load_classifier(path, dtype=dtype, device=device, **loading)
-        return cls(model, load_tokenizer(path, **loading), **options)
-
-    @staticmethod
-    def _find(label: int | str | None, config: Any) -> int:
-        count = int(config.num_labels)
-        names = {str(name): int(i) for i, name in (config.id2label or {}).items()}
-        if label is None:
-            if count == 1:
-                return 0
-            raise ValueError(
-                f"the reward model has {count} outputs; choose one: {', '.join(names)}"
-            )
-        index = names.get(label, -1) if isinstance(label, str) else label
-        if not 0 <= index < count:
-            raise ValueError(
-                f"label is {label!r}, expected one of {', '.join(names)} or 0 to {count - 1}"
-            )
-        return index
-
-    def encode(self, prompt: Any, response: str) -> list[int]:
-        """Token ids of one prompt and answer."""
-        template = self.template or getattr(self.tokenizer, "chat_template", None)
-        if template:
-            messages = (
-                [{"role": "user", "content": prompt}]
-                if isinstance(prompt, str)
-                else [dict(m) for m in prompt]
-            )
-            messages.append({"role": "assistant", "content": response})
-            ids = self.tokenizer.apply_chat_template(
-                messages,
-                chat_template=template,
-                tokenize=True,
-                return_dict=False,
-                add_generation_prompt=False,
-            )
-        else:
-            ids = self.tokenizer(prompt_text(prompt), response)["input_ids"]
-        return list(ids)[-self.max_length :] if self.max_length else list(ids)
-
-    @torch.inference_mode()
-    def __call__(self, prompts: Sequence[Any], responses: Sequence[str]) -> list[float]:
-        encoded = [self.encode(p, r) for p, r in zip(prompts, responses, strict=True)]
-        device = device_of(self.model)
-        rewards = [0.0] * len(encoded)
-        # Neighbours in length share a batch, so little is padding.
-        order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
-        for start in range(0, len(order), self.batch_size):
-            part = order[start : start + self.batch_size]
-            rows = [torch.tensor(encoded[i], dtype=torch.int64) for i in part]
-            ids = pad_sequence(rows, batch_first=True, padding_value=self.pad or 0)
-            mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-            logits = self.model(
-                input_ids=ids.to(device), attention_mask=mask.to(device)
-            ).logits.float()
-            if self.probability:
-                logits = (
-                    torch.nn.functional.logsigmoid(logits)
-                    if logits.shape[-1] == 1
-                    else torch.log_softmax(logits, dim=-1)
-                )
-            for i, value in zip(part, logits[:, self.label].tolist(), strict=True):
-                rewards[i] = value
-        return rewards
 
 
 class SentimentReward:
@@ -386,7 +277,15 @@ def _named(text: str) -> Reward:
     module, _, name = text.partition(":")
     if not module or not name:
         raise ValueError(f"python:{text} names no function, expected python:MODULE:NAME")
-    found = getattr(importlib.import_module(module), name, None)
+    try:
+        found = getattr(importlib.import_module(module), name, None)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise  # the module is there, and imports another that is not
+        raise ValueError(
+            f"python:{text}: there is no module {module}, neither installed nor in the current "
+            "folder"
+        ) from error
     if not callable(found):
         raise ValueError(f"{module} has no function {name}")
     return found
@@ -394,6 +293,8 @@ def _named(text: str) -> Reward:
 
 def _classifier(text: str) -> Reward:
     path, _, label = text.partition("#")
+    if not path:
+        raise ValueError("classifier names no model, expected classifier:PATH")
     return ClassifierReward.from_pretrained(path, label=label or None)
 
 

@@ -21,7 +21,7 @@ from tta_ext.decoding.deferral.result import Generation
 from tta_ext.decoding.runtime.attention import check_model
 from tta_ext.decoding.runtime.generate_options import check_processors
 from tta_ext.decoding.runtime.loading import LoadingOptions, load_model, load_tokenizer
-from tta_ext.decoding.runtime.models import device_of, logit_count
+from tta_ext.decoding.runtime.models import device_of, logit_count, refuse_path
 from tta_ext.decoding.runtime.probe import probe_model
 from tta_ext.decoding.runtime.signatures import keywords_of
 from tta_ext.decoding.runtime.streaming import StreamEvent
@@ -125,6 +125,8 @@ class KnapsackDeferral:
     ) -> None:
         self.speculative = draft_length(_either(speculative, num_assistant_tokens))
         self._memories: dict[Any, Memory] = {}
+        for name, given_model in (("base", base), ("proxy", proxy), ("anti", anti)):
+            refuse_path(given_model, name, type(self).__name__)
         proxies = list(proxy) if isinstance(proxy, Sequence) else [proxy]
         antis = [] if anti is None else list(anti) if isinstance(anti, Sequence) else [anti]
         if not proxies:
@@ -221,6 +223,10 @@ class KnapsackDeferral:
             anti=models.get("anti"),
             **given,
         )
+
+    def __repr__(self) -> str:
+        models = ", ".join(f"{name}={type(model).__name__}" for model, name in self._models.named)
+        return f"{type(self).__name__}({models}, rule={self.rule!r})"
 
     # ---- public calls ------------------------------------------------------------------------
 
@@ -352,6 +358,8 @@ class KnapsackDeferral:
             changes.setdefault("param", None)
         merged = self._given | changes
         name, param = merged["rule"], merged["param"]
+        if not isinstance(param, Tensor) and hasattr(param, "tolist"):
+            param = param.tolist()  # of NumPy
         experts, antis = len(models.proxies), len(models.anti)
         if name == IMPLICIT_REWARD:
             if antis and antis != experts:

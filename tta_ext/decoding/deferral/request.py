@@ -30,9 +30,11 @@ from tta_ext.decoding.runtime.processors import (
 from tta_ext.decoding.runtime.prompts import (
     check_prompts,
     encode_prompts,
+    id_rows,
     normalise_prompts,
     sequence_ids,
     unpad,
+    whole_number,
 )
 from tta_ext.decoding.runtime.rows import Limits
 from tta_ext.decoding.runtime.runner import Runner
@@ -190,9 +192,9 @@ class Request:
                 "rule 'implicit_reward' has no trace: no token comes from one model alone"
             )
         self.trace = None if not trace else "lazy" if trace == "lazy" else "full"
-        if num_return_sequences < 1:
-            raise ValueError(f"num_return_sequences is {num_return_sequences}, expected at least 1")
-        stop = None if stop_strings is None else StopStrings(stop_strings, models.tokenizer)
+        num_return_sequences = whole_number("num_return_sequences", num_return_sequences)
+        max_new_tokens = whole_number("max_new_tokens", max_new_tokens)
+        stop = StopStrings.of(stop_strings, models.tokenizer)
         tokenizers = [models.tokenizer, models.proxy_tokenizer]
         ends = end_ids(eos_token_id, [model for model, _ in models.named], tokenizers)
         self.limits = Limits(max_new_tokens, ends, stop)
@@ -206,7 +208,7 @@ class Request:
         for i, (model, name) in enumerate(models.named):
             check_prompts(model, proxy if i else base, max_new_tokens, name)
         self.padded = input_ids is not None and padded_context
-        context = input_ids.tolist() if input_ids is not None and padded_context else base
+        context = id_rows(input_ids, "input_ids") if self.padded else base
         self.repeats = num_return_sequences
         self.base, self.proxy, self.context = (
             [prompt for prompt in each for _ in range(num_return_sequences)]
@@ -222,11 +224,11 @@ class Request:
         self.rule = self._spread(rule, len(base))
         self.policy = self._policy(speculative, memories)
         self.seed = rng.resolve_seed(seed)
-        cuts = {"top_k": top_k, "top_p": top_p, "min_p": min_p}
+        cuts: dict[str, Any] = {"top_k": top_k, "top_p": top_p, "min_p": min_p}
         given = [name for name, value in cuts.items() if value is not None]
         if given and not do_sample:
             raise ValueError(f"{given[0]} goes with do_sample=True")
-        own = as_processors(logits_processor) or []
+        own = as_processors(logits_processor) or ()
         self.processors = as_processors([*own, *warpers(rule.temperature, **cuts)])
         self.criteria = as_criteria(stopping_criteria)
 
@@ -280,8 +282,8 @@ class Request:
     def batches(self, size: int | None) -> Iterator[Batch]:
         """The answers to ``size`` prompts at a time; one batch that is empty if there are none."""
         rows = len(self.base)
-        if size is not None and size < 1:
-            raise ValueError(f"batch_size is {size}, expected at least 1")
+        if size is not None:
+            size = whole_number("batch_size", size)
         # A prompt's answers stay together, as it is run once for all of them.
         step = max(rows, 1) if size is None else size * self.repeats
         for first in range(0, max(rows, 1), step):

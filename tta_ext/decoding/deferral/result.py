@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from itertools import zip_longest
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -117,7 +118,7 @@ class DecodeStats:
         return {name: getattr(self, name) for name in names}
 
 
-@dataclass
+@dataclass(repr=False)
 class Generation:
     """The answers of one call, in the order of the prompts (``num_return_sequences`` of each).
 
@@ -134,6 +135,9 @@ class Generation:
         trace: one :class:`TokenTrace` a token if a trace was asked for.
         stats: counters and times.
         errors: what was wrong with answers that ended with ``"error"``, by their number.
+
+    An index or a slice, and iteration, give generations of some of the answers, with the counters
+    of the whole call.
     """
 
     tokens: list[list[int]]
@@ -149,6 +153,24 @@ class Generation:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    def __getitem__(self, index: int | slice) -> Generation:
+        rows = range(len(self))[index]  # IndexError ends an iteration
+        chosen = [rows] if isinstance(rows, int) else list(rows)
+        picked: dict[str, Any] = {
+            one.name: [getattr(self, one.name)[row] for row in chosen]
+            for one in fields(self)
+            if isinstance(getattr(self, one.name), list)
+        }
+        errors = {i: self.errors[row] for i, row in enumerate(chosen) if row in self.errors}
+        return replace(self, **picked, errors=errors)
+
+    def __repr__(self) -> str:
+        first = self.texts[0] if self.texts else self.tokens[0] if self.tokens else ""
+        return (
+            f"<{type(self).__name__}: {len(self)} answers, {sum(map(len, self.tokens))} tokens, "
+            f"seed {self.seed}; first {shorten(repr(first), 80, placeholder=' ...')}>"
+        )
 
     @property
     def text(self) -> str:

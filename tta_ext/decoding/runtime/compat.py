@@ -76,6 +76,15 @@ def of_one_row(constraint: PrefixConstrainedLogitsProcessor, row: int) -> Logits
     return PrefixConstrainedLogitsProcessor(lambda _, ids: allowed(row // beams, ids), 1)
 
 
+KEPT_BY_GENERATE = (
+    "streamer",
+    "assistant_model",
+    "synced_gpus",
+    "negative_prompt_ids",
+    "negative_prompt_attention_mask",
+)
+
+
 def kept_by_generate() -> dict[str, Any]:
     """What the caller of ``generate`` passed, and ``generate`` does not hand on to custom loops.
 
@@ -88,10 +97,8 @@ def kept_by_generate() -> dict[str, Any]:
         frame = frame.f_back
     if frame is None:
         return {}
-    names = ("streamer", "assistant_model", "synced_gpus")
-    names += ("negative_prompt_ids", "negative_prompt_attention_mask")
     found = frame.f_locals
-    return {name: found[name] for name in names if found.get(name) is not None}
+    return {name: found[name] for name in KEPT_BY_GENERATE if found.get(name) is not None}
 
 
 class AttentionLayerCache(CacheLayerMixin):

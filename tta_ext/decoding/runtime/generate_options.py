@@ -20,6 +20,8 @@ __all__ = [
     "STREAMERS",
     "Option",
     "check_processors",
+    "kind_of",
+    "page",
     "refuse",
 ]
 
@@ -53,8 +55,13 @@ class Option:
         return not (plain and value in self.unset)
 
 
-def _refused(why: str, *unset: Any) -> Option:
-    return Option(why, why, (None, False, *unset))
+def _refused(why: str, *unset: Any, aisp: str | None = None) -> Option:
+    return Option(why, aisp, (None, False, *unset))
+
+
+def _assisted(*unset: Any, more: str = "") -> Option:
+    why = f"drafts come from proxy_model, with speculative= or num_assistant_tokens={more}"
+    return _refused(why, *unset, aisp="a search has no drafts")
 
 
 _NO_PROCESSORS = "rollouts take no logits processors"
@@ -63,7 +70,6 @@ _WARNED = Option(warn=True)
 # Honoured by hf.kad through transformers' own logits processor.
 _PROCESSED = Option("", _NO_PROCESSORS)
 _BEAMS = _HONOURED  # of beam search, which is refused; without beams transformers ignores it too
-_ASSISTED = "drafts come from proxy_model, with speculative= or num_assistant_tokens="
 _ENCODER = _HONOURED  # of encoder-decoders, which are refused
 _CRITERION = "rollouts take no stopping criteria"
 
@@ -87,7 +93,7 @@ CONFIG: dict[str, Option] = {
     # Modes.
     "do_sample": _HONOURED,
     "num_return_sequences": Option("", "a search has one answer a prompt", (None, 1)),
-    "num_beams": _refused("there is no beam search under a rule", 1),
+    "num_beams": _refused("there is no beam search here", 1),
     "early_stopping": _BEAMS,
     "length_penalty": _BEAMS,
     "num_beam_groups": _BEAMS,
@@ -96,18 +102,18 @@ CONFIG: dict[str, Option] = {
     "force_words_ids": _refused("it needs beam search"),
     "penalty_alpha": _refused("it is another decoding method", 0.0),
     "dola_layers": _refused("it is another decoding method"),
-    "use_mtp": _refused(_ASSISTED),
+    "use_mtp": _assisted(),
     "is_assistant": _refused("it makes the model another one's assistant"),
     "num_assistant_tokens": Option("", "a search has no drafts", (None, 20)),
-    "num_assistant_tokens_schedule": _refused(f"{_ASSISTED}, and 'auto' finds lengths", "constant"),
-    "assistant_confidence_threshold": _refused(_ASSISTED, 0.4, 0.0),
-    "prompt_lookup_num_tokens": _refused(_ASSISTED),
-    "max_matching_ngram_size": _refused(_ASSISTED),
-    "assistant_early_exit": _refused(_ASSISTED),
-    "assistant_lookbehind": _refused(_ASSISTED, 10),
-    "target_lookbehind": _refused(_ASSISTED, 10),
-    "assistant_ensemble_weight": _refused(_ASSISTED),
-    "speculation_type": _refused(_ASSISTED),
+    "num_assistant_tokens_schedule": _assisted("constant", more="'auto'"),
+    "assistant_confidence_threshold": _assisted(0.4, 0.0),
+    "prompt_lookup_num_tokens": _assisted(),
+    "max_matching_ngram_size": _assisted(),
+    "assistant_early_exit": _assisted(),
+    "assistant_lookbehind": _assisted(10),
+    "target_lookbehind": _assisted(10),
+    "assistant_ensemble_weight": _assisted(),
+    "speculation_type": _assisted(),
     # The distribution.
     "temperature": _HONOURED,
     "top_k": _HONOURED,
@@ -137,16 +143,19 @@ CONFIG: dict[str, Option] = {
         "logits would spoil",
         1,
         1.0,
+        aisp=_NO_PROCESSORS,
     ),
     # What comes back.
     "return_dict_in_generate": _HONOURED,
     "output_attentions": _refused("no attentions are kept; run the model over the sequences"),
     "output_hidden_states": _refused("no hidden states are kept; run the model over the sequences"),
     "output_scores": _refused(
-        "a token comes from two models' scores; KnapsackDeferral.generate(trace=True) keeps them"
+        "a token comes from two models' scores; KnapsackDeferral.generate(trace=True) keeps them",
+        aisp="an answer is one of many rollouts, whose scores are not kept",
     ),
     "output_logits": _refused(
-        "a token comes from two models' logits; KnapsackDeferral.generate(trace=True) keeps them"
+        "a token comes from two models' logits; KnapsackDeferral.generate(trace=True) keeps them",
+        aisp="an answer is one of many rollouts, whose logits are not kept",
     ),
     # Caches and speed, which change no token.
     "use_cache": Option(unset=(None, True), warn=True),
@@ -169,16 +178,20 @@ ARGUMENTS: dict[str, Option] = {
     "custom_generate": _HONOURED,
     "streamer": Option("", "a search has no token until all is done"),
     "synced_gpus": _refused("ranks would wait for each other for ever; run them separately"),
-    "assistant_model": _refused(_ASSISTED),
+    "assistant_model": _assisted(),
     "negative_prompt_ids": _refused("guidance_scale is refused"),
     "negative_prompt_attention_mask": _refused("guidance_scale is refused"),
     # What the loop gets beside: inputs of the model.
     "attention_mask": _HONOURED,
     "position_ids": _HONOURED,
     "logits_to_keep": _HONOURED,
+    # Caches that generate makes, by the names that models have for them.
     "past_key_values": _HONOURED,
     "cache": _HONOURED,
-    "inputs_embeds": _refused("two models read the prompt, and embeddings belong to one"),
+    "cache_params": _HONOURED,
+    "inputs_embeds": _refused(
+        "two models read the prompt, and embeddings belong to one", aisp="prompts are token ids"
+    ),
 }
 
 # Of the classes that transformers.generation shows; those for other kinds of model are refused.
@@ -214,7 +227,8 @@ PROCESSORS: dict[str, Option] = {
     "SuppressTokensLogitsProcessor": _ROW,
     "SynthIDTextWatermarkLogitsProcessor": _refused(
         "it counts its calls, which drafts and the other model's logits would spoil; "
-        "WatermarkingConfig has none"
+        "WatermarkingConfig has none",
+        aisp=_NO_PROCESSORS,
     ),
     "TemperatureLogitsWarper": _ROW,
     "TopHLogitsWarper": _ROW,
@@ -288,3 +302,24 @@ def refuse(given: Mapping[str, Any], method: str) -> list[str]:
         if option.warn:
             warned.append(f"{name}={value!r}")
     return warned
+
+
+def page() -> str:
+    """The tables as Markdown, for ``docs/transformers.md``."""
+    tables = {
+        "Field of the configuration": CONFIG,
+        "Argument": ARGUMENTS,
+        "Logits processor": PROCESSORS,
+        "Stopping criterion": CRITERIA,
+        "Streamer": STREAMERS,
+    }
+    lines = []
+    for title, table in tables.items():
+        lines += [f"| {title} | `hf.kad` | `hf.aisp` |", "|---|---|---|"]
+        for name, option in sorted(table.items()):
+            shown = ["no effect, with a warning" if option.warn else option.why(method) or "yes"
+                     for method in ("kad", "aisp")]  # fmt: skip
+            if not name.startswith("_"):
+                lines.append(f"| `{name}` | {shown[0]} | {shown[1]} |")
+        lines.append("")
+    return "\n".join(lines)

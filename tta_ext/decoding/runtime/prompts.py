@@ -7,7 +7,7 @@ models continue the same answer, so only what stands before it may differ.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -20,31 +20,108 @@ __all__ = [
     "Prompt",
     "check_prompts",
     "encode_prompts",
+    "id_rows",
     "normalise_prompts",
+    "render",
     "sequence_ids",
     "unpad",
+    "whole_number",
 ]
 
 Conversation: TypeAlias = Sequence[Mapping[str, str]]
 Prompt: TypeAlias = "str | Conversation | Sequence[int]"
 
 
+_KINDS = "a string, a conversation (list of messages), a list of token ids, or several of these"
+
+
 def normalise_prompts(prompts: Any) -> list[Any]:
     """A list of prompts from one prompt or several.
 
+    Args:
+        prompts: a string, a conversation or token ids; several of these in a list, a generator, a
+            NumPy array, a column of pandas or datasets; ids as an integer tensor ``[columns]`` or
+            ``[rows, columns]``; what a tokenizer returns.
+
+    Returns:
+        Strings, conversations as they are, and lists of ids.
+
     Raises:
-        TypeError: neither a string, nor token ids, nor a conversation, nor a list of them.
+        TypeError: something else, such as bytes; with the prompt's number.
     """
     if isinstance(prompts, str):
-        return [prompts]
-    if not isinstance(prompts, Sequence):
-        raise TypeError(
-            f"prompts is a {type(prompts).__name__}, expected a string, a conversation (list of "
-            "messages), a list of token ids, or a list of these"
-        )
-    if len(prompts) and isinstance(prompts[0], (Mapping, int)):
-        return [prompts]
-    return list(prompts)
+        return [str(prompts)]
+    if isinstance(prompts, Mapping):
+        if "input_ids" not in prompts:
+            raise TypeError(f"prompts is a {type(prompts).__name__}, expected {_KINDS}")
+        return unpad(prompts["input_ids"], prompts.get("attention_mask"))
+    if isinstance(prompts, (bytes, bytearray)):
+        raise TypeError("prompts is bytes, expected text; decode them first")
+    if isinstance(prompts, Tensor):
+        return unpad(prompts, None)
+    if not isinstance(prompts, Iterable):
+        raise TypeError(f"prompts is a {type(prompts).__name__}, expected {_KINDS}")
+    items = list(prompts)
+    if items and isinstance(items[0], Mapping):
+        return [items]
+    if items and _is_id(items[0]):
+        return [_ids(items, "prompts")]
+    return [_prompt(item, i) for i, item in enumerate(items)]
+
+
+def _prompt(item: Any, number: int) -> Any:
+    """One of several prompts."""
+    if isinstance(item, str):
+        return str(item)
+    name = f"prompt {number}"
+    if isinstance(item, (bytes, bytearray, Mapping)) or not isinstance(item, Iterable):
+        raise TypeError(f"{name} is {_a(item)}, expected text, a list of token ids or of messages")
+    if isinstance(item, Sequence) and item and any(isinstance(part, Mapping) for part in item):
+        if not all(isinstance(part, Mapping) for part in item):
+            raise TypeError(f"{name} mixes messages with something else")
+        return item
+    return _ids(item, name)
+
+
+def _is_id(value: Any) -> bool:
+    """Whether a value is a token id, whatever library's."""
+    kind = getattr(value, "dtype", None)
+    if isinstance(value, bool) or "bool" in str(kind) or getattr(value, "shape", ()) != ():
+        return False
+    return hasattr(value, "__index__") and "float" not in str(kind)
+
+
+def _ids(values: Any, name: str) -> list[int]:
+    """Token ids of one prompt."""
+    found = list(values)
+    for value in found:
+        if not _is_id(value):
+            raise TypeError(f"{name} has {_a(value)} among its ids, expected integers")
+    return [int(value) for value in found]
+
+
+def _a(value: Any) -> str:
+    kind = type(value).__name__
+    return kind if kind in ("bytes", "NoneType") else f"a {kind}"
+
+
+def whole_number(name: str, value: Any, least: int | None = 1) -> int:
+    """An argument that counts something, as an int.
+
+    Args:
+        name: what the message calls it.
+        value: of any library.
+        least: the smallest allowed; None leaves that to the caller.
+
+    Raises:
+        TypeError: no integer; 4.0 and True are none.
+        ValueError: too small.
+    """
+    if not _is_id(value):
+        raise TypeError(f"{name} is {value!r}, expected an integer")
+    if least is not None and int(value) < least:
+        raise ValueError(f"{name} is {value}, expected at least {least}")
+    return int(value)
 
 
 def chat_template(own: str | None, tokenizer: Any, fallback: Any) -> str:
@@ -69,6 +146,28 @@ def chat_template(own: str | None, tokenizer: Any, fallback: Any) -> str:
     )
 
 
+def render(
+    tokenizer: Any, messages: Sequence[Any], template: str, *, add_generation_prompt: bool
+) -> dict[str, list[int]]:
+    """A conversation's token ids, and what else the tokenizer makes of its text.
+
+    Raises:
+        ValueError: the template refuses the conversation, or is none.
+    """
+    try:
+        found: Any = tokenizer.apply_chat_template(
+            [dict(message) for message in messages],
+            chat_template=template,
+            add_generation_prompt=add_generation_prompt,
+            tokenize=True,
+            return_dict=True,
+        )
+    except Exception as error:  # a template is a program, and fails as programs do
+        line = " ".join(str(error).split())
+        raise ValueError(f"the chat template refuses the conversation: {line}") from error
+    return {name: list(row) for name, row in found.items()}
+
+
 def encode_prompts(
     prompts: Sequence[Any],
     tokenizer: Any,
@@ -90,22 +189,15 @@ def encode_prompts(
     """
     encoded = []
     for i, prompt in enumerate(prompts):
-        if not isinstance(prompt, str) and all(isinstance(item, int) for item in prompt):
-            ids = [int(item) for item in prompt]
+        if not isinstance(prompt, str) and not any(isinstance(item, Mapping) for item in prompt):
+            ids = _ids(prompt, f"prompt {i}")
         elif tokenizer is None:
             raise ValueError(f"prompt {i} is text and there is no tokenizer; pass tokenizer=")
         elif isinstance(prompt, str):
             ids = tokenizer(prompt)["input_ids"]
-        elif all(isinstance(item, Mapping) for item in prompt):
-            ids = tokenizer.apply_chat_template(
-                [dict(message) for message in prompt],
-                chat_template=chat_template(template, tokenizer, fallback),
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=False,
-            )
         else:
-            raise TypeError(f"prompt {i} mixes messages with something else")
+            chosen = chat_template(template, tokenizer, fallback)
+            ids = render(tokenizer, prompt, chosen, add_generation_prompt=True)["input_ids"]
         if not ids:
             start = getattr(tokenizer, "bos_token_id", None)
             if start is None:
@@ -151,39 +243,61 @@ def sequence_ids(given: Sequence[int] | Tensor | None, count: int) -> list[int]:
     Raises:
         ValueError: there are not ``count`` of them.
     """
-    ids = list(range(count)) if given is None else [int(i) for i in given]
+    ids = list(range(count)) if given is None else _ids(given, "sequence")
     if len(ids) != count:
         raise ValueError(f"sequence has {len(ids)} ids, expected {count}")
     return ids
 
 
-def unpad(input_ids: Tensor, attention_mask: Tensor | None) -> list[list[int]]:
+def unpad(input_ids: Any, attention_mask: Any) -> list[list[int]]:
     """Rows of a padded batch without their padding (left or right).
 
     Args:
-        input_ids: integer ``[rows, columns]``.
+        input_ids: integers ``[rows, columns]``, or ``[columns]`` for one row: a tensor, an array,
+            or lists, which may have different lengths.
         attention_mask: same shape, 0 where a token is padding; None if there is none.
 
     Raises:
-        TypeError: ``input_ids`` is not an integer tensor.
+        TypeError: ``input_ids`` are no integers.
         ValueError: shapes do not match.
     """
-    if not isinstance(input_ids, Tensor) or input_ids.dtype.is_floating_point:
-        raise TypeError(
-            f"input_ids is a {_kind(input_ids)}, expected an integer tensor [rows, columns]"
-        )
-    if input_ids.dim() != 2:
-        raise ValueError(f"input_ids has shape {list(input_ids.shape)}, expected [rows, columns]")
+    rows = id_rows(input_ids, "input_ids")
     if attention_mask is None:
-        return input_ids.tolist()
-    if attention_mask.shape != input_ids.shape:
+        return rows
+    if getattr(attention_mask, "dtype", None) == torch.bool:
+        attention_mask = attention_mask.long()
+    kept = id_rows(attention_mask, "attention_mask")
+    if [len(row) for row in kept] != [len(row) for row in rows]:
         raise ValueError(
-            f"attention_mask has shape {list(attention_mask.shape)}, "
-            f"expected that of input_ids, {list(input_ids.shape)}"
+            f"attention_mask has shape {_shape(attention_mask, kept)}, "
+            f"expected that of input_ids, {_shape(input_ids, rows)}"
         )
-    kept = attention_mask.to(torch.bool)
-    return [row[keep].tolist() for row, keep in zip(input_ids, kept, strict=True)]
+    return [
+        [token for token, keep in zip(*pair, strict=True) if keep]
+        for pair in zip(rows, kept, strict=True)
+    ]
 
 
-def _kind(value: Any) -> str:
-    return f"{value.dtype} tensor" if isinstance(value, Tensor) else type(value).__name__
+def id_rows(value: Any, name: str) -> list[list[int]]:
+    """Rows of integers from a tensor, an array or lists; see :func:`unpad`."""
+    shape = getattr(value, "shape", None)
+    if shape is not None:
+        if "int" not in str(value.dtype):
+            raise TypeError(
+                f"{name} is a {value.dtype} {type(value).__name__}, "
+                "expected integers [rows, columns]"
+            )
+        if len(shape) not in (1, 2):
+            raise ValueError(f"{name} has shape {list(shape)}, expected [rows, columns]")
+        value = value.tolist()
+    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
+        raise TypeError(f"{name} is {_a(value)}, expected integers [rows, columns]")
+    rows = list(value)
+    if rows and _is_id(rows[0]):
+        return [_ids(rows, name)]
+    return [_ids(row, name) for row in rows]
+
+
+def _shape(given: Any, rows: list[list[int]]) -> Any:
+    shape = getattr(given, "shape", None)
+    return list(shape) if shape is not None else f"of lengths {[len(row) for row in rows]}"

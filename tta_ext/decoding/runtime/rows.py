@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tta_ext.decoding.runtime.prompts import whole_number
 from tta_ext.decoding.runtime.stopping import StopStrings
 
 __all__ = ["ERRORS", "Limits", "Rows"]
@@ -35,8 +36,7 @@ class Limits:
     stop: StopStrings | None = None
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {self.max_new_tokens}, expected at least 1")
+        whole_number("max_new_tokens", self.max_new_tokens)
 
     def why(self, tokens: Sequence[int]) -> str:
         """Why an answer ends with its newest token; "" if it goes on."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 __all__ = ["StopStrings", "end_ids"]
@@ -47,10 +47,20 @@ class StopStrings:
         tokenizer: decodes tokens.
 
     Raises:
+        TypeError: no strings.
         ValueError: an empty string, or no tokenizer.
     """
 
+    @classmethod
+    def of(cls, strings: str | Sequence[str] | None, tokenizer: Any) -> StopStrings | None:
+        """The stop strings of a call; None if there are none."""
+        if strings is None or (isinstance(strings, (list, tuple)) and not strings):
+            return None
+        return cls(strings, tokenizer)
+
     def __init__(self, strings: str | Sequence[str], tokenizer: Any) -> None:
+        if isinstance(strings, (bytes, Mapping)) or not isinstance(strings, Iterable):
+            raise TypeError(f"stop_strings is {strings!r}, expected a string or several")
         self.strings = [strings] if isinstance(strings, str) else list(strings)
         if not all(isinstance(s, str) and s for s in self.strings):
             raise ValueError(f"stop_strings is {strings!r}, expected strings that are not empty")

@@ -27,7 +27,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from tta_ext import ops
+from tta_ext import ops, rng
 from tta_ext.decoding.rewards import Reward
 from tta_ext.decoding.runtime.prompts import normalise_prompts
 from tta_ext.decoding.search import checkpoint
@@ -56,6 +56,10 @@ __all__ = [
     "AISPSettings",
     "AdaptiveImportanceSampling",
 ]
+
+
+# Settings that a run may go on with, whatever it began with.
+_MAY_CHANGE = ("iterations", "max_seconds", "reward_target", "batch_size", "reward_batch_size")
 
 
 class AISPSearch(Search[AISPSettings]):
@@ -270,18 +274,16 @@ class AISPSearch(Search[AISPSettings]):
         checkpoint.write(Path(path), self.mean, state)
 
     @classmethod
-    def load(
-        cls, method: AdaptiveImportanceSampling, path: Path, iterations: int | None = None
-    ) -> AISPSearch:
-        """A run from a file; see :meth:`AdaptiveImportanceSampling.resume`."""
+    def load(cls, method: AdaptiveImportanceSampling, path: Path, **changes: Any) -> AISPSearch:
+        """A run from a file, with some of its settings changed; see
+        :meth:`AdaptiveImportanceSampling.resume`.
+        """
         mean, state = checkpoint.read(path)
-        settings = AISPSettings(**state["settings"])
-        if iterations is not None:
-            if iterations < state["iteration"]:
-                raise ValueError(
-                    f"iterations is {iterations}, but {state['iteration']} are done already"
-                )
-            settings = replace(settings, iterations=iterations)
+        settings = replace(AISPSettings(**state["settings"]), **changes)
+        if settings.iterations < state["iteration"]:
+            raise ValueError(
+                f"iterations is {settings.iterations}, but {state['iteration']} are done already"
+            )
         # The ids as they were, whatever the tokenizer would make of the prompts now.
         search = cls(method, state["encoded"], settings, state["seed"], state["sequence"])
         if mean.shape != search.mean.shape:
@@ -375,7 +377,9 @@ class AdaptiveImportanceSampling(SearchMethod[AISPSettings]):
                 goes on from it. All prompts then make one batch.
 
         Raises:
-            ValueError: the checkpoint belongs to other prompts.
+            ValueError: the checkpoint belongs to other prompts, or to a run with another seed,
+                other ids or settings. Those may differ that say when a run ends and how
+                large its batches are.
         """
         if checkpoint is None:
             return super().generate(
@@ -383,17 +387,41 @@ class AdaptiveImportanceSampling(SearchMethod[AISPSettings]):
             )
         path = Path(checkpoint)
         if path.exists():
-            search = self.resume(path)
-            if search.prompts != json.loads(json.dumps(normalise_prompts(prompts))):
-                raise ValueError(
-                    f"{path} holds a run over other prompts; remove it or name another"
-                )
+            search = self._resumed(path, prompts, seed, sequence, settings)
         else:
             search = self.start(prompts, seed=seed, sequence=sequence, **settings)
         search.run(lambda current: search.save(path))
         if progress is not None:
             progress(len(search.prompts))
         return search.result()
+
+    def _resumed(
+        self, path: Path, prompts: Any, seed: Any, sequence: Any, changes: Any
+    ) -> AISPSearch:
+        """The run in a file, which must be the one that is asked for."""
+
+        def plain(value: Any) -> Any:
+            return json.loads(json.dumps(value))
+
+        wanted = self._merge(self.settings, changes)
+        search = AISPSearch.load(
+            self, path, **{name: getattr(wanted, name) for name in _MAY_CHANGE}
+        )
+        asked = {"prompts": normalise_prompts(prompts)}
+        held: dict[str, Any] = {"prompts": search.prompts}
+        if seed is not None:
+            asked["seed"], held["seed"] = [rng.resolve_seed(seed)], [search.seed]
+        if sequence is not None:
+            asked["sequence"], held["sequence"] = [int(i) for i in sequence], search.sequence
+        for one in fields(AISPSettings):
+            if one.name not in _MAY_CHANGE:
+                asked[one.name] = getattr(wanted, one.name)
+                held[one.name] = getattr(search.settings, one.name)
+        for name, value in asked.items():
+            if plain(value) != plain(held[name]):
+                what = "other prompts" if name == "prompts" else f"another {name}"
+                raise ValueError(f"{path} holds a run over {what}; remove it or name another")
+        return search
 
     def resume(self, path: str | Path, *, iterations: int | None = None) -> AISPSearch:
         """A run that :meth:`AISPSearch.save` has put away, to go on with the same bits.
@@ -405,4 +433,5 @@ class AdaptiveImportanceSampling(SearchMethod[AISPSettings]):
         Raises:
             ValueError: not such a file, or saved with a model of another size.
         """
-        return AISPSearch.load(self, Path(path), iterations)
+        changes = {} if iterations is None else {"iterations": iterations}
+        return AISPSearch.load(self, Path(path), **changes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from tta_ext import rng
+from tta_ext.decoding.runtime.prompts import whole_number
 from tta_ext.decoding.search.ranges import check_choice, check_range
 from tta_ext.decoding.search.settings import (
     SearchOptions,
@@ -98,6 +99,7 @@ class AISPSettings(SearchSettings):
         check_range(self, "at least 1", "window", "elites")
         if self.lam_unit == "ess" and self.lam is not None and not 1.0 <= self.lam <= self.n:
             raise ValueError(f"lam is {self.lam!r} in units of ess, expected 1 to n = {self.n}")
+        whole_number("kl_rollouts", self.kl_rollouts, None)
         if not 0 <= self.kl_rollouts <= self.n:
             raise ValueError(f"kl_rollouts is {self.kl_rollouts}, expected 0 to n = {self.n}")
         if self.kl_budget is not None and not self.kl_rollouts:

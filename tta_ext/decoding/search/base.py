@@ -20,7 +20,7 @@ from tta_ext import rng
 from tta_ext.decoding.rewards import Reward, RewardStream, check_reward
 from tta_ext.decoding.runtime.attention import check_model
 from tta_ext.decoding.runtime.loading import LoadingOptions, load_model, load_tokenizer
-from tta_ext.decoding.runtime.models import logit_count
+from tta_ext.decoding.runtime.models import logit_count, refuse_path
 from tta_ext.decoding.runtime.probe import probe_model
 from tta_ext.decoding.runtime.prompts import (
     check_prompts,
@@ -98,6 +98,7 @@ class SearchMethod(Generic[S]):
         engine: Callable[[Any, RolloutTask], RolloutEngine] = LocalEngine,
         **settings: Any,
     ) -> None:
+        refuse_path(model, "model", type(self).__name__)
         check_model(model, "model")
         model.eval()
         check_reward(reward)
@@ -115,6 +116,9 @@ class SearchMethod(Generic[S]):
         )
         if probe:
             probe_model(model, "model")
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({type(self.model).__name__}, {self.settings!r})"
 
     @classmethod
     def from_pretrained(
@@ -264,7 +268,7 @@ class Search(Generic[S]):
         stop = settings.stop_strings
         self.sampling = settings.sampling(
             end_ids(settings.eos_token_id, [method.model], [method.tokenizer]),
-            None if stop is None else StopStrings(stop, method.tokenizer),
+            StopStrings.of(stop, method.tokenizer),
         )
         self.stream = RewardStream(method.reward, settings.reward_batch_size)
         self.streams = [self.stream]

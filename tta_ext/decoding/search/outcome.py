@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from textwrap import shorten
 from typing import Any
 
 from torch import Tensor
@@ -111,7 +112,7 @@ class Timing:
         return asdict(self) | {"other": self.other}
 
 
-@dataclass
+@dataclass(repr=False)
 class SearchResult:
     """Answers of one call, in the order of the prompts.
 
@@ -126,6 +127,9 @@ class SearchResult:
         seed, sequence: with the settings they reproduce the run.
         timing: wall-clock of the whole batch.
         mean: final u, float32 ``[P, tau, d]``, of methods that have one.
+
+    An index or a slice, and iteration, give results of some of the prompts, with the whole batch's
+    wall-clock.
     """
 
     method: str
@@ -141,6 +145,28 @@ class SearchResult:
 
     def __len__(self) -> int:
         return len(self.best)
+
+    def __getitem__(self, index: int | slice) -> SearchResult:
+        rows = range(len(self))[index]  # IndexError ends an iteration
+        chosen = [rows] if isinstance(rows, int) else list(rows)
+        picked: dict[str, Any] = {
+            one.name: [getattr(self, one.name)[row] for row in chosen]
+            for one in fields(self)
+            if isinstance(getattr(self, one.name), list)
+        }
+        mean = None if self.mean is None else self.mean[chosen]
+        return replace(self, **picked, mean=mean)
+
+    def __repr__(self) -> str:
+        first = ""
+        if self.best:
+            one = self.best[0]
+            text = shorten(repr(one.text or one.tokens), 80, placeholder=" ...")
+            first = f"; first {text} with reward {one.reward:.4g}"
+        return (
+            f"<{type(self).__name__} of {self.method}: {len(self)} prompts, "
+            f"{sum(self.samples)} answers scored, seed {self.seed}{first}>"
+        )
 
     @property
     def texts(self) -> list[str]:
@@ -207,7 +233,12 @@ def best_of(candidates: Sequence[Candidate]) -> Candidate:
 
 def spread(values: Sequence[float]) -> tuple[float, float, float]:
     """Mean, maximum and population standard deviation; with -inf among them as IEEE has it."""
-    mean = sum(values) / len(values)
+    largest = max((abs(value) for value in values if math.isfinite(value)), default=0.0)
+    # Squares of such values would overflow.
+    scale = 2.0**-600 if largest > 1e150 else 1.0
+    scaled = [value * scale for value in values]
+    mean = sum(scaled) / len(scaled)
     if math.isinf(mean):
         return mean, max(values), math.nan
-    return mean, max(values), math.sqrt(sum((v - mean) ** 2 for v in values) / len(values))
+    deviation = math.sqrt(sum((value - mean) ** 2 for value in scaled) / len(scaled))
+    return mean / scale, max(values), deviation / scale

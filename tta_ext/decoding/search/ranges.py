@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
 __all__ = ["check_choice", "check_range"]
 
 _RANGES: dict[str, Callable[[Any], bool]] = {
-    "at least 1": lambda x: x >= 1,
+    "at least 1": lambda x: operator.index(x) >= 1,
     "more than 0": lambda x: x > 0,
     "a finite number": math.isfinite,
     "a finite number >= 0": lambda x: 0.0 <= x < math.inf,
@@ -29,7 +30,11 @@ def check_range(settings: Any, expected: str, *names: str) -> None:
         value = getattr(settings, name)
         if value is None and getattr(type(settings), name) is None:
             continue
-        if not _RANGES[expected](value):
+        try:
+            fits = not isinstance(value, bool) and _RANGES[expected](value)
+        except TypeError:
+            fits = False
+        if not fits:
             raise ValueError(f"{name} is {value!r}, expected {expected.format(name)}")
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import partial
+from threading import get_ident
 from time import perf_counter
 from typing import Any
 
@@ -131,7 +132,7 @@ class Rollouts:
         self._dot = torch.zeros(count, dtype=torch.float32, device=device)
         self._runner: Runner | None = None
         self._step = 0
-        self._fired = False
+        self._fired, self._thread = False, 0
         self._arrange()
 
     def _title(self, cell: int) -> str:
@@ -155,6 +156,8 @@ class Rollouts:
 
     def _before_head(self, module: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         """Forward pre-hook of the head: one row a rollout, plus noise, plus metered base rows."""
+        if get_ident() != self._thread:  # another search runs the same model
+            return arguments
         start = perf_counter()
         self._fired = True
         hidden = arguments[0][:, -1]
@@ -200,7 +203,7 @@ class Rollouts:
     @torch.inference_mode()
     def logits(self) -> Tensor:
         """Logits ``[active, V]`` of every active rollout's next token, under the noise."""
-        self._fired = False
+        self._fired, self._thread = False, get_ident()
         handle = self.prompts.head.register_forward_pre_hook(self._before_head)
         try:
             logits = (self.prompts.runner if self._runner is None else self._runner).step()

@@ -43,7 +43,8 @@ class Sampling:
     def __post_init__(self) -> None:
         check_choice(self, "decoding", DECODING)
         Limits(self.max_new_tokens)
-        if not 0.0 < self.temperature < float("inf"):
+        number = isinstance(self.temperature, (int, float))
+        if not (number and 0.0 < self.temperature < float("inf")):
             raise ValueError(
                 f"temperature is {self.temperature!r}, expected a finite number > 0 "
                 "(for the most probable token take decoding='greedy')"

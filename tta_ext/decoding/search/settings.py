@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TypedDict
 
 from tta_ext import rng
+from tta_ext.decoding.runtime.prompts import whole_number
 from tta_ext.decoding.runtime.stopping import StopStrings
 from tta_ext.decoding.search.ranges import check_range
 from tta_ext.decoding.search.sampling import Sampling
@@ -93,6 +94,8 @@ def check_samples(samples: int, least: int) -> int:
 
 def check_counts(rollouts: int, iterations: int) -> None:
     """``ValueError`` unless the random streams have counters for so many."""
+    whole_number("n", rollouts, None)
+    whole_number("iterations", iterations, None)
     if not 1 <= rollouts <= rng.ROLLOUTS:
         raise ValueError(f"n is {rollouts}, expected 1 to {rng.ROLLOUTS} rollouts an iteration")
     if not 1 <= iterations <= rng.ITERATIONS:
