@@ -31,6 +31,11 @@ LAWS = (
     ("relative", 0.2), ("knapsack", 0.5), ("knapsack", 0.9), ("proxy_below", -0.2),
     ("proxy_above", 0.0), ("implicit_reward", 0.5),
 )  # fmt: skip
+# On the large pair.
+FEW = (
+    ("nudging", 0.4), ("confidence_bet", 0.2), ("knapsack", 0.5), ("proxy_below", -0.2),
+    ("implicit_reward", 0.5),
+)  # fmt: skip
 TEMPERATURES = (0.7, 1.0, 1.3)
 # Layers of SmolLM2 that its proxy lacks.
 CUT = (22, 23)
@@ -130,7 +135,7 @@ def line(name: str, pair: Any, law: tuple[str, float], T: float, answers: int) -
     rule, param = law
     kad = KnapsackDeferral(*pair, rule=rule, param=param, temperature=T, probe=False)
     prompts = [problem.prompt for problem in evaluation_problems(answers)]
-    result = kad.generate(prompts, max_new_tokens=32, seed=1)
+    result = kad.generate(prompts, max_new_tokens=24, seed=1)
     parts = []
     for prompt, answer in zip(result.prompt_tokens, result.tokens, strict=True):
         tokens = torch.tensor([prompt + answer])
@@ -150,16 +155,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks acceptance")
     parser.add_argument("--pair", nargs="+", choices=("shipped", "smollm2"), default=None,
                         help="shipped, smollm2 (both)")  # fmt: skip
-    parser.add_argument("--answers", type=int, nargs=2, default=[24, 8], metavar="N",
-                        help="of 32 tokens at most, of each pair (24 8)")  # fmt: skip
+    parser.add_argument("--answers", type=int, nargs=2, default=[24, 4], metavar="N",
+                        help="of 24 tokens at most, of each pair (24 4)")  # fmt: skip
     parser.add_argument("--threads", type=int, default=1, help="torch threads (1)")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/acceptance.md"))
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     lines = []
     for name, pair in pairs(args.pair or ("shipped", "smollm2")):
-        answers = args.answers[name != "shipped"]
-        for law in LAWS:
+        large = name != "shipped"
+        laws, answers = (LAWS, FEW)[large], args.answers[large]
+        for law in laws:
             for T in TEMPERATURES:
                 lines.append(line(name, pair, law, T, answers))
                 print(" ".join(lines[-1]), flush=True)
