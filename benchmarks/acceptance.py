@@ -135,7 +135,7 @@ def line(name: str, pair: Any, law: tuple[str, float], T: float, answers: int) -
     rule, param = law
     kad = KnapsackDeferral(*pair, rule=rule, param=param, temperature=T, probe=False)
     prompts = [problem.prompt for problem in evaluation_problems(answers)]
-    result = kad.generate(prompts, max_new_tokens=24, seed=1)
+    result = kad.generate(prompts, max_new_tokens=32, seed=1)
     parts = []
     for prompt, answer in zip(result.prompt_tokens, result.tokens, strict=True):
         tokens = torch.tensor([prompt + answer])
@@ -156,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--pair", nargs="+", choices=("shipped", "smollm2"), default=None,
                         help="shipped, smollm2 (both)")  # fmt: skip
     parser.add_argument("--answers", type=int, nargs=2, default=[24, 4], metavar="N",
-                        help="of 24 tokens at most, of each pair (24 4)")  # fmt: skip
+                        help="of 32 tokens at most, of each pair (24 4)")  # fmt: skip
     parser.add_argument("--threads", type=int, default=1, help="torch threads (1)")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/acceptance.md"))
     args = parser.parse_args(argv)
