@@ -21,6 +21,7 @@ from models import (
 )
 
 from tta_ext.decoding import DecodeStats, Generation, KnapsackDeferral
+from tta_ext.decoding.deferral.speculative import DRAFTS
 from tta_ext.decoding.runtime.runner import Runner
 
 NEW = 12
@@ -122,14 +123,17 @@ def test_logits_processors_see_each_position_of_a_draft() -> None:
         return scores.masked_fill(wrong, float("-inf"))
 
     processors = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(1.3), alternate])
-    for rule, do_sample in itertools.product((LAZY, DENSE), (True, False)):
-        options: dict[str, Any] = {"logits_processor": processors, "do_sample": do_sample} | rule
-        plain = answer(**options)
-        drafted = answer(speculative=3, **options)
+    prompts = [prompt * 2 for prompt in ragged_prompts()]
+    for rule, do_sample, draft in itertools.product((LAZY, DENSE), (True, False), DRAFTS):
+        options: dict[str, Any] = {
+            "logits_processor": processors, "do_sample": do_sample, "max_new_tokens": 24,
+        } | rule  # fmt: skip
+        plain = answer(prompts, **options)
+        drafted = answer(prompts, speculative=3, draft=draft, **options)
         assert drafted.tokens == plain.tokens
         assert drafted.deferred == plain.deferred
-        assert drafted.stats.accepted_tokens > 0
-        for prompt, tokens in zip(ragged_prompts(), drafted.tokens, strict=True):
+        assert drafted.stats.draft_tokens > 0
+        for prompt, tokens in zip(prompts, drafted.tokens, strict=True):
             assert all((a - b) % 2 for a, b in itertools.pairwise([prompt[-1], *tokens]))
 
 
@@ -146,9 +150,10 @@ def test_stopping_criteria() -> None:
 
 
 @pytest.mark.parametrize("trace", [True, "lazy"])
+@pytest.mark.parametrize("draft", DRAFTS)
 @pytest.mark.parametrize("rule", [LAZY, DENSE], ids=["lazy", "dense"])
-def test_traces(rule: dict[str, Any], trace: bool | str) -> None:
-    result = answer(speculative=3, trace=trace, **rule)
+def test_traces(rule: dict[str, Any], draft: str, trace: bool | str) -> None:
+    result = answer(speculative=3, draft=draft, trace=trace, **rule)
     assert result.tokens == answer(**rule).tokens
     assert result.trace is not None
     base, proxy = near_models()
@@ -188,7 +193,8 @@ def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     command = ["generate", "--seed", "3", "--max-new-tokens", "6", "--rule", "knapsack"]
     assert run([*command, "--speculative", "3", "2 + 3 ="]) == 0
     assert capsys.readouterr().out
-    assert run([*command, "--speculative", "auto", "2 + 3 ="]) == 0
+    assert run([*command, "--speculative", "auto", "--draft", "lookup", "2 + 3 ="]) == 0
+    assert run([*command, "--draft", "lookup", "2 + 3 ="]) != 0
     assert run([*command, "--speculative", "fast", "2 + 3 ="]) != 0
     assert "speculative is 'fast', expected None, 'auto' or" in " ".join(
         capsys.readouterr().err.split()
@@ -271,9 +277,9 @@ def test_broken_logits_are_named_as_in_the_plain_loop() -> None:
         owner = KnapsackDeferral(*pair, rule="knapsack", param=0.3, probe=False)
         with pytest.raises(ValueError, match=f"the logits of {name} for prompt") as plain:
             answer(None, owner)
-        for length in (3, "auto"):
+        for length, draft in itertools.product((3, "auto"), DRAFTS):
             with pytest.raises(ValueError, match="have NaN") as drafted:
-                answer(None, owner, speculative=length)
+                answer(None, owner, speculative=length, draft=draft)
             assert str(drafted.value) == str(plain.value)
 
 

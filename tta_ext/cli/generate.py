@@ -51,7 +51,10 @@ def generate(
     samples: Annotated[int, typer.Option(min=1, help="Answers for each prompt.")] = 1,
     speculative: Annotated[
         str | None,
-        typer.Option(help="Tokens that the proxy drafts for the base to judge at once, or auto."),
+        typer.Option(help="Tokens that are drafted for the base to judge at once, or auto."),
+    ] = None,
+    draft: Annotated[
+        str | None, typer.Option(help="Who drafts: proxy (default), base or lookup.")
     ] = None,
     stop: common.Stop = None,
     chat: common.Chat = False,
@@ -107,6 +110,7 @@ def generate(
             "temperature": temperature,
             "rule_temperature": rule_temperature,
             "speculative": _draft_length(speculative),
+            "draft": draft,
         }
         kad = models.decoder(setting, **pair_options)
         options: dict[str, Any] = {

@@ -70,13 +70,16 @@ class _Costs:
         self.rest: dict[int, deque[float]] = defaultdict(window)
         self.turns = self.steps = 0.0
 
+    def plain(self) -> tuple[float, float]:
+        """Seconds of a plain step: without the drafting model, and with its usual share."""
+        alone = _low(self.alone) or max(_low(self.asked) - _low(self.draft), 0.0)
+        return alone, alone + self.turns / self.steps * max(_low(self.asked) - alone, 0.0)
+
     def gains(self, stood: float, most: int) -> list[float]:
         """Speed of rounds of lengths 1 to ``most`` over the plain loop's: each emits
         1 + a + ... + a^K tokens a row, a the share of draft tokens that stand, not one.
         """
-        draft, asked = _low(self.draft), _low(self.asked)
-        alone = _low(self.alone) or max(asked - draft, 0.0)
-        step = alone + self.turns / self.steps * max(asked - alone, 0.0)
+        draft, (alone, step) = _low(self.draft), self.plain()
         more = {length: max(_low(known) - alone, 0.0) for length, known in self.rest.items()}
         found, tokens = [], 1.0
         for length in range(1, most + 1):
@@ -96,20 +99,21 @@ class Memory:
         costs: by number of rows, in steps of sqrt(2).
         stood, judged: draft tokens that stood, of those judged; they fade, and begin with a guess.
         steps, rounds: plain steps so far, and rounds since the last one.
-        trial: rounds to take unless they are hopeless.
-        pause, next_pause: plain steps before drafts are tried again, now and the next time.
-        note: why there is a pause.
+        credit: how many plain steps' time rounds may still lose.
+        rate: what each plain step adds to it, less after every pause.
+        note: why drafts pause or did lately.
+        paused: only plain steps are taken.
     """
 
     costs: dict[int, _Costs] = field(default_factory=partial(defaultdict, _Costs))
-    stood: float = 1.4
-    judged: float = 2.0
+    stood: float = 2.8
+    judged: float = 4.0
     steps: int = 0
     rounds: int = 0
-    trial: int = 6
-    pause: int = 0
-    next_pause: int = 32
+    credit: float = 0.5
+    rate: float = 0.02
     note: str = ""
+    paused: bool = False
 
     def of(self, rows: int) -> _Costs:
         """The costs for a number of rows."""
@@ -120,16 +124,17 @@ class AutoLength:
     """The length that should write most tokens a second, or none where no length would.
 
     Plain steps come first and tell what a step costs. Then lengths are tried, each at most twice
-    the longest one before. Where the best is no faster than plain steps, a few of these are taken
-    to see whether the machine has changed; if not, drafts pause, for ever longer times.
+    the longest one before. What a round loses is taken from a credit, which gains fill up; without
+    credit drafts pause until plain steps have filled it, each time more slowly. So drafts that do
+    not pay cost a few steps, and later nearly none, however wrong the estimates are.
     """
 
     FIRST, ENOUGH = 12, 3  # plain steps before drafts: of all, and of about so many rows
-    MARGIN, HOPELESS = 1.08, 0.85
-    LONGEST, PATIENCE, REFRESH, LONGEST_PAUSE = 8, 6, 20, 2048
+    PROMISING, HOPELESS, DEBT, MOST = 1.1, 0.85, 2.0, 6.0
+    LONGEST, START, REFRESH, LEAST_RATE = 8, 4, 20, 0.002
 
     def __init__(self, memory: Memory) -> None:
-        self.memory, self._against = memory, 0
+        self.memory = memory
 
     @property
     def note(self) -> str:
@@ -138,31 +143,26 @@ class AutoLength:
     def plan(self, room: Sequence[int]) -> list[int] | None:
         """Draft lengths, or None for a plain step; as :meth:`FixedLength.plan`."""
         memory, costs = self.memory, self.memory.of(len(room))
-        most = min(self.LONGEST, max(room), max(2, 2 * max(costs.rest, default=0)))
+        most = min(self.LONGEST, max(room), max(self.START, 2 * max(costs.rest, default=0)))
         new = memory.steps < self.FIRST or len(costs.alone) + len(costs.asked) < self.ENOUGH
-        if new or not most or memory.pause > 0 or memory.rounds >= self.REFRESH:
+        if new or most < 1 or memory.paused or memory.rounds >= self.REFRESH:
             return None
         gains = costs.gains(memory.stood / memory.judged, most)
         gain = max(gains)
-        least = self.HOPELESS if memory.trial and costs.rest else self.MARGIN
-        if gain >= least or (memory.note and memory.trial == Memory.trial):  # a pause is over
-            self._against = 0
+        # Bad luck is forgiven where the estimate is good.
+        debt = self.DEBT if gain >= self.PROMISING else 0.0
+        if gain >= self.HOPELESS and memory.credit + debt > 0.0:
             return [min(gains.index(gain) + 1, one) for one in room]
-        self._against += 1
-        if self._against > self.PATIENCE:
-            self._give_up(gain)
-        return None
-
-    def _give_up(self, gain: float) -> None:
-        memory = self.memory
         note = (
             f"speculative decoding pauses: {memory.stood / memory.judged:.0%} of the draft tokens "
-            f"stood, with which the best draft would run at {gain:.2f}x the speed of the plain loop"
+            f"stood, with which the best draft would run at {gain:.2f}x the speed of the plain "
+            "loop, too little for what drafts have lost"
         )
         if not memory.note:
             log.warning(note)
-        memory.note, memory.pause, self._against = note, memory.next_pause, 0
-        memory.next_pause = min(2 * memory.next_pause, self.LONGEST_PAUSE)
+        memory.note, memory.paused, memory.credit = note, True, min(memory.credit, 0.0)
+        memory.rate = max(memory.rate / 2, self.LEAST_RATE)
+        return None
 
     def report(self, step: StepReport) -> None:
         """Take down what a step took and, of a round, how many draft tokens stood."""
@@ -173,27 +173,27 @@ class AutoLength:
             (costs.asked if asked else costs.alone).append(step.seconds)
             costs.turns = 0.99 * costs.turns + asked
             costs.steps = 0.99 * costs.steps + 1.0
-            if asked and len(costs.draft) < self.ENOUGH:
+            if asked and (memory.paused or len(costs.draft) < self.ENOUGH):
                 costs.draft.append(step.draft_seconds)
             memory.steps, memory.rounds = memory.steps + 1, 0
-            memory.pause -= 1
-            if memory.pause == 0:  # new rounds outweigh what was measured long ago
-                memory.trial = Memory.trial
-                memory.stood, memory.judged = 2.0 * memory.stood / memory.judged, 2.0
+            memory.credit = max(memory.credit, min(memory.credit + memory.rate, Memory.credit))
+            if memory.paused and memory.credit >= Memory.credit:  # another try, from the start
+                memory.paused, memory.stood, memory.judged = False, Memory.stood, Memory.judged
                 for one in memory.costs.values():
                     one.rest.clear()
-                    one.draft.clear()
             return
         memory.rounds += 1
         costs.draft.append(step.draft_seconds / longest)
         costs.rest[longest].append(step.seconds - step.draft_seconds)
         for length, accepted in zip(step.drafts, step.accepted, strict=True):
             memory.stood = 0.99 * memory.stood + accepted
-            memory.judged = 0.99 * memory.judged + min(accepted + 1, length)
-        if memory.trial:
-            memory.trial -= 1
-        else:
-            memory.note, memory.next_pause = "", max(Memory.next_pause, memory.next_pause - 1)
+            # A row without a draft gains no more than one whose draft fails.
+            memory.judged = 0.99 * memory.judged + min(accepted + 1, max(length, 1))
+        took = longest * _low(costs.draft) + _low(costs.rest[longest])
+        lost = took / costs.plain()[1] - 1.0 - sum(step.accepted) / step.rows
+        memory.credit = min(memory.credit - lost, self.MOST)
+        if memory.credit >= self.MOST / 2:
+            memory.note, memory.rate = "", Memory.rate
 
 
 DraftLength: TypeAlias = "FixedLength | AutoLength"

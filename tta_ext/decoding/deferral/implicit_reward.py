@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from tta_ext import ops
-from tta_ext.decoding.deferral.loop import Loop, LoopOptions, Seen
+from tta_ext.decoding.deferral.loop import Loop, Seen
+from tta_ext.decoding.deferral.step import AskProxy, Drawn
 from tta_ext.decoding.runtime.profiling import span
-from tta_ext.decoding.runtime.runner import Runner
 from tta_ext.rules import IMPLICIT_REWARD
 
 __all__ = ["ImplicitReward", "ImplicitRewardLoop"]
@@ -73,40 +73,35 @@ class ImplicitRewardLoop(Loop):
     """
 
     rule: ImplicitReward
-
-    def __init__(self, base: Runner, followers: Sequence[Runner], options: LoopOptions) -> None:
-        super().__init__(base, followers, options)
-        self.experts = len(self.rule.param)
+    processed = False
 
     def draw(self) -> tuple[Tensor, list[bool], Seen]:
-        logits = self.logits(self.base)
-        others = [self.logits(runner, process=False) for runner in self.followers]
-        token = self.mix(logits, others, self.base.total, self.sequence, self._token)
+        logits, *others = [self.logits(runner) for runner in self.runners]
+        token, flags = self.drawn(logits, others)
         named = zip(self.followers, others, strict=True)
-        seen = Seen(logits, [(runner.name, row, None) for runner, row in named])
-        return token, [False] * len(logits), seen
+        return token, flags, Seen(logits, [(runner.name, row, None) for runner, row in named])
 
-    def mix(
+    def drawn(
         self,
         logits: Tensor,
-        others: list[Tensor],
-        position: Tensor,
-        sequence: Tensor,
-        out: Tensor | None = None,
-    ) -> Tensor:
-        """A token a row, int64 ``[rows]``, from the logits ``[rows, V]`` of all models."""
-        anti = others[self.experts :]
+        others: Sequence[Tensor | AskProxy],
+        index: Tensor | None = None,
+        position: Tensor | None = None,
+    ) -> Drawn:
+        models = [other for other in others if isinstance(other, Tensor)]
+        experts, anti = models[: len(self.rule.param)], models[len(self.rule.param) :]
         with span("sample"):
-            return ops.implicit_reward_sample(
+            token = ops.implicit_reward_sample(
                 logits,
-                torch.stack(others[: self.experts]),
+                torch.stack(experts),
                 torch.stack(anti) if anti else None,
                 self.rule.param,
                 temperature=self.rule.temperature,
                 seed=self.options.seed,
-                position=position,
-                sequence=sequence,
+                position=self.base.total if position is None else position,
+                sequence=self.sequence if index is None else self.sequence[index],
                 do_sample=self.options.do_sample,
                 check=False,
-                out=out,
+                out=self._token if position is None else None,
             )
+        return Drawn(token, [False] * len(token))

@@ -16,7 +16,13 @@ from typing_extensions import Unpack
 from tta_ext.decoding.deferral.chat import Chat
 from tta_ext.decoding.deferral.draft_length import Memory
 from tta_ext.decoding.deferral.implicit_reward import ImplicitReward
-from tta_ext.decoding.deferral.request import GenerationOptions, Models, Request, draft_length
+from tta_ext.decoding.deferral.request import (
+    GenerationOptions,
+    Models,
+    Request,
+    draft_length,
+    draft_source,
+)
 from tta_ext.decoding.deferral.result import Generation
 from tta_ext.decoding.runtime.attention import check_model
 from tta_ext.decoding.runtime.generate_options import check_processors
@@ -58,6 +64,7 @@ class _Options(LoadingOptions, total=False):
     proxy_chat_template: str | None
     speculative: int | str | None
     num_assistant_tokens: int | str | None
+    draft: str | None
     probe: bool
 
 
@@ -86,9 +93,11 @@ class KnapsackDeferral:
         speculative: K lets the proxy draft K tokens (1 to 64) that the base judges in one forward:
             same seed, same tokens, faster where drafts are cheap and mostly stand. ``"auto"``
             chooses lengths by measured costs and acceptance, which this object remembers from call
-            to call, and leaves drafting where it does not pay. None decodes token by token. For
-            ``"implicit_reward"`` the first expert drafts.
+            to call, and leaves drafting where it does not pay. None decodes token by token.
         num_assistant_tokens: transformers' name for ``speculative``.
+        draft: who drafts: ``"proxy"`` (None too; the first expert of several); ``"base"``, for a
+            proxy that is slow, which then reads a draft at once; or ``"lookup"``, nobody: drafts
+            are what followed the same words before, in prompt or answer.
         probe: run each model once on two short rows and refuse it if rows of different length
             cannot share its batch.
 
@@ -121,9 +130,11 @@ class KnapsackDeferral:
         proxy_chat_template: str | None = None,
         speculative: int | str | None = None,
         num_assistant_tokens: int | str | None = None,
+        draft: str | None = None,
         probe: bool = True,
     ) -> None:
         self.speculative = draft_length(_either(speculative, num_assistant_tokens))
+        self.draft = draft_source(draft)
         self._memories: dict[Any, Memory] = {}
         for name, given_model in (("base", base), ("proxy", proxy), ("anti", anti)):
             refuse_path(given_model, name, type(self).__name__)
@@ -260,7 +271,8 @@ class KnapsackDeferral:
                 0, 1, ... The same seed and id give an answer the same random numbers in any batch.
             num_return_sequences: answers for each prompt; its prompt is run once.
             rule, param, critical, temperature, rule_temperature: in place of the constructor's.
-            speculative, num_assistant_tokens: in place of the constructor's; 0 turns it off.
+            speculative, num_assistant_tokens, draft: in place of the constructor's;
+                ``speculative=0`` turns drafts off.
             eos_token_id: an id or several that end an answer; default: those of both models.
             stop_strings: a string or several that end an answer; its text is cut before them.
             logits_processor: transformers' ``LogitsProcessorList`` (or one processor), applied to
@@ -343,6 +355,7 @@ class KnapsackDeferral:
         length = _either(given.pop("speculative", None), given.pop("num_assistant_tokens", None))
         if length is None:
             length = self.speculative
+        given["draft"] = given.get("draft") or self.draft
         return Request(self._models, rule, self._memories, prompts, speculative=length, **given)
 
     def _chosen(self, changes: dict[str, Any]) -> Rule | ImplicitReward:

@@ -29,7 +29,7 @@ from tta_ext.decoding.runtime.processors import SequenceView
 from tta_ext.decoding.runtime.rows import Limits, Rows
 from tta_ext.decoding.runtime.runner import Runner
 
-__all__ = ["DenseDeferral", "Emission", "LazyDeferral", "Loop", "LoopOptions", "Seen"]
+__all__ = ["Deferral", "DenseDeferral", "Emission", "LazyDeferral", "Loop", "LoopOptions", "Seen"]
 
 
 @dataclass(frozen=True)
@@ -123,6 +123,9 @@ class Loop(ABC):
         rule: the options' rule for the active rows.
     """
 
+    # Whether logits processors change the followers' logits too.
+    processed = True
+
     def __init__(self, base: Runner, followers: Sequence[Runner], options: LoopOptions) -> None:
         count = base.count
         self.base, self.followers, self.options = base, list(followers), options
@@ -180,6 +183,23 @@ class Loop(ABC):
         were drawn from.
         """
 
+    @abstractmethod
+    def drawn(
+        self,
+        logits: Tensor,
+        others: Sequence[Tensor | AskProxy],
+        index: Tensor | None = None,
+        position: Tensor | None = None,
+    ) -> Drawn:
+        """The draws that belong to some positions of some rows, a function of the logits alone.
+
+        Args:
+            logits: the base's ``[N, V]``.
+            others: the followers', as :func:`deferral_step` takes them.
+            index: int64 ``[N]``, the row of each; None for all rows, one position each.
+            position: int64 ``[N]``, tokens that stand before each; None for what stands now.
+        """
+
     def finish_stats(self) -> DecodeStats:
         """The run's counters, with the models' costs filled in."""
         stats = self.stats
@@ -199,25 +219,25 @@ class Loop(ABC):
 
     # ---- logits ------------------------------------------------------------------------------
 
-    def logits(self, runner: Runner, process: bool = True) -> Tensor:
-        """Logits of all rows after their last token; with the logits processors applied or not."""
+    def logits(self, runner: Runner) -> Tensor:
+        """Logits of all rows after their last token, processed."""
         if self._fed:
-            logits = runner.step()
-        else:
-            # The first time: prompts, or what a conversation has added since the last turn.
-            runner.prefill()
-            logits = runner.catch_up()
-        return self.process(logits) if process else self.at_base(logits)
+            return self.process(runner, runner.step())
+        # The first time: prompts, or what a conversation has added since the last turn.
+        runner.prefill()
+        return self.process(runner, runner.catch_up())
 
-    def at_base(self, logits: Tensor) -> Tensor:
-        """The logits on the base's device."""
-        return logits if logits.device == self.base.device else logits.to(self.base.device)
+    def processes(self, runner: Runner) -> bool:
+        """Whether logits processors change what this model says."""
+        return bool(self.options.processors) and (self.processed or runner is self.base)
 
-    def process(self, logits: Tensor, rows: list[int] | None = None) -> Tensor:
-        """Apply the logits processors, on the base's device."""
-        options, logits = self.options, self.at_base(logits)
-        if options.processors and options.context is not None:
-            logits = options.context.process(options.processors, logits, rows)
+    def process(self, runner: Runner, logits: Tensor, rows: list[int] | None = None) -> Tensor:
+        """A model's logits of some rows as draws see them: processed, on the base's device."""
+        context = self.options.context
+        if logits.device != self.base.device:
+            logits = logits.to(self.base.device)
+        if context is not None and self.processes(runner):
+            logits = context.process(self.options.processors, logits, rows)
         return logits
 
     # ---- after the draw ----------------------------------------------------------------------
@@ -310,17 +330,23 @@ class Deferral(Loop):
         super().__init__(base, followers, options)
         (self.proxy,) = self.followers
 
-    def drawn(self, logits: Tensor, proxy: Tensor | AskProxy) -> Drawn:
-        """The step's draws; the proxy as :func:`deferral_step` takes it."""
+    def drawn(
+        self,
+        logits: Tensor,
+        others: Sequence[Tensor | AskProxy],
+        index: Tensor | None = None,
+        position: Tensor | None = None,
+    ) -> Drawn:
+        (proxy,) = others
         return deferral_step(
             logits,
             proxy,
-            self.rule,
+            self.rule if index is None else self.rule.select(index),
             seed=self.options.seed,
-            position=self.base.total,
-            sequence=self.sequence,
+            position=self.base.total if position is None else position,
+            sequence=self.sequence if index is None else self.sequence[index],
             do_sample=self.options.do_sample,
-            out=ops.Proposal(self._token, self._deferred),
+            out=ops.Proposal(self._token, self._deferred) if position is None else None,
         )
 
 
@@ -331,10 +357,7 @@ class LazyDeferral(Deferral):
     all tokens that it has missed, in one call for all such rows.
     """
 
-    def __init__(self, base: Runner, followers: Sequence[Runner], options: LoopOptions) -> None:
-        super().__init__(base, followers, options)
-        (self.proxy,) = self.followers
-        self._warm = False
+    _warm = False
 
     def draw(self) -> tuple[Tensor, list[bool], Seen]:
         options, logits, stats = self.options, self.logits(self.base), self.stats
@@ -351,7 +374,7 @@ class LazyDeferral(Deferral):
             asked.append(("proxy", found, rows))
             return found
 
-        token, flags = self.drawn(logits, ask)
+        token, flags = self.drawn(logits, [ask])
         stats.proxy_rows_saved += saved
         if everyone is not None:
             asked = [("proxy", everyone, None)]
@@ -364,7 +387,7 @@ class LazyDeferral(Deferral):
             self._warm = True
         if index is not None and index.device != self.proxy.device:
             index = None
-        return self.process(self.proxy.catch_up(rows, index), rows)
+        return self.process(self.proxy, self.proxy.catch_up(rows, index), rows)
 
 
 class DenseDeferral(Deferral):
@@ -372,5 +395,5 @@ class DenseDeferral(Deferral):
 
     def draw(self) -> tuple[Tensor, list[bool], Seen]:
         logits, proxy_logits = self.logits(self.base), self.logits(self.proxy)
-        token, flags = self.drawn(logits, proxy_logits)
+        token, flags = self.drawn(logits, [proxy_logits])
         return token, flags, Seen(logits, [("proxy", proxy_logits, None)])

@@ -16,6 +16,7 @@ from tta_ext.decoding.deferral.implicit_reward import ImplicitReward, ImplicitRe
 from tta_ext.decoding.deferral.loop import DenseDeferral, LazyDeferral, Loop, LoopOptions
 from tta_ext.decoding.deferral.result import Generation
 from tta_ext.decoding.deferral.speculative import (
+    DRAFTS,
     SpeculativeDense,
     SpeculativeImplicit,
     SpeculativeLazy,
@@ -43,7 +44,7 @@ from tta_ext.decoding.runtime.streaming import StreamEvent, TextDeltas
 from tta_ext.decoding.runtime.vocabulary import Vocabulary
 from tta_ext.rules import Rule
 
-__all__ = ["GenerationOptions", "Models", "Request", "draft_length"]
+__all__ = ["GenerationOptions", "Models", "Request", "draft_length", "draft_source"]
 
 
 class GenerationOptions(TypedDict, total=False):
@@ -77,6 +78,7 @@ class GenerationOptions(TypedDict, total=False):
     trace: bool | str
     speculative: int | str | None
     num_assistant_tokens: int | str | None
+    draft: str | None
     errors: str
 
 
@@ -92,6 +94,17 @@ def draft_length(value: int | str | None) -> int | str | None:
         raise ValueError(
             f"speculative is {value!r}, expected None, 'auto' or a draft length from 1 to 64"
         )
+    return value
+
+
+def draft_source(value: str | None) -> str | None:
+    """The argument ``draft`` itself if it makes sense.
+
+    Raises:
+        ValueError: it is not None, ``"proxy"``, ``"base"`` or ``"lookup"``.
+    """
+    if value is not None and value not in DRAFTS:
+        raise ValueError(f"draft is {value!r}, expected None or one of {', '.join(DRAFTS)}")
     return value
 
 
@@ -181,6 +194,7 @@ class Request:
         lazy: bool = True,
         trace: bool | str = False,
         speculative: int | str | None = None,
+        draft: str | None = None,
         errors: str = "raise",
     ) -> None:
         self.models, self.do_sample, self.errors = models, do_sample, errors
@@ -222,6 +236,9 @@ class Request:
         self.pad: int = min(ends, default=0) if pad is None else pad
         self.sequence = sequence_ids(sequence, len(self.base))
         self.rule = self._spread(rule, len(base))
+        self.draft = draft_source(draft) or "proxy"
+        if draft is not None and speculative is None:
+            raise ValueError(f"draft is {draft!r} without a length: pass speculative=K or 'auto'")
         self.policy = self._policy(speculative, memories)
         self.seed = rng.resolve_seed(seed)
         cuts: dict[str, Any] = {"top_k": top_k, "top_p": top_p, "min_p": min_p}
@@ -274,7 +291,7 @@ class Request:
         rule = self.rule
         param = None if isinstance(rule.param, Tensor) else rule.param
         kind = rule.codes if isinstance(rule, Rule) else rule.temperature
-        key = (rule.name, param, kind, self.lazy, self.do_sample, self.trace)
+        key = (rule.name, param, kind, self.lazy, self.do_sample, self.trace, self.draft)
         if key not in memories:
             memories[key] = Memory()
         return AutoLength(memories[key])
@@ -343,7 +360,7 @@ class Request:
             fast = (
                 SpeculativeImplicit if mixed else SpeculativeLazy if self.lazy else SpeculativeDense
             )
-            return fast(base, followers, options, policy=self.policy)
+            return fast(base, followers, options, policy=self.policy, draft=self.draft)
         plain = ImplicitRewardLoop if mixed else LazyDeferral if self.lazy else DenseDeferral
         return plain(base, followers, options)
 

@@ -33,7 +33,7 @@ class DecodeStats:
             CUDA these are times of submission unless the models wait for the device.
         seconds: time of the whole loop.
         row_steps: steps of all rows; plain decoding adds a token in each.
-        draft_tokens: tokens that the proxy drafted (speculative decoding).
+        draft_tokens: tokens that were drafted (speculative decoding).
         judged_tokens: how many of them were looked at: those before a row's first difference from
             the plain loop, and that one.
         accepted_tokens: how many of those stood.

