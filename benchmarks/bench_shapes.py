@@ -128,14 +128,15 @@ def _calls(base: Tensor, proxy: Tensor, rule: str, param: float | None) -> dict[
     draft = torch.stack(
         [ops.categorical_sample(proxy[k : k + 1], **keys[0], stream=3) for k in range(DRAFT)], -1
     )
-    drafts = (base[None], proxy[None, :DRAFT], draft, torch.tensor([DRAFT]))
+    positions = DRAFT + reads_q  # of the proxy
+    drafts = (base[None], proxy[None, :positions], draft, torch.tensor([DRAFT]))
     more: dict[str, Any] = {**law, **keys[0], "return_mass": False}
     checked = ops.deferral_verify(*drafts, **more)
     reached = int(checked.accepted) + 1
     found["deferral_verify"] = (
         lambda: ops.deferral_verify(*drafts, **more, out=checked),
         1,
-        float(reached + min(reached, DRAFT)),
+        float(reached + min(reached, positions)),
     )
     return found
 
