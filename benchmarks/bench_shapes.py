@@ -49,22 +49,15 @@ DRAFT = 2
 ROUNDS = 5
 
 
-@dataclass(frozen=True)
-class Promise:
-    """What the worst cell of an operator may cost, in softmaxes of the rows that it reads."""
-
-    op: str
-    bound: float
-
-
-PROMISES = (
-    Promise("deferral_sample", 0.9),
-    Promise("deferral_propose", 0.9),
-    Promise("deferral_stats", 2.0),
-    Promise("deferral_mask", 2.0),
-    Promise("deferral_probs", 1.6),
-    Promise("deferral_verify", 0.9),
-)
+# What the worst cell of an operator may cost, in softmaxes of the rows that it reads.
+PROMISES = {
+    "deferral_sample": 0.9,
+    "deferral_propose": 0.9,
+    "deferral_stats": 2.0,
+    "deferral_mask": 2.0,
+    "deferral_probs": 1.6,
+    "deferral_verify": 0.9,
+}
 
 
 @dataclass(frozen=True)
@@ -147,9 +140,9 @@ def _spent(run: Run) -> float:
     return (time.thread_time_ns() - start) * 1e-9
 
 
-def cells(shape: str, dtype: str, rounds: int) -> list[Cell]:
+def cells(shape: str, dtype: str, rounds: int, vocab: int = VOCAB) -> list[Cell]:
     """All cells of one row, timed in turns with a softmax of it."""
-    base, proxy = shaped_pair(shape, DRAFT + 1, VOCAB, 0, getattr(torch, dtype))
+    base, proxy = shaped_pair(shape, DRAFT + 1, vocab, 0, getattr(torch, dtype))
     laws = [(f"knapsack {b:g}".replace("0.", "."), "knapsack", b) for b in BUDGETS]
     laws += [(rule, rule, param) for rule, param in RULES.items()]
     runs = {
@@ -170,18 +163,23 @@ def cells(shape: str, dtype: str, rounds: int) -> list[Cell]:
     ]
 
 
+def extremes(found: Sequence[Cell], op: str) -> tuple[Cell, Cell, Cell]:
+    """An operator's kind cell, its worst, and the worst over a softmax of the base's row alone."""
+    here = [cell for cell in found if cell.op == op]
+    kind = next(cell for cell in here if cell.kind)
+    worst = max(here, key=lambda cell: cell.ratio)
+    return kind, worst, max(here, key=lambda cell: cell.ratio * cell.rows)
+
+
 def summary(found: Sequence[Cell], isa: str) -> list[list[str]]:
     """A line an operator: its worst cell beside the kind one."""
     lines = []
-    for promise in PROMISES:
-        here = [cell for cell in found if cell.op == promise.op]
-        worst = max(here, key=lambda cell: cell.ratio)
-        base = max(here, key=lambda cell: cell.ratio * cell.rows)
-        kind = next(cell for cell in here if cell.kind)
-        missed = "" if worst.ratio <= promise.bound else " (missed)"
+    for op, bound in PROMISES.items():
+        kind, worst, base = extremes(found, op)
+        missed = "" if worst.ratio <= bound else " (missed)"
         lines.append(
-            [promise.op, isa, f"{kind.ratio:.2f}", f"{worst.ratio:.2f}{missed}",
-             f"<= {promise.bound:g}", worst.name, f"{base.ratio * base.rows:.2f}", base.name]
+            [op, isa, f"{kind.ratio:.2f}", f"{worst.ratio:.2f}{missed}", f"<= {bound:g}",
+             worst.name, f"{base.ratio * base.rows:.2f}", base.name]
         )  # fmt: skip
     return lines
 
@@ -197,8 +195,15 @@ def instruction_sets() -> list[tuple[int, str]]:
     return [(level, names[level]) for level in range(widest, min(widest, 1) - 1, -1)]
 
 
-def measure(rounds: int, shapes: Sequence[str], dtypes: Sequence[str]) -> dict[str, list[Cell]]:
-    """Instruction set -> its cells."""
+def measure(
+    rounds: int = ROUNDS,
+    shapes: Sequence[str] = tuple(SHAPES),
+    dtypes: Sequence[str] = DTYPES,
+    vocab: int = VOCAB,
+) -> dict[str, list[Cell]]:
+    """Instruction set -> its cells, those of :data:`KIND` among them."""
+    shapes = list(dict.fromkeys([KIND[0], *shapes]))
+    dtypes = list(dict.fromkeys([KIND[1], *dtypes]))
     found: dict[str, list[Cell]] = {}
     levels = instruction_sets()
     try:
@@ -207,7 +212,7 @@ def measure(rounds: int, shapes: Sequence[str], dtypes: Sequence[str]) -> dict[s
             found[name] = [
                 cell
                 for shape, dtype in itertools.product(shapes, dtypes)
-                for cell in cells(shape, dtype, rounds)
+                for cell in cells(shape, dtype, rounds, vocab)
             ]
     finally:
         torch.ops.tta_ext.cpu_isa(levels[0][0])
@@ -220,14 +225,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"of every call ({ROUNDS})")
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES)
+    parser.add_argument("--vocab", type=int, default=VOCAB, help=f"({VOCAB})")
     parser.add_argument("--all", action="store_true", help="every cell, not only the worst")
     parser.add_argument("--output", type=Path, help="also write the table to this file")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     start = time.perf_counter()
-    shapes = list(dict.fromkeys([KIND[0], *args.shape]))
-    dtypes = list(dict.fromkeys([KIND[1], *args.dtype]))
-    found = measure(args.rounds, shapes, dtypes)
+    found = measure(args.rounds, args.shape, args.dtype, args.vocab)
     if args.all:
         rows = [
             [c.op, isa, c.shape, c.dtype, c.rule, f"{c.rows:.2f}", f"{c.ratio:.2f}"]

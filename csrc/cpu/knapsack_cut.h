@@ -434,7 +434,7 @@ static KnapsackCut knapsack_cut(const Row& row, const Stats& s, double bound, Pr
   list.reserve(row.vocab);
   const bool above = bound > s.z * 0x1p-4;
   Bracket bracket;
-  for (int attempt = row.vocab < 2 * kTile ? 1 : 0; attempt < 3; ++attempt) {
+  for (int attempt = row.vocab < 2 * kTile ? 2 : 0; attempt < 3; ++attempt) {
     bracket = attempt == 0   ? guess_by_sample(row, s, bound, &list)
               : attempt == 1 ? guess_by_row(row, s, bound)
                              : Bracket{};
