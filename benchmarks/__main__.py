@@ -35,6 +35,7 @@ STEMS = {
 OTHERS = {
     "claims": "claims",
     "decoding": "bench_decoding",
+    "shapes": "bench_shapes",
     "speculative": "bench_speculative",
     "acceptance": "acceptance",
 }
@@ -48,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
         "table is checked against float64 before it is timed.",
     )
     p.add_argument("stems", nargs="*", metavar="STEM", help=f"of {', '.join(STEMS)} (all), "
-                   "or: claims, decoding, speculative, acceptance")  # fmt: skip
+                   "or: " + ", ".join(OTHERS))  # fmt: skip
     p.add_argument("--quick", action="store_true", help="two vocabularies, two batches, minutes")
     p.add_argument("--vocab", type=int, nargs="+", metavar="V", help=f"of {VOCABULARIES}")
     p.add_argument("--batch", type=int, nargs="+", metavar="B", help=f"of {BATCHES}")

@@ -5,7 +5,8 @@ with noise, in random order, whose likeliest 50 to 200 tokens hold nine tenths o
 rows are the base's with noise of their own. Every ratio compares calls that take turns in one
 process and is a quotient of the least time per call over rounds; outputs, seeds and positions are
 tensors made before. The *eager chain* is two softmaxes, sort, cumsum, scatter, mixture and
-multinomial.
+multinomial. What other rows cost stands in the lines *on the worst row*
+(:mod:`benchmarks.bench_shapes`).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from tta_ext import ops
 
-from . import bench_knapsack, bench_prelogit, bench_verify, eager, harness
+from . import bench_knapsack, bench_prelogit, bench_shapes, bench_verify, eager, harness
 from .data import language_model_pair, nucleus
 
 VOCAB = 128256
@@ -268,6 +269,19 @@ def overhead(seconds: float) -> list[Claim]:
     return [Claim("public call at V=64", worst * 1e6, 10, False, "us", detail)]
 
 
+def shapes() -> list[Claim]:
+    """Every operator on its worst row, beside this one, on every instruction set with vectors."""
+    found = []
+    for isa, cells in bench_shapes.measure().items():
+        for op, bound in bench_shapes.PROMISES.items():
+            kind, worst, _ = bench_shapes.extremes(cells, op)
+            found.append(
+                Claim(f"{op} on the worst row / softmax of the rows read, {isa}", worst.ratio,
+                      bound, False, "x", f"{worst.name}; on a kind row {kind.ratio:.2f} x")
+            )  # fmt: skip
+    return found
+
+
 def lean_import() -> list[Claim]:
     """Processor time of the import where torch is imported already; the least of several."""
     program = (
@@ -305,6 +319,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         *knapsack(args.seconds),
         *prelogit(args.seconds),
         *overhead(args.seconds),
+        *shapes(),
         *lean_import(),
     ]
     command = ["python", "-m", "benchmarks", "claims", *(argv or [])]

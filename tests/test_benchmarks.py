@@ -9,9 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import bench_deferral, bench_knapsack, checks, claims, eager, gpu_times, harness
+from benchmarks import (
+    bench_deferral,
+    bench_knapsack,
+    bench_shapes,
+    checks,
+    claims,
+    eager,
+    gpu_times,
+    harness,
+)
 from benchmarks.__main__ import STEMS, main
-from benchmarks.data import language_model_logits, nucleus
+from benchmarks.data import SHAPES, language_model_logits, nucleus, shaped_pair
 from benchmarks.grid import Grid
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,6 +30,42 @@ def test_rows_are_like_a_language_models() -> None:
     sizes = [nucleus(row) for row in language_model_logits(8, 128256, 0)]
     assert min(sizes) >= 20
     assert max(sizes) <= 400
+
+
+def test_shapes_are_what_they_are_called() -> None:
+    rows = {name: shaped_pair(name, 1, 128256, 0, torch.float32)[0][0] for name in SHAPES}
+    assert nucleus(rows["language model"]) == 161
+    assert 2300 <= nucleus(rows["peaked, 2400"]) <= 2500
+    assert 2400 <= nucleus(rows["small model"], 0.7) <= 2550
+    assert len(rows["constant"].unique()) == 1
+    assert len(rows["two plateaus"].unique()) == 2
+    assert int((rows["99.9% impossible"] > -torch.inf).sum()) == 128
+    assert len(rows["ties"].unique()) < 200
+    for width in (0.5, 1, 2.2, 4):
+        name = f"Gaussian {width:g}".replace("0.", ".")
+        assert rows[name].std().item() == pytest.approx(width, rel=0.02)
+
+
+def test_the_worst_cell_stands_beside_the_kind_one() -> None:
+    def cell(shape: str, rows: float, ratio: float) -> bench_shapes.Cell:
+        return bench_shapes.Cell("deferral_sample", shape, "float32", "knapsack .3", rows, ratio)
+
+    kind, worst, both = (
+        cell("language model", 1.0, 0.6),
+        cell("ties", 1.0, 0.8),
+        cell("Zipf", 2, 0.7),
+    )
+    assert bench_shapes.extremes([both, kind, worst], "deferral_sample") == (kind, worst, both)
+
+
+def test_every_shape_is_timed(capsys: pytest.CaptureFixture[str]) -> None:
+    main("shapes --rounds 1 --vocab 700 --shape constant ties --dtype bfloat16 --all".split())
+    printed = capsys.readouterr().out
+    for op in bench_shapes.PROMISES:
+        for shape, dtype in (("language model", "float32"), ("ties", "bfloat16")):
+            lines = [line for line in printed.splitlines() if line.startswith(f"| {op} ")]
+            cells = [[part.strip() for part in line.split("|")] for line in lines]
+            assert any(row[3:5] == [shape, dtype] for row in cells), (op, shape, dtype)
 
 
 @pytest.mark.parametrize("stem", STEMS)

@@ -283,15 +283,29 @@ TTA_INLINE void store(double* p, D a) {
   _mm256_storeu_pd(p, a.lo);
   _mm256_storeu_pd(p + 4, a.hi);
 }
+// For each mask, the numbers of its lanes, a byte each, lowest first.
+struct LaneOrder {
+  uint64_t of[256];
+};
+constexpr LaneOrder lane_order() {
+  LaneOrder order{};
+  for (uint32_t mask = 0; mask < 256; ++mask) {
+    int at = 0;
+    for (uint64_t lane = 0; lane < 8; ++lane)
+      if ((mask >> lane) & 1u) order.of[mask] |= lane << (8 * at++);
+  }
+  return order;
+}
+static constexpr LaneOrder kLaneOrder = lane_order();
+TTA_INLINE __m256i compressed(M m, __m256i a) {
+  const auto* order = reinterpret_cast<const __m128i*>(kLaneOrder.of + lanes(m));
+  return _mm256_permutevar8x32_epi32(a, _mm256_cvtepu8_epi32(_mm_loadl_epi64(order)));
+}
 TTA_INLINE void compress_store(float* p, M m, F a) {
-  alignas(32) float lane[8];
-  _mm256_store_ps(lane, a.v);
-  for (uint32_t left = lanes(m); left; left &= left - 1) *p++ = lane[__builtin_ctz(left)];
+  _mm256_storeu_ps(p, _mm256_castsi256_ps(compressed(m, _mm256_castps_si256(a.v))));
 }
 TTA_INLINE void compress_store(int32_t* p, M m, I a) {
-  alignas(32) int32_t lane[8];
-  _mm256_store_si256(reinterpret_cast<__m256i*>(lane), a.v);
-  for (uint32_t left = lanes(m); left; left &= left - 1) *p++ = lane[__builtin_ctz(left)];
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), compressed(m, a.v));
 }
 TTA_INLINE void multiply_wide(I a, I b, I* high, I* low) {
   const __m256i even = _mm256_mul_epu32(a.v, b.v);

@@ -41,10 +41,12 @@ static void mask_row(const MaskArgs& a, int64_t b) {
     const int64_t begin = static_cast<int64_t>(t) * kTile;
     const int64_t left = a.base.vocab - begin;
     const int count = left < kTile ? static_cast<int>(left) : kTile;
-    for (int j = 0; j < count; j += kWidth) {
-      const uint32_t in = lanes(deferred_lanes(d, load(tile.x + j), begin + j, t));
-      write_bools(out + begin + j, in, count - j < kWidth ? count - j : kWidth);
-    }
+    with_mode(d.cut, t, [&](auto mode) {
+      for (int j = 0; j < count; j += kWidth) {
+        const uint32_t in = lanes(deferred_as<mode>(d, load(tile.x + j), begin + j));
+        write_bools(out + begin + j, in, count - j < kWidth ? count - j : kWidth);
+      }
+    });
   }
   a.critical_index[b] = d.critical;
   a.fraction[b] = d.critical < 0                ? 0.0f

@@ -8,7 +8,8 @@
 // equals Z bit for bit.
 //
 // Passes over memory: `row_stats` reads the row once (each 16 KiB tile twice, the second time from
-// L1). `prefix_sum` reads only the tiles whose maximum lies beyond the cut.
+// L1). `prefix_sum` reads only the tiles whose maximum lies beyond the cut, `prefix_reaches` only
+// as many of those as the answer takes.
 
 #include "cpu/canonical.h"
 
@@ -79,6 +80,27 @@ TTA_INLINE void weight_pack(const float* x, F tile_max, F inv_temperature, F* w)
 }
 constexpr int kPack = kWidth == 1 ? 1 : 4;  // weights computed together
 
+// Weights to within kRough of theirs, at half the cost, N at a time: 2^n (1 + a cubic in the
+// remainder). 8e-5 is the cubic's (minimax), 3e-5 both sides' rounding of exponents up to 88. Below
+// that, where weights are 0, they are at most 2^-126.
+// `per_octave` is inv_temperature log2 e.
+constexpr double kRough = 0x1p-12;
+constexpr double kVague = 1e-31;  // more than 2^20 of what is 0 on one side
+template <int N>
+TTA_INLINE void rough_pack(const float* x, F tile_max, F per_octave, F* w) {
+  F y[N], shifted[N];
+  const F magic = set1(0x1.8p23f);
+  for (int k = 0; k < N; ++k)
+    y[k] = max(mul(sub(load(x + k * kWidth), tile_max), per_octave), set1(-126.0f));
+  for (int k = 0; k < N; ++k) shifted[k] = add(y[k], magic);
+  for (int k = 0; k < N; ++k) y[k] = sub(y[k], sub(shifted[k], magic));
+  for (int k = 0; k < N; ++k) w[k] = fma(set1(0x1.c3f760p-5f), y[k], set1(0x1.f0de1ap-3f));
+  for (int k = 0; k < N; ++k) w[k] = fma(w[k], y[k], set1(0x1.62f31ap-1f));
+  for (int k = 0; k < N; ++k) w[k] = fma(w[k], y[k], set1(0x1.fff692p-1f));
+  for (int k = 0; k < N; ++k) w[k] = from_bits(add(bits(w[k]), shift_left<23>(bits(shifted[k]))));
+}
+TTA_INLINE float per_octave(float inv_temperature) { return inv_temperature * 0x1.715476p+0f; }
+
 // NaNs are dropped here; they come back as a NaN tile sum.
 static float tile_max(Tile tile) {
   F m0 = set1(-kInfinity), m1 = m0, m2 = m0, m3 = m0;
@@ -107,10 +129,11 @@ TTA_INLINE M admitted(F x, F cut_x, I lane_index, I limit) {
   return mask_or(less(x, cut_x), mask_and(equal(x, cut_x), less(lane_index, limit)));
 }
 
-template <int kMode>
+template <int kMode, bool kRoughly = false>
 static float tile_sum_as(Tile tile, float max_value, float inv_temperature, float cut_x,
                          int32_t cut_limit) {
-  const F m = set1(max_value), s = set1(inv_temperature), cx = set1(cut_x);
+  const F m = set1(max_value), cx = set1(cut_x);
+  const F s = set1(kRoughly ? per_octave(inv_temperature) : inv_temperature);
   const I limit = set1i(cut_limit);
   F acc[kAcc];
   for (int h = 0; h < kHalves; ++h) {
@@ -120,7 +143,10 @@ static float tile_sum_as(Tile tile, float max_value, float inv_temperature, floa
     for (int j = h * kSweep * kWidth; j < tile.count; j += kLanes) {
       for (int k = 0; k < kSweep; k += kPack) {
         F w[kPack];
-        weight_pack<kPack>(tile.x + j + k * kWidth, m, s, w);
+        if constexpr (kRoughly)
+          rough_pack<kPack>(tile.x + j + k * kWidth, m, s, w);
+        else
+          weight_pack<kPack>(tile.x + j + k * kWidth, m, s, w);
         for (int i = 0; i < kPack; ++i) {
           const int at = j + (k + i) * kWidth;
           if constexpr (kMode != kNoMask)
@@ -139,16 +165,18 @@ static float tile_sum(Tile tile, float max_value, float inv_temperature) {
   return tile_sum_as<kNoMask>(tile, max_value, inv_temperature, 0.0f, 0);
 }
 
+template <bool kRoughly = false>
 static float tile_sum_before(Tile tile, float max_value, float inv_temperature, const Cut& cut,
                              int t) {
   switch (mask_mode(cut, t)) {
     case kBelow:
-      return tile_sum_as<kBelow>(tile, max_value, inv_temperature, cut.x, 0);
+      return tile_sum_as<kBelow, kRoughly>(tile, max_value, inv_temperature, cut.x, 0);
     case kAtOrBelow:
-      return tile_sum_as<kAtOrBelow>(tile, max_value, inv_temperature, cut.x, 0);
+      return tile_sum_as<kAtOrBelow, kRoughly>(tile, max_value, inv_temperature, cut.x, 0);
     default:
-      return tile_sum_as<kMixed>(tile, max_value, inv_temperature, cut.x,
-                                 static_cast<int32_t>(cut.id - static_cast<int64_t>(t) * kTile));
+      return tile_sum_as<kMixed, kRoughly>(
+          tile, max_value, inv_temperature, cut.x,
+          static_cast<int32_t>(cut.id - static_cast<int64_t>(t) * kTile));
   }
 }
 
@@ -233,66 +261,100 @@ TTA_INLINE bool tile_before(const Stats& s, int t, const Cut& cut) {
          (s.tile_max[t] == cut.x && cut.id >= (static_cast<int64_t>(t) + 1) * kTile);
 }
 
+template <bool kRoughly = false>
 static double tile_mass_before(const Row& row, const Stats& s, int t, const Cut& cut,
                                float* scratch) {
   const Tile tile = load_tile(row, t, scratch);
-  return static_cast<double>(tile_sum_before(tile, s.tile_max[t], s.inv_temperature, cut, t)) *
+  return static_cast<double>(
+             tile_sum_before<kRoughly>(tile, s.tile_max[t], s.inv_temperature, cut, t)) *
          s.scale[t];
 }
 
-// S: the canonical masked sum of everything before the cut.
-static double prefix_sum(const Row& row, const Stats& s, const Cut& cut) {
-  alignas(64) float scratch[kTile];
-  double total = 0.0;
-  for (int t = 0; t < s.tiles; ++t) {
-    if (tile_before(s, t, cut))
-      total += s.mass(t);
-    else if (s.scale[t] != 0.0)
-      total += tile_mass_before(row, s, t, cut, scratch);
+// S: the canonical masked sum of everything before a cut that moves; only tiles that hold something
+// between its old place and its new one are read again.
+class PrefixSum {
+ public:
+  PrefixSum(const Row& row, const Stats& s) : row_(row), s_(s) {}
+  bool started() const { return started_; }
+  // Tile t has something between the last cut and the next one.
+  void touch(int64_t t) { known_[t] = false; }
+  double move(const Cut& cut) {
+    alignas(64) float scratch[kTile];
+    double total = 0.0;
+    for (int t = 0; t < s_.tiles; ++t) {
+      if (!known_[t])
+        mass_[t] = tile_before(s_, t, cut) ? s_.mass(t)
+                   : s_.scale[t] == 0.0    ? 0.0
+                                           : tile_mass_before(row_, s_, t, cut, scratch);
+      known_[t] = true;
+      total += mass_[t];
+    }
+    started_ = true;
+    return total;
   }
-  return total;
+
+ private:
+  const Row& row_;
+  const Stats& s_;
+  bool started_ = false;
+  bool known_[kMaxTiles] = {};
+  double mass_[kMaxTiles];
+};
+
+static double prefix_sum(const Row& row, const Stats& s, const Cut& cut) {
+  return PrefixSum(row, s).move(cut);
 }
 
 // reached(prefix_sum(cut)) for a `reached` that turns from false to true as its argument grows,
-// reading as few tiles as the answer needs. A tile beyond the cut holds at least its own maximum
-// (weight exactly 1) outside the sum; float32 rounding inside a tile and float64 rounding across
-// tiles are far below the slack, so every early answer is the exact one.
+// reading as few tiles as the answer needs, roughly first. A tile beyond the cut holds at least its
+// own maximum (weight exactly 1) outside the sum; float32 rounding inside a tile and float64
+// rounding across tiles are far below the slack, so every early answer is the exact one.
 template <class Reached>
 static bool prefix_reaches(const Row& row, const Stats& s, const Cut& cut, Reached reached) {
   constexpr double kTileSlack = 1.0 + 0x1p-17, kSumSlack = 0x1p-40;
   alignas(64) float scratch[kTile];
-  double mass[kMaxTiles];  // exact where known
-  double gap[kMaxTiles];   // upper bound of what is unknown
-  double low = 0.0, high = 0.0;
+  double least[kMaxTiles], most[kMaxTiles];  // of a tile's part; equal where it is known
   int open = 0;
   int16_t open_tile[kMaxTiles];
+  bool rough[kMaxTiles];
+  double known = 0.0;
   for (int t = 0; t < s.tiles; ++t) {
-    mass[t] = 0.0;
+    least[t] = most[t] = 0.0;
+    rough[t] = false;
     if (tile_before(s, t, cut)) {
-      mass[t] = s.mass(t);
-      low += mass[t];
+      known += least[t] = most[t] = s.mass(t);
     } else if (s.scale[t] != 0.0) {
       const double admitted_sum =
           static_cast<double>(s.tile_sum[t]) * kTileSlack - (s.tile_max[t] > cut.x ? 1.0 : 0.0);
-      gap[t] = (admitted_sum > 0.0 ? admitted_sum : 0.0) * s.scale[t];
+      most[t] = (admitted_sum > 0.0 ? admitted_sum : 0.0) * s.scale[t];
       open_tile[open++] = static_cast<int16_t>(t);
     }
   }
   while (open) {
-    high = low;  // summed afresh: differences would keep the rounding of gaps long closed
-    for (int i = 0; i < open; ++i) high += gap[open_tile[i]];
+    double low = known, high = known;  // afresh: differences would keep the rounding of old gaps
+    int widest = 0;
+    for (int i = 0; i < open; ++i) {
+      const int t = open_tile[i], w = open_tile[widest];
+      low += least[t];
+      high += most[t];
+      if (most[t] - least[t] > most[w] - least[w]) widest = i;
+    }
     if (reached(low * (1.0 - kSumSlack))) return true;
     if (!reached(high * (1.0 + kSumSlack))) return false;
-    int widest = 0;
-    for (int i = 1; i < open; ++i)
-      if (gap[open_tile[i]] > gap[open_tile[widest]]) widest = i;
     const int t = open_tile[widest];
-    open_tile[widest] = open_tile[--open];
-    mass[t] = tile_mass_before(row, s, t, cut, scratch);
-    low += mass[t];
+    if (!rough[t]) {
+      const double mass = tile_mass_before<true>(row, s, t, cut, scratch);
+      const double below = mass * (1.0 - kRough) - kVague, above = mass * (1.0 + kRough) + kVague;
+      rough[t] = true;
+      least[t] = below > 0.0 ? below : 0.0;
+      most[t] = above < most[t] ? above : most[t];
+    } else {
+      open_tile[widest] = open_tile[--open];
+      known += least[t] = most[t] = tile_mass_before(row, s, t, cut, scratch);
+    }
   }
   double total = 0.0;
-  for (int t = 0; t < s.tiles; ++t) total += mass[t];
+  for (int t = 0; t < s.tiles; ++t) total += most[t];
   return reached(total);
 }
 
@@ -362,10 +424,11 @@ static int64_t draw(const Row& row, const Stats& s, double u) {
 
 // ---- probabilities ---------------------------------------------------------------------------
 
-// fl32(w / z) for many w and one z, with the bits of the float64 division but without dividing:
-// y = fl(1 / z), then two corrections q += (w - q z) y. The first leaves q within an ulp, the
-// second then rounds correctly (Markstein 1990; z with an all-ones mantissa is the theorem's
-// exception).
+// fl32(fl64(w / z)) for many w and one z, without dividing: y = fl(1 / z), q = fl(w y), and one
+// correction q += (w - q z) y (Markstein 1990). That leaves q as the division does, or one of two
+// neighbours that w / z lies between, closer to their middle than 2^-50 of their distance. Only
+// where the middle of two float32 is one of them would the result differ: csrc/testing/row_test.cpp
+// tries all such middles and finds one z, whose mantissa is all ones.
 class DivideBy {
  public:
   explicit DivideBy(double z) : z_(set1d(z)), minus_z_(set1d(-z)), y_(set1d(1.0 / z)) {
@@ -383,8 +446,6 @@ class DivideBy {
       return;
     }
     for (int k = 0; k < N; ++k) q[k] = mul(a[k], y_);
-    for (int k = 0; k < N; ++k) e[k] = fma(q[k], minus_z_, a[k]);
-    for (int k = 0; k < N; ++k) q[k] = fma(e[k], y_, q[k]);
     for (int k = 0; k < N; ++k) e[k] = fma(q[k], minus_z_, a[k]);
     for (int k = 0; k < N; ++k) q[k] = fma(e[k], y_, q[k]);
     for (int k = 0; k < N; ++k) w[k] = narrow(q[k]);

@@ -54,6 +54,7 @@ struct Deferral {
   int64_t critical = -1;
   float critical_x = kInfinity;
   double fraction = 0.0;  // of the critical item, for Critical::split
+  double sum = -1.0;      // S(cut) at the rule's temperature, where it is known
 
   bool admits(float x, int64_t v) const { return cut.admits(x, v) != upper; }
   double mu(const RowPair& rows, int64_t v) const {
@@ -70,22 +71,35 @@ TTA_INLINE float proxy_probability(const RowPair& rows, int64_t v) {
   return rows.proxy_stats.probability(logit_at(rows.proxy, v));
 }
 
-// kWidth tokens from id `first` of tile t, whose judging logits are x.
+// kWidth tokens from id `first` on, whose judging logits are x, in a tile of that mode.
+template <int kMode>
+TTA_INLINE M deferred_as(const Deferral& d, F x, int64_t first) {
+  const M in = admitted<kMode>(x, set1(d.cut.x), add(iota(), set1i(static_cast<int32_t>(first))),
+                               set1i(static_cast<int32_t>(d.cut.id)));
+  return d.upper ? mask_not(in) : in;
+}
+
+// body(mode) with the tile's mode as a constant, so that loops inside need not ask for it.
+template <class Body>
+TTA_INLINE void with_mode(const Cut& cut, int t, Body body) {
+  switch (mask_mode(cut, t)) {
+    case kBelow:
+      return body(std::integral_constant<int, kBelow>());
+    case kAtOrBelow:
+      return body(std::integral_constant<int, kAtOrBelow>());
+    default:
+      return body(std::integral_constant<int, kMixed>());
+  }
+}
 TTA_INLINE M deferred_lanes(const Deferral& d, F x, int64_t first, int t) {
-  const F cut_x = set1(d.cut.x);
-  M in;
   switch (mask_mode(d.cut, t)) {
     case kBelow:
-      in = less(x, cut_x);
-      break;
+      return deferred_as<kBelow>(d, x, first);
     case kAtOrBelow:
-      in = less_equal(x, cut_x);
-      break;
+      return deferred_as<kAtOrBelow>(d, x, first);
     default:
-      in = admitted<kMixed>(x, cut_x, add(iota(), set1i(static_cast<int32_t>(first))),
-                            set1i(static_cast<int32_t>(d.cut.id)));
+      return deferred_as<kMixed>(d, x, first);
   }
-  return d.upper ? mask_not(in) : in;
 }
 
 // Weight of one element as the canonical sum counts it.
@@ -114,13 +128,19 @@ static bool resolve(const RuleSpec& rule, int64_t b, const RowPair& rows, Deferr
     return true;
   }
   const double bound = param * p.z;
-  const KnapsackCut cut = knapsack_cut(rows.base, p, bound);
+  PrefixSum sum(rows.base, p);
+  const KnapsackCut cut = knapsack_cut(rows.base, p, bound, &sum);
   d->cut = cut.taken();
   d->critical = cut.critical;
   d->critical_x = cut.x;
-  if (cut.critical >= 0 && rule.critical == kInclude) d->cut = Cut::through(cut.x, cut.critical);
-  if (cut.critical >= 0 && rule.critical == kSplitItem)
-    d->fraction = split_fraction(p, bound, prefix_sum(rows.base, p, d->cut), cut.x, cut.critical);
+  if (cut.critical < 0) return true;
+  if (rule.critical == kInclude)
+    d->cut = Cut::through(cut.x, cut.critical);
+  else
+    sum.touch(cut.critical / kTile);
+  if (sum.started() || rule.critical == kSplitItem) d->sum = sum.move(d->cut);
+  if (rule.critical == kSplitItem)
+    d->fraction = split_fraction(p, bound, d->sum, cut.x, cut.critical);
   return true;
 }
 
@@ -177,7 +197,9 @@ static double judged_sum(const RowPair& rows, const Stats& s, const Deferral& d,
 
 // sum_v mu(v) p(v) with p at the temperature of `s` (statistics of the base row).
 static double mass_at(const RowPair& rows, const Deferral& d, const Stats& s) {
-  double sum = d.by_proxy ? judged_sum(rows, s, d, false) : prefix_sum(rows.base, s, d.cut);
+  double sum = d.by_proxy                                ? judged_sum(rows, s, d, false)
+               : d.sum >= 0.0 && &s == &rows.base_rule() ? d.sum
+                                                         : prefix_sum(rows.base, s, d.cut);
   if (d.fraction > 0.0) sum += d.fraction * canonical_weight(s, d.critical_x, d.critical);
   return sum / s.z;
 }
@@ -218,11 +240,13 @@ class PolicyTile {
     const D mass = set1d(mass_);
     const float* judged = d_.by_proxy ? proxy.x : base.x;
     const int64_t begin = static_cast<int64_t>(t) * kTile;
-    for (int j = 0; j < base.count; j += kWidth) {
-      const M in = deferred_lanes(d_, load(judged + j), begin + j, t);
-      const D kept = widen(keep(mask_not(in), load(out + j)));
-      store(out + j, narrow(add(kept, mul(widen(load(moved + j)), mass))));
-    }
+    with_mode(d_.cut, t, [&](auto mode) {
+      for (int j = 0; j < base.count; j += kWidth) {
+        const M in = deferred_as<mode>(d_, load(judged + j), begin + j);
+        const D kept = widen(keep(mask_not(in), load(out + j)));
+        store(out + j, narrow(add(kept, mul(widen(load(moved + j)), mass))));
+      }
+    });
     if (d_.fraction > 0.0 && d_.critical / kTile == t) {
       const int j = static_cast<int>(d_.critical - begin);
       const double pc = static_cast<double>(p.probability(base.x[j]));

@@ -196,7 +196,8 @@ static void testing_knapsack_cut(const RowView& view, const double* bound, int64
   const Row row = testing_row(view);
   row_stats(row, view.inv_temperature, &s);
   for (int64_t i = 0; i < n; ++i) {
-    const KnapsackCut cut = knapsack_cut(row, s, bound[i]);
+    PrefixSum sum(row, s);
+    const KnapsackCut cut = knapsack_cut(row, s, bound[i], &sum);
     out[i] = {cut.critical, cut.x};
   }
 }

@@ -1,0 +1,246 @@
+"""``python -m benchmarks shapes``: does the shape of a row matter to its speed?
+
+Every operator over rows of many shapes (:data:`SHAPES`), budgets, rules and types, one thread,
+V = 128256. A *cell* is a call; its figure is its processor time over that of ``torch.softmax`` of
+the same rows in the same rounds, the least of each over rounds. The table shows, of each operator
+and instruction set, the worst cell beside the kind one: a row as peaked as a language model's,
+float32, a budget of .3.
+
+*Per row* divides by a softmax of every row that the call reads: the base's; the proxy's too where
+the rule reads it or the draw is deferred; of ``deferral_verify`` all positions that it reaches.
+*Over base* divides by one softmax of the base's row, however many are read. Sampling is a mean over
+seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tta_ext import ops, rules
+
+from . import harness
+from .data import SHAPES, shaped_pair
+
+VOCAB = 128256
+DTYPES = ("float32", "bfloat16", "float16")
+BUDGETS = (0.001, 0.1, 0.3, 0.7, 0.95)
+# Of the other rules, parameters about which a row's tokens divide.
+RULES = {
+    "threshold": 1e-5,
+    "confidence_bet": 0.01,
+    "nudging": 0.3,
+    "relative": 1e-5,
+    "argmax": None,
+    "proxy_below": -1e-5,
+    "proxy_above": -1e-5,
+}
+KIND = ("language model", "float32", "knapsack .3")
+SEEDS = 8
+DRAFT = 2
+ROUNDS = 5
+
+
+# What the worst cell of an operator may cost, in softmaxes of the rows that it reads.
+PROMISES = {
+    "deferral_sample": 0.9,
+    "deferral_propose": 0.9,
+    "deferral_stats": 2.0,
+    "deferral_mask": 2.0,
+    "deferral_probs": 1.6,
+    "deferral_verify": 0.9,
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One operator on one row; ``rows``: how many it reads, ``ratio``: over a softmax of each."""
+
+    op: str
+    shape: str
+    dtype: str
+    rule: str
+    rows: float
+    ratio: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.shape}, {self.dtype}, {self.rule}"
+
+    @property
+    def kind(self) -> bool:
+        return (self.shape, self.dtype, self.rule) == KIND
+
+
+Run = Callable[[], Any]
+
+
+def _keys(seed: int, batch: int = 1) -> dict[str, Any]:
+    return {
+        "seed": torch.tensor(seed, dtype=torch.int64),
+        "position": torch.zeros(batch, dtype=torch.int64),
+        "sequence": torch.zeros(batch, dtype=torch.int64),
+    }
+
+
+def _calls(base: Tensor, proxy: Tensor, rule: str, param: float | None) -> dict[str, Any]:
+    """op -> (run, calls in it, rows that a call reads)."""
+    law: dict[str, Any] = {"rule": rule, "param": param}
+    reads_q = rules.rule_code(rule) in rules.NEEDS_PROXY
+    one, two = base[:1], proxy[:1]
+    keys = [_keys(seed) for seed in range(SEEDS)]
+    drawn = ops.deferral_sample(one, two, **law, **keys[0])
+    share = sum(float(ops.deferral_sample(one, two, **law, **k).deferred) for k in keys) / SEEDS
+    mask, stats = ops.deferral_mask(one, two, **law), ops.deferral_stats(one, two, **law)
+    probs = ops.deferral_probs(one, two, **law)
+    read = 1.0 + reads_q
+    found: dict[str, tuple[Run, int, float]] = {
+        "deferral_sample": (
+            lambda: [ops.deferral_sample(one, two, **law, **k, out=drawn) for k in keys],
+            SEEDS,
+            2.0 if reads_q else 1.0 + share,
+        ),
+        "deferral_stats": (lambda: ops.deferral_stats(one, two, **law, out=stats), 1, read),
+        "deferral_mask": (lambda: ops.deferral_mask(one, two, **law, out=mask), 1, read),
+        "deferral_probs": (lambda: ops.deferral_probs(one, two, **law, out=probs), 1, 2.0),
+    }
+    if not reads_q:
+        found["deferral_propose"] = (
+            lambda: [ops.deferral_propose(one, **law, **k, out=drawn) for k in keys],
+            SEEDS,
+            1.0,
+        )
+    draft = torch.stack(
+        [ops.categorical_sample(proxy[k : k + 1], **keys[0], stream=3) for k in range(DRAFT)], -1
+    )
+    positions = DRAFT + reads_q  # of the proxy
+    drafts = (base[None], proxy[None, :positions], draft, torch.tensor([DRAFT]))
+    more: dict[str, Any] = {**law, **keys[0], "return_mass": False}
+    checked = ops.deferral_verify(*drafts, **more)
+    reached = int(checked.accepted) + 1
+    found["deferral_verify"] = (
+        lambda: ops.deferral_verify(*drafts, **more, out=checked),
+        1,
+        float(reached + min(reached, positions)),
+    )
+    return found
+
+
+def _spent(run: Run) -> float:
+    start = time.thread_time_ns()
+    run()
+    return (time.thread_time_ns() - start) * 1e-9
+
+
+def cells(shape: str, dtype: str, rounds: int, vocab: int = VOCAB) -> list[Cell]:
+    """All cells of one row, timed in turns with a softmax of it."""
+    base, proxy = shaped_pair(shape, DRAFT + 1, vocab, 0, getattr(torch, dtype))
+    laws = [(f"knapsack {b:g}".replace("0.", "."), "knapsack", b) for b in BUDGETS]
+    laws += [(rule, rule, param) for rule, param in RULES.items()]
+    runs = {
+        (op, name): call
+        for name, rule, param in laws
+        for op, call in _calls(base, proxy, rule, param).items()
+    }
+    best = dict.fromkeys(runs, float("inf"))
+    yardstick = float("inf")
+    for _ in range(rounds):
+        for turn, (key, (run, _, _)) in enumerate(runs.items()):
+            best[key] = min(best[key], _spent(run))
+            if turn % 4 == 0:
+                yardstick = min(yardstick, _spent(lambda: torch.softmax(base[:1], -1)))
+    return [
+        Cell(op, shape, dtype, name, rows, best[op, name] / calls / rows / yardstick)
+        for (op, name), (_, calls, rows) in runs.items()
+    ]
+
+
+def extremes(found: Sequence[Cell], op: str) -> tuple[Cell, Cell, Cell]:
+    """An operator's kind cell, its worst, and the worst over a softmax of the base's row alone."""
+    here = [cell for cell in found if cell.op == op]
+    kind = next(cell for cell in here if cell.kind)
+    worst = max(here, key=lambda cell: cell.ratio)
+    return kind, worst, max(here, key=lambda cell: cell.ratio * cell.rows)
+
+
+def summary(found: Sequence[Cell], isa: str) -> list[list[str]]:
+    """A line an operator: its worst cell beside the kind one."""
+    lines = []
+    for op, bound in PROMISES.items():
+        kind, worst, base = extremes(found, op)
+        missed = "" if worst.ratio <= bound else " (missed)"
+        lines.append(
+            [op, isa, f"{kind.ratio:.2f}", f"{worst.ratio:.2f}{missed}", f"<= {bound:g}",
+             worst.name, f"{base.ratio * base.rows:.2f}", base.name]
+        )  # fmt: skip
+    return lines
+
+
+HEADER = ("op", "instructions", "kind", "worst", "promised", "where", "worst over base", "where")
+
+
+def instruction_sets() -> list[tuple[int, str]]:
+    """Those of this machine that have vectors, widest first."""
+    ops.normal(1, seed=0)  # the library is loaded from here on
+    widest = torch.ops.tta_ext.cpu_isa(-1)
+    names = ("scalar", "AVX2", "AVX-512")
+    return [(level, names[level]) for level in range(widest, min(widest, 1) - 1, -1)]
+
+
+def measure(
+    rounds: int = ROUNDS,
+    shapes: Sequence[str] = tuple(SHAPES),
+    dtypes: Sequence[str] = DTYPES,
+    vocab: int = VOCAB,
+) -> dict[str, list[Cell]]:
+    """Instruction set -> its cells, those of :data:`KIND` among them."""
+    shapes = list(dict.fromkeys([KIND[0], *shapes]))
+    dtypes = list(dict.fromkeys([KIND[1], *dtypes]))
+    found: dict[str, list[Cell]] = {}
+    levels = instruction_sets()
+    try:
+        for level, name in levels:
+            torch.ops.tta_ext.cpu_isa(level)
+            found[name] = [
+                cell
+                for shape, dtype in itertools.product(shapes, dtypes)
+                for cell in cells(shape, dtype, rounds, vocab)
+            ]
+    finally:
+        torch.ops.tta_ext.cpu_isa(levels[0][0])
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the worst cell of every operator; the exit status is 1 if one breaks its promise."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks shapes", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"of every call ({ROUNDS})")
+    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES)
+    parser.add_argument("--vocab", type=int, default=VOCAB, help=f"({VOCAB})")
+    parser.add_argument("--all", action="store_true", help="every cell, not only the worst")
+    parser.add_argument("--output", type=Path, help="also write the table to this file")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    start = time.perf_counter()
+    found = measure(args.rounds, args.shape, args.dtype, args.vocab)
+    if args.all:
+        rows = [
+            [c.op, isa, c.shape, c.dtype, c.rule, f"{c.rows:.2f}", f"{c.ratio:.2f}"]
+            for isa, every in found.items()
+            for c in every
+        ]
+        print(harness.table(("op", "instructions", "shape", "dtype", "rule", "rows", "x"), rows))
+    lines = [line for isa, every in found.items() for line in summary(every, isa)]
+    command = ["python", "-m", "benchmarks", "shapes", *(argv or [])]
+    harness.report(command, harness.table(HEADER, lines), args.output)
+    print(f"\n{time.perf_counter() - start:.0f} s in all")
+    return int(any("missed" in line[3] for line in lines))
