@@ -1,0 +1,8 @@
+"""The operators in Triton, for GPUs where the CUDA library cannot be had.
+
+Each function is the ``X.out`` form of the operator of the same name in :mod:`tta_ext.schemas`.
+Results are the CPU's bit for bit; ``greedy_knapsack`` alone is left to the reference.
+"""
+
+from tta_ext.backends.triton.philox import normal, philox  # noqa: F401
+from tta_ext.backends.triton.sampling import categorical_sample  # noqa: F401
