@@ -4,5 +4,12 @@ Each function is the ``X.out`` form of the operator of the same name in :mod:`tt
 Results are the CPU's bit for bit; ``greedy_knapsack`` alone is left to the reference.
 """
 
+from tta_ext.backends.triton.deferral import (  # noqa: F401
+    deferral_mask,
+    deferral_probs,
+    deferral_propose,
+    deferral_sample,
+    deferral_stats,
+)
 from tta_ext.backends.triton.philox import normal, philox  # noqa: F401
 from tta_ext.backends.triton.sampling import categorical_sample  # noqa: F401
