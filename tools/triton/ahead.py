@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+
 import triton
+import tta_ext.backends.triton as backend
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-
-import tta_ext.backends.triton as backend
 from tta_ext import rng, rules, schemas
 from tta_ext.backends.triton import launch
 
@@ -52,7 +52,7 @@ class Launch(NamedTuple):
         shown = {
             k: v
             for k, v in self.constants.items()
-            if k.isupper() and k not in ("TILE",) and not isinstance(v, float)
+            if k.isupper() and k != "TILE" and not isinstance(v, float)
         }
         kinds = sorted({t for t in self.signature.values() if t in ("*bf16", "*fp16")})
         words = [*(f"{k}={v}" for k, v in shown.items()), *(kind[1:] for kind in kinds)]

@@ -178,9 +178,7 @@ def resolve_rows(vocab, inner, tile_max, tile_sum, rule_sum, proxy_tile_max, pro
     if proxy_tile_max is not None:
         proxy_top = row_max(proxy_tile_max, row, tiles)
         proxy_z = row_sum(proxy_tile_max, proxy_tile_sum, row, tiles, proxy_top, inverse)
-        proxy_rule_z = row_sum(
-            proxy_tile_max, proxy_rule_sum, row, tiles, proxy_top, rule_inverse
-        )
+        proxy_rule_z = row_sum(proxy_tile_max, proxy_rule_sum, row, tiles, proxy_top, rule_inverse)
     if BOTH:
         valid = valid & (proxy_z == proxy_z)
     tl.store(here + TOP, top.to(tl.float64))

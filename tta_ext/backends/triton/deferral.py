@@ -33,8 +33,8 @@ from tta_ext.backends.triton.cut import (
     SPLIT,
     TOP,
     VALID,
-    Z,
     RuleArguments,
+    Z,
     canonical_weight,
     is_upper,
     judges_proxy,
@@ -62,7 +62,6 @@ from tta_ext.backends.triton.rows import (
     Stats,
     first_of_value,
     groups_of,
-    load_tile,
     mass_sum,
     probability,
     row_max,
@@ -70,7 +69,6 @@ from tta_ext.backends.triton.rows import (
     row_sum,
     sample,
     stats,
-    tile_scale,
     tiles_of,
 )
 
@@ -82,8 +80,7 @@ def flipped(inside, UPPER: tl.constexpr):
     """Whether a rule defers what its cut has inside or, for an upper rule, outside."""
     if UPPER:
         return inside == 0
-    else:
-        return inside
+    return inside
 
 
 # ---- masked sums ---------------------------------------------------------------------------------
@@ -229,7 +226,9 @@ def mask_tiles(judged, outer_stride, inner_stride, inner, limit, vocab, state, m
     x = tl.load(first + j, mask=j < vocab, other=-INFINITY).to(tl.float32)
     deferred, _, part = deferral_of(state, row, j, x)
     valid = tl.load(state + row * FIELDS + VALID) != 0.0
-    tl.store(mask + row * vocab + j, tl.where(valid, flipped(deferred, UPPER), False), mask=j < vocab)
+    tl.store(
+        mask + row * vocab + j, tl.where(valid, flipped(deferred, UPPER), False), mask=j < vocab
+    )
     if tl.program_id(0) % blocks == 0:
         item = tl.load(state + row * FIELDS + CRITICAL).to(tl.int64)
         share = part.to(tl.float32)
@@ -348,9 +347,7 @@ def deferral_mask(base_logits: Tensor, proxy_logits: Tensor | None, *rest: Any, 
              lambda: reference.deferral_mask(base_logits, proxy_logits, *rest))  # fmt: skip
 
 
-def deferral_probs(
-    base_logits: Tensor, proxy_logits: Tensor, *rest: Any, out: Tensor
-) -> None:
+def deferral_probs(base_logits: Tensor, proxy_logits: Tensor, *rest: Any, out: Tensor) -> None:
     *given, check = rest
     r = resolved(base_logits, proxy_logits, RuleArguments(*given), reads_proxy=True)
     r.sums()
@@ -490,7 +487,7 @@ def greedy_row(base, vocab, state, row, tile_max, inverse, first_x, first_id, se
 def greedy_rows(data, outer_stride, inner_stride, inner, limit, vocab, judged, judged_stride,
                 state, tile_max, inverse, first_x, first_id, second_x, best, best_id, blocks, token,
                 deferred, UPPER: tl.constexpr, BLOCKS: tl.constexpr):  # fmt: skip
-    """The greedy token: of the base alone (propose), or the argmax of pi where ``best`` is given."""
+    """The greedy token: of the base alone (propose), or, given ``best``, the argmax of pi."""
     row = tl.program_id(0).to(tl.int64)
     valid = tl.load(state + row * FIELDS + VALID) != 0.0
     if best is not None:

@@ -18,6 +18,7 @@ from tta_ext.backends.triton.numerics import TILE
 NUMBERS = [
     *("seed", "position", "sequence", "rollout", "iteration", "param", "draw", "step", "prompt"),
     *("work", "start", "stop", "count", "key_low", "key_high", "experts", "horizon"),
+    *("shards", "size", "expert_stride", "anti_stride", "prompts", "positions"),
     *("inv_lambda", "slack", "cost", "tag", "level", "offset", "previous_step"),
 ]
 

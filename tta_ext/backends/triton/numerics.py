@@ -1,8 +1,8 @@
-"""The one arithmetic of ``csrc/core`` as Triton functions: exp, log, normals, Philox, canonical sums.
+"""The one arithmetic of ``csrc/core`` as Triton functions: exp, log, normals, Philox, sums.
 
-Every function is a sequence of explicit fma, add and mul (kernels are compiled without contraction),
-and every sum is added in the order that ``csrc/core/order.h`` describes: 128 lanes a tile of 4096,
-a fixed fold, tiles from left to right in float64. So the bits are the CPU's.
+Every function is a sequence of explicit fma, add and mul (kernels are compiled without
+contraction), and every sum is added in the order that ``csrc/core/order.h`` describes: 128 lanes a
+tile of 4096, a fixed fold, tiles from left to right in float64. So the bits are the CPU's.
 """
 
 from __future__ import annotations
@@ -129,8 +129,7 @@ def integer(x, index):
     """``x[index]`` as int64, of a pointer, or the number itself."""
     if x.dtype.is_ptr():
         return tl.load(x + index)
-    else:
-        return x.to(tl.int64)
+    return x.to(tl.int64)
 
 
 @triton.jit
@@ -138,8 +137,7 @@ def double(x, index):
     """The same of float64; a number comes as its bits (Triton passes floats as float32)."""
     if x.dtype.is_ptr():
         return tl.load(x + index)
-    else:
-        return x.to(tl.int64).to(tl.float64, bitcast=True)
+    return x.to(tl.int64).to(tl.float64, bitcast=True)
 
 
 @triton.jit

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-import torch
-from tta_ext.backends.triton.launch import Rows, jit, launch, per_row, number, scratch, tuned
+from tta_ext.backends.triton.launch import Rows, jit, launch, number, per_row, scratch, tuned
 from tta_ext.backends.triton.numerics import (
     GROUPS,
     INFINITY,

@@ -12,14 +12,10 @@ from tta_ext.backends.triton.launch import Rows, complain, factor
 from tta_ext.backends.triton.rows import Key, sample, stats
 
 
-def categorical_sample(
-    logits: Tensor, temperature: float, *rest: Any, out: Tensor
-) -> None:
+def categorical_sample(logits: Tensor, temperature: float, *rest: Any, out: Tensor) -> None:
     *key, stream, draw, check = rest
     KeyArguments(*key).check(check)
     x, inverse = Rows.of(logits), factor(temperature)
     s = stats(x, inverse)
     sample(x, s, inverse, Key.of(*key[:5]), key[5], stream, draw, out)
-    complain(
-        check, out < 0, lambda: reference.categorical_sample(logits, temperature, *rest)
-    )
+    complain(check, out < 0, lambda: reference.categorical_sample(logits, temperature, *rest))
