@@ -253,10 +253,10 @@ def update_blocks(mean, weights, rollouts, length, seed, sequence, sequence_stri
         if length is not None:
             last = tl.load(length + prompt * rollouts + i, mask=i < end, other=0)
             w = tl.where(t < last, w, 0.0)
-        word = word3(NOISE, iteration.to(tl.int64), i.to(tl.int64))[:, None]
+        word = word3(NOISE, iteration.to(tl.int64), i[:, None].to(tl.int64))
         eps = normals(key, counter + word * 0, t, who, word)
         leaf = tl.where(w[:, None] == 0.0, 0.0, w[:, None] * eps)
-        x = tl.reshape(tree(leaf[None, :, :], 1, 4, BLOCK), (BLOCK,))
+        x = tl.reshape(tree(tl.reshape(leaf, (1, ROLLOUTS, BLOCK)), 1, 4, BLOCK), (BLOCK,))
         stack = push(stack, level, count, x)
         count += 1
     total = gather_up(stack, level, count) + 0.0
