@@ -49,7 +49,7 @@ def score_tiles(base, base_stride, expert, expert_stride, expert_row, anti, anti
             both = (difference == -INFINITY) & (y == -INFINITY)
             difference = tl.where(both, 0.0, difference - y)
         ruled_out = (x == -INFINITY) & (score == -INFINITY)
-        term = tl.where(ruled_out, -INFINITY, tl.fma(weight + difference * 0.0, difference, score))
+        term = tl.where(ruled_out, -INFINITY, tl.fma(difference, weight, score))
         term = tl.where(usable, term, float("nan"))
         score = tl.where(weight == 0.0, score, term)
     tl.store(out + row * vocab + j, score, mask=inside)
@@ -64,7 +64,8 @@ def prob_tiles(score, vocab, tile_max, tile_sum, inverse, out, BLOCK: tl.constex
     top = row_max(tile_max, row, tiles)
     z = row_sum(tile_max, tile_sum, row, tiles, top, inverse)
     x = tl.load(score + row * vocab + j, mask=j < vocab, other=-INFINITY)
-    tl.store(out + row * vocab + j, probability(x, top, inverse, z), mask=j < vocab)
+    p = tl.where(z == z, probability(x, top, inverse, z), float("nan"))
+    tl.store(out + row * vocab + j, p, mask=j < vocab)
 
 
 def _scores(base: Tensor, expert: Tensor, anti: Tensor | None, beta: Tensor,
