@@ -13,12 +13,13 @@ from tta_ext.build.cache import cache_dir
 
 @dataclass(frozen=True)
 class OpStatus:
-    """One op: the backend that serves CPU tensors, and for each other backend why it does not
-    serve.
+    """One op: the backend that serves CPU tensors, the one that serves the GPU's (empty without a
+    GPU), and for each other backend why it does not serve.
     """
 
     name: str
     backend: str
+    gpu: str
     why_not: dict[str, str]
 
 
@@ -55,6 +56,7 @@ def diagnose() -> Diagnosis:
 
     libraries: dict[str, LoadResult] = {}
     unusable: dict[str, str] = {}
+    unusable["triton"] = dispatch.unavailable("triton")
     for device in ("cpu", "cuda"):
         try:
             libraries[device] = build.load(device)
@@ -67,7 +69,10 @@ def diagnose() -> Diagnosis:
         why_not = {device: why for device, why in unusable.items() if why}
         if not unusable["cpu"] and not dispatch.has_kernel(name, "cpu"):
             why_not["cpu"] = "the native library has no kernel for it"
-        ops.append(OpStatus(name, "reference" if "cpu" in why_not else "cpu", why_not))
+        if not unusable["triton"] and dispatch.triton_kernel(name) is None:
+            why_not["triton"] = "has no kernel of it, the reference serves in its place"
+        gpu = dispatch.serves(name, "cuda")[0] if torch.cuda.is_available() else ""
+        ops.append(OpStatus(name, "reference" if "cpu" in why_not else "cpu", gpu, why_not))
     isa = None
     if not unusable["cpu"]:
         isa = ("scalar", "avx2", "avx512")[int(torch.ops.tta_ext.cpu_isa(-1))]
@@ -107,8 +112,8 @@ def render(diagnosis: Diagnosis) -> str:
     shared = set.intersection(*reasons)  # said once
     lines = [env.aligned(diagnosis.env | facts), ""]
     lines += [f"no op uses {name}: {why}" for name, why in sorted(shared)]
-    lines.append(f"{'op':<24} {'backend':<10} why not another")
+    lines.append(f"{'op':<24} {'on the CPU':<10} {'on a GPU':<10} why not another")
     for op, why_not in zip(diagnosis.ops, reasons, strict=True):
         own = "; ".join(f"{name}: {why}" for name, why in sorted(why_not - shared))
-        lines.append(f"{op.name:<24} {op.backend:<10} {own}".rstrip())
+        lines.append(f"{op.name:<24} {op.backend:<10} {op.gpu or 'no GPU':<10} {own}".rstrip())
     return "\n".join([*lines, *(f"to mend: {line}" for line in diagnosis.advice)])
