@@ -16,7 +16,10 @@ from torch import Tensor
 import tta_ext
 from tta_ext import ops, rng, rules
 
-pytestmark = pytest.mark.usefixtures("native")
+pytestmark = [
+    pytest.mark.usefixtures("native"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # numpy's, of what IEEE defines
+]
 INF, NAN = float("inf"), float("nan")
 PARAMS = dict(zip(rules.RULE_NAMES, (0.3, 0.02, 0.05, 0.3, 0.01, None, -0.005, 0.001), strict=True))
 
@@ -287,7 +290,9 @@ def complaint(call: Callable[[], Any], backend: str) -> str:
         lambda x: ops.deferral_stats(
             x[:2], rule="knapsack", param=torch.tensor([0.1, NAN], dtype=torch.float64)
         ),
-        lambda x: ops.importance_weights(x, x, x, lam=1.0, alpha=1.0, sigma=1.0),
+        lambda x: ops.importance_weights(
+            x[2:], x[:2].nan_to_num(), x[:2].nan_to_num(), lam=1.0, alpha=1.0, sigma=1.0
+        ),
         lambda x: ops.control_update(
             torch.zeros(4, 1, 4), x, sigma=1.0, seed=0, iteration=0, sequence=torch.arange(4)
         ),
@@ -299,7 +304,7 @@ def test_errors_are_the_cpus(call: Callable[[Tensor], Any]) -> None:
 
 
 def test_what_triton_has_no_kernel_of_is_the_references() -> None:
-    items: Sequence[Tensor] = (torch.rand(2, 9), torch.rand(2, 9), torch.tensor([1.0, 2.0]))
+    items: Sequence[Tensor] = (torch.rand(2, 9), torch.rand(2, 9), torch.tensor([1.0, 2.0]).double())
     with tta_ext.use_backend("triton"):
         found = ops.greedy_knapsack(*items)
     with tta_ext.use_backend("reference"):

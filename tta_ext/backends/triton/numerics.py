@@ -142,7 +142,7 @@ def double(x, index):
 
 @triton.jit
 def word3(tag, iteration, rollout):
-    return (tag << 28) | (iteration << 16) | (rollout & 0xFFFF)
+    return (rollout & 0xFFFF) | (iteration << 16) | (tag << 28)
 
 
 @triton.jit

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tta_ext import rng
 from tta_ext.backends.triton.launch import jit, launch, number
-from tta_ext.backends.triton.numerics import integer, normals, philox4x32
+from tta_ext.backends.triton.numerics import integer, normals, philox4x32, word3
 
 _BLOCK = 256  # counters a program
 
@@ -32,7 +32,7 @@ def philox_kernel(counter, key_low, key_high, out, count, BLOCK: tl.constexpr):
 @jit
 def normal_kernel(seed, step, sequence, iteration, rollout, out, count, BLOCK: tl.constexpr):
     program = tl.program_id(0).to(tl.int64)
-    word = (NOISE << 28) | (iteration.to(tl.int64) << 16) | rollout.to(tl.int64)
+    word = word3(NOISE, iteration.to(tl.int64), rollout.to(tl.int64))
     eps = normals(
         integer(seed, 0),
         program * BLOCK + tl.arange(0, BLOCK),
