@@ -1,10 +1,11 @@
 """Compile the Triton kernels ahead of time, without a GPU, and look at the machine code.
 
-    python -m tools.triton.ahead [--output FILE.md]
+    python -m tools.triton.ahead [--all] [--output FILE.md]
 
-Every operator is called once a dtype with its launches recorded in place of run; each recorded
-kernel is then compiled for each target, in every autotuned block size. Ends with 1 where a kernel
-does not compile, or its PTX holds an approximate, flushed or contracted operation.
+Operators are called with their launches recorded in place of run; each recorded kernel is then
+compiled for each target: in float32, the first of the autotuned block sizes, under a rule of each
+kind, or with --all in every dtype, size and rule. Ends with 1 where a kernel does not compile, or
+its PTX holds an approximate or flushed operation.
 """
 
 from __future__ import annotations
@@ -69,9 +70,11 @@ def _type_of(value: Any) -> str:
     return "fp32"
 
 
-def describe(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> Iterator[Launch]:
+def describe(
+    kernel: Any, args: tuple[Any, ...], constants: dict[str, Any], every: bool
+) -> Iterator[Launch]:
     """The launches that one call may become, one a block size."""
-    configs = getattr(kernel, "configs", [triton.Config({})])
+    configs = getattr(kernel, "configs", [triton.Config({})])[: None if every else 1]
     while not isinstance(kernel, triton.JITFunction):
         kernel = kernel.fn
     for config in configs:
@@ -88,12 +91,12 @@ def describe(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> I
         yield Launch(kernel, signature, fixed, {"num_warps": config.num_warps})
 
 
-def record(call: Callable[[], None]) -> list[Launch]:
+def record(call: Callable[[], None], every: bool) -> list[Launch]:
     """The launches of a call, which is made without running them."""
     found: list[Launch] = []
 
     def note(kernel: Any, programs: Any, like: Any, *args: Any, **constants: Any) -> None:
-        found.extend(describe(kernel, args, constants))
+        found.extend(describe(kernel, args, constants, every))
 
     modules = [m for n, m in sys.modules.items() if n.startswith(backend.__name__)]
     kept = {m: m.launch for m in modules if getattr(m, "launch", None) is launch.launch}
@@ -107,8 +110,12 @@ def record(call: Callable[[], None]) -> list[Launch]:
     return found
 
 
-def calls() -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """Arguments of every operator, in its dtypes and rules."""
+# A rule of each kind: a budget, a test of p from below, a test of q from above.
+_KINDS = (rules.KNAPSACK, rules.THRESHOLD, rules.PROXY_ABOVE)
+
+
+def calls(every: bool) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """Arguments of every operator; in its dtypes and under all rules, or some."""
     batch, vocab = 2, 128256
     seed, rollout = torch.tensor([7]), torch.tensor([3])
     each = torch.arange(batch)
@@ -116,7 +123,7 @@ def calls() -> Iterator[tuple[str, tuple[Any, ...]]]:
     param = torch.full((batch,), 0.3, dtype=torch.float64)
     yield "philox", (torch.zeros(3, 4, dtype=torch.int64), torch.zeros(2, dtype=torch.int64))
     yield "normal", (1000, seed, 0, 0, 0, 0)
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16) if every else (torch.float32,):
         x = torch.zeros(batch, vocab, dtype=dtype)
         for sampled in (True, False):
             yield "categorical_sample", (x, 0.7, *key, sampled, rng.BASE, 0, False)
@@ -124,13 +131,10 @@ def calls() -> Iterator[tuple[str, tuple[Any, ...]]]:
             continue
         hidden = torch.zeros(batch, 4096, dtype=dtype)
         mean = torch.zeros(1, 8, 4096)
-        if hasattr(backend, "prelogit_perturb"):
-            yield "prelogit_perturb", (hidden, mean, each, each, each, each, 0, 0.5, seed, False)
-        if not hasattr(backend, "deferral_sample"):
-            continue
-        for rule in range(len(rules.RULE_NAMES)):
+        yield "prelogit_perturb", (hidden, mean, each, each, each, each, 0, 0.5, seed, False)
+        for rule in range(len(rules.RULE_NAMES)) if every else _KINDS:
             proxied = rule in rules.NEEDS_PROXY
-            for critical in (0, 2) if rule == rules.KNAPSACK else (0,):
+            for critical in ((0, 2) if every else (2,)) if rule == rules.KNAPSACK else (0,):
                 given = (param, rule, critical, 0.7, 1.0)
                 yield "deferral_mask", (x, x if proxied else None, *given, False)
                 yield "deferral_probs", (x, x, *given, False)
@@ -139,19 +143,15 @@ def calls() -> Iterator[tuple[str, tuple[Any, ...]]]:
                     if not proxied:
                         yield "deferral_propose", (x, *given, *key, sampled, False)
                     yield "deferral_sample", (x, x, *given, *key, sampled, False)
-                    if hasattr(backend, "deferral_verify"):
-                        base = x.view(batch, 1, vocab).expand(batch, 3, vocab)
-                        draft = torch.zeros(batch, 2, dtype=torch.int64)
-                        yield "deferral_verify", (
-                            base, base[:, :2], draft, each, *given, *key, sampled, True, False,
-                        )  # fmt: skip
-        if hasattr(backend, "implicit_reward_probs"):
-            expert, beta = torch.zeros(2, batch, vocab, dtype=dtype), torch.ones(2)
-            for anti in (None, expert):
-                yield "implicit_reward_probs", (x, expert, anti, beta, 0.7, False)
-                yield "implicit_reward_sample", (x, expert, anti, beta, 0.7, *key, True, False)
-    if not hasattr(backend, "control_update"):
-        return
+                    base = x.view(batch, 1, vocab).expand(batch, 3, vocab)
+                    draft = torch.zeros(batch, 2, dtype=torch.int64)
+                    yield "deferral_verify", (
+                        base, base[:, :2], draft, each, *given, *key, sampled, True, False,
+                    )  # fmt: skip
+        expert, beta = torch.zeros(2, batch, vocab, dtype=dtype), torch.ones(2)
+        for anti in (None, expert):
+            yield "implicit_reward_probs", (x, expert, anti, beta, 0.7, False)
+            yield "implicit_reward_sample", (x, expert, anti, beta, 0.7, *key, True, False)
     weights = torch.zeros(1, 32)
     yield "importance_weights", (weights, weights, weights, 0.3, 0.9, 0.5, False)
     for length in (None, torch.zeros(1, 32, dtype=torch.int64)):
@@ -159,13 +159,13 @@ def calls() -> Iterator[tuple[str, tuple[Any, ...]]]:
     yield "control_merge", (mean, torch.zeros(2, 1, 8, 4096), 0.5)
 
 
-def launches() -> dict[str, Launch]:
+def launches(every: bool) -> dict[str, Launch]:
     """Every different kernel, by its label."""
     found: dict[str, Launch] = {}
-    for name, args in calls():
+    for name, args in calls(every):
         spec = schemas.OPS[name]
         outputs = dict(zip(spec.outputs, spec.allocate(*args), strict=True))
-        for one in record(lambda: getattr(backend, name)(*args, **outputs)):  # noqa: B023
+        for one in record(lambda: getattr(backend, name)(*args, **outputs), every):  # noqa: B023
             seen = found.get(one.label)
             if seen is None or len(one.constants) < len(seen.constants):
                 found[one.label] = one
@@ -209,6 +209,7 @@ def compile_one(one: Launch, target: GPUTarget) -> tuple[int, int, list[str]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--output", type=Path, help="write the table to this file")
+    parser.add_argument("--all", action="store_true", help="every dtype, block size and rule")
     parser.add_argument("--only", default="", help="kernels whose label has this in it")
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=list(TARGETS))
     options = parser.parse_args()
@@ -220,7 +221,7 @@ def main() -> int:
         f"| kernel | warps | {' | '.join(options.targets)} |",
         f"|---|---{'|---' * len(options.targets)}|",
     ]
-    for label, one in launches().items():
+    for label, one in launches(options.all).items():
         if options.only not in label:
             continue
         cells = []
