@@ -304,7 +304,11 @@ def test_errors_are_the_cpus(call: Callable[[Tensor], Any]) -> None:
 
 
 def test_what_triton_has_no_kernel_of_is_the_references() -> None:
-    items: Sequence[Tensor] = (torch.rand(2, 9), torch.rand(2, 9), torch.tensor([1.0, 2.0]).double())
+    items: Sequence[Tensor] = (
+        torch.rand(2, 9),
+        torch.rand(2, 9),
+        torch.tensor([1.0, 2.0]).double(),
+    )
     with tta_ext.use_backend("triton"):
         found = ops.greedy_knapsack(*items)
     with tta_ext.use_backend("reference"):

@@ -31,15 +31,6 @@ from tta_ext.backends.triton.cut import (
     judges_proxy,
     loads_proxy,
 )
-from tta_ext.backends.triton.deferral import (
-    best_of_row,
-    deferral_of,
-    flipped,
-    greedy_row,
-    kept_best,
-    policy_best,
-    resolved,
-)
 from tta_ext.backends.triton.launch import complain, jit, launch, scratch
 from tta_ext.backends.triton.numerics import (
     INFINITY,
@@ -50,6 +41,16 @@ from tta_ext.backends.triton.numerics import (
     integer,
     uniform,
     word3,
+)
+from tta_ext.backends.triton.policy import (
+    BLOCK_SIZE,
+    best_of_row,
+    deferral_of,
+    flipped,
+    greedy_row,
+    kept_best,
+    policy_best,
+    resolved,
 )
 from tta_ext.backends.triton.rows import (
     Key,
@@ -360,7 +361,7 @@ def deferral_verify(base_logits: Tensor, proxy_logits: Tensor, draft: Tensor, dr
     r = resolved(base_logits, proxy_logits, rule, reads_proxy=True, both=False)
     r.sums()
     assert r.proxy is not None and r.proxy_stats is not None
-    x, q, blocks = r.base, r.proxy, -(-vocab // 2048)
+    x, q, blocks = r.base, r.proxy, -(-vocab // BLOCK_SIZE)
     verdict = scratch(base_logits, x.rows, dtype=torch.int32)
     chosen = scratch(base_logits, x.rows, dtype=torch.int64)
     tiles = scratch(base_logits, x.rows, x.tiles), scratch(base_logits, x.rows, x.tiles,
