@@ -1,14 +1,21 @@
 #!/usr/bin/env bash
 # What only a GPU can tell, in one go: the CUDA tests, compute-sanitizer over the C++ test program,
-# and measured times. About half an hour.
+# and measured times. About half an hour; with --minutes what fits into N of them (9), in order of
+# importance: benchmarks/gpu_minutes.py says what, and its --dry-run does it on the CPU, small.
 #
 #   benchmarks/gpu_check.sh [--dry-run] [FOLDER]
+#   benchmarks/gpu_check.sh --minutes [N] [--dry-run] [--output FOLDER]
 #
 # Run it from an environment with a CUDA build of torch and "pip install -e .[dev]". Logs go to
 # FOLDER (gpu_check). A missing tool skips its step with a sentence. The exit code is 1 where a step
 # failed, 2 where none failed but one was skipped, 77 without a GPU. --dry-run shows the commands,
 # and runs none.
 set -uo pipefail
+
+if [ "${1:-}" = --minutes ]; then
+  cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
+  exec "${PYTHON:-python}" -m benchmarks.gpu_minutes "$@"
+fi
 
 dry_run=
 if [ "${1:-}" = --dry-run ]; then

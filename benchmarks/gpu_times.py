@@ -105,10 +105,12 @@ def logits_calls(
         yield "deferral_verify unrelated", verify(bases, proxies, random, False)
         # A few tokens with most of the mass, more or less the same of both models.
         favourites = torch.randint(vocab, (batch, positions, 8), generator=generator).to(device)
-        likely = (18 + torch.randn(favourites.shape, generator=generator)).to(device)
+        shape = favourites.shape
+        likely = 18 + torch.randn(shape, generator=generator)
         likely_bases, likely_proxies = (
-            rows.scatter(-1, favourites, (likely + 0.3 * torch.randn_like(likely)).to(dtype))
+            rows.scatter(-1, favourites, (likely + noise).to(dtype).to(device))
             for rows in (bases, proxies)
+            for noise in (0.3 * torch.randn(shape, generator=generator),)
         )
         draws = [
             ops.categorical_sample(likely_proxies[:, k].contiguous(), **{**key, "position": k})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -190,6 +191,26 @@ def test_every_call_that_is_timed_on_a_gpu_runs() -> None:
         result = case.call()
         tensors = [result] if isinstance(result, torch.Tensor) else list(result)
         assert all(t.numel() for t in tensors)
+
+
+def test_a_gpu_check_of_minutes_runs_dry(tmp_path: Path) -> None:
+    """All but the device: steps in processes, lines, one table."""
+    done = subprocess.run(
+        ["bash", str(ROOT / "benchmarks" / "gpu_check.sh"), "--minutes", "9", "--dry-run",
+         "--output", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHON": sys.executable},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + (tmp_path / "log.txt").read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "lines.jsonl",
+        "log.txt",
+        "report.md",
+    ]
+    text = (tmp_path / "report.md").read_text()
+    for expected in ("Nothing was wrong.", "limit us", "deferral_verify", "copy: ", "softmax us"):
+        assert expected in text
 
 
 def test_gpu_check_degrades_without_a_gpu(tmp_path: Path) -> None:

@@ -321,7 +321,7 @@ def test_examples_in_docstrings(module: str) -> None:
 
 
 def test_use_backend_refuses_what_is_not_there() -> None:
-    with pytest.raises(ValueError, match=r"expected one of reference, cpu, cuda$"):
+    with pytest.raises(ValueError, match=r"expected one of reference, cpu, cuda, triton$"):
         tta_ext.use_backend("gpu")
     if not torch.cuda.is_available():
         with pytest.raises(RuntimeError, match="'cuda' is not available: torch finds no CUDA"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import re
 import threading
@@ -20,7 +21,9 @@ from tta_ext.schemas import OpSpec, below_autograd
 __all__ = ["BACKENDS", "invoke", "native_status", "serves", "use_backend"]
 
 COMPILED = ("cpu", "cuda")
-BACKENDS = ("reference", *COMPILED)
+BACKENDS = ("reference", *COMPILED, "triton")
+# The first Triton whose language has what the kernels use.
+TRITON_VERSION = (3, 7)
 
 # A kernel's refusal: function, file and line of the check, and what it says (csrc/bind). Bad values
 # are marked, so that callers of torch.ops can tell them from bad arguments.
@@ -85,11 +88,46 @@ def has_kernel(name: str, device: str) -> bool:
 
 def serves(name: str, device: str = "cpu") -> tuple[str, str]:
     """Which backend runs an operator on a device, and why not a faster one (empty if none is)."""
-    if device in COMPILED and (reason := native_status(device)):
-        return "reference", reason
-    if has_kernel(name, device):
-        return device, ""
-    return "reference", f"no compiled {device} kernel of {name} is loaded"
+    reason = native_status(device) if device in COMPILED else ""
+    if not reason:
+        if has_kernel(name, device):
+            return device, ""
+        reason = f"no compiled {device} kernel of {name} is loaded"
+    return ("triton" if _triton_serves(name, device) else "reference"), reason
+
+
+@functools.cache
+def triton_status(device: str) -> str:
+    """Empty if the Triton kernels run on a type of device, otherwise why not."""
+    try:
+        triton = importlib.import_module("triton")
+    except ImportError:
+        return "triton is not installed; mend it with: pip install triton"
+    found = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if found < TRITON_VERSION:
+        wanted = ".".join(map(str, TRITON_VERSION))
+        return f"triton is {triton.__version__}, expected {wanted} or newer; upgrade torch with it"
+    if triton.knobs.runtime.interpret:
+        return ""
+    if device == "cpu":
+        return "Triton compiles for GPUs; under TRITON_INTERPRET=1 the CPU runs its kernels, slowly"
+    module = getattr(torch, device, None)
+    if module is None or not module.is_available():
+        return f"torch finds no {device} device"
+    return ""
+
+
+def triton_kernel(name: str) -> Callable[..., None] | None:
+    """An operator in Triton, in the ``X.out`` form; None where the reference serves instead."""
+    module = importlib.import_module("tta_ext.backends.triton")
+    return getattr(module, name, None)
+
+
+def _triton_serves(name: str, device: str) -> bool:
+    """Whether an operator without a compiled kernel runs in Triton, unasked: on GPUs it does."""
+    if device in ("cpu", "meta") or triton_status(device):
+        return False
+    return triton_kernel(name) is not None
 
 
 def reference(name: str) -> Callable[..., Any]:
@@ -102,17 +140,27 @@ def run_without_kernel(spec: OpSpec, args: Sequence[Any], outputs: dict[str, Ten
     """``X.out`` where no compiled kernel is registered yet: load one, or run the reference."""
     device = next(iter(outputs.values())).device.type
     untried = device in COMPILED and device not in _status
-    if untried and serves(spec.name, device)[0] != "reference":
+    if untried and serves(spec.name, device)[0] == device:
         spec.out(*args, **outputs)
         return
-    _run_reference(spec, args, [outputs[name] for name in spec.outputs])
+    _run(_triton_serves(spec.name, device), spec, args, [outputs[name] for name in spec.outputs])
 
 
 schemas.fallback = run_without_kernel
 
 
-def _run_reference(spec: OpSpec, args: Sequence[Any], outputs: Sequence[Tensor]) -> None:
+def _run(in_triton: bool, spec: OpSpec, args: Sequence[Any], outputs: Sequence[Tensor]) -> None:
+    """Run an operator in Triton, where there is a kernel of it, or by the reference."""
     schemas.refuse_overlap(spec, args, outputs)
+    kernel = triton_kernel(spec.name) if in_triton else None
+    if kernel is None:
+        _run_reference(spec, args, outputs)
+        return
+    torch._C._increment_version(outputs)
+    kernel(*args, **dict(zip(spec.outputs, outputs, strict=True)))
+
+
+def _run_reference(spec: OpSpec, args: Sequence[Any], outputs: Sequence[Tensor]) -> None:
     with torch.no_grad():
         results = reference(spec.name)(*args)
         values = results if isinstance(results, tuple) else (results,)
@@ -120,9 +168,18 @@ def _run_reference(spec: OpSpec, args: Sequence[Any], outputs: Sequence[Tensor])
             (output.add_ if name in spec.accumulated else output.copy_)(value)
 
 
-def _forces_reference(op: OpSpec, device: torch.device) -> bool:
-    """Whether the reference runs in place of a kernel; raises where a forced kernel cannot."""
+def _forces_other(op: OpSpec, device: torch.device) -> bool:
+    """Whether the reference or Triton runs in place of a compiled kernel.
+
+    Raises where a forced kernel cannot run.
+    """
     if _forced == "reference" or (_forced is None and device.type in _stale):
+        return True
+    if _forced == "triton":
+        if reason := triton_status(device.type):
+            raise RuntimeError(
+                f"backend 'triton' is forced but the tensors are on {device}: {reason}"
+            )
         return True
     if _forced is not None and device.type != _forced:
         raise RuntimeError(
@@ -187,8 +244,9 @@ def invoke(op: OpSpec, args: Sequence[Any], out: Sequence[Tensor] | None) -> Seq
         out = op.allocate(*args)
     else:
         torch._C._increment_version(out)
-    if (_forced is not None or _stale) and _forces_reference(op, out[0].device):
-        _run_reference(op, args, out)
+    if (_forced is not None or _stale) and _forces_other(op, device := out[0].device):
+        unasked = _forced is None and _triton_serves(op.name, device.type)
+        _run(_forced == "triton" or unasked, op, args, out)
         return out
     names = op.outputs
     try:
@@ -219,6 +277,9 @@ def unavailable(backend: str) -> str:
     """Why a backend cannot be forced; empty if it can."""
     if backend == "reference":
         return ""
+    if backend == "triton":
+        kinds = [triton_status(kind) for kind in ("cuda", "xpu")]
+        return "" if "" in kinds else kinds[0]
     if backend == "cuda" and not torch.cuda.is_available():
         return "torch finds no CUDA device; install a CUDA build of torch on a machine with one"
     return native_status(backend)
@@ -229,7 +290,8 @@ class use_backend:
 
     Args:
         backend: ``"reference"`` (plain PyTorch, any device), ``"cpu"`` or ``"cuda"``
-            (compiled).
+            (compiled), or ``"triton"`` (GPUs; compiled by Triton; ``greedy_knapsack`` alone is
+            the reference's).
 
     Raises:
         ValueError: not a backend.

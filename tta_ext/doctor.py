@@ -14,13 +14,21 @@ from tta_ext.build.cache import cache_dir
 
 @dataclass(frozen=True)
 class OpStatus:
-    """One op: the backend that serves CPU tensors, and for each other backend why it does not
-    serve.
+    """One op.
+
+    Attributes:
+        name: as in ``torch.ops.tta_ext``.
+        backend: what serves CPU tensors.
+        gpu: what serves the GPU's; empty without a GPU.
+        why_not: for each other backend why it does not serve.
+        faster: commands that would put a faster backend in place, one a device at most.
     """
 
     name: str
     backend: str
+    gpu: str
     why_not: dict[str, str]
+    faster: list[str]
 
 
 @dataclass(frozen=True)
@@ -56,6 +64,7 @@ def diagnose() -> Diagnosis:
 
     libraries: dict[str, LoadResult] = {}
     unusable: dict[str, str] = {}
+    unusable["triton"] = dispatch.unavailable("triton")
     for device in ("cpu", "cuda"):
         try:
             libraries[device] = build.load(device)
@@ -68,7 +77,12 @@ def diagnose() -> Diagnosis:
         why_not = {device: why for device, why in unusable.items() if why}
         if not unusable["cpu"] and not dispatch.has_kernel(name, "cpu"):
             why_not["cpu"] = "the native library has no kernel for it"
-        ops.append(OpStatus(name, "reference" if "cpu" in why_not else "cpu", why_not))
+        if not unusable["triton"] and dispatch.triton_kernel(name) is None:
+            why_not["triton"] = "has no kernel of it, the reference serves in its place"
+        on = served(name)
+        gpu = on["cuda"][0] if "cuda" in on else ""
+        faster = [command for _, command in on.values() if command]
+        ops.append(OpStatus(name, on["cpu"][0], gpu, why_not, faster))
     isa = None
     if not unusable["cpu"]:
         isa = ("scalar", "avx2", "avx512")[int(torch.ops.tta_ext.cpu_isa(-1))]
@@ -130,13 +144,12 @@ def render(diagnosis: Diagnosis) -> str:
     shared = set.intersection(*reasons)  # said once
     lines = [env.aligned(diagnosis.env | facts), ""]
     lines += [f"no op uses {name}: {why}" for name, why in sorted(shared)]
-    lines.append(f"{'op':<24} {'backend':<10} why not another")
+    lines.append(f"{'op':<24} {'on the CPU':<10} {'on a GPU':<10} why not another")
     for op, why_not in zip(diagnosis.ops, reasons, strict=True):
         own = "; ".join(f"{name}: {why}" for name, why in sorted(why_not - shared))
-        lines.append(f"{op.name:<24} {op.backend:<10} {own}".rstrip())
-        lines += [
-            f"{'':<24} on {device}: {backend}" + (f", faster with: {command}" if command else "")
-            for device, (backend, command) in served(op.name).items()
-            if command or device != "cpu"
-        ]
+        lines.append(f"{op.name:<24} {op.backend:<10} {op.gpu or 'no GPU':<10} {own}".rstrip())
+    for command in dict.fromkeys(command for op in diagnosis.ops for command in op.faster):
+        helped = [op.name for op in diagnosis.ops if command in op.faster]
+        which = "every op" if len(helped) == len(diagnosis.ops) else ", ".join(helped)
+        lines.append(f"faster with: {command}  ({which})")
     return "\n".join([*lines, *(f"to mend: {line}" for line in diagnosis.advice)])
