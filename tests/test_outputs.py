@@ -26,7 +26,7 @@ def tensors(spec: OpSpec, arguments: tuple[Any, ...]) -> Iterator[tuple[int, str
 def run(backend: str, spec: OpSpec, arguments: tuple[Any, ...], outputs: dict[str, Tensor]) -> None:
     """``X.out`` as a backend has it."""
     if backend == "reference":
-        dispatch._run_reference(spec, arguments, list(outputs.values()))
+        dispatch._run(False, spec, arguments, list(outputs.values()))
         return
     try:
         spec.out(*arguments, **outputs)
