@@ -41,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
         "table is checked against float64 before it is timed.",
     )
     p.add_argument("stems", nargs="*", metavar="STEM", help=f"of {', '.join(STEMS)} (all), "
-                   "or: claims, decoding, speculative")  # fmt: skip
+                   "or: architectures, claims, decoding, speculative")  # fmt: skip
     p.add_argument("--quick", action="store_true", help="two vocabularies, two batches, minutes")
     p.add_argument("--vocab", type=int, nargs="+", metavar="V", help=f"of {VOCABULARIES}")
     p.add_argument("--batch", type=int, nargs="+", metavar="B", help=f"of {BATCHES}")
@@ -74,11 +74,11 @@ def grid_of(args: argparse.Namespace) -> Grid:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run; the exit status is 1 if a provider failed its check."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    special = {"claims", "decoding", "speculative"} & set(arguments[:1])
+    special = {"architectures", "claims", "decoding", "speculative"} & set(arguments[:1])
     if special:
         name = special.pop()
         module = importlib.import_module(
-            f".{name if name == 'claims' else 'bench_' + name}", __package__
+            f".{name if name in ('architectures', 'claims') else 'bench_' + name}", __package__
         )
         return int(module.main(arguments[1:]))
     args = parser().parse_args(arguments)

@@ -20,7 +20,7 @@ from models import (
 
 from tta_ext.decoding import KnapsackDeferral
 from tta_ext.decoding.runtime.attention import check_model
-from tta_ext.decoding.runtime.probe import probe_model
+from tta_ext.decoding.runtime.fit import fit_model
 from tta_ext.decoding.runtime.runner import Runner
 
 # ---- the ragged cache under one model ----------------------------------------------------------
@@ -30,7 +30,7 @@ from tta_ext.decoding.runtime.runner import Runner
 def test_rows_of_different_length_decode_as_alone(kind: str) -> None:
     model, prompts = make_model(kind), ragged_prompts()
     expected = [greedy(model, prompt, NEW) for prompt in prompts]
-    probe_model(model, "base")
+    fit_model(model, "base")
     with torch.inference_mode():
         runner = Runner(model, prompts, room=NEW, vocabulary=VOCABULARY)
         runner.prefill()

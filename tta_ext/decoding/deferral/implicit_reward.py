@@ -19,8 +19,8 @@ from torch import Tensor
 
 from tta_ext import ops
 from tta_ext.decoding.deferral.loop import Loop, LoopOptions, Seen
+from tta_ext.decoding.runtime.interface import ModelRunner
 from tta_ext.decoding.runtime.profiling import span
-from tta_ext.decoding.runtime.runner import Runner
 from tta_ext.rules import IMPLICIT_REWARD
 
 __all__ = ["ImplicitReward", "ImplicitRewardLoop"]
@@ -74,7 +74,9 @@ class ImplicitRewardLoop(Loop):
 
     rule: ImplicitReward
 
-    def __init__(self, base: Runner, followers: Sequence[Runner], options: LoopOptions) -> None:
+    def __init__(
+        self, base: ModelRunner, followers: Sequence[ModelRunner], options: LoopOptions
+    ) -> None:
         super().__init__(base, followers, options)
         self.experts = len(self.rule.param)
 

@@ -19,11 +19,12 @@ from tta_ext.decoding.deferral.implicit_reward import ImplicitReward
 from tta_ext.decoding.deferral.request import GenerationOptions, Models, Request, draft_length
 from tta_ext.decoding.deferral.result import Generation
 from tta_ext.decoding.runtime.attention import check_model
+from tta_ext.decoding.runtime.fit import fit_model
 from tta_ext.decoding.runtime.loading import load_model, load_tokenizer
-from tta_ext.decoding.runtime.models import device_of, logit_count
-from tta_ext.decoding.runtime.probe import probe_model
+from tta_ext.decoding.runtime.models import class_name, device_of, logit_count
 from tta_ext.decoding.runtime.signatures import keywords_of
 from tta_ext.decoding.runtime.streaming import StreamEvent
+from tta_ext.decoding.runtime.views import adapter_pair, as_model, share_weights
 from tta_ext.decoding.runtime.vocabulary import align_vocabularies
 from tta_ext.rules import ARGMAX, IMPLICIT_REWARD, Rule, rule_code
 
@@ -58,6 +59,8 @@ class _Options(TypedDict, total=False):
     speculative: int | str | None
     num_assistant_tokens: int | str | None
     probe: bool
+    runner: str | None
+    adapter: str | None
 
 
 class KnapsackDeferral:
@@ -88,8 +91,13 @@ class KnapsackDeferral:
             to call, and leaves drafting where it does not pay. None decodes token by token. For
             ``"implicit_reward"`` the first expert drafts.
         num_assistant_tokens: transformers' name for ``speculative``.
-        probe: run each model once on two short rows and refuse it if rows of different length
-            cannot share its batch.
+        probe: try each model on two short rows, to learn whether rows of different length can
+            share its batch.
+        runner: ``"ragged"`` or ``"lockstep"`` for all models; None chooses for each by what it is.
+            Lock-step decodes whatever ``generate`` does, with all rows fed at every step: there the
+            proxy is never lazy, and nothing is drafted.
+        adapter: name of an adapter of ``base``, a peft model: the proxy is that model with the
+            adapter on, the base the same weights with all adapters off; ``proxy`` is then None.
 
     Raises:
         TypeError: a model is not a causal language model.
@@ -106,7 +114,7 @@ class KnapsackDeferral:
     def __init__(
         self,
         base: Any,
-        proxy: Any,
+        proxy: Any = None,
         tokenizer: Any = None,
         *,
         proxy_tokenizer: Any = None,
@@ -121,11 +129,22 @@ class KnapsackDeferral:
         speculative: int | str | None = None,
         num_assistant_tokens: int | str | None = None,
         probe: bool = True,
+        runner: str | None = None,
+        adapter: str | None = None,
     ) -> None:
         self.speculative = draft_length(_either(speculative, num_assistant_tokens))
         self._memories: dict[Any, Memory] = {}
+        if (proxy is None) == (adapter is None):
+            raise ValueError("expected either proxy or adapter, the name of an adapter of base")
+        if adapter is not None:
+            base, proxy = adapter_pair(base, adapter)
         proxies = list(proxy) if isinstance(proxy, Sequence) else [proxy]
         antis = [] if anti is None else list(anti) if isinstance(anti, Sequence) else [anti]
+        proxies = [as_model(model, "proxy") for model in proxies]
+        antis = [as_model(model, "anti") for model in antis]
+        base = as_model(base, "base")
+        for model in proxies + antis:
+            base = share_weights(base, model)
         if not proxies:
             raise ValueError("proxy is an empty list, expected a model or several")
         named = [(base, "base")]
@@ -152,6 +171,7 @@ class KnapsackDeferral:
             chat_template=chat_template,
             proxy_chat_template=proxy_chat_template,
             vocabulary=vocabulary,
+            fits=[],
         )
         given = (param, critical, temperature, rule_temperature)
         if isinstance(rule, Rule):
@@ -163,9 +183,14 @@ class KnapsackDeferral:
             given = (None, *given[1:])
         self._given: dict[str, Any] = dict(zip(_RULE_KEYS, (rule, *given), strict=True))
         self.rule = self._chosen({})
-        if probe:
-            for model, name in named:
-                probe_model(model, name)
+        self._models.fits.extend(fit_model(model, name, runner, probe) for model, name in named)
+
+    def __repr__(self) -> str:
+        models = [
+            f"{name}={class_name(model)} ({fit.kind})"
+            for (model, name), fit in zip(self._models.named, self._models.fits, strict=True)
+        ]
+        return f"{type(self).__name__}({', '.join(models)}, rule={self.rule.name!r})"
 
     @classmethod
     @keywords_of(__init__, "base", "proxy", "tokenizer", "proxy_tokenizer", "anti")

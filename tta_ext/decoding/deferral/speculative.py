@@ -48,6 +48,10 @@ class Speculative(Loop):
     # Logits processors apply to the drafting model.
     processed = True
 
+    # Rows gain different numbers of tokens, and lose drafts again.
+    base: Runner
+    followers: Sequence[Runner]
+
     def __init__(
         self,
         base: Runner,
@@ -63,6 +67,10 @@ class Speculative(Loop):
         self._failed: list[bool] = []  # the rows whose drafting model had no law to draw from
         self._doubt = False  # a round ended before a position whose law a plain step has to tell
         self._draft_seconds = 0.0  # of the latest step
+
+    @property
+    def runners(self) -> Sequence[Runner]:
+        return [self.base, *self.followers]
 
     def finish_stats(self) -> DecodeStats:
         self.stats.speculation = self.policy.note

@@ -335,6 +335,7 @@ class AdaptiveImportanceSampling(SearchMethod[AISPSettings]):
             *,
             chat_template: str | None = None,
             probe: bool = True,
+            runner: str | None = None,
             engine: Callable[[Any, RolloutTask], RolloutEngine] = LocalEngine,
             **settings: Unpack[AISPOptions],
         ) -> None: ...

@@ -18,8 +18,8 @@ import torch
 from tta_ext import rng
 from tta_ext.decoding.rewards import Reward, RewardStream, check_reward
 from tta_ext.decoding.runtime.attention import check_model
-from tta_ext.decoding.runtime.models import logit_count
-from tta_ext.decoding.runtime.probe import probe_model
+from tta_ext.decoding.runtime.fit import fit_model
+from tta_ext.decoding.runtime.models import class_name, logit_count
 from tta_ext.decoding.runtime.prompts import (
     check_prompts,
     encode_prompts,
@@ -28,6 +28,7 @@ from tta_ext.decoding.runtime.prompts import (
 )
 from tta_ext.decoding.runtime.signatures import keywords_of
 from tta_ext.decoding.runtime.stopping import StopStrings, end_ids
+from tta_ext.decoding.runtime.views import as_model
 from tta_ext.decoding.runtime.vocabulary import align_vocabularies
 from tta_ext.decoding.search.engine import (
     LocalEngine,
@@ -60,8 +61,9 @@ class SearchMethod(Generic[S]):
         reward: ``(prompts, responses) -> floats``, see :mod:`tta_ext.decoding.rewards`.
         tokenizer: the model's tokenizer; without it prompts and responses are token ids.
         chat_template: overrides the tokenizer's.
-        probe: run the model once on two short rows and refuse it if rows of different length cannot
-            share its batch.
+        probe: try the model on two short rows, to learn whether rows of different length can share
+            its batch.
+        runner: ``"ragged"`` or ``"lockstep"``; None chooses by what the model is.
         engine: ``(model, task) -> RolloutEngine``, what draws the rollouts; the model itself, in
             this process (:class:`~tta_ext.decoding.search.engine.LocalEngine`), unless another is
             given.
@@ -93,9 +95,11 @@ class SearchMethod(Generic[S]):
         *,
         chat_template: str | None = None,
         probe: bool = True,
+        runner: str | None = None,
         engine: Callable[[Any, RolloutTask], RolloutEngine] = LocalEngine,
         **settings: Any,
     ) -> None:
+        model = as_model(model, "model")
         check_model(model, "model")
         model.eval()
         check_reward(reward)
@@ -111,8 +115,10 @@ class SearchMethod(Generic[S]):
         self.vocabulary = align_vocabularies(
             size, size, tokenizer, tokenizer, proxy_name="the model"
         )
-        if probe:
-            probe_model(model, "model")
+        self.fit = fit_model(model, "model", runner, probe)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({class_name(self.model)} ({self.fit.kind}))"
 
     def _merge(self, settings: S | None, changes: dict[str, Any]) -> S:
         known = {field.name for field in fields(self.settings_type)}
@@ -185,6 +191,10 @@ class SearchMethod(Generic[S]):
         group = len(listed) or 1
         if merged.batch_size is not None:
             group = max(1, merged.batch_size // self.rows(merged))
+        if self.fit.reach is not None and len(listed) > 1:
+            longest = max(map(len, self.encode(listed, merged.max_new_tokens)))
+            if longest + merged.max_new_tokens > self.fit.reach:
+                group = 1  # prompts of different length would disturb each other
         if group < len(listed):
             # All are checked before hours go into the first group; a single group checks its own.
             self.encode(listed, merged.max_new_tokens)
@@ -248,6 +258,7 @@ class Search(Generic[S]):
             method.vocabulary,
             settings.batch_size,
             first,
+            method.fit,
         )
         self.engine = self.open(task)
         self.iteration = 0

@@ -15,6 +15,7 @@ from typing import Any, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
+from tta_ext.decoding.runtime.fit import Fit, fit_model
 from tta_ext.decoding.runtime.vocabulary import Vocabulary
 from tta_ext.decoding.search.rollouts import PromptCache, Rollouts
 from tta_ext.decoding.search.sampling import Noise, Sampling
@@ -37,6 +38,7 @@ class RolloutTask:
         vocabulary: the ids that may be drawn.
         batch_size: rows in a batch at most; None: as many as the job has.
         first: what messages call the first prompt.
+        fit: how the model here is run; None: as :func:`fit_model` finds it, without a trial.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -46,6 +48,7 @@ class RolloutTask:
     vocabulary: Vocabulary
     batch_size: int | None = None
     first: int = 0
+    fit: Fit | None = None
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,15 @@ class LocalEngine:
         self, model: Any, task: RolloutTask, make: Callable[..., Rollouts] = Rollouts
     ) -> None:
         self.task, self._make = task, make
-        self.prompts = PromptCache(model, task.prompts, task.sequence, task.vocabulary, task.first)
+        self.prompts = PromptCache(
+            model,
+            task.prompts,
+            task.sequence,
+            task.vocabulary,
+            task.fit or fit_model(model, "model", probe=False),
+            task.sampling.max_new_tokens,
+            task.first,
+        )
         self.device, self.dimensions = self.prompts.device, self.prompts.dimensions
         self._seed = torch.tensor([task.seed], dtype=torch.int64, device=self.device)
 
