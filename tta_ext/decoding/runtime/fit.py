@@ -39,11 +39,13 @@ class Fit:
         reason: why not ragged; "" if it is.
         reach: rows of more tokens change what shorter ones beside them compute, through rotary
             factors that follow the longest row; None if no row does.
+        contiguous: the model's code asks for keys and values without gaps.
     """
 
     kind: str
     reason: str = ""
     reach: int | None = None
+    contiguous: bool = False
 
     def kind_for(self, tokens: int) -> str:
         """The runner for rows that grow to this many tokens."""
@@ -77,7 +79,8 @@ class Fit:
         if tokens is None:
             tokens = max(map(len, prompts), default=0) + room
         make: Callable[..., ModelRunner] = RUNNERS[self.kind_for(tokens)]
-        extra = {"apart": True} if self._beyond(tokens) else {}
+        beyond = self._beyond(tokens)
+        extra = {"apart": True} if beyond else {"contiguous": True} if self.contiguous else {}
         never = torch.tensor(masked, device=device_of(model)) if masked else None
         return make(
             model, prompts, room=room, vocabulary=vocabulary, masked=never, name=name, **extra
@@ -91,6 +94,7 @@ class _Trials:
     ragged: str | None = None
     lockstep: str | None = None
     reach: int | None = None
+    contiguous: bool = False
 
 
 _trials: weakref.WeakKeyDictionary[Any, _Trials] = weakref.WeakKeyDictionary()
@@ -120,7 +124,7 @@ def fit_model(model: Any, role: str, runner: str | None = None, probe: bool = Tr
         if reason is None and probe:
             reason = _ragged_trial(model, role, found)
         if reason is None:
-            return Fit("ragged", reach=found.reach)
+            return Fit("ragged", "", found.reach, found.contiguous)
         if runner == "ragged":
             raise ValueError(f"{title} {reason}; runner='lockstep' decodes it as generate() does")
     if not callable(getattr(model, "generate", None)):
@@ -135,7 +139,14 @@ def fit_model(model: Any, role: str, runner: str | None = None, probe: bool = Tr
 def _ragged_trial(model: Any, role: str, found: _Trials) -> str | None:
     if found.ragged is None:
         try:
-            difference = ragged_difference(model, role)
+            try:
+                difference = ragged_difference(model, role)
+            except RuntimeError as error:
+                # A view of what has gaps.
+                found.contiguous = "view size is not compatible" in str(error)
+                if not found.contiguous:
+                    raise
+                difference = ragged_difference(model, role, contiguous=True)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:

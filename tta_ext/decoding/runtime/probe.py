@@ -47,10 +47,12 @@ def _difference(found: Tensor, expected: Sequence[Tensor]) -> float:
 
 
 @torch.inference_mode()
-def ragged_difference(model: Any, role: str) -> float:
+def ragged_difference(model: Any, role: str, contiguous: bool = False) -> float:
     """How much two rows in the ragged cache differ from the same rows alone."""
     rows = _rows(model)
-    runner = Runner(model, rows, room=1, vocabulary=logit_count(model), name=role)
+    runner = Runner(
+        model, rows, room=1, vocabulary=logit_count(model), name=role, contiguous=contiguous
+    )
     runner.prefill()
     return _difference(runner.step(), _alone(model, rows))
 

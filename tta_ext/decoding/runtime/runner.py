@@ -47,6 +47,7 @@ class Runner(ModelRunner):
         vocabulary: number of leading logits to return.
         masked: ids below ``vocabulary`` that must never be drawn, or None.
         name: name in profiles and messages.
+        contiguous: as for :class:`RaggedCache`.
     """
 
     kind = "ragged"
@@ -61,12 +62,13 @@ class Runner(ModelRunner):
         vocabulary: int,
         masked: Tensor | None = None,
         name: str = "model",
+        contiguous: bool = False,
     ) -> None:
         super().__init__(model, vocabulary, masked, name)
         self._cache_argument = cache_argument(model)
         self._keep_last = accepts(model, "logits_to_keep")
         self._masks = MaskBuilder(model.config.get_text_config(), model.dtype, self.device)
-        self.cache = RaggedCache(0, 0)
+        self.cache = RaggedCache(0, 0, contiguous)
         self._load(prompts, room)
 
     # ---- tokens ------------------------------------------------------------------------------
@@ -82,7 +84,8 @@ class Runner(ModelRunner):
         longest = max(self._total, default=0)
         self._limit = longest + room
         if self.cache.rows != self.count:
-            self.cache = RaggedCache(self.count, longest + min(room, FIRST_ROOM))
+            room = longest + min(room, FIRST_ROOM)
+            self.cache = RaggedCache(self.count, room, self.cache.contiguous)
         self._place()
 
     def _place(self) -> None:
