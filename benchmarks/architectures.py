@@ -152,7 +152,7 @@ def checks(models: Sequence[Any], known: dict[str, Any]) -> dict[str, str]:
 @torch.inference_mode()
 def noise(aisp: Any, rows: Answers) -> str:
     """How far the default noise moves the first step's logits, against what is promised."""
-    from tta_ext.decoding.search.aisp_settings import LOGIT_NOISE
+    from tta_ext.decoding.search.scales import LOGIT_NOISE
 
     search = aisp.start(rows, seed=2, n=16)
     cells = [(prompt, rollout) for rollout in range(16) for prompt in range(len(rows))]

@@ -59,7 +59,7 @@ def test_rollouts_are_the_definition(kind: str) -> None:
     prompt, window, new = ragged_prompts()[0], 4, 7
     dimensions = model.get_output_embeddings().weight.shape[1]
     u = torch.randn(1, window, dimensions, generator=torch.Generator().manual_seed(0)) * 0.3
-    cache = PromptCache(model, [prompt], [9], Vocabulary(VOCABULARY), fit_model(model, "model"), NEW)
+    cache = PromptCache(model, [prompt], [9], Vocabulary(VOCABULARY), fit_model(model, "model"), 16)
     rollouts = Rollouts(
         cache,
         [(0, i) for i in range(3)],
@@ -89,7 +89,7 @@ def test_coherent_noise_is_its_definition(coherence: float) -> None:
     model, prompt, window = base_model(), ragged_prompts()[0], 4
     own, common = 0.5 * math.sqrt(1 - coherence), 0.5 * math.sqrt(coherence)
     u = torch.randn(1, 1 + window, 32, generator=torch.Generator().manual_seed(0)) * 0.3
-    cache = PromptCache(model, [prompt], [9], Vocabulary(VOCABULARY), fit_model(model, "model"), NEW)
+    cache = PromptCache(model, [prompt], [9], Vocabulary(VOCABULARY), fit_model(model, "model"), 16)
     rollouts = Rollouts(
         cache,
         [(0, i) for i in range(3)],

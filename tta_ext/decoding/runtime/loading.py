@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from tta_ext.decoding.runtime.model_classes import GeneratingModel, adapter_base
+
 __all__ = ["load_model", "load_tokenizer", "reading"]
 
 
@@ -20,7 +22,7 @@ def _source(path: str) -> tuple[str, dict[str, str]]:
             raise ValueError(f"there is no file {path}")
         return str(file.parent), {"gguf_file": file.name}
     if file.is_dir():
-        if not (file / "config.json").is_file():
+        if adapter_base(path) is None and not (file / "config.json").is_file():
             found = sorted(file.glob("*.gguf"))
             if len(found) == 1:
                 return str(file), {"gguf_file": found[0].name}
@@ -48,8 +50,6 @@ def load_model(
     Raises:
         ValueError: there are no weights in safetensors or GGUF, or no such device.
     """
-    from transformers import AutoModelForCausalLM
-
     folder, extra = _source(path)
     try:
         torch.empty(0, device=device)  # before the weights are read
@@ -59,9 +59,9 @@ def load_model(
     if not extra:
         extra["use_safetensors"] = True  # type: ignore[assignment]
     with reading("a model", path):
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **extra)
+        model = GeneratingModel.from_pretrained(folder, dtype=dtype, **extra)
     model.config.name_or_path = path  # transformers names the folder of a .gguf file
-    return (model if device is None else model.to(device)).eval()  # type: ignore[arg-type]
+    return (model if device is None else model.to(device)).eval()
 
 
 def load_tokenizer(path: str) -> Any:
@@ -73,6 +73,9 @@ def load_tokenizer(path: str) -> Any:
     from transformers import AutoTokenizer
 
     folder, extra = _source(path)
+    base = adapter_base(folder)
+    if base is not None and not any(Path(folder).glob("tokenizer*")):
+        folder = base
     with reading("a tokenizer", path):
         return AutoTokenizer.from_pretrained(folder, **extra)
 

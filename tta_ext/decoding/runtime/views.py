@@ -91,9 +91,9 @@ def as_model(model: Any, role: str, adapter: str | None = None) -> Any:
         raise ValueError(
             f"{role} has no adapter {adapter!r}, expected one of {', '.join(configs) or 'none'}"
         )
-    if inner is model and adapter is None:
-        return model
-    active = [adapter] if adapter is not None else list(getattr(model, "active_adapters", ()))
+    if adapter is None and (inner is model or not configs):
+        return inner
+    active = [adapter] if adapter is not None else _active(model)
     for name in active:
         if getattr(configs.get(name), "is_prompt_learning", False):
             raise ValueError(
@@ -105,6 +105,12 @@ def as_model(model: Any, role: str, adapter: str | None = None) -> Any:
     if not layers:
         return inner
     return AdapterView(inner, None if adapter is None and _all_off(layers) else active)
+
+
+def _active(model: Any) -> list[str]:
+    """Names of the adapters that are on: a property of peft's models, a method of others."""
+    names = model.active_adapters
+    return list(names() if callable(names) else names)
 
 
 def _all_off(layers: list[Any]) -> bool:
