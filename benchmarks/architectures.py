@@ -16,7 +16,7 @@ import json
 import multiprocessing
 import queue
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ CHECKS = {
     "best of n": "AISP with sigma=0 is best-of-n",
     "noise": "AISP's default noise moves the logits by what it promises",
 }
+QUICK = ("never", "always", "best of n", "noise")  # for the test-suite
 RIGHT = ("right", "tie", "as generate")
 Answers = list[list[int]]
 
@@ -88,37 +89,44 @@ def sampled(one: Callable[[int], Answers], other: Callable[[int], Answers]) -> s
     return f"wrong: seeds {SEEDS[0]}, {wrong}" if wrong else "tie"
 
 
-def reference(models: Sequence[Any]) -> dict[str, Any]:
-    """What ``generate`` does with a family; an error if it fails by itself."""
+def reference(models: Sequence[Any], alone: bool = True) -> dict[str, Any]:
+    """What ``generate`` does with a family; an error if it fails by itself.
+
+    Args:
+        models: base and proxy.
+        alone: find out whether it answers rows of a batch as alone.
+    """
     rows = prompts()
     found = [greedy(model, rows) for model in models]
-    alone = [greedy(models[0], [row]) for row in rows]
-    finite = all(torch.isfinite(step).all() for _, logits in found for step in logits[:2])
-    if not finite:
+    if not all(torch.isfinite(step).all() for _, logits in found for step in logits[:2]):
         raise ValueError("logits are not finite")
-    verdicts = [compared([found[0][0][i]], one[0], one[1]) for i, one in enumerate(alone)]
+    single = [greedy(models[0], [row]) for row in rows] if alone else []
+    verdicts = [compared([found[0][0][i]], *one) for i, one in enumerate(single)]
     return {"found": found, "independent": not any("wrong" in v for v in verdicts)}
 
 
-def checks(models: Sequence[Any], known: dict[str, Any]) -> dict[str, str]:
+def checks(
+    models: Sequence[Any], known: dict[str, Any], names: Collection[str] = tuple(CHECKS)
+) -> dict[str, str]:
     """The verdict of each check; a refusal is a verdict, anything else that is raised a fault."""
     from tta_ext import AdaptiveImportanceSampling, BestOfN, KnapsackDeferral
 
-    base, proxy = models
-    rows, verdicts = prompts(), {}
-    kad = KnapsackDeferral(base, proxy, rule="threshold", param=0.3)
-    verdicts["runner"] = "/".join(fit.kind for fit in kad._models.fits)
-    greedy_options: Any = {"do_sample": False, "max_new_tokens": NEW, "eos_token_id": []}
-    for name, param, number in (("never", 0.0, 0), ("always", 1.01, 1)):
-        got = kad.generate(rows, param=param, seed=0, **greedy_options).tokens
+    base, rows, verdicts = models[0], prompts(), {}
+    kad = KnapsackDeferral(*models, rule="threshold", param=0.3)
+    fits = kad.fits
+    verdicts["runner"] = "/".join(fit.kind for fit in fits)
+
+    def whole(param: float, number: int) -> str:
+        """A KAD of one model alone, against that model's ``generate``."""
+        got = kad.generate(
+            rows, param=param, seed=0, do_sample=False, max_new_tokens=NEW, eos_token_id=[]
+        ).tokens
+        if fits[number].kind_for(max(LENGTHS) + NEW) == fits[number].kind:
+            return compared(got, *known["found"][number])
         # Rows that disturb each other in generate() are run apart here.
-        apart = kad._models.fits[number].reach
-        if apart is not None and max(LENGTHS) + NEW > apart:
-            single = [greedy(models[number], [row]) for row in rows]
-            parts = [compared([mine], *one) for mine, one in zip(got, single, strict=True)]
-            verdicts[name] = next((part for part in parts if part != "right"), "right")
-        else:
-            verdicts[name] = compared(got, *known["found"][number])
+        single = [greedy(models[number], [row]) for row in rows]
+        parts = [compared([mine], *one) for mine, one in zip(got, single, strict=True)]
+        return next((part for part in parts if part != "right"), "right")
 
     def draw(seed: int, some: Answers = rows, first: int = 0, **more: Any) -> Answers:
         ids = list(range(first, first + len(some)))
@@ -126,27 +134,31 @@ def checks(models: Sequence[Any], known: dict[str, Any]) -> dict[str, str]:
             some, seed=seed, sequence=ids, max_new_tokens=NEW, eos_token_id=[], **more
         ).tokens
 
-    verdicts["drafts"] = sampled(draw, lambda seed: draw(seed, speculative=3))
-    verdict = sampled(draw, lambda s: [draw(s, [row], i)[0] for i, row in enumerate(rows)])
-    if "wrong" in verdict and not known["independent"]:
-        verdict = "as generate"
-    verdicts["alone"] = verdict
+    def alone() -> str:
+        verdict = sampled(draw, lambda s: [draw(s, [row], i)[0] for i, row in enumerate(rows)])
+        return verdict if known["independent"] or verdict in RIGHT else "as generate"
 
     def reward(_: Any, answers: Sequence[Any]) -> list[float]:
         return [float(len(set(answer))) for answer in answers]
 
     settings: Any = {"max_new_tokens": 6, "eos_token_id": [], "decoding": "sample"}
     aisp = AdaptiveImportanceSampling(base, reward, n=4, iterations=2, **settings)
-    plain = BestOfN(base, reward, n=8, group=4, **settings)
 
-    def tokens(method: Any, **more: Any) -> Answers:
-        found = method.generate(rows, seed=1, **more)
-        return [one.tokens for row in found.candidates for one in row]
+    def best_of_n() -> str:
+        plain = BestOfN(base, reward, n=8, group=4, **settings).generate(rows, seed=1)
+        zero = aisp.generate(rows, seed=1, sigma=0.0)
+        same = [[one.tokens for row in found.candidates for one in row] for found in (zero, plain)]
+        return "right" if same[0] == same[1] else "wrong: other tokens"
 
-    zero, best = tokens(aisp, sigma=0.0), tokens(plain)
-    verdicts["best of n"] = "right" if zero == best else "wrong: other tokens"
-    verdicts["noise"] = noise(aisp, rows)
-    return verdicts
+    run = {
+        "never": lambda: whole(0.0, 0),
+        "always": lambda: whole(1.01, 1),
+        "drafts": lambda: sampled(draw, lambda seed: draw(seed, speculative=3)),
+        "alone": alone,
+        "best of n": best_of_n,
+        "noise": lambda: noise(aisp, rows),
+    }
+    return verdicts | {name: run[name]() for name in names}
 
 
 @torch.inference_mode()

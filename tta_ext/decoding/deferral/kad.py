@@ -106,6 +106,10 @@ class KnapsackDeferral:
 
     Both models are put into evaluation mode.
 
+    Attributes:
+        fits: how each model is run and why, the base's first:
+            :class:`~tta_ext.decoding.runtime.fit.Fit`.
+
     Example:
         >>> kad = KnapsackDeferral(base, proxy, tokenizer, rule="threshold", param=0.4)
         >>> print(kad.generate("Q: 2 + 2?\\nA:", max_new_tokens=20, seed=0).text)
@@ -184,6 +188,7 @@ class KnapsackDeferral:
         self._given: dict[str, Any] = dict(zip(_RULE_KEYS, (rule, *given), strict=True))
         self.rule = self._chosen({})
         self._models.fits.extend(fit_model(model, name, runner, probe) for model, name in named)
+        self.fits = self._models.fits
 
     def __repr__(self) -> str:
         models = [

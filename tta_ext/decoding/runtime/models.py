@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ __all__ = [
     "device_of",
     "embedding_count",
     "head_inputs",
+    "loaded",
     "logit_count",
     "position_limit",
 ]
@@ -47,6 +50,18 @@ def logit_count(model: Any) -> int:
 def head_inputs(model: Any) -> int:
     """Size of the vector that a model's head takes, the pre-logits."""
     return _linear(model, "in_features", 1)
+
+
+@contextmanager
+def loaded(module: Any) -> Iterator[Any]:
+    """A module with its weights, which accelerate may keep elsewhere between forwards."""
+    if not hasattr(module, "_hf_hook"):
+        yield module
+        return
+    from accelerate.utils import align_module_device
+
+    with align_module_device(module):
+        yield module
 
 
 def _linear(model: Any, name: str, axis: int) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tta_ext.decoding.runtime.models import class_name, device_of, embedding_count
+from tta_ext.decoding.runtime.models import class_name, device_of, embedding_count, loaded
 
 __all__ = [
     "LOGIT_NOISE",
@@ -23,7 +23,6 @@ __all__ = [
 # Where no sigma is given: noise that moves logits by this much. Chosen on the tuning prompts of
 # benchmarks/aisp_rewards.py.
 LOGIT_NOISE = 2.0
-_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def deviation(row: Sequence[float]) -> float:
@@ -79,17 +78,17 @@ def prelogit_scale(model: Any) -> float:
 def head_row_norm(model: Any) -> float:
     """Mean Euclidean norm of the rows of a model's head.
 
-    Where the weights are packed or elsewhere it is measured, as what noise does to the outputs.
+    Where the weights are packed it is measured, as what noise does to the outputs.
     """
-    weight = model.get_output_embeddings().weight
-    plain = weight.dim() == 2 and weight.is_floating_point() and type(weight) in _PLAIN
-    if not plain or weight.device.type == "meta":
-        _, before, _ = _head_run(model)
-        _, after, _ = _head_run(model, 1.0)
-        return float((after.double() - before.double()).square().mean().sqrt())
-    # In parts, so that no float32 copy of a large head is made.
-    total = sum(float(part.float().norm(dim=-1).double().sum()) for part in weight.split(8192))
-    return total / weight.shape[0]
+    with loaded(model.get_output_embeddings()) as head:
+        weight = head.weight
+        if type(weight) in (Tensor, torch.nn.Parameter) and weight.is_floating_point():
+            # In parts, so that no float32 copy of a large head is made.
+            parts = [float(part.float().norm(dim=-1).double().sum()) for part in weight.split(8192)]
+            return sum(parts) / weight.shape[0]
+    _, before, _ = _head_run(model)
+    _, after, _ = _head_run(model, 1.0)
+    return float((after.double() - before.double()).square().mean().sqrt())
 
 
 @torch.inference_mode()
