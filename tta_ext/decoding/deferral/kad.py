@@ -60,7 +60,6 @@ class _Options(TypedDict, total=False):
     num_assistant_tokens: int | str | None
     probe: bool
     runner: str | None
-    adapter: str | None
 
 
 class KnapsackDeferral:
@@ -147,8 +146,9 @@ class KnapsackDeferral:
         proxies = [as_model(model, "proxy") for model in proxies]
         antis = [as_model(model, "anti") for model in antis]
         base = as_model(base, "base")
-        for model in proxies + antis:
+        for model in proxies:
             base = share_weights(base, model)
+            antis = [share_weights(anti, model) for anti in antis]
         if not proxies:
             raise ValueError("proxy is an empty list, expected a model or several")
         named = [(base, "base")]
@@ -198,7 +198,7 @@ class KnapsackDeferral:
         return f"{type(self).__name__}({', '.join(models)}, rule={self.rule.name!r})"
 
     @classmethod
-    @keywords_of(__init__, "base", "proxy", "tokenizer", "proxy_tokenizer", "anti")
+    @keywords_of(__init__, "base", "proxy", "tokenizer", "proxy_tokenizer", "anti", "adapter")
     def from_pretrained(
         cls,
         base: str,

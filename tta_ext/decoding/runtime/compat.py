@@ -122,12 +122,14 @@ class DecodingState:
             attention_mask=mask,
             custom_generate=method,
             max_new_tokens=max(room, 1),
-            do_sample=False,
             num_beams=1,
             num_return_sequences=1,
             use_cache=True,
             pad_token_id=pad,
         )
+        if not _SLICES and hasattr(model, "_get_initial_cache_position"):
+            width, given = ids.shape[1], self.arguments
+            self.arguments = model._get_initial_cache_position(width, ids.device, given)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DecodingState:
         state = copy.copy(self)

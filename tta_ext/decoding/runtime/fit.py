@@ -49,9 +49,10 @@ class Fit:
 
     def kind_for(self, tokens: int) -> str:
         """The runner for rows that grow to this many tokens."""
-        return "lockstep" if self._beyond(tokens) else self.kind
+        return "lockstep" if self.apart(tokens) else self.kind
 
-    def _beyond(self, tokens: int) -> bool:
+    def apart(self, tokens: int) -> bool:
+        """Whether rows that grow to this many tokens disturb shorter ones, so they run apart."""
         return self.reach is not None and tokens > self.reach
 
     def runner(
@@ -79,7 +80,7 @@ class Fit:
         if tokens is None:
             tokens = max(map(len, prompts), default=0) + room
         make: Callable[..., ModelRunner] = RUNNERS[self.kind_for(tokens)]
-        beyond = self._beyond(tokens)
+        beyond = self.apart(tokens)
         extra = {"apart": True} if beyond else {"contiguous": True} if self.contiguous else {}
         never = torch.tensor(masked, device=device_of(model)) if masked else None
         return make(

@@ -193,7 +193,7 @@ class SearchMethod(Generic[S]):
             group = max(1, merged.batch_size // self.rows(merged))
         if self.fit.reach is not None and len(listed) > 1:
             longest = max(map(len, self.encode(listed, merged.max_new_tokens)))
-            if longest + merged.max_new_tokens > self.fit.reach:
+            if self.fit.apart(longest + merged.max_new_tokens):
                 group = 1  # prompts of different length would disturb each other
         if group < len(listed):
             # All are checked before hours go into the first group; a single group checks its own.
