@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import Cache, GenerationMixin
 from transformers.cache_utils import CacheLayerMixin
@@ -187,14 +188,14 @@ def has_rotary(model: Any) -> bool:
     )
 
 
+@torch.inference_mode(False)  # what is set here must be good outside of it
 def reset_rotary(model: Any) -> None:
     """Forget the lengths that rotary embeddings of type ``dynamic`` have grown to."""
     for module in model.modules():
-        original = getattr(module, "original_max_seq_len", None)
-        if original is None or not hasattr(module, "max_seq_len_cached"):
+        if "dynamic" not in str(getattr(module, "rope_type", "")):
             continue
         for name in [key for key in vars(module) if key.endswith("max_seq_len_cached")]:
-            setattr(module, name, original)
+            setattr(module, name, module.original_max_seq_len)
         for name, buffer in list(module.named_buffers(recurse=False)):
             before = getattr(module, name.replace("inv_freq", "original_inv_freq"), None)
             if name.endswith("inv_freq") and "original" not in name and before is not None:
