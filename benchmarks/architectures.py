@@ -6,7 +6,7 @@ Two tiny models of a family (:mod:`benchmarks.tiny_models`) are base and proxy. 
 ``generate`` on the same batch, padded on the left, and independent of the batch wherever
 ``generate`` is. Where greedy answers differ, the logits of ``generate`` tell a tie (the two tokens
 no further apart than rounding) from a fault. Each family runs in a process of its own; what is done
-is kept beside the output, and a run that was cut off goes on there.
+is kept beside the output, and a run that was cut off, or was of some families, goes on there.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 from . import harness
 from .tiny_models import PAD, families, tiny_model
 
-NEW = 12
+NEW = 8
 SEEDS = (3, 4, 5)
 LENGTHS = (11, 2, 6)
 CHECKS = {
@@ -141,7 +141,7 @@ def checks(
     def reward(_: Any, answers: Sequence[Any]) -> list[float]:
         return [float(len(set(answer))) for answer in answers]
 
-    settings: Any = {"max_new_tokens": 6, "eos_token_id": [], "decoding": "sample"}
+    settings: Any = {"max_new_tokens": 4, "eos_token_id": [], "decoding": "sample"}
     aisp = AdaptiveImportanceSampling(base, reward, n=4, iterations=2, **settings)
 
     def best_of_n() -> str:
@@ -300,7 +300,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.output:
         command = ["python", "-m", "benchmarks", "architectures", *(argv or ())]
         harness.report(command, table(rows), args.output)
-        state.unlink()
+        if not args.families:
+            state.unlink()
     else:
         print(table(rows))
     return int(any(outcome(row) in ("wrong", "traceback") for row in rows.values()))
