@@ -24,6 +24,7 @@ __all__ = [
     "cache_argument",
     "has_rotary",
     "is_recurrent",
+    "logits_of",
     "passed_cache",
     "query_count",
     "reset_rotary",
@@ -42,6 +43,14 @@ def accepts(model: Any, argument: str) -> bool:
 def cache_argument(model: Any) -> str:
     """The name under which a model's forward takes its cache; the newest if it takes none."""
     return next((name for name in CACHE_ARGUMENTS if accepts(model, name)), CACHE_ARGUMENTS[-1])
+
+
+def logits_of(model: Any, ids: Tensor, **more: Any) -> Tensor:
+    """Logits ``[rows, columns, V]`` after ids ``[rows, columns]``, without any cache."""
+    if accepts(model, "use_cache"):
+        more["use_cache"] = False
+    logits: Tensor = model(input_ids=ids, return_dict=True, **more).logits
+    return logits
 
 
 def passed_cache(arguments: Mapping[str, Any]) -> tuple[str, Any, bool]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tta_ext.decoding.runtime.compat import has_rotary, reset_rotary
+from tta_ext.decoding.runtime.compat import has_rotary, logits_of, reset_rotary
 from tta_ext.decoding.runtime.lockstep import LockstepRunner
 from tta_ext.decoding.runtime.models import device_of, embedding_count, logit_count
 from tta_ext.decoding.runtime.runner import Runner
@@ -31,10 +31,7 @@ def _rows(model: Any) -> list[list[int]]:
 
 def _alone(model: Any, rows: Sequence[Sequence[int]]) -> list[Tensor]:
     device = device_of(model)
-    return [
-        model(input_ids=torch.tensor([row], device=device), use_cache=False).logits[0, -1].double()
-        for row in rows
-    ]
+    return [logits_of(model, torch.tensor([row], device=device))[0, -1].double() for row in rows]
 
 
 def _difference(found: Tensor, expected: Sequence[Tensor]) -> float:
@@ -89,7 +86,7 @@ def position_reach(model: Any) -> int | None:
         reset_rotary(model)
         tokens = torch.tensor([row, list(other)], device=device)
         position = torch.stack((columns, columns + offset))
-        return model(input_ids=tokens, position_ids=position, use_cache=False).logits[:1, -1]
+        return logits_of(model, tokens, position_ids=position)[:1, -1]
 
     near = [short(0)[0].double()]
     # Other tokens at the same positions: what neighbours change by rounding alone, as experts do.

@@ -63,6 +63,11 @@ class PromptCache:
         self.dimensions = head_inputs(model)
         self.prompts = [list(prompt) for prompt in prompts]
         tokens = max(map(len, self.prompts), default=0) + room
+        if fit.apart(tokens) and len({len(prompt) for prompt in self.prompts}) > 1:
+            raise ValueError(
+                f"prompts of different length would disturb each other in {class_name(model)}; "
+                "search one at a time, as generate() does"
+            )
         with torch.inference_mode():
             self.runner, self._rows = (
                 fit.runner(

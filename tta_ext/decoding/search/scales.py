@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tta_ext.decoding.runtime.compat import logits_of
 from tta_ext.decoding.runtime.models import class_name, device_of, embedding_count, loaded
 
 __all__ = [
@@ -131,7 +132,7 @@ def _head_run(model: Any, sigma: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
         head.register_forward_hook(lambda _, arguments, output: seen.append(output)),
     ]
     try:
-        logits = model(input_ids=ids.to(device), use_cache=False).logits
+        logits = logits_of(model, ids.to(device))
     finally:
         for handle in handles:
             handle.remove()
