@@ -33,6 +33,7 @@ STEMS = {
 }
 # With command lines of their own.
 OTHERS = {
+    "architectures": "architectures",
     "claims": "claims",
     "decoding": "bench_decoding",
     "shapes": "bench_shapes",

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tta_ext import ops
 from tta_ext.decoding import BestOfN
+from tta_ext.decoding.runtime.fit import fit_model
 from tta_ext.decoding.runtime.vocabulary import Vocabulary
 from tta_ext.decoding.search.aisp import AISPSearch
 from tta_ext.decoding.search.engine import RolloutJob
@@ -58,7 +59,7 @@ def test_rollouts_are_the_definition(kind: str) -> None:
     prompt, window, new = ragged_prompts()[0], 4, 7
     dimensions = model.get_output_embeddings().weight.shape[1]
     u = torch.randn(1, window, dimensions, generator=torch.Generator().manual_seed(0)) * 0.3
-    cache = PromptCache(model, [prompt], [9], Vocabulary(VOCABULARY))
+    cache = PromptCache(model, [prompt], [9], Vocabulary(VOCABULARY), fit_model(model, "model"), 16)
     rollouts = Rollouts(
         cache,
         [(0, i) for i in range(3)],
@@ -88,7 +89,7 @@ def test_coherent_noise_is_its_definition(coherence: float) -> None:
     model, prompt, window = base_model(), ragged_prompts()[0], 4
     own, common = 0.5 * math.sqrt(1 - coherence), 0.5 * math.sqrt(coherence)
     u = torch.randn(1, 1 + window, 32, generator=torch.Generator().manual_seed(0)) * 0.3
-    cache = PromptCache(model, [prompt], [9], Vocabulary(VOCABULARY))
+    cache = PromptCache(model, [prompt], [9], Vocabulary(VOCABULARY), fit_model(model, "model"), 16)
     rollouts = Rollouts(
         cache,
         [(0, i) for i in range(3)],

@@ -21,7 +21,7 @@ METHODS = (AdaptiveImportanceSampling, BestOfN, ChunkBeamSearch, RewardGuidedSea
 
 
 def test_signatures_name_every_argument() -> None:
-    from tta_ext.decoding.deferral.request import GenerationOptions
+    from tta_ext.decoding.deferral.options import GenerationOptions
 
     assert set(GenerationOptions.__annotations__) <= set(
         inspect.signature(KnapsackDeferral.generate).parameters

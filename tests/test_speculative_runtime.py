@@ -242,7 +242,7 @@ _ATTENTION = {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_
         ("MiniMaxConfig", _ATTENTION | {"num_local_experts": 2}, "'linear_attention'"),
     ],
 )
-def test_models_that_cannot_roll_back_are_refused(
+def test_models_that_cannot_roll_back_draft_nothing(
     name: str, options: dict[str, Any], reason: str
 ) -> None:
     import transformers
@@ -253,12 +253,17 @@ def test_models_that_cannot_roll_back_are_refused(
     model = transformers.AutoModelForCausalLM.from_config(config)
     message = rf"{reason}.* can neither lag behind nor be rolled back"
     with pytest.raises(ValueError, match=message):
-        KnapsackDeferral(model, model, speculative=3)
-    with pytest.raises(ValueError, match=message):
-        model.generate(
-            torch.tensor([[5, 6]]), custom_generate=tta_ext.hf.kad, proxy_model=model,
-            max_new_tokens=4, pad_token_id=2, eos_token_id=None, speculative=3,
-        )  # fmt: skip
+        KnapsackDeferral(model, model, speculative=3, runner="ragged")
+    kad = KnapsackDeferral(model, model, speculative=3)
+    found = answer(None, kad)
+    assert found.stats.speculation.startswith(f"nothing is drafted: base ({type(model).__name__})")
+    assert found.tokens == answer(None, kad, speculative=0).tokens
+    ids = torch.tensor([[5, 6]])
+    given: dict[str, Any] = {"max_new_tokens": 4, "pad_token_id": 2, "eos_token_id": None}
+    tokens = model.generate(
+        ids, custom_generate=tta_ext.hf.kad, proxy_model=model, speculative=3, param=0.0, **given
+    )
+    assert tokens.tolist() == model.generate(ids, do_sample=False, **given).tolist()
 
 
 @pytest.mark.parametrize("value", ["fast", -1, 65, 2.5, True])

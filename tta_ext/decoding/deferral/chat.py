@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from typing_extensions import Unpack
 
-from tta_ext.decoding.deferral.request import GenerationOptions, Request
+from tta_ext.decoding.deferral.options import GenerationOptions
+from tta_ext.decoding.deferral.request import Request
 from tta_ext.decoding.deferral.result import Generation
-from tta_ext.decoding.runtime.runner import Runner
+from tta_ext.decoding.runtime.interface import ModelRunner
 from tta_ext.decoding.runtime.streaming import StreamEvent
 
 __all__ = ["Chat"]
@@ -18,7 +19,7 @@ class Chat:
     """Messages so far, and both models' caches of them.
 
     At each turn the whole conversation is rendered with each model's template; the part that a
-    cache already holds is not run again.
+    cache already holds is not run again. A model in lock-step reads it all anew.
 
     Args:
         request: makes a turn's request, :meth:`KnapsackDeferral.request`.
@@ -46,7 +47,7 @@ class Chat:
         if system is not None:
             self.messages.append({"role": "system", "content": system})
         self.last: Generation | None = None
-        self._runners: list[Runner] | None = None
+        self._runners: Sequence[ModelRunner] | None = None
 
     def send(self, text: str, **options: Unpack[GenerationOptions]) -> str:
         """Say something and return the whole answer."""

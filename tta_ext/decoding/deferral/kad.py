@@ -16,21 +16,17 @@ from typing_extensions import Unpack
 from tta_ext.decoding.deferral.chat import Chat
 from tta_ext.decoding.deferral.draft_length import Memory
 from tta_ext.decoding.deferral.implicit_reward import ImplicitReward
-from tta_ext.decoding.deferral.request import (
-    GenerationOptions,
-    Models,
-    Request,
-    draft_length,
-    draft_source,
-)
+from tta_ext.decoding.deferral.options import GenerationOptions, draft_length, draft_source
+from tta_ext.decoding.deferral.request import Models, Request
 from tta_ext.decoding.deferral.result import Generation
 from tta_ext.decoding.runtime.attention import check_model
+from tta_ext.decoding.runtime.fit import fit_model
 from tta_ext.decoding.runtime.generate_options import check_processors
 from tta_ext.decoding.runtime.loading import LoadingOptions, load_model, load_tokenizer
-from tta_ext.decoding.runtime.models import device_of, logit_count, refuse_path
-from tta_ext.decoding.runtime.probe import probe_model
+from tta_ext.decoding.runtime.models import class_name, device_of, logit_count, refuse_path
 from tta_ext.decoding.runtime.signatures import keywords_of
 from tta_ext.decoding.runtime.streaming import StreamEvent
+from tta_ext.decoding.runtime.views import adapter_pair, as_model, share_weights
 from tta_ext.decoding.runtime.vocabulary import align_vocabularies
 from tta_ext.rules import ARGMAX, IMPLICIT_REWARD, Rule, rule_code
 
@@ -66,6 +62,7 @@ class _Options(LoadingOptions, total=False):
     num_assistant_tokens: int | str | None
     draft: str | None
     probe: bool
+    runner: str | None
 
 
 class KnapsackDeferral:
@@ -98,8 +95,13 @@ class KnapsackDeferral:
         draft: who drafts: ``"proxy"`` (None too; the first expert of several); ``"base"``, for a
             proxy that is slow, which then reads a draft at once; or ``"lookup"``, nobody: drafts
             are what followed the same words before, in prompt or answer.
-        probe: run each model once on two short rows and refuse it if rows of different length
-            cannot share its batch.
+        probe: try each model on two short rows, to learn whether rows of different length can
+            share its batch.
+        runner: ``"ragged"`` or ``"lockstep"`` for all models; None chooses for each by what it is.
+            Lock-step decodes whatever ``generate`` does, with all rows fed at every step: there the
+            proxy is never lazy, and nothing is drafted.
+        adapter: name of an adapter of ``base``, a peft model: the proxy is that model with the
+            adapter on, the base the same weights with all adapters off; ``proxy`` is then None.
 
     Raises:
         TypeError: a model is not a causal language model.
@@ -107,6 +109,10 @@ class KnapsackDeferral:
             differ.
 
     Both models are put into evaluation mode.
+
+    Attributes:
+        fits: how each model is run and why, the base's first:
+            :class:`~tta_ext.decoding.runtime.fit.Fit`.
 
     Example:
         >>> kad = KnapsackDeferral(base, proxy, tokenizer, rule="threshold", param=0.4)
@@ -116,7 +122,7 @@ class KnapsackDeferral:
     def __init__(
         self,
         base: Any,
-        proxy: Any,
+        proxy: Any = None,
         tokenizer: Any = None,
         *,
         proxy_tokenizer: Any = None,
@@ -132,14 +138,26 @@ class KnapsackDeferral:
         num_assistant_tokens: int | str | None = None,
         draft: str | None = None,
         probe: bool = True,
+        runner: str | None = None,
+        adapter: str | None = None,
     ) -> None:
         self.speculative = draft_length(_either(speculative, num_assistant_tokens))
         self.draft = draft_source(draft)
         self._memories: dict[Any, Memory] = {}
         for name, given_model in (("base", base), ("proxy", proxy), ("anti", anti)):
             refuse_path(given_model, name, type(self).__name__)
+        if (proxy is None) == (adapter is None):
+            raise ValueError("expected either proxy or adapter, the name of an adapter of base")
+        if adapter is not None:
+            base, proxy = adapter_pair(base, adapter)
         proxies = list(proxy) if isinstance(proxy, Sequence) else [proxy]
         antis = [] if anti is None else list(anti) if isinstance(anti, Sequence) else [anti]
+        proxies = [as_model(model, "proxy") for model in proxies]
+        antis = [as_model(model, "anti") for model in antis]
+        base = as_model(base, "base")
+        for model in proxies:
+            base = share_weights(base, model)
+            antis = [share_weights(anti, model) for anti in antis]
         if not proxies:
             raise ValueError("proxy is an empty list, expected a model or several")
         named = [(base, "base")]
@@ -166,6 +184,7 @@ class KnapsackDeferral:
             chat_template=chat_template,
             proxy_chat_template=proxy_chat_template,
             vocabulary=vocabulary,
+            fits=[],
         )
         given = (param, critical, temperature, rule_temperature)
         if isinstance(rule, Rule):
@@ -177,9 +196,15 @@ class KnapsackDeferral:
             given = (None, *given[1:])
         self._given: dict[str, Any] = dict(zip(_RULE_KEYS, (rule, *given), strict=True))
         self.rule = self._chosen({})
-        if probe:
-            for model, name in named:
-                probe_model(model, name)
+        self._models.fits.extend(fit_model(model, name, runner, probe) for model, name in named)
+        self.fits = self._models.fits
+
+    def __repr__(self) -> str:
+        models = [
+            f"{name}={class_name(model)} ({fit.kind})"
+            for (model, name), fit in zip(self._models.named, self._models.fits, strict=True)
+        ]
+        return f"{type(self).__name__}({', '.join(models)}, rule={self.rule!r})"
 
     @classmethod
     @keywords_of(
@@ -189,6 +214,7 @@ class KnapsackDeferral:
         "tokenizer",
         "proxy_tokenizer",
         "anti",
+        "adapter",
         also=LoadingOptions.__annotations__,
     )
     def from_pretrained(
@@ -234,10 +260,6 @@ class KnapsackDeferral:
             anti=models.get("anti"),
             **given,
         )
-
-    def __repr__(self) -> str:
-        models = ", ".join(f"{name}={type(model).__name__}" for model, name in self._models.named)
-        return f"{type(self).__name__}({models}, rule={self.rule!r})"
 
     # ---- public calls ------------------------------------------------------------------------
 

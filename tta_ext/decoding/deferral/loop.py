@@ -25,9 +25,9 @@ from tta_ext import ops
 from tta_ext.decoding.deferral.result import DecodeStats
 from tta_ext.decoding.deferral.step import AskProxy, Drawn, deferral_step
 from tta_ext.decoding.deferral.trace import TokenTrace, trace_step
+from tta_ext.decoding.runtime.interface import ModelRunner
 from tta_ext.decoding.runtime.processors import SequenceView
 from tta_ext.decoding.runtime.rows import Limits, Rows
-from tta_ext.decoding.runtime.runner import Runner
 
 __all__ = ["Deferral", "DenseDeferral", "Emission", "LazyDeferral", "Loop", "LoopOptions", "Seen"]
 
@@ -126,9 +126,12 @@ class Loop(ABC):
     # Whether logits processors change the followers' logits too.
     processed = True
 
-    def __init__(self, base: Runner, followers: Sequence[Runner], options: LoopOptions) -> None:
+    def __init__(
+        self, base: ModelRunner, followers: Sequence[ModelRunner], options: LoopOptions
+    ) -> None:
         count = base.count
-        self.base, self.followers, self.options = base, list(followers), options
+        self.base, self.options = base, options
+        self.followers: Sequence[ModelRunner] = list(followers)
         self.rows = Rows(list(base.lengths), options.limits, options.title, options.errors)
         self.deferred: list[list[bool]] = [[] for _ in range(count)]
         self.trace: list[list[TokenTrace]] = [[] for _ in range(count)]
@@ -142,7 +145,7 @@ class Loop(ABC):
         self._fed = False
 
     @property
-    def runners(self) -> list[Runner]:
+    def runners(self) -> Sequence[ModelRunner]:
         """The base's and the followers'."""
         return [self.base, *self.followers]
 
@@ -203,6 +206,7 @@ class Loop(ABC):
     def finish_stats(self) -> DecodeStats:
         """The run's counters, with the models' costs filled in."""
         stats = self.stats
+        stats.runners = {runner.name: runner.kind for runner in self.runners}
         stats.tokens = sum(map(len, self.rows.tokens))
         stats.deferred_tokens = sum(map(sum, self.deferred))
         costs = [
@@ -219,7 +223,7 @@ class Loop(ABC):
 
     # ---- logits ------------------------------------------------------------------------------
 
-    def logits(self, runner: Runner) -> Tensor:
+    def logits(self, runner: ModelRunner) -> Tensor:
         """Logits of all rows after their last token, processed."""
         if self._fed:
             return self.process(runner, runner.step())
@@ -227,11 +231,11 @@ class Loop(ABC):
         runner.prefill()
         return self.process(runner, runner.catch_up())
 
-    def processes(self, runner: Runner) -> bool:
+    def processes(self, runner: ModelRunner) -> bool:
         """Whether logits processors change what this model says."""
         return bool(self.options.processors) and (self.processed or runner is self.base)
 
-    def process(self, runner: Runner, logits: Tensor, rows: list[int] | None = None) -> Tensor:
+    def process(self, runner: ModelRunner, logits: Tensor, rows: list[int] | None = None) -> Tensor:
         """A model's logits of some rows as draws see them: processed, on the base's device."""
         context = self.options.context
         if logits.device != self.base.device:
@@ -326,7 +330,9 @@ class Loop(ABC):
 class Deferral(Loop):
     """A base and one proxy, under a :class:`~tta_ext.rules.Rule`."""
 
-    def __init__(self, base: Runner, followers: Sequence[Runner], options: LoopOptions) -> None:
+    def __init__(
+        self, base: ModelRunner, followers: Sequence[ModelRunner], options: LoopOptions
+    ) -> None:
         super().__init__(base, followers, options)
         (self.proxy,) = self.followers
 
@@ -354,13 +360,16 @@ class LazyDeferral(Deferral):
     """Rules that look at the base alone: the proxy is asked only about rejected tokens.
 
     The proxy's prompt is not run before the first rejection; a row that needs the proxy feeds it
-    all tokens that it has missed, in one call for all such rows.
+    all tokens that it has missed, in one call for all such rows. A proxy in lock-step is fed every
+    row at every step: nothing is saved, and the tokens are the same.
     """
 
     _warm = False
 
     def draw(self) -> tuple[Tensor, list[bool], Seen]:
         options, logits, stats = self.options, self.logits(self.base), self.stats
+        if not self.proxy.lags:
+            self.proxy.catch_up()  # its rows are fed at every step, whatever the rule asks
         everyone = self._proxy_logits(None, None) if options.trace == "full" else None
         asked: list[tuple[str, Tensor, Sequence[int] | None]] = []
         saved = len(logits)
@@ -375,10 +384,11 @@ class LazyDeferral(Deferral):
             return found
 
         token, flags = self.drawn(logits, [ask])
-        stats.proxy_rows_saved += saved
+        if self.proxy.lags:
+            stats.proxy_rows_saved += saved
+            stats.proxy_calls_saved += everyone is None and not asked
         if everyone is not None:
             asked = [("proxy", everyone, None)]
-        stats.proxy_calls_saved += not asked
         return token, flags, Seen(logits, asked)
 
     def _proxy_logits(self, rows: list[int] | None, index: Tensor | None) -> Tensor:

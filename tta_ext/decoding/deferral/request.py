@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, TypedDict
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,14 +15,16 @@ from tta_ext import rng
 from tta_ext.decoding.deferral.draft_length import AutoLength, DraftLength, FixedLength, Memory
 from tta_ext.decoding.deferral.implicit_reward import ImplicitReward, ImplicitRewardLoop
 from tta_ext.decoding.deferral.loop import DenseDeferral, LazyDeferral, Loop, LoopOptions
+from tta_ext.decoding.deferral.options import draft_length, draft_source
 from tta_ext.decoding.deferral.result import Generation
 from tta_ext.decoding.deferral.speculative import (
-    DRAFTS,
     SpeculativeDense,
     SpeculativeImplicit,
     SpeculativeLazy,
 )
-from tta_ext.decoding.runtime.models import device_of
+from tta_ext.decoding.runtime.fit import Fit
+from tta_ext.decoding.runtime.interface import ModelRunner
+from tta_ext.decoding.runtime.models import class_name, device_of
 from tta_ext.decoding.runtime.processors import (
     SequenceView,
     as_criteria,
@@ -44,68 +47,9 @@ from tta_ext.decoding.runtime.streaming import StreamEvent, TextDeltas
 from tta_ext.decoding.runtime.vocabulary import Vocabulary
 from tta_ext.rules import Rule
 
-__all__ = ["GenerationOptions", "Models", "Request", "draft_length", "draft_source"]
+log = logging.getLogger("tta_ext")
 
-
-class GenerationOptions(TypedDict, total=False):
-    """The keywords of :meth:`KnapsackDeferral.generate` that say what is generated."""
-
-    proxy_prompts: Any
-    input_ids: Tensor | None
-    attention_mask: Tensor | None
-    proxy_input_ids: Tensor | None
-    proxy_attention_mask: Tensor | None
-    max_new_tokens: int
-    do_sample: bool
-    top_k: int | None
-    top_p: float | None
-    min_p: float | None
-    seed: int | torch.Generator | None
-    sequence: Sequence[int] | Tensor | None
-    num_return_sequences: int
-    rule: str | Rule | None
-    param: float | Tensor | Sequence[float] | None
-    critical: str | None
-    temperature: float | None
-    rule_temperature: float | None
-    eos_token_id: int | Sequence[int] | None
-    stop_strings: str | Sequence[str] | None
-    logits_processor: Any
-    stopping_criteria: Any
-    padded_context: bool
-    pad_token_id: int | None
-    lazy: bool
-    trace: bool | str
-    speculative: int | str | None
-    num_assistant_tokens: int | str | None
-    draft: str | None
-    errors: str
-
-
-def draft_length(value: int | str | None) -> int | str | None:
-    """The argument ``speculative`` itself if it makes sense.
-
-    Raises:
-        ValueError: it is not None, ``"auto"`` or a length from 1 to 64.
-    """
-    if value is None or value == "auto":
-        return value
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 64:
-        raise ValueError(
-            f"speculative is {value!r}, expected None, 'auto' or a draft length from 1 to 64"
-        )
-    return value
-
-
-def draft_source(value: str | None) -> str | None:
-    """The argument ``draft`` itself if it makes sense.
-
-    Raises:
-        ValueError: it is not None, ``"proxy"``, ``"base"`` or ``"lookup"``.
-    """
-    if value is not None and value not in DRAFTS:
-        raise ValueError(f"draft is {value!r}, expected None or one of {', '.join(DRAFTS)}")
-    return value
+__all__ = ["Models", "Request"]
 
 
 @dataclass(frozen=True)
@@ -120,6 +64,8 @@ class Models:
     chat_template: str | None
     proxy_chat_template: str | None
     vocabulary: Vocabulary
+    fits: list[Fit]  # of each model, the base first
+    notes: set[str] = field(default_factory=set)  # what has been said once
 
     @property
     def named(self) -> list[tuple[Any, str]]:
@@ -322,16 +268,12 @@ class Request:
         *,
         events: bool = False,
         progress: Callable[[int], None] | None = None,
-        runners: Sequence[Runner] | None = None,
+        runners: Sequence[ModelRunner] | None = None,
     ) -> Loop:
         """A loop over a batch, on given runners (whose caches are kept) or new ones."""
         device, room = device_of(self.models.base), self.limits.max_new_tokens
         with torch.inference_mode():
-            if runners is None:
-                runners = self._runners(batch)
-            else:
-                for i, runner in enumerate(runners):
-                    runner.reload(batch.proxy if i else batch.base, room)
+            runners = self._runners(batch, runners)
         context = None
         if self.processors or self.criteria:
             # Of every batch, so that a row is found at its place in the call.
@@ -356,34 +298,56 @@ class Request:
         )
         base, *followers = runners
         mixed = isinstance(self.rule, ImplicitReward)
-        if self.policy is not None:
+        ragged = [runner for runner in runners if isinstance(runner, Runner)]
+        if self.policy is not None and len(ragged) == len(runners):
             fast = (
                 SpeculativeImplicit if mixed else SpeculativeLazy if self.lazy else SpeculativeDense
             )
-            return fast(base, followers, options, policy=self.policy, draft=self.draft)
+            return fast(ragged[0], ragged[1:], options, policy=self.policy, draft=self.draft)
         plain = ImplicitRewardLoop if mixed else LazyDeferral if self.lazy else DenseDeferral
-        return plain(base, followers, options)
+        loop = plain(base, followers, options)
+        if self.policy is not None:
+            loop.stats.speculation = self._without_drafts(runners)
+        return loop
+
+    def _without_drafts(self, runners: Sequence[ModelRunner]) -> str:
+        """Why nothing is drafted, said once."""
+        slow = [
+            f"{name} ({class_name(model)})"
+            for (model, name), runner in zip(self.models.named, runners, strict=True)
+            if not runner.lags
+        ]
+        note = f"nothing is drafted: {' and '.join(slow)} in lock-step cannot be rolled back by row"
+        if not self.models.notes & {note}:
+            self.models.notes.add(note)
+            log.warning(note)
+        return note
 
     def _title(self, answer: int) -> str:
         prompt, number = divmod(answer, self.repeats)
         return f"prompt {prompt}" + (f", answer {number}" if self.repeats > 1 else "")
 
-    def _runners(self, batch: Batch) -> list[Runner]:
-        """New runners with empty caches, the base's first."""
-        vocabulary = self.models.vocabulary
-        return [
-            Runner(
-                model,
-                batch.proxy if i else batch.base,
-                room=self.limits.max_new_tokens,
-                vocabulary=vocabulary.size,
-                masked=torch.tensor(vocabulary.masked, device=device_of(model))
-                if vocabulary.masked
-                else None,
-                name=name,
-            )
-            for i, (model, name) in enumerate(self.models.named)
-        ]
+    def _runners(self, batch: Batch, old: Sequence[ModelRunner] | None) -> list[ModelRunner]:
+        """A runner a model, the base's first: new ones, or old ones with what they have cached."""
+        models, room, runners = self.models, self.limits.max_new_tokens, []
+        for i, ((model, name), fit) in enumerate(zip(models.named, models.fits, strict=True)):
+            prompts = batch.proxy if i else batch.base
+            tokens = max(map(len, prompts), default=0) + room
+            if old is not None and old[i].kind == fit.kind_for(tokens):
+                old[i].reload(prompts, room)
+                runners.append(old[i])
+            else:
+                runners.append(
+                    fit.runner(
+                        model,
+                        prompts,
+                        room=room,
+                        vocabulary=models.vocabulary.size,
+                        masked=models.vocabulary.masked,
+                        name=name,
+                    )
+                )
+        return runners
 
     def stream(self, loop: Loop, first: int = 0) -> Iterator[StreamEvent]:
         """Run a loop, yielding what each step emits; answers are numbered from ``first``."""

@@ -39,6 +39,7 @@ class DecodeStats:
         accepted_tokens: how many of those stood.
         accepted_lengths: how often a draft had 0, 1, 2, ... tokens accepted.
         speculation: what speculative decoding has to say, such as why drafts pause.
+        runners: how each model ran, by its name: ``"ragged"`` or ``"lockstep"``.
     """
 
     tokens: int = 0
@@ -60,6 +61,7 @@ class DecodeStats:
     accepted_tokens: int = 0
     accepted_lengths: list[int] = field(default_factory=list)
     speculation: str = ""
+    runners: dict[str, str] = field(default_factory=dict)
 
     @property
     def other_seconds(self) -> float:
@@ -97,6 +99,8 @@ class DecodeStats:
             mine, theirs = getattr(self, one.name), getattr(other, one.name)
             if isinstance(mine, list):
                 value: Any = [x + y for x, y in zip_longest(mine, theirs, fillvalue=0)]
+            elif isinstance(mine, dict):
+                value = mine | theirs
             elif isinstance(mine, str):
                 value = mine or theirs
             else:

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from time import perf_counter
-from typing import Final
 
 import torch
 from torch import Tensor
@@ -46,10 +45,7 @@ from tta_ext.decoding.deferral.step import AskProxy, Drawn
 from tta_ext.decoding.runtime.profiling import span
 from tta_ext.decoding.runtime.runner import Runner
 
-__all__ = ["DRAFTS", "Speculative", "SpeculativeDense", "SpeculativeImplicit", "SpeculativeLazy"]
-
-# Who guesses.
-DRAFTS: Final = ("proxy", "base", "lookup")
+__all__ = ["Speculative", "SpeculativeDense", "SpeculativeImplicit", "SpeculativeLazy"]
 
 
 class Speculative(Loop):
@@ -58,8 +54,12 @@ class Speculative(Loop):
     Args:
         base, followers, options: as in :class:`Loop`.
         policy: says how long drafts are; where it says None a plain step is taken.
-        draft: who guesses, of :data:`DRAFTS`.
+        draft: who guesses, of :data:`~tta_ext.decoding.deferral.options.DRAFTS`.
     """
+
+    # Rows gain different numbers of tokens, and lose drafts again.
+    base: Runner
+    followers: Sequence[Runner]
 
     def __init__(
         self,
@@ -83,6 +83,10 @@ class Speculative(Loop):
         self._failed: list[bool] = []  # the rows whose drafting model had no law to draw from
         self._doubt = False  # a round ended before a position whose law a plain step has to tell
         self._draft_seconds = 0.0  # of the latest step
+
+    @property
+    def runners(self) -> Sequence[Runner]:
+        return [self.base, *self.followers]
 
     @property
     def asks(self) -> bool:

@@ -2,20 +2,24 @@
 
 A forward over rows of different length needs an explicit mask ``[rows, 1, columns, width]`` and
 explicit positions. This module finds out from a model's configuration which masks it wants (as
-transformers' ``create_masks_for_generate`` does) and builds them; a model that cannot work this way
-is refused with the reason.
+transformers' ``create_masks_for_generate`` does) and builds them; for a model that cannot work this
+way it has the reason, and :mod:`lockstep` runs it.
 """
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tta_ext.decoding.runtime import compat
+from tta_ext.decoding.runtime.models import class_name
 
-__all__ = ["MaskBuilder", "check_model"]
+__all__ = ["MaskBuilder", "check_model", "ragged_refusal"]
+
+log = logging.getLogger("tta_ext")
 
 _LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
 _IMPLEMENTATIONS = ("sdpa", "eager")
@@ -24,7 +28,7 @@ _OWN_MASKS = ("gpt_neo",)
 
 
 def check_model(model: Any, role: str) -> None:
-    """Refuse a model whose cache cannot hold rows of different length.
+    """Refuse what no runner can decode.
 
     Args:
         model: a transformers causal language model.
@@ -39,44 +43,63 @@ def check_model(model: Any, role: str) -> None:
         raise TypeError(
             f"{role} is a {type(model).__name__}, expected a transformers causal language model"
         )
-    reason = _refusal(model, config)
-    if reason is not None:
-        raise ValueError(f"{role} ({type(model).__name__}) {reason}")
-
-
-def _refusal(model: Any, config: Any) -> str | None:
+    reason = None
     if getattr(config, "is_encoder_decoder", False):
-        return "is an encoder-decoder; only decoder-only models are supported"
-    if model.get_output_embeddings() is None:
-        return "has no language-model head; load it with AutoModelForCausalLM"
-    if compat.is_recurrent(model):
+        reason = "is an encoder-decoder; only decoder-only models are supported"
+    elif model.get_output_embeddings() is None:
+        reason = "has no language-model head; load it with AutoModelForCausalLM"
+    if reason is not None:
+        raise ValueError(f"{role} ({class_name(model)}) {reason}")
+
+
+def ragged_refusal(model: Any) -> str | None:
+    """Why rows of different length cannot share this model's cache; None if nothing is known."""
+    text = model.config.get_text_config()
+    kinds = getattr(text, "layer_types", None) or ()
+    attends = bool(kinds) and all(kind in _LAYER_TYPES for kind in kinds)
+    # A class of hybrids may have models with attention in every layer.
+    if compat.is_recurrent(model) and not attends:
         return (
             "keeps a recurrent state instead of keys and values, "
             "which can neither lag behind nor be rolled back"
         )
-    if config.model_type in _OWN_MASKS:
+    if model.config.model_type in _OWN_MASKS:
         return (
             "cuts its local attention by the longest row of the batch, "
             "so rows of different length cannot share one"
         )
-    text = config.get_text_config()
-    if getattr(text, "use_bidirectional_attention", None) or not getattr(text, "is_causal", True):
-        return "attends in both directions, so it cannot decode token by token"
-    for kind in getattr(text, "layer_types", None) or ():
+    both_ways = getattr(text, "use_bidirectional_attention", None)
+    # "vision": only image tokens see what comes after them.
+    if both_ways not in (None, False, "vision") or not getattr(text, "is_causal", True):
+        return "attends in both directions"
+    for kind in kinds:
         if kind not in _LAYER_TYPES:
             return (
                 f"has layers of type {kind!r}, whose state can neither lag behind "
                 f"nor be rolled back here; supported are {', '.join(_LAYER_TYPES)}"
             )
-    implementation = compat.attention_implementation(text)
-    if implementation not in _IMPLEMENTATIONS:
+    for needed in (compat.cache_argument(model), "position_ids", "attention_mask"):
+        if not compat.accepts(model, needed):
+            return f"takes no {needed}, so rows of different length cannot share a batch"
+    return use_masked_attention(model)
+
+
+def use_masked_attention(model: Any) -> str | None:
+    """Switch a model to an attention that takes a mask per row; the reason if it cannot be."""
+    implementation = compat.attention_implementation(model.config.get_text_config())
+    if implementation in _IMPLEMENTATIONS:
+        return None
+    try:
+        model.set_attn_implementation("sdpa")
+    except (AttributeError, ImportError, ValueError):
         return (
             f"uses attn_implementation={implementation!r}, which takes no mask "
             'per row; load it with attn_implementation="sdpa"'
         )
-    for needed in (compat.cache_argument(model), "position_ids", "attention_mask"):
-        if not compat.accepts(model, needed):
-            return f"takes no {needed}, so rows of different length cannot share a batch"
+    log.warning(
+        f"{class_name(model)} uses attn_implementation={implementation!r}, which takes no mask per "
+        'row; it has been switched to "sdpa"'
+    )
     return None
 
 

@@ -58,6 +58,8 @@ class RaggedLayer(AttentionLayerCache):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate the buffers for states ``[rows, heads, columns, head_dim]``."""
         self.shapes = [(x.shape[1], x.shape[3]) for x in (key_states, value_states)]
+        # Under autocast the two may have different dtypes.
+        self.dtypes = (key_states.dtype, value_states.dtype)
         self.dtype, self.device = key_states.dtype, key_states.device
         self._allocate()
         self.is_initialized = True
@@ -66,8 +68,8 @@ class RaggedLayer(AttentionLayerCache):
         rows, capacity = self.cache.rows, self.cache.capacity
         # Zeros, not garbage: a masked position still enters attention as 0 * value.
         self.keys, self.values = (
-            torch.zeros(rows * capacity + 1, heads * size, dtype=self.dtype, device=self.device)
-            for heads, size in self.shapes
+            torch.zeros(rows * capacity + 1, heads * size, dtype=dtype, device=self.device)
+            for (heads, size), dtype in zip(self.shapes, self.dtypes, strict=True)
         )
         # [rows, capacity, heads, head_dim] of both.
         self.views = [
@@ -87,15 +89,17 @@ class RaggedLayer(AttentionLayerCache):
             self.lazy_initialization(key_states, value_states)
         plan = self.cache.plan
         entries = plan.slots.shape[0]
-        self.keys.index_copy_(0, plan.slots, key_states.transpose(1, 2).reshape(entries, -1))
-        self.values.index_copy_(0, plan.slots, value_states.transpose(1, 2).reshape(entries, -1))
+        for buffer, new in ((self.keys, key_states), (self.values, value_states)):
+            new = new.transpose(1, 2).reshape(entries, -1).to(buffer.dtype)
+            buffer.index_copy_(0, plan.slots, new)
         if plan.fresh:
             return key_states, value_states
         if plan.rows is None:
             keys, values = (view[: plan.count, : plan.width] for view in self.views)
         else:
             keys, values = (view[:, : plan.width].index_select(0, plan.rows) for view in self.views)
-        return keys.transpose(1, 2), values.transpose(1, 2)
+        keys, values = keys.transpose(1, 2), values.transpose(1, 2)
+        return (keys.contiguous(), values.contiguous()) if self.cache.contiguous else (keys, values)
 
     def copy_rows(self, source: Tensor, target: Tensor, width: int) -> None:
         """Copy the first ``width`` positions of rows ``source`` to rows ``target``."""
@@ -123,13 +127,16 @@ class RaggedCache(Cache):
     Args:
         rows: rows of the batch.
         capacity: positions to allocate per row; :meth:`reserve` grows it.
+        contiguous: hand keys and values back as a copy without gaps, as transformers' caches do;
+            few models need it.
     """
 
-    def __init__(self, rows: int, capacity: int) -> None:
+    def __init__(self, rows: int, capacity: int, contiguous: bool = False) -> None:
         self.ragged: list[RaggedLayer] = []
         super().__init__(layers=self.ragged)  # type: ignore[arg-type]
         self.rows = rows
         self.capacity = capacity
+        self.contiguous = contiguous
         self.plan = Plan(torch.empty(0, dtype=torch.int64), 0, 0, fresh=True)
 
     def update(

@@ -6,24 +6,30 @@ in which these moved are in ``tests/test_compat.py``, which fails when one of th
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
-from transformers import GenerationMixin, LogitsProcessor, PrefixConstrainedLogitsProcessor
+from transformers import Cache, GenerationMixin, LogitsProcessor, PrefixConstrainedLogitsProcessor
 from transformers.cache_utils import CacheLayerMixin
 
 __all__ = [
     "AttentionLayerCache",
+    "DecodingState",
     "accepts",
     "attention_implementation",
     "cache_argument",
+    "has_rotary",
     "is_recurrent",
     "kept_by_generate",
+    "logits_of",
     "of_one_row",
     "passed_cache",
     "query_count",
+    "reset_rotary",
 ]
 
 # Of forwards and of ``generate``. The old name comes first: it never meant anything else, and a
@@ -39,6 +45,14 @@ def accepts(model: Any, argument: str) -> bool:
 def cache_argument(model: Any) -> str:
     """The name under which a model's forward takes its cache; the newest if it takes none."""
     return next((name for name in CACHE_ARGUMENTS if accepts(model, name)), CACHE_ARGUMENTS[-1])
+
+
+def logits_of(model: Any, ids: Tensor, **more: Any) -> Tensor:
+    """Logits ``[rows, columns, V]`` after ids ``[rows, columns]``, without any cache."""
+    if accepts(model, "use_cache"):
+        more["use_cache"] = False
+    logits: Tensor = model(input_ids=ids, return_dict=True, **more).logits
+    return logits
 
 
 def passed_cache(arguments: Mapping[str, Any]) -> tuple[str, Any, bool]:
@@ -111,3 +125,120 @@ class AttentionLayerCache(CacheLayerMixin):
         return -1
 
     get_max_cache_shape = get_max_length
+
+
+class DecodingState:
+    """What ``generate`` keeps of a batch between two forwards: cache, mask, positions.
+
+    ``generate`` itself prepares it, with all that a model's class has to say about that, and hands
+    it to a decoding method of ours, which takes nothing else.
+
+    Args:
+        model: a model that ``generate`` runs.
+        ids, mask: int64 ``[rows, columns]``, padded on the left.
+        room: tokens that will follow.
+        pad: id of the padding.
+    """
+
+    def __init__(self, model: Any, ids: Tensor, mask: Tensor, room: int, pad: int) -> None:
+        self.model = model
+        self.arguments: dict[str, Any] = {}
+        self.first = True
+
+        def method(
+            model: Any,
+            input_ids: Tensor,
+            logits_processor: Any = None,
+            stopping_criteria: Any = None,
+            generation_config: Any = None,
+            synced_gpus: Any = None,
+            assistant_model: Any = None,
+            streamer: Any = None,
+            tokenizer: Any = None,
+            **arguments: Any,
+        ) -> Tensor:
+            self.arguments = arguments
+            return input_ids
+
+        model.generate(
+            ids,
+            attention_mask=mask,
+            custom_generate=method,
+            max_new_tokens=max(room, 1),
+            num_beams=1,
+            num_return_sequences=1,
+            use_cache=True,
+            pad_token_id=pad,
+        )
+        if not _SLICES and hasattr(model, "_get_initial_cache_position"):
+            width, given = ids.shape[1], self.arguments
+            self.arguments = model._get_initial_cache_position(width, ids.device, given)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DecodingState:
+        state = copy.copy(self)
+        state.arguments = copy.deepcopy(self.arguments, memo)
+        return state
+
+    def feed(self, ids: Tensor) -> Tensor:
+        """Logits ``[rows, V]`` of the last column.
+
+        Args:
+            ids: all columns so far, of which all but the last have been fed, or none.
+        """
+        model, given = self.model, self.arguments
+        if self.first:
+            inputs = model.prepare_inputs_for_generation(ids, is_first_iteration=True, **given)
+        else:
+            if _SLICES:
+                # A model without a cache is fed all columns again.
+                given = given | {"next_sequence_length": 1 if given.get("use_cache") else None}
+            inputs = model.prepare_inputs_for_generation(ids, **given)
+        self.first = False
+        outputs = model(**inputs, return_dict=True)
+        self.arguments = model._update_model_kwargs_for_generation(outputs, self.arguments)
+        return outputs.logits[:, -1]
+
+    def select(self, index: Tensor, rows: int) -> DecodingState | None:
+        """Its rows ``index``, which replace it; None where rows cannot be told apart."""
+        arguments = dict(self.arguments)
+        for name, value in self.arguments.items():
+            if isinstance(value, Cache):
+                value.reorder_cache(index)  # type: ignore[arg-type]
+            elif isinstance(value, Tensor):
+                # Positions may come as [kinds, rows, columns].
+                axis = value.dim() - 2 if name == "position_ids" else 0
+                if value.shape[axis] == rows:
+                    arguments[name] = value.index_select(axis, index)
+            elif value is not None and not isinstance(value, (bool, int, float, str)):
+                return None
+        self.arguments = arguments
+        return self
+
+
+_SLICES = (
+    "next_sequence_length"
+    in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+)
+
+
+def has_rotary(model: Any) -> bool:
+    """Whether positions become angles, which there are for any position."""
+    return any(
+        name.endswith("inv_freq")
+        for module in model.modules()
+        for name, _ in module.named_buffers(recurse=False)
+    )
+
+
+@torch.inference_mode(False)  # what is set here must be good outside of it
+def reset_rotary(model: Any) -> None:
+    """Forget the lengths that rotary embeddings of type ``dynamic`` have grown to."""
+    for module in model.modules():
+        if "dynamic" not in str(getattr(module, "rope_type", "")):
+            continue
+        for name in [key for key in vars(module) if key.endswith("max_seq_len_cached")]:
+            setattr(module, name, module.original_max_seq_len)
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            before = getattr(module, name.replace("inv_freq", "original_inv_freq"), None)
+            if name.endswith("inv_freq") and "original" not in name and before is not None:
+                setattr(module, name, before.to(buffer.device, copy=True))

@@ -8,7 +8,7 @@ that will be read before they are, and puts whatever is wrong with them into one
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from textwrap import shorten
@@ -16,6 +16,8 @@ from typing import Any, TypedDict
 
 import torch
 from typing_extensions import Unpack
+
+from tta_ext.decoding.runtime.model_classes import GeneratingModel, adapter_base
 
 __all__ = ["LoadingOptions", "load_classifier", "load_model", "load_tokenizer", "reading"]
 
@@ -58,9 +60,7 @@ def load_model(
         ValueError: there are no weights in safetensors or GGUF, some are missing, something is
             wrong with the files, they need code of their own, or there is no such device.
     """
-    from transformers import AutoModelForCausalLM
-
-    return _load(AutoModelForCausalLM, "a model", path, dtype, device, options)
+    return _load(GeneratingModel, "a model", path, dtype, device, options)
 
 
 def load_classifier(
@@ -90,6 +90,9 @@ def load_tokenizer(path: str, **options: Unpack[LoadingOptions]) -> Any:
     folder, extra = _source(path)
     if Path(path).is_dir() and _there(Path(path), "tokenizer.json"):
         extra = {}
+    base = adapter_base(path)
+    if base is not None and not any(Path(path).glob("tokenizer*")):
+        folder, extra = _source(base)
     with reading("a tokenizer", path):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **extra, **hub)
 
@@ -167,7 +170,7 @@ def _source(path: str) -> tuple[str, dict[str, Any]]:
                 return _gguf(found[0])
             if found:
                 raise ValueError(f"{path} holds {len(found)} .gguf files; name one of them")
-        if not (file / "config.json").is_file():
+        if not (file / "config.json").is_file() and adapter_base(path) is None:
             raise ValueError(f"{path} holds no config.json and not exactly one .gguf file")
     elif file.is_absolute() or path.startswith((".", "~")) or path.count("/") > 1:
         raise ValueError(f"there is no folder {path}")  # no hub name looks like that
@@ -185,8 +188,13 @@ def _check_files(path: str, given: Mapping[str, Any]) -> None:
     """Refuse a folder or hub name whose weights would be read from anything but safetensors.
 
     A folder may hold other formats too; what counts is what transformers will open, which an index
-    or the configuration names.
+    or the configuration names. Of an adapter's folder its base's are looked at too.
     """
+    base = adapter_base(path)
+    if base is not None:
+        _check_files(base, given)
+        _check_format(path, [_there(Path(path), "adapter_model.safetensors")])
+        return
     config = _json(path, "config.json", given)
     attention = str(config.get("attn_implementation", ""))
     if "/" in attention and "attn_implementation" not in given:
@@ -207,7 +215,13 @@ def _check_files(path: str, given: Mapping[str, Any]) -> None:
     folder = Path(path)
     if (folder / "adapter_config.json").is_file():
         files.append(_there(folder, "adapter_model.safetensors"))
-    for name in files:
+    _check_format(path, files)
+
+
+def _check_format(path: str, names: Iterable[Any]) -> None:
+    """Refuse files, of a folder or hub name, that are no whole safetensors."""
+    folder = Path(path)
+    for name in names:
         if not (isinstance(name, str) and name.endswith(".safetensors")):
             holds = "no .safetensors" if name is None else f"weights in {name}"
             raise ValueError(

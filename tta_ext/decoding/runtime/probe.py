@@ -1,47 +1,106 @@
-"""Does a model compute the same when rows of different length share a batch? One short trial."""
+"""Does a model compute the same when rows of different length share a batch? Short trials.
+
+Each trial runs two short rows, once together and once alone without a cache, and compares logits.
+"""
 
 from __future__ import annotations
 
-import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from tta_ext.decoding.runtime.models import embedding_count, logit_count
+from tta_ext.decoding.runtime.compat import has_rotary, logits_of, reset_rotary
+from tta_ext.decoding.runtime.lockstep import LockstepRunner
+from tta_ext.decoding.runtime.models import device_of, embedding_count, logit_count
 from tta_ext.decoding.runtime.runner import Runner
 
-__all__ = ["probe_model"]
+__all__ = ["lockstep_difference", "position_reach", "ragged_difference", "tolerance"]
 
-_probed: weakref.WeakKeyDictionary[Any, float] = weakref.WeakKeyDictionary()
+
+def tolerance(model: Any) -> float:
+    """Differences of logits that rounding explains, as a share of the largest."""
+    return 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.1
+
+
+def _rows(model: Any) -> list[list[int]]:
+    ids = [1 + i % (embedding_count(model) - 1) for i in range(6)]
+    return [ids, ids[3:5]]
+
+
+def _alone(model: Any, rows: Sequence[Sequence[int]]) -> list[Tensor]:
+    device = device_of(model)
+    return [logits_of(model, torch.tensor([row], device=device))[0, -1].double() for row in rows]
+
+
+def _difference(found: Tensor, expected: Sequence[Tensor]) -> float:
+    """The largest difference of logits, as a share of the largest logit of its row."""
+    worst = 0.0
+    for row, alone in zip(found.double(), expected, strict=True):
+        scale = float(alone.abs().max().clamp_min(1e-6))
+        worst = max(worst, float((row - alone).abs().max()) / scale)
+    return worst
 
 
 @torch.inference_mode()
-def probe_model(model: Any, role: str) -> None:
-    """Refuse a model that computes something else when rows of different length share a batch.
+def ragged_difference(model: Any, role: str, contiguous: bool = False) -> float:
+    """How much two rows in the ragged cache differ from the same rows alone."""
+    rows = _rows(model)
+    runner = Runner(
+        model, rows, room=1, vocabulary=logit_count(model), name=role, contiguous=contiguous
+    )
+    runner.prefill()
+    return _difference(runner.step(), _alone(model, rows))
 
-    Some models build masks or position biases of their own and ignore the ones they are given. Two
-    short rows, once together from the ragged cache and once alone without a cache, find that out;
-    the answer is remembered.
 
-    Raises:
-        ValueError: the logits differ by more than rounding explains.
+@torch.inference_mode()
+def lockstep_difference(model: Any, role: str) -> float:
+    """The same of two rows in lock-step, at their second token."""
+    rows = _rows(model)
+    runner = LockstepRunner(
+        model, [row[:-1] for row in rows], room=2, vocabulary=logit_count(model), name=role
+    )
+    runner.step()
+    runner.append([row[-1] for row in rows])
+    return _difference(runner.step(), _alone(model, rows))
+
+
+@torch.inference_mode()
+def position_reach(model: Any) -> int | None:
+    """Up to how many tokens a row does not disturb a short one by its length alone.
+
+    Rotary factors may follow the largest position of the batch. A short row is run beside the same
+    tokens at far positions; if its logits change, the nearest such position is searched for.
+
+    Returns:
+        None if no length disturbs.
     """
-    if model not in _probed:
-        ids = [1 + i % (embedding_count(model) - 1) for i in range(6)]
-        rows = [ids, ids[3:5]]
-        runner = Runner(model, rows, room=1, vocabulary=logit_count(model), name=role)
-        runner.prefill()
-        together = runner.step().double()
-        worst = 0.0
-        for row, tokens in enumerate(rows):
-            alone = model(input_ids=torch.tensor([tokens], device=runner.device), use_cache=False)
-            alone = alone.logits[0, -1].double()
-            scale = float(alone.abs().max().clamp_min(1e-6))
-            worst = max(worst, float((together[row] - alone).abs().max()) / scale)
-        _probed[model] = worst
-    limit = 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.1
-    if not _probed[model] <= limit:
-        raise ValueError(
-            f"{role} ({type(model).__name__}) gives other logits when rows of different length "
-            f"share a batch (by {_probed[model]:.1%} of the largest), so it cannot be used here"
-        )
+    row = _rows(model)[0]
+    device, last = device_of(model), len(row) - 1
+    columns = torch.arange(len(row), device=device)
+    limit = model.config.get_text_config().max_position_embeddings
+
+    def short(offset: int, other: Sequence[int] = row) -> Tensor:
+        """The first row's last logits, beside another row that begins at a position."""
+        reset_rotary(model)
+        tokens = torch.tensor([row, list(other)], device=device)
+        position = torch.stack((columns, columns + offset))
+        return logits_of(model, tokens, position_ids=position)[:1, -1]
+
+    near = [short(0)[0].double()]
+    # Other tokens at the same positions: what neighbours change by rounding alone, as experts do.
+    noise = _difference(short(0, row[::-1]), near)
+
+    def disturbs(end: int) -> bool:
+        return _difference(short(end - last), near) > 4.0 * noise + 1e-6
+
+    # Only rotary embeddings go beyond the limit, and only beyond it do some of them change.
+    low, high = last, 2 * limit if has_rotary(model) else limit - 1
+    if high <= low or not disturbs(high):
+        return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if disturbs(middle) else (middle, high)
+    reset_rotary(model)
+    return high

@@ -22,10 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tta_ext.decoding.runtime.attention import MaskBuilder, check_model
+from tta_ext.decoding.runtime.attention import MaskBuilder
 from tta_ext.decoding.runtime.cache import Plan, RaggedCache
 from tta_ext.decoding.runtime.compat import accepts, cache_argument
-from tta_ext.decoding.runtime.models import device_of
+from tta_ext.decoding.runtime.interface import ModelRunner
 from tta_ext.decoding.runtime.profiling import span
 
 __all__ = ["Runner"]
@@ -36,22 +36,22 @@ PREFILL_TOKENS = 8192
 FIRST_ROOM = 256
 
 
-class Runner:
-    """A model and the rows it decodes.
+class Runner(ModelRunner):
+    """A model and the rows it decodes, each at its own length.
 
     Args:
-        model: a causal language model that :func:`check_model` accepts.
+        model: a causal language model that
+            :func:`~tta_ext.decoding.runtime.attention.ragged_refusal` has nothing against.
         prompts: token ids of each row, none empty.
         room: number of tokens that will be appended to a row at most.
         vocabulary: number of leading logits to return.
         masked: ids below ``vocabulary`` that must never be drawn, or None.
         name: name in profiles and messages.
-
-    Attributes:
-        count: number of rows.
-        device: the model's device.
-        seconds, calls, rows_run, tokens_run: cost of the forwards so far; tokens without padding.
+        contiguous: as for :class:`RaggedCache`.
     """
+
+    kind = "ragged"
+    lags = True
 
     def __init__(
         self,
@@ -62,29 +62,20 @@ class Runner:
         vocabulary: int,
         masked: Tensor | None = None,
         name: str = "model",
+        contiguous: bool = False,
     ) -> None:
-        check_model(model, name)
-        self.model, self.name = model, name
-        self.vocabulary, self.masked = vocabulary, masked
-        self.device = device_of(model)
+        super().__init__(model, vocabulary, masked, name)
         self._cache_argument = cache_argument(model)
         self._keep_last = accepts(model, "logits_to_keep")
         self._masks = MaskBuilder(model.config.get_text_config(), model.dtype, self.device)
-        self.seconds = 0.0
-        self.calls = self.rows_run = self.tokens_run = 0
-        self.cache = RaggedCache(0, 0)
+        self.cache = RaggedCache(0, 0, contiguous)
         self._load(prompts, room)
 
     # ---- tokens ------------------------------------------------------------------------------
 
     def _load(self, prompts: Sequence[Sequence[int]], room: int) -> None:
-        """Set the rows' tokens; nothing counts as cached."""
-        self._tokens = [list(prompt) for prompt in prompts]
+        super()._load(prompts, room)
         self._total = [len(prompt) for prompt in prompts]
-        if not all(self._total):
-            row = self._total.index(0)
-            raise ValueError(f"prompt {row} of {self.name} has no token, expected at least one")
-        self.count = len(prompts)
         self._prompt = self._total.copy()
         self._cached = [0] * self.count
         # Rows with equal prompts share their prefill.
@@ -93,7 +84,8 @@ class Runner:
         longest = max(self._total, default=0)
         self._limit = longest + room
         if self.cache.rows != self.count:
-            self.cache = RaggedCache(self.count, longest + min(room, FIRST_ROOM))
+            room = longest + min(room, FIRST_ROOM)
+            self.cache = RaggedCache(self.count, room, self.cache.contiguous)
         self._place()
 
     def _place(self) -> None:
@@ -111,12 +103,7 @@ class Runner:
         self._newest: Tensor | None = None
 
     def reload(self, prompts: Sequence[Sequence[int]], room: int) -> None:
-        """Replace the rows' tokens, keeping the cache as far as they begin with the old ones.
-
-        Args:
-            prompts: one for each row that the runner was made for.
-            room: as for the constructor.
-        """
+        """Replace the rows' tokens, keeping the cache as far as they begin with the old ones."""
         keep = len(prompts) == self.count == self.cache.rows
         old = [row[:n] for row, n in zip(self._tokens, self._cached, strict=True)]
         self._load(prompts, room)
@@ -128,7 +115,6 @@ class Runner:
             self._cached[row] = next((i for i in range(limit) if before[i] != prompt[i]), limit)
 
     def append(self, tokens: Sequence[int], newest: Tensor | None = None) -> None:
-        """Add one token a row; ``newest`` may give the same int64 ``[rows]`` on the device."""
         for row, token in zip(self._tokens, tokens, strict=True):
             row.append(token)
         self._total = [total + 1 for total in self._total]
@@ -166,15 +152,9 @@ class Runner:
 
     @property
     def total(self) -> Tensor:
-        """int64 ``[rows]`` on the model's device, tokens that each row holds; changes in place."""
         return self._state[0]
 
-    def tokens(self, row: int) -> list[int]:
-        """All tokens of a row, prompt first."""
-        return self._tokens[row].copy()
-
     def keep(self, rows: Sequence[int]) -> None:
-        """Make row i a copy of what row ``rows[i]`` is now; not more rows than at the start."""
         if rows and any(self._cached):
             self.cache.keep(torch.tensor(rows, device=self.device), max(self._cached))
         self._tokens = [self._tokens[row].copy() for row in rows]
@@ -187,13 +167,6 @@ class Runner:
         self._place()
 
     def adopt(self, source: Runner, rows: Sequence[int], room: int) -> None:
-        """Take over tokens and caches of some rows of another runner, of which all is cached.
-
-        Args:
-            source: a runner of the same model.
-            rows: which, repeated as needed.
-            room: as for the constructor.
-        """
         self._load([source.tokens(row) for row in rows], room)
         width = max(self._total, default=0)
         self._make_room(width)
@@ -245,12 +218,11 @@ class Runner:
         position = self._put(np.tile(columns, (len(rows), 1)))
         self._forward(self._put(tokens), position, None, sum(lengths))
 
-    def step(self) -> Tensor:
-        """Feed the one pending token of every row.
+    def hold(self) -> None:
+        """Prefill; a token that is fed again is written over itself."""
+        self.prefill()
 
-        Returns:
-            Logits ``[rows, vocabulary]`` in the model's dtype.
-        """
+    def step(self) -> Tensor:
         width = self._width
         self._make_room(width)
         plan = self.cache.plan = self._plan
@@ -266,19 +238,12 @@ class Runner:
 
     @property
     def lengths(self) -> list[int]:
-        """:attr:`total` on the host; do not write to it."""
         return self._total
 
     def catch_up(self, rows: Sequence[int] | None = None, index: Tensor | None = None) -> Tensor:
         """Feed all pending tokens of some rows, which may be many, in one call.
 
-        Args:
-            rows: which rows, ascending; None for all. A row with nothing pending has its last token
-                fed again.
-            index: the same as int64 on the model's device, if the caller has it.
-
-        Returns:
-            Logits ``[len(rows), vocabulary]`` after each row's last token.
+        A row with nothing pending has its last token fed again.
         """
         if rows is None:
             rows = range(self.count)
@@ -397,7 +362,4 @@ class Runner:
         self.calls += 1
         self.rows_run += tokens.shape[0]
         self.tokens_run += fed
-        logits = logits[:, :, : self.vocabulary] if every else logits[:, -1:, : self.vocabulary]
-        if self.masked is not None:
-            logits = logits.index_fill(-1, self.masked, float("-inf"))
-        return logits
+        return self.allowed(logits if every else logits[:, -1:])

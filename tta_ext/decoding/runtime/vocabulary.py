@@ -31,6 +31,12 @@ def _by_id(tokenizer: Any) -> dict[int, str]:
     return {index: token for token, index in tokenizer.get_vocab().items()}
 
 
+def _special_ids(tokenizer: Any) -> set[int]:
+    added = getattr(tokenizer, "added_tokens_decoder", None) or {}
+    special = {index for index, token in added.items() if token.special}
+    return special | set(getattr(tokenizer, "all_special_ids", ()))
+
+
 def _shown(token: str | None) -> str:
     return "no token" if token is None else repr(token)
 
@@ -77,9 +83,14 @@ def align_vocabularies(
             f"{proxy_name} has {_shown(proxy.get(first))}"
         )
     size = max(base, default=-1) + 1
+    special = _special_ids(base_tokenizer) | _special_ids(proxy_tokenizer)
     for name, logits in (("base", base_size), (proxy_name, proxy_size)):
-        if logits < size:
-            first = min(i for i in base if i >= logits)
+        beyond = [i for i in base if logits <= i < size]
+        if beyond and special.issuperset(beyond):
+            # Marks for images and the like, which are read but never drawn.
+            size = logits
+        elif beyond:
+            first = min(beyond)
             raise ValueError(
                 f"{name} has {logits} logits but the vocabulary has {size} ids, "
                 f"first without a logit: {base[first]!r} at id {first}"

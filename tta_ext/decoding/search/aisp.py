@@ -41,15 +41,26 @@ from tta_ext.decoding.runtime.prompts import normalise_prompts
 from tta_ext.decoding.search import checkpoint
 from tta_ext.decoding.search.aisp_settings import (
     ESS_SHARE,
-    LOGIT_NOISE,
     AISPOptions,
     AISPSettings,
 )
-from tta_ext.decoding.search.base import Scored, Search, SearchMethod
-from tta_ext.decoding.search.engine import LocalEngine, RolloutEngine, RolloutJob, RolloutTask
+from tta_ext.decoding.search.base import Search, SearchMethod
+from tta_ext.decoding.search.engine import (
+    LocalEngine,
+    RolloutEngine,
+    RolloutJob,
+    RolloutTask,
+    Scored,
+)
 from tta_ext.decoding.search.outcome import Candidate, IterationRecord, SearchResult, Timing
 from tta_ext.decoding.search.sampling import Noise
-from tta_ext.decoding.search.scales import deviation, head_row_norm, lam_for_ess, prelogit_scale
+from tta_ext.decoding.search.scales import (
+    LOGIT_NOISE,
+    deviation,
+    lam_for_ess,
+    noise_gain,
+    prelogit_scale,
+)
 
 __all__ = [
     "AISPSearch",
@@ -337,6 +348,7 @@ class AdaptiveImportanceSampling(SearchMethod[AISPSettings]):
             *,
             chat_template: str | None = None,
             probe: bool = True,
+            runner: str | None = None,
             engine: Callable[[Any, RolloutTask], RolloutEngine] = LocalEngine,
             **settings: Unpack[AISPOptions],
         ) -> None: ...
@@ -357,7 +369,7 @@ class AdaptiveImportanceSampling(SearchMethod[AISPSettings]):
             if unit == "prelogit":
                 units[unit] = prelogit_scale(self.model)
             else:
-                units[unit] = 1.0 / head_row_norm(self.model)
+                units[unit] = 1.0 / noise_gain(self.model)
         return units[unit]
 
     def generate(  # type: ignore[override]

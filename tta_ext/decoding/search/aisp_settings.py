@@ -14,13 +14,11 @@ from tta_ext.decoding.search.settings import (
     check_samples,
 )
 
-__all__ = ["ESS_SHARE", "LOGIT_NOISE", "AISPOptions", "AISPSettings"]
+__all__ = ["ESS_SHARE", "AISPOptions", "AISPSettings"]
 
 SIGMA_UNITS = ("absolute", "prelogit", "logit")
 LAM_UNITS = ("absolute", "std", "ess")
 # The defaults were chosen on the tuning prompts of benchmarks/aisp_rewards.py.
-# Where no sigma is given: noise that moves logits by this much.
-LOGIT_NOISE = 2.0
 # Where no lambda is given: the effective sample size is this share of the rollouts.
 ESS_SHARE = 0.25
 
@@ -38,7 +36,8 @@ class AISPSettings(SearchSettings):
         sigma: standard deviation of the noise, in units of ``sigma_unit``; 0 is best-of-n. None:
             the noise moves logits by about 2.
         sigma_unit: ``"absolute"``; ``"prelogit"``: times the measured root mean square of the
-            pre-logits; ``"logit"``: divided by the mean norm of the head's rows.
+            pre-logits; ``"logit"``: divided by what noise on the pre-logits does to logits, the
+            mean norm of the head's rows times what the model does to its outputs.
         sigma_decay: factor on sigma from iteration to iteration.
         coherence: share of the noise's variance that is the same at all steps of a rollout, 0 (the
             paper's noise) to 1.

@@ -9,7 +9,7 @@ stands; :mod:`aisp` adds noise and moves its mean between iterations.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from time import perf_counter
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -19,9 +19,9 @@ from typing_extensions import Self
 from tta_ext import rng
 from tta_ext.decoding.rewards import Reward, RewardStream, check_reward
 from tta_ext.decoding.runtime.attention import check_model
+from tta_ext.decoding.runtime.fit import fit_model
 from tta_ext.decoding.runtime.loading import LoadingOptions, load_model, load_tokenizer
-from tta_ext.decoding.runtime.models import logit_count, refuse_path
-from tta_ext.decoding.runtime.probe import probe_model
+from tta_ext.decoding.runtime.models import class_name, logit_count, refuse_path
 from tta_ext.decoding.runtime.prompts import (
     check_prompts,
     encode_prompts,
@@ -30,13 +30,14 @@ from tta_ext.decoding.runtime.prompts import (
 )
 from tta_ext.decoding.runtime.signatures import keywords_of
 from tta_ext.decoding.runtime.stopping import StopStrings, end_ids
+from tta_ext.decoding.runtime.views import as_model
 from tta_ext.decoding.runtime.vocabulary import align_vocabularies
 from tta_ext.decoding.search.engine import (
     LocalEngine,
-    RolloutBatch,
     RolloutEngine,
     RolloutJob,
     RolloutTask,
+    Scored,
 )
 from tta_ext.decoding.search.outcome import (
     Candidate,
@@ -62,8 +63,9 @@ class SearchMethod(Generic[S]):
         reward: ``(prompts, responses) -> floats``, see :mod:`tta_ext.decoding.rewards`.
         tokenizer: the model's tokenizer; without it prompts and responses are token ids.
         chat_template: overrides the tokenizer's.
-        probe: run the model once on two short rows and refuse it if rows of different length cannot
-            share its batch.
+        probe: try the model on two short rows, to learn whether rows of different length can share
+            its batch.
+        runner: ``"ragged"`` or ``"lockstep"``; None chooses by what the model is.
         engine: ``(model, task) -> RolloutEngine``, what draws the rollouts; the model itself, in
             this process (:class:`~tta_ext.decoding.search.engine.LocalEngine`), unless another is
             given.
@@ -95,10 +97,12 @@ class SearchMethod(Generic[S]):
         *,
         chat_template: str | None = None,
         probe: bool = True,
+        runner: str | None = None,
         engine: Callable[[Any, RolloutTask], RolloutEngine] = LocalEngine,
         **settings: Any,
     ) -> None:
         refuse_path(model, "model", type(self).__name__)
+        model = as_model(model, "model")
         check_model(model, "model")
         model.eval()
         check_reward(reward)
@@ -114,11 +118,11 @@ class SearchMethod(Generic[S]):
         self.vocabulary = align_vocabularies(
             size, size, tokenizer, tokenizer, proxy_name="the model"
         )
-        if probe:
-            probe_model(model, "model")
+        self.fit = fit_model(model, "model", runner, probe)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({type(self.model).__name__}, {self.settings!r})"
+        model = f"{class_name(self.model)} ({self.fit.kind})"
+        return f"{type(self).__name__}({model}, {self.settings!r})"
 
     @classmethod
     def from_pretrained(
@@ -217,6 +221,10 @@ class SearchMethod(Generic[S]):
         group = len(listed) or 1
         if merged.batch_size is not None:
             group = max(1, merged.batch_size // self.rows(merged))
+        if self.fit.reach is not None and len(listed) > 1:
+            longest = max(map(len, self.encode(listed, merged.max_new_tokens)))
+            if self.fit.apart(longest + merged.max_new_tokens):
+                group = 1  # prompts of different length would disturb each other
         if group < len(listed):
             # All are checked before hours go into the first group; a single group checks its own.
             self.encode(listed, merged.max_new_tokens)
@@ -280,6 +288,7 @@ class Search(Generic[S]):
             method.vocabulary,
             settings.batch_size,
             first,
+            method.fit,
         )
         self.engine = self.open(task)
         self.iteration = 0
@@ -433,16 +442,3 @@ class Search(Generic[S]):
             sequence=self.sequence,
             timing=self.timing,
         )
-
-
-@dataclass
-class Scored:
-    """The rollouts of one iteration.
-
-    Attributes:
-        candidates: for each active prompt, its rollouts in order.
-        batch: the same as drawn: rollout by rollout, each time over all active prompts.
-    """
-
-    candidates: list[list[Candidate]]
-    batch: RolloutBatch

@@ -121,6 +121,7 @@ class BestOfN(SearchMethod[BestOfNSettings]):
             *,
             chat_template: str | None = None,
             probe: bool = True,
+            runner: str | None = None,
             engine: Callable[[Any, RolloutTask], RolloutEngine] = LocalEngine,
             **settings: Unpack[BestOfNOptions],
         ) -> None: ...

@@ -18,8 +18,8 @@ from typing_extensions import Unpack
 
 from tta_ext import rng
 from tta_ext.decoding.rewards import Reward
-from tta_ext.decoding.search.base import Scored, Search, SearchMethod
-from tta_ext.decoding.search.engine import LocalEngine, RolloutBatch
+from tta_ext.decoding.search.base import Search, SearchMethod
+from tta_ext.decoding.search.engine import LocalEngine, RolloutBatch, Scored
 from tta_ext.decoding.search.outcome import Candidate, SearchResult
 from tta_ext.decoding.search.ranges import check_range
 from tta_ext.decoding.search.settings import (

@@ -15,11 +15,21 @@ from typing import Any, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
+from tta_ext.decoding.runtime.fit import Fit, fit_model
 from tta_ext.decoding.runtime.vocabulary import Vocabulary
+from tta_ext.decoding.search.outcome import Candidate
 from tta_ext.decoding.search.rollouts import PromptCache, Rollouts
 from tta_ext.decoding.search.sampling import Noise, Sampling
 
-__all__ = ["LocalEngine", "OnFinish", "RolloutBatch", "RolloutEngine", "RolloutJob", "RolloutTask"]
+__all__ = [
+    "LocalEngine",
+    "OnFinish",
+    "RolloutBatch",
+    "RolloutEngine",
+    "RolloutJob",
+    "RolloutTask",
+    "Scored",
+]
 
 # ``on_finish(i, tokens)``: the job's cell i has ended with these tokens.
 OnFinish: TypeAlias = "Callable[[int, list[int]], None]"
@@ -37,6 +47,7 @@ class RolloutTask:
         vocabulary: the ids that may be drawn.
         batch_size: rows in a batch at most; None: as many as the job has.
         first: what messages call the first prompt.
+        fit: how the model here is run; None: as :func:`fit_model` finds it, without a trial.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -46,6 +57,7 @@ class RolloutTask:
     vocabulary: Vocabulary
     batch_size: int | None = None
     first: int = 0
+    fit: Fit | None = None
 
 
 @dataclass(frozen=True)
@@ -83,6 +95,19 @@ class RolloutBatch:
     dot: Tensor = field(default_factory=lambda: torch.empty(0))
     common_dot: Tensor = field(default_factory=lambda: torch.empty(0))
     kl: dict[int, float] = field(default_factory=dict)
+
+
+@dataclass
+class Scored:
+    """The rollouts of one iteration, and what the reward says of them.
+
+    Attributes:
+        candidates: for each active prompt, its rollouts in order.
+        batch: the same as drawn: rollout by rollout, each time over all active prompts.
+    """
+
+    candidates: list[list[Candidate]]
+    batch: RolloutBatch
 
 
 class RolloutEngine(Protocol):
@@ -124,7 +149,15 @@ class LocalEngine:
         self, model: Any, task: RolloutTask, make: Callable[..., Rollouts] = Rollouts
     ) -> None:
         self.task, self._make = task, make
-        self.prompts = PromptCache(model, task.prompts, task.sequence, task.vocabulary, task.first)
+        self.prompts = PromptCache(
+            model,
+            task.prompts,
+            task.sequence,
+            task.vocabulary,
+            task.fit or fit_model(model, "model", probe=False),
+            task.sampling.max_new_tokens,
+            task.first,
+        )
         self.device, self.dimensions = self.prompts.device, self.prompts.dimensions
         self._seed = torch.tensor([task.seed], dtype=torch.int64, device=self.device)
 

@@ -13,7 +13,6 @@ and position, so a rollout does not depend on its neighbours, apart from the mod
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from functools import partial
 from threading import get_ident
 from time import perf_counter
 from typing import Any
@@ -22,10 +21,11 @@ import torch
 from torch import Tensor
 
 from tta_ext import ops, rng
-from tta_ext.decoding.runtime.models import device_of
+from tta_ext.decoding.runtime.fit import Fit
+from tta_ext.decoding.runtime.interface import ModelRunner
+from tta_ext.decoding.runtime.models import class_name, head_inputs
 from tta_ext.decoding.runtime.profiling import span
 from tta_ext.decoding.runtime.rows import Rows
-from tta_ext.decoding.runtime.runner import Runner
 from tta_ext.decoding.runtime.vocabulary import Vocabulary
 from tta_ext.decoding.search.sampling import Noise, Sampling, restrict
 
@@ -36,10 +36,12 @@ class PromptCache:
     """Prompts that are run once and continued many times.
 
     Args:
-        model: a causal language model that :func:`check_model` accepts.
+        model: a causal language model.
         prompts: token ids of each prompt.
         sequence: sequence id of each prompt's random streams.
         vocabulary: the ids that may be drawn.
+        fit: how the model is run.
+        room: tokens that follow a prompt at most.
         first: what messages call the first prompt.
 
     Attributes:
@@ -53,18 +55,33 @@ class PromptCache:
         prompts: Sequence[Sequence[int]],
         sequence: Sequence[int],
         vocabulary: Vocabulary,
+        fit: Fit,
+        room: int,
         first: int = 0,
     ) -> None:
         self.model, self.sequence, self.first = model, list(sequence), first
         self.head = model.get_output_embeddings()
-        self.dimensions: int = self.head.weight.shape[1]
+        self.dimensions = head_inputs(model)
         self.prompts = [list(prompt) for prompt in prompts]
-        device = device_of(model)
-        masked = torch.tensor(vocabulary.masked, device=device) if vocabulary.masked else None
-        run = partial(Runner, model, room=0, vocabulary=vocabulary.size, masked=masked)
+        tokens = max(map(len, self.prompts), default=0) + room
+        if fit.apart(tokens) and len({len(prompt) for prompt in self.prompts}) > 1:
+            raise ValueError(
+                f"prompts of different length would disturb each other in {class_name(model)}; "
+                "search one at a time, as generate() does"
+            )
         with torch.inference_mode():
-            self.runner, self._rows = run(self.prompts), run([])
-            self.runner.prefill()
+            self.runner, self._rows = (
+                fit.runner(
+                    model,
+                    rows,
+                    room=0,
+                    vocabulary=vocabulary.size,
+                    masked=vocabulary.masked,
+                    tokens=tokens,
+                )
+                for rows in (self.prompts, [])
+            )
+            self.runner.hold()
         self.device = self.runner.device
         self.hook_seconds = 0.0
 
@@ -72,7 +89,7 @@ class PromptCache:
     def seconds(self) -> float:
         return self.runner.seconds + self._rows.seconds - self.hook_seconds
 
-    def rows(self, prompt: Sequence[int], room: int) -> Runner:
+    def rows(self, prompt: Sequence[int], room: int) -> ModelRunner:
         """Rows that continue these prompts (numbers, repeated as needed), their caches filled.
 
         There is one set of rows: those handed out before become invalid.
@@ -130,7 +147,7 @@ class Rollouts:
         self._position = self._column(lengths)
         self._token = torch.empty(count, dtype=torch.int64, device=device)
         self._dot = torch.zeros(count, dtype=torch.float32, device=device)
-        self._runner: Runner | None = None
+        self._runner: ModelRunner | None = None
         self._step = 0
         self._fired, self._thread = False, 0
         self._arrange()
@@ -211,7 +228,7 @@ class Rollouts:
             handle.remove()
         if not self._fired:
             raise ValueError(
-                f"{type(self.prompts.model).__name__} does not call its output embeddings as a "
+                f"{class_name(self.prompts.model)} does not call its output embeddings as a "
                 "module, so its pre-logits cannot be changed"
             )
         if self._meter:

@@ -9,7 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["deviation", "head_row_norm", "lam_for_ess", "prelogit_scale"]
+from tta_ext.decoding.runtime.compat import logits_of
+from tta_ext.decoding.runtime.models import class_name, device_of, embedding_count, loaded
+
+__all__ = [
+    "LOGIT_NOISE",
+    "deviation",
+    "head_row_norm",
+    "lam_for_ess",
+    "noise_gain",
+    "prelogit_scale",
+]
+
+# Where no sigma is given: noise that moves logits by this much. Chosen on the tuning prompts of
+# benchmarks/aisp_rewards.py.
+LOGIT_NOISE = 2.0
 
 
 def deviation(row: Sequence[float]) -> float:
@@ -57,24 +71,71 @@ def prelogit_scale(model: Any) -> float:
 
     The final normalisation of language models makes it much the same for any text.
     """
-    head = model.get_output_embeddings()
-    size = model.get_input_embeddings().weight.shape[0]
-    ids = torch.randint(size, (4, 32), generator=torch.Generator().manual_seed(0))
-    seen: list[Tensor] = []
-    handle = head.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
-    try:
-        model(input_ids=ids.to(model.get_input_embeddings().weight.device), use_cache=False)
-    finally:
-        handle.remove()
-    if not seen:
-        raise ValueError(f"{type(model).__name__} does not call its output embeddings as a module")
-    return float(seen[0].double().square().mean().sqrt())
+    hidden, *_ = _head_run(model)
+    return float(hidden.double().square().mean().sqrt())
 
 
 @torch.inference_mode()
 def head_row_norm(model: Any) -> float:
-    """Mean Euclidean norm of the rows of a model's head."""
-    weight = model.get_output_embeddings().weight
-    # In parts, so that no float32 copy of a large head is made.
-    total = sum(float(part.float().norm(dim=-1).double().sum()) for part in weight.split(8192))
-    return total / weight.shape[0]
+    """Mean Euclidean norm of the rows of a model's head.
+
+    Where the weights are packed it is measured, as what noise does to the outputs.
+    """
+    with loaded(model.get_output_embeddings()) as head:
+        weight = head.weight
+        if type(weight) in (Tensor, torch.nn.Parameter) and weight.is_floating_point():
+            # In parts, so that no float32 copy of a large head is made.
+            parts = [float(part.float().norm(dim=-1).double().sum()) for part in weight.split(8192)]
+            return sum(parts) / weight.shape[0]
+    _, before, _ = _head_run(model)
+    _, after, _ = _head_run(model, 1.0)
+    return float((after.double() - before.double()).square().mean().sqrt())
+
+
+@torch.inference_mode()
+def noise_gain(model: Any) -> float:
+    """By how much noise on the pre-logits moves the logits: the head's row norm, times what the
+    model does to the head's outputs (scales, soft caps), measured with noise as large as AISP's.
+
+    A sigma of ``x / noise_gain(model)`` moves logits by about x.
+    """
+    norm = head_row_norm(model)
+    _, outputs, logits = _head_run(model)
+    _, moved_outputs, moved_logits = _head_run(model, LOGIT_NOISE / norm)
+    change = (moved_logits.double() - logits.double()).square().mean().sqrt()
+    behind = float(change / (moved_outputs.double() - outputs.double()).square().mean().sqrt())
+    return norm if abs(behind - 1.0) < 1e-3 else norm * behind  # 1: logits are the head's outputs
+
+
+def _head_run(model: Any, sigma: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+    """The head's inputs and outputs and the model's logits over a fixed set of random tokens.
+
+    Args:
+        model: a causal language model.
+        sigma: standard deviation of noise on the head's inputs.
+    """
+    head, device = model.get_output_embeddings(), device_of(model)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(embedding_count(model), (4, 32), generator=generator)
+    seen: list[Tensor] = []
+
+    def before(_: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden = arguments[0]
+        seen.append(hidden)
+        if not sigma:
+            return arguments
+        noise = torch.randn(hidden.shape, generator=generator) * sigma
+        return (hidden + noise.to(hidden), *arguments[1:])
+
+    handles = [
+        head.register_forward_pre_hook(before),
+        head.register_forward_hook(lambda _, arguments, output: seen.append(output)),
+    ]
+    try:
+        logits = logits_of(model, ids.to(device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not seen:
+        raise ValueError(f"{class_name(model)} does not call its output embeddings as a module")
+    return seen[0], seen[1], logits

@@ -1,0 +1,118 @@
+"""Models in wrappers: compiled, with adapters, adapters in the base's own weights."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from models import answer, base_model, make_model, proxy_model, ragged_prompts
+from torch import nn
+
+from tta_ext import KnapsackDeferral
+from tta_ext.decoding.runtime.views import AdapterView, as_model
+
+
+class Adapted(nn.Module):
+    """A linear layer with adapters, switched as peft's are."""
+
+    def __init__(self, inner: nn.Linear, names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.inner = inner
+        self._disable_adapters, self._active_adapter = False, [names[0]]
+        generator = torch.Generator().manual_seed(5)
+        shape = (len(names), inner.out_features, inner.in_features)
+        deltas = 0.3 * torch.randn(shape, generator=generator)
+        self.delta = dict(zip(names, deltas, strict=True))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = self.inner(x)
+        if not self._disable_adapters:
+            for name in self._active_adapter:
+                out = out + x @ self.delta[name].T
+        return out
+
+
+class Wrapper(nn.Module):
+    """What peft puts around a model."""
+
+    def __init__(self, model: Any, kind: str = "LORA", *names: str) -> None:
+        super().__init__()
+        self.base_model, names = model, names or ("one", "two")
+        prompt = kind != "LORA"
+        config = SimpleNamespace(peft_type=kind, is_prompt_learning=prompt)
+        self.peft_config = dict.fromkeys(names, config)
+        self.active_adapters = [names[0]]
+        if not prompt:
+            for layer in model.model.layers:
+                layer.self_attn.q_proj = Adapted(layer.self_attn.q_proj, names)
+
+    def get_base_model(self) -> Any:
+        return self.base_model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.base_model(*args, **kwargs)
+
+
+def merged(name: str) -> Any:
+    """The model with an adapter's weights added to its own."""
+    model = make_model(seed=0)
+    adapted = Wrapper(make_model(seed=0)).base_model
+    for layer, other in zip(model.model.layers, adapted.model.layers, strict=True):
+        with torch.no_grad():
+            layer.self_attn.q_proj.weight += other.self_attn.q_proj.delta[name]
+    return model
+
+
+@pytest.mark.parametrize("name", ["one", "two"])
+def test_base_and_adapter_in_one_set_of_weights(name: str) -> None:
+    wrapped = Wrapper(make_model(seed=0))
+    kad = KnapsackDeferral(wrapped, adapter=name, rule="threshold", param=0.0)
+    apart = KnapsackDeferral(base_model(), merged(name), rule="threshold", param=0.0)
+    for param in (0.0, 1.01):
+        found = answer(kad, do_sample=False, param=param).tokens
+        assert found == answer(apart, do_sample=False, param=param).tokens
+    layer = wrapped.base_model.model.layers[0].self_attn.q_proj
+    assert (layer._disable_adapters, layer._active_adapter) == (False, ["one"])
+
+
+def test_the_base_that_an_adapter_was_put_into_runs_without_it() -> None:
+    base = make_model(seed=0)
+    wrapped = Wrapper(base)
+    kad = KnapsackDeferral(base, wrapped, rule="threshold", param=0.0)
+    plain = KnapsackDeferral(base_model(), proxy_model(), rule="threshold", param=0.0)
+    found = answer(kad, do_sample=False).tokens
+    assert found == answer(plain, do_sample=False).tokens
+    assert answer(kad, do_sample=False, param=1.01).tokens != found
+    with pytest.raises(ValueError, match="same model with the same adapter"):
+        KnapsackDeferral(base, base)
+    with pytest.raises(ValueError, match="same model with the same adapter"):
+        KnapsackDeferral(wrapped, wrapped)
+
+
+def test_adapters_that_are_refused() -> None:
+    with pytest.raises(ValueError, match="has no adapter 'three', expected one of one, two"):
+        KnapsackDeferral(Wrapper(make_model(seed=0)), adapter="three")
+    with pytest.raises(ValueError, match="PREFIX_TUNING, which adds virtual tokens"):
+        KnapsackDeferral(base_model(), Wrapper(make_model(seed=0), "PREFIX_TUNING"))
+    with pytest.raises(ValueError, match="expected either proxy or adapter"):
+        KnapsackDeferral(base_model())
+
+
+def test_compiled_models() -> None:
+    plain = KnapsackDeferral(base_model(), proxy_model())
+    compiled = torch.compile(make_model(seed=0), backend="eager")
+    assert as_model(compiled, "base") is compiled._orig_mod
+    in_place = make_model(seed=0)
+    in_place.compile(backend="eager")
+    for model in (compiled, in_place):
+        kad = KnapsackDeferral(model, proxy_model())
+        assert answer(kad).tokens == answer(plain).tokens
+
+
+def test_a_view_is_its_model_otherwise() -> None:
+    view = as_model(Wrapper(make_model(seed=0)), "proxy")
+    assert isinstance(view, AdapterView)
+    assert "LlamaForCausalLM" in repr(KnapsackDeferral(base_model(), view))
+    assert len(answer(KnapsackDeferral(base_model(), view)).tokens) == len(ragged_prompts())

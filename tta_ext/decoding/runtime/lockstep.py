@@ -1,0 +1,229 @@
+"""One model whose rows advance together, on the cache that ``generate`` would give it.
+
+Some models cannot take rows of different length into one forward: they keep a recurrent state,
+count positions themselves, or have a cache of their own. They run as ``generate`` runs them:
+prompts padded on the left, the arguments that ``generate`` prepares and updates, one token a row a
+step. Rows never lag and are not rolled back. Rows that have ended leave by the cache's own
+``reorder_cache``; where there is none, the state is dropped and the rows are run anew from their
+tokens.
+
+A model whose rotary factors follow the longest row of the batch runs rows of different length
+*apart*, in groups of equal length, so that no row depends on another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import deepcopy
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tta_ext.decoding.runtime.compat import DecodingState, reset_rotary
+from tta_ext.decoding.runtime.interface import ModelRunner
+from tta_ext.decoding.runtime.profiling import span
+
+__all__ = ["LockstepRunner"]
+
+
+class _Group:
+    """Rows that share forwards.
+
+    Attributes:
+        rows: their numbers.
+        ids, mask: int64 ``[rows, columns]``, padded on the left.
+        state: what the model keeps of the first :attr:`fed` columns; None if nothing.
+        held: the state before the last column, for :meth:`LockstepRunner.hold`.
+    """
+
+    def __init__(self, rows: list[int], ids: Tensor, mask: Tensor) -> None:
+        self.rows, self.ids, self.mask = rows, ids, mask
+        self.fed = 0
+        self.state: DecodingState | None = None
+        self.held: DecodingState | None = None
+
+    def append(self, tokens: Tensor) -> None:
+        self.ids = torch.cat((self.ids, tokens[:, None]), dim=1)
+        self.mask = torch.cat((self.mask, self.mask.new_ones(len(tokens), 1)), dim=1)
+        self.held = None
+
+    def select(self, rows: list[int], places: list[int], copy: bool = False) -> _Group:
+        """A group of some of these rows, repeated as needed."""
+        index = torch.tensor(places, dtype=torch.int64, device=self.ids.device)
+        group = _Group(rows, self.ids[index], self.mask[index])
+        state = self.state
+        if state is not None and places != list(range(len(self.rows))):
+            state = (deepcopy(state) if copy else state).select(index, len(self.rows))
+        elif copy:
+            state = deepcopy(state)
+        if state is not None:
+            group.state, group.fed = state, self.fed
+        return group
+
+
+class LockstepRunner(ModelRunner):
+    """A model and the rows it decodes, which advance together.
+
+    Args:
+        model, prompts, room, vocabulary, masked, name: as for
+            :class:`~tta_ext.decoding.runtime.runner.Runner`.
+        apart: rows of different length do not share a forward.
+    """
+
+    kind = "lockstep"
+    lags = False
+
+    def __init__(
+        self,
+        model: Any,
+        prompts: Sequence[Sequence[int]],
+        *,
+        room: int,
+        vocabulary: int,
+        masked: Tensor | None = None,
+        name: str = "model",
+        apart: bool = False,
+    ) -> None:
+        super().__init__(model, vocabulary, masked, name)
+        self._apart = apart
+        text = model.config.get_text_config()
+        pads = [getattr(text, "pad_token_id", None), getattr(model.config, "pad_token_id", None)]
+        self._pad = next((int(pad) for pad in pads if isinstance(pad, int) and pad >= 0), 0)
+        self._groups: list[_Group] = []
+        self._load(prompts, room)
+
+    # ---- tokens ------------------------------------------------------------------------------
+
+    def _load(self, prompts: Sequence[Sequence[int]], room: int) -> None:
+        super()._load(prompts, room)
+        self._room = room
+        self._logits: Tensor | None = None
+        members: dict[int, list[int]] = {}
+        for row, prompt in enumerate(self._tokens):
+            members.setdefault(len(prompt) if self._apart else 0, []).append(row)
+        self._groups = [self._group(rows) for rows in members.values()]
+        self._place()
+
+    def _group(self, rows: list[int]) -> _Group:
+        width = max(len(self._tokens[row]) for row in rows)
+        ids, mask = [], []
+        for row in rows:
+            tokens = self._tokens[row]
+            padding = width - len(tokens)
+            ids.append([self._pad] * padding + tokens)
+            mask.append([0] * padding + [1] * len(tokens))
+        return _Group(
+            rows, torch.tensor(ids, device=self.device), torch.tensor(mask, device=self.device)
+        )
+
+    def _place(self) -> None:
+        lengths = [len(tokens) for tokens in self._tokens]
+        self._total = torch.tensor(lengths, dtype=torch.int64, device=self.device)
+
+    @property
+    def total(self) -> Tensor:
+        return self._total
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(tokens) for tokens in self._tokens]
+
+    def reload(self, prompts: Sequence[Sequence[int]], room: int) -> None:
+        """Replace the rows' tokens; the model reads them anew."""
+        self._load(prompts, room)
+
+    def append(self, tokens: Sequence[int], newest: Tensor | None = None) -> None:
+        """Add one token a row; one that is negative, of a row that will leave, is never fed."""
+        for row, token in zip(self._tokens, tokens, strict=True):
+            row.append(token)
+        column = torch.tensor(tokens, dtype=torch.int64, device=self.device).clamp_(min=0)
+        for group in self._groups:
+            group.append(column if len(group.rows) == self.count else column[group.rows])
+        self._total.add_(1)
+        self._logits = None
+
+    def keep(self, rows: Sequence[int]) -> None:
+        self._take(self, rows)
+
+    def adopt(self, source: LockstepRunner, rows: Sequence[int], room: int) -> None:
+        self._room, self._apart = room, source._apart
+        self._take(source, rows, copy=True)
+
+    def _take(self, source: LockstepRunner, rows: Sequence[int], copy: bool = False) -> None:
+        groups = []
+        for group in source._groups:
+            place = {row: i for i, row in enumerate(group.rows)}
+            mine = [i for i, row in enumerate(rows) if row in place]
+            if mine:
+                groups.append(group.select(mine, [place[rows[i]] for i in mine], copy))
+        self._tokens = [source._tokens[row].copy() for row in rows]
+        self.count, self._groups, self._logits = len(self._tokens), groups, None
+        self._place()
+
+    # ---- forwards ----------------------------------------------------------------------------
+
+    def prefill(self) -> None:
+        """Nothing: the first step feeds the whole prompts, as ``generate`` does."""
+
+    def hold(self) -> None:
+        for group in self._groups:
+            # A prompt of one token would be nothing but padding; such a group is run anew.
+            if not group.fed and bool((group.mask.sum(-1) > 1).all()):
+                self._feed(group, group.ids.shape[1] - 1)
+                group.held = group.state
+
+    def step(self) -> Tensor:
+        """Feed the one pending token of every row, or the last token anew.
+
+        Returns:
+            Logits ``[rows, vocabulary]`` in the model's dtype.
+        """
+        found = []
+        for group in self._groups:
+            width = group.ids.shape[1]
+            if group.held is not None:
+                group.state, group.fed = deepcopy(group.held), width - 1
+            elif group.fed == width:
+                group.state, group.fed = None, 0
+            found.append(self._feed(group, width))
+        if len(found) == 1:
+            logits = found[0]
+        else:
+            logits = found[0].new_empty(self.count, found[0].shape[-1])
+            for group, part in zip(self._groups, found, strict=True):
+                logits[group.rows] = part
+        self._logits = logits
+        return logits
+
+    def catch_up(self, rows: Sequence[int] | None = None, index: Tensor | None = None) -> Tensor:
+        """Logits ``[len(rows), vocabulary]`` after each row's last token; all rows are fed."""
+        logits = self.step() if self._logits is None else self._logits
+        if rows is None or len(rows) == self.count:
+            return logits
+        return logits[torch.tensor(rows, device=self.device) if index is None else index]
+
+    def _feed(self, group: _Group, width: int) -> Tensor:
+        """Feed a group's columns up to ``width``; logits of the last."""
+        state = group.state
+        logits = None
+        while logits is None or group.fed < width:
+            if state is None:
+                fed, end = int(group.mask[:, :width].sum()), width
+                state = DecodingState(
+                    self.model, group.ids[:, :end], group.mask[:, :end], self._room, self._pad
+                )
+            else:
+                fed, end = len(group.rows), group.fed + 1
+            if self._apart:
+                reset_rotary(self.model)
+            start = perf_counter()
+            with span(self.name):
+                logits = state.feed(group.ids[:, :end])
+            self.seconds += perf_counter() - start
+            self.calls += 1
+            self.rows_run += len(group.rows)
+            self.tokens_run += fed
+            group.state, group.fed = state, end
+        return self.allowed(logits)
