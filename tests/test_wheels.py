@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import fake_nvcc
 
-from tta_ext.build import LIBRARIES, BuildError, Library
+from tta_ext.build import LIBRARIES, BuildError, Library, files
 from tta_ext.build.cuda import CudaLibrary
 from tta_ext.build.toolchain import Torch
 
@@ -165,6 +165,7 @@ def test_wheel_carries_kernels_for_the_gpus_of_the_machine(build: Build) -> None
         "compiler": "nvcc V13.2.1",
         "images": ["compute_80", "sm_80"],
         "cuda": "13.0",
+        **files.stamp(b""),
     }
     assert build(TTA_EXT_CUDA="1", TORCH_CUDA_ARCH_LIST="9.0") == (0, [])
     assert build.record()["images"] == ["sm_90"]
@@ -174,7 +175,7 @@ def test_wheel_says_why_it_has_no_kernels(build: Build) -> None:
     """One sentence by default, an error where they are demanded, nothing where they are not."""
     build.torch("13.0")
     fake_nvcc(build.folder / "home", "12.4")
-    reason = "is of CUDA 12.4, torch of CUDA 13.0; mend it with: export CUDA_HOME="
+    reason = "is of CUDA 12.4, torch of CUDA 13.0; mend it with: pip install 'cuda-toolkit[nvcc]=="
     code, (line,) = build()
     assert code == 0
     assert line.startswith("tta_ext: the first op compiles the CUDA library: ")
