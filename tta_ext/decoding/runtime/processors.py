@@ -243,8 +243,8 @@ class SequenceView:
         rows = range(len(self._numbers)) if rows is None else rows
         done = [False] * len(rows)
         for length, members, places in self._groups(rows):
-            scores = None
-            if not self._whole:
+            scores = None if self._whole else logits
+            if scores is not None and len(members) < len(self._tokens):
                 scores = logits.new_zeros(len(self._tokens), logits.shape[1])
                 scores[members] = logits[places]
             verdict = criteria(self._everyone(length), scores)
