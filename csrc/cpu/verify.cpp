@@ -4,9 +4,9 @@
 // first rejection draw from max((1 - mu) p - (1 - D) q, 0); after the last acceptance draw from pi.
 //
 // D is rarely needed in full: p and q of the one token x bound the decision from below (D = 0), the
-// budget from both sides, and for rules with a known cut the masked sum stops as soon as it decides.
-// Passes over memory: base and proxy once for every position reached; a residual draw reads both
-// again, and an undecided position reads the base again. No dense pi is ever written.
+// budget from both sides, and for rules with a known cut the masked sum stops as soon as it
+// decides. Passes over memory: base and proxy once for every position reached; a residual draw
+// reads both again, and an undecided position reads the base again. No dense pi is ever written.
 
 #define TTA_TARGET_FILE "cpu/verify.cpp"
 #include "cpu/foreach_isa.h"
