@@ -7,7 +7,8 @@ and instruction set, the worst cell beside the kind one: a row as peaked as a la
 float32, a budget of .3.
 
 *Per row* divides by a softmax of every row that the call reads: the base's; the proxy's too where
-the rule reads it or the draw is deferred; of ``deferral_verify`` all positions that it reaches.
+the rule reads it or the draw is deferred; of ``deferral_verify`` all positions that it reaches, of
+drafts that are accepted whole or, in a line of its own, rejected at once.
 *Over base* divides by one softmax of the base's row, however many are read. Sampling is a mean over
 seeds.
 """
@@ -25,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tta_ext import ops, rules
+from tta_ext import ops, rng, rules
 
 from . import harness
 from .data import SHAPES, shaped_pair
@@ -45,18 +46,21 @@ RULES = {
 }
 KIND = ("language model", "float32", "knapsack .3")
 SEEDS = 8
-DRAFT = 2
+DRAFT = 4
+TRIES = 100
 ROUNDS = 5
 
 
-# What the worst cell of an operator may cost, in softmaxes of the rows that it reads.
-PROMISES = {
+# What the worst cell of an operator may cost, in softmaxes of the rows that it reads. A rejected
+# draft is replaced by a draw from the residual law, which takes the work of deferral_probs.
+PROMISES: dict[str, float | None] = {
     "deferral_sample": 0.9,
     "deferral_propose": 0.9,
     "deferral_stats": 2.0,
     "deferral_mask": 2.0,
     "deferral_probs": 1.6,
     "deferral_verify": 0.9,
+    "deferral_verify, rejected": None,
 }
 
 
@@ -91,6 +95,28 @@ def _keys(seed: int, batch: int = 1) -> dict[str, Any]:
     }
 
 
+def _drafts(base: Tensor, proxy: Tensor, law: dict[str, Any], whole: bool) -> tuple[Any, Any, Any]:
+    """Drafts drawn from the proxy: accepted whole or rejected at once, in one of many tries."""
+    length = torch.tensor([DRAFT])
+    for sequence in range(TRIES):
+        keys = {**_keys(0), "sequence": torch.tensor([sequence])}
+        draft = torch.stack(
+            [
+                ops.categorical_sample(
+                    proxy[k : k + 1], **{**keys, "position": torch.tensor([k])}, stream=rng.DRAFT
+                )
+                for k in range(DRAFT)
+            ],
+            -1,
+        )
+        drafts = (base[None], proxy[None], draft, length)
+        more = {**law, **keys, "return_mass": False}
+        checked = ops.deferral_verify(*drafts, **more)
+        if int(checked.accepted) == (DRAFT if whole else 0):
+            break
+    return drafts, more, checked
+
+
 def _calls(base: Tensor, proxy: Tensor, rule: str, param: float | None) -> dict[str, Any]:
     """op -> (run, calls in it, rows that a call reads)."""
     law: dict[str, Any] = {"rule": rule, "param": param}
@@ -118,19 +144,18 @@ def _calls(base: Tensor, proxy: Tensor, rule: str, param: float | None) -> dict[
             SEEDS,
             1.0,
         )
-    draft = torch.stack(
-        [ops.categorical_sample(proxy[k : k + 1], **keys[0], stream=3) for k in range(DRAFT)], -1
-    )
     positions = DRAFT + reads_q  # of the proxy
-    drafts = (base[None], proxy[None, :positions], draft, torch.tensor([DRAFT]))
-    more: dict[str, Any] = {**law, **keys[0], "return_mass": False}
-    checked = ops.deferral_verify(*drafts, **more)
-    reached = int(checked.accepted) + 1
-    found["deferral_verify"] = (
-        lambda: ops.deferral_verify(*drafts, **more, out=checked),
-        1,
-        float(reached + min(reached, positions)),
-    )
+    for whole in (True, False):
+        name = "deferral_verify" if whole else "deferral_verify, rejected"
+        drafts, more, checked = _drafts(base, proxy[:positions], law, whole)
+        reached = int(checked.accepted) + 1
+        found[name] = (
+            lambda drafts=drafts, more=more, checked=checked: ops.deferral_verify(
+                *drafts, **more, out=checked
+            ),
+            1,
+            float(reached + min(reached, positions)),
+        )
     return found
 
 
@@ -176,9 +201,10 @@ def summary(found: Sequence[Cell], isa: str) -> list[list[str]]:
     lines = []
     for op, bound in PROMISES.items():
         kind, worst, base = extremes(found, op)
-        missed = "" if worst.ratio <= bound else " (missed)"
+        missed = bound is not None and worst.ratio > bound
         lines.append(
-            [op, isa, f"{kind.ratio:.2f}", f"{worst.ratio:.2f}{missed}", f"<= {bound:g}",
+            [op, isa, f"{kind.ratio:.2f}", f"{worst.ratio:.2f}{' (missed)' if missed else ''}",
+             "" if bound is None else f"<= {bound:g}",
              worst.name, f"{base.ratio * base.rows:.2f}", base.name]
         )  # fmt: skip
     return lines

@@ -9,7 +9,7 @@
 // Passes over memory (V elements of the logits' own width):
 //   sample, kept        base once, plus the tiles that hold anything above the drawn token
 //   sample, deferred    the same, plus the proxy once
-//   probs               base 2-5 times (statistics, cut, write), proxy twice, 4 V bytes written
+//   probs               base 2-4 times (statistics, cut, S, write), proxy twice, 4 V bytes written
 // Work is split over rows; a row's result depends on nothing but the row.
 
 #define TTA_TARGET_FILE "cpu/deferral.cpp"

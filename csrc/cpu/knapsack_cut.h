@@ -97,6 +97,7 @@ class Bands {
 static bool narrow_by_bands(const Bands& bands, float step, const Stats& s, double share,
                             double bound, double top_weight, Bracket* bracket, double* variance) {
   constexpr double kDeviations = 3.5;
+  constexpr float kMargin = 0.0625f;  // of a band: what lies at its edge may be counted in either
   const double ratio = std::exp(static_cast<double>(step * s.inv_temperature));
   double weight = top_weight / std::pow(ratio, kBands - 1);  // of the middle of a band
   double mass = bracket->below, spread = *variance;
@@ -120,11 +121,11 @@ static bool narrow_by_bands(const Bands& bands, float step, const Stats& s, doub
   }
   const float old_low = bracket->low, old_high = bracket->high;
   if (low < kBands) {
-    bracket->low = bands.edge(low);
+    bracket->low = bands.edge(low) - step * kMargin;
     bracket->below = low_mass;
     *variance = low_spread;
   }
-  if (high) bracket->high = bands.edge(high);
+  if (high) bracket->high = bands.edge(high) + step * kMargin;
   return bracket->low > -kInfinity && bracket->high < kInfinity &&
          (bracket->low > old_low || bracket->high < old_high);
 }

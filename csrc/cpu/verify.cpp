@@ -4,9 +4,9 @@
 // first rejection draw from max((1 - mu) p - (1 - D) q, 0); after the last acceptance draw from pi.
 //
 // D is rarely needed in full: p and q of the one token x bound the decision from below (D = 0), the
-// budget from above, and for rules with a known cut the masked sum stops as soon as it decides.
-// Passes over memory: base and proxy once for every position reached; a residual draw reads both
-// again, and an undecided position reads the base again. No dense pi is ever written.
+// budget from both sides, and for rules with a known cut the masked sum stops as soon as it
+// decides. Passes over memory: base and proxy once for every position reached; a residual draw
+// reads both again, and an undecided position reads the base again. No dense pi is ever written.
 
 #define TTA_TARGET_FILE "cpu/verify.cpp"
 #include "cpu/foreach_isa.h"
@@ -155,6 +155,9 @@ class Position {
       const double p = static_cast<double>(s.probability(logit));
       if (!below(p, bound / s.z))
         return false;  // whatever mu(x) is: the taken mass is within budget
+      // Nor is it short of the budget by more than the critical item, which weighs at most 1, and
+      // the rounding of its tile.
+      if (below(0.0, ((bound < s.z ? bound : s.z) - 1.0 - s.z * 0x1p-17) / s.z)) return true;
       const bool taken = prefix_at_most(rows_.base, s, Cut::through(logit, x), bound);
       const double kept_p = taken ? 0.0 : p;
       if (below(kept_p, 0.0)) return true;
