@@ -75,6 +75,7 @@ def describe(
     kernel: Any, args: tuple[Any, ...], constants: dict[str, Any], every: bool
 ) -> Iterator[Launch]:
     """The launches that one call may become, one a block size."""
+    warps = constants.pop("num_warps", None)
     configs = getattr(kernel, "configs", [triton.Config({})])[: None if every else 1]
     while not isinstance(kernel, triton.JITFunction):
         kernel = kernel.fn
@@ -89,7 +90,7 @@ def describe(
                 signature[parameter.name], fixed[parameter.name] = "constexpr", value
             else:
                 signature[parameter.name] = _type_of(value)
-        yield Launch(kernel, signature, fixed, {"num_warps": config.num_warps})
+        yield Launch(kernel, signature, fixed, {"num_warps": warps or config.num_warps})
 
 
 def record(call: Callable[[], None], every: bool) -> list[Launch]:

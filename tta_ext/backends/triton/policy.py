@@ -268,8 +268,8 @@ def write_policy(r: Resolved, out: Any, best: Any = None, best_id: Any = None) -
     x = r.base._replace(limit=r.proxy.limit)
     launch(
         policy_tiles, x.rows * -(-x.vocab // BLOCK_SIZE), x.data, *x, *r.proxy[:3], r.state,
-        r.inverse, out, best, best_id, UPPER=is_upper(r.rule.code), BY_PROXY=judges_proxy(r.rule.code),
-        BLOCK=BLOCK_SIZE,
+        r.inverse, out, best, best_id, UPPER=is_upper(r.rule.code),
+        BY_PROXY=judges_proxy(r.rule.code), BLOCK=BLOCK_SIZE,
     )  # fmt: skip
 
 

@@ -390,6 +390,7 @@ def deferral_verify(base_logits: Tensor, proxy_logits: Tensor, draft: Tensor, dr
         r.inverse, *r.base_stats[:2], *r.proxy_stats[:2], *key, verdict, chosen, *tiles, *kept,
         *best, blocks, accepted, token, deferred, mass, RULE=rule.code,
         DO_SAMPLE=arguments.do_sample, RETURN_MASS=return_mass, BLOCKS=width,
+        num_warps=8,
     )  # fmt: skip
     given = base_logits, proxy_logits, draft, draft_length, *rest
     complain(check, torch.isnan(mass).any(-1), lambda: reference.deferral_verify(*given))
