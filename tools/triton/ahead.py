@@ -229,8 +229,12 @@ def main() -> int:
     options = parser.parse_args()
     failed = []
     lines = [
-        f"Triton {triton.__version__}: registers a thread / spilled bytes "
-        "(vector registers on AMD).",
+        "# The Triton kernels, compiled without a GPU",
+        "",
+        "`python -m tools.triton.ahead --output tools/triton/README.md` compiles them and writes this:",
+        "registers a thread / spilled bytes a thread (on AMD: vector registers), by Triton "
+        f"{triton.__version__}.",
+        "Without the kernels of the other rules, dtypes and block sizes (`--all`).",
         "",
         f"| kernel | warps | {' | '.join(options.targets)} |",
         f"|---|---{'|---' * len(options.targets)}|",
