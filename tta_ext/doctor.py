@@ -69,8 +69,6 @@ def diagnose() -> Diagnosis:
         why_not = {device: why for device, why in unusable.items() if why}
         if not unusable["cpu"] and not dispatch.has_kernel(name, "cpu"):
             why_not["cpu"] = "the native library has no kernel for it"
-        if not unusable["triton"] and dispatch.triton_kernel(name) is None:
-            why_not["triton"] = "has no kernel of it, the reference serves in its place"
         gpu = dispatch.serves(name, "cuda")[0] if torch.cuda.is_available() else ""
         ops.append(OpStatus(name, "reference" if "cpu" in why_not else "cpu", gpu, why_not))
     isa = None
@@ -102,6 +100,8 @@ def _state(library: LoadResult) -> str:
 
 def render(diagnosis: Diagnosis) -> str:
     """Plain text of a diagnosis."""
+    from tta_ext import dispatch
+
     facts = {
         "native CPU library": _state(diagnosis.native),
         "CUDA library": _state(diagnosis.cuda),
@@ -112,6 +112,10 @@ def render(diagnosis: Diagnosis) -> str:
     shared = set.intersection(*reasons)  # said once
     lines = [env.aligned(diagnosis.env | facts), ""]
     lines += [f"no op uses {name}: {why}" for name, why in sorted(shared)]
+    for name in sorted(dispatch.NOT_IN_TRITON):
+        lines.append(
+            f"Triton has no {name}: on GPUs without the CUDA library the reference serves it"
+        )
     lines.append(f"{'op':<24} {'on the CPU':<10} {'on a GPU':<10} why not another")
     for op, why_not in zip(diagnosis.ops, reasons, strict=True):
         own = "; ".join(f"{name}: {why}" for name, why in sorted(why_not - shared))
