@@ -21,7 +21,7 @@ from models import (
 )
 
 from tta_ext.decoding import DecodeStats, Generation, KnapsackDeferral
-from tta_ext.decoding.deferral.speculative import DRAFTS
+from tta_ext.decoding.deferral.options import DRAFTS
 from tta_ext.decoding.runtime.runner import Runner
 
 NEW = 12

@@ -23,7 +23,9 @@ __all__ = ["BACKENDS", "invoke", "native_status", "serves", "use_backend"]
 COMPILED = ("cpu", "cuda")
 BACKENDS = ("reference", *COMPILED, "triton")
 # The first Triton whose language has what the kernels use.
-TRITON_VERSION = (3, 7)
+TRITON_VERSION = (3, 6)
+# Operators that the reference serves in Triton's place.
+NOT_IN_TRITON = frozenset(("greedy_knapsack",))
 
 # A kernel's refusal: function, file and line of the check, and what it says (csrc/bind). Bad values
 # are marked, so that callers of torch.ops can tell them from bad arguments.
@@ -119,8 +121,10 @@ def triton_status(device: str) -> str:
 
 def triton_kernel(name: str) -> Callable[..., None] | None:
     """An operator in Triton, in the ``X.out`` form; None where the reference serves instead."""
-    module = importlib.import_module("tta_ext.backends.triton")
-    return getattr(module, name, None)
+    if name in NOT_IN_TRITON:
+        return None
+    kernel: Callable[..., None] = getattr(importlib.import_module("tta_ext.backends.triton"), name)
+    return kernel
 
 
 def _triton_serves(name: str, device: str) -> bool:

@@ -77,8 +77,6 @@ def diagnose() -> Diagnosis:
         why_not = {device: why for device, why in unusable.items() if why}
         if not unusable["cpu"] and not dispatch.has_kernel(name, "cpu"):
             why_not["cpu"] = "the native library has no kernel for it"
-        if not unusable["triton"] and dispatch.triton_kernel(name) is None:
-            why_not["triton"] = "has no kernel of it, the reference serves in its place"
         on = served(name)
         gpu = on["cuda"][0] if "cuda" in on else ""
         faster = [command for _, command in on.values() if command]
@@ -134,6 +132,8 @@ def _state(library: LoadResult) -> str:
 
 def render(diagnosis: Diagnosis) -> str:
     """Plain text of a diagnosis."""
+    from tta_ext import dispatch
+
     facts = {
         "native CPU library": _state(diagnosis.native),
         "CUDA library": _state(diagnosis.cuda),
@@ -144,6 +144,10 @@ def render(diagnosis: Diagnosis) -> str:
     shared = set.intersection(*reasons)  # said once
     lines = [env.aligned(diagnosis.env | facts), ""]
     lines += [f"no op uses {name}: {why}" for name, why in sorted(shared)]
+    for name in sorted(dispatch.NOT_IN_TRITON):
+        lines.append(
+            f"Triton has no {name}: on GPUs without the CUDA library the reference serves it"
+        )
     lines.append(f"{'op':<24} {'on the CPU':<10} {'on a GPU':<10} why not another")
     for op, why_not in zip(diagnosis.ops, reasons, strict=True):
         own = "; ".join(f"{name}: {why}" for name, why in sorted(why_not - shared))

@@ -248,5 +248,5 @@ def sample(x: Rows, s: Stats, inverse: float, key: Key, do_sample: bool, tag: in
     """Launch sample_rows."""
     launch(
         sample_rows, x.rows, x.data, *x, active, s.tile_max, s.tile_sum, inverse, *key, tag, draw,
-        token, DO_SAMPLE=do_sample,
+        token, DO_SAMPLE=do_sample, num_warps=8,
     )  # fmt: skip

@@ -56,6 +56,7 @@ from tta_ext.backends.triton.rows import (
     Key,
     draw_row,
     groups_of,
+    mass_sum,
     probability,
     row_pointer,
     tiles_of,
@@ -221,14 +222,6 @@ def draw_residual(base, proxy, state, row, vocab, tiles, inverse, mass, exponent
     return (t * TILE + find_in_tile(weight, power_of_two(e), before, target)).to(tl.int64)
 
 
-@triton.jit
-def mass_total(mass, row, tiles):
-    total = tl.zeros((), tl.float64)
-    for t in range(tiles):
-        total = total + tl.load(mass + row * tiles + t)
-    return total
-
-
 # ---- the walk ------------------------------------------------------------------------------------
 
 
@@ -262,9 +255,7 @@ def walk_rows(data, outer_stride, inner_stride, inner, limit, vocab, proxy, prox
                 x = tl.load(draft + b * draft_outer + k * draft_inner)
                 other = row_pointer(proxy, proxy_outer, proxy_inner, inner, row)
                 q = draft_probability(other, state, row, x, inverse, PROXY_MAX, PROXY_Z)
-                same = (tl.load(here + MASS) == 1.0) | (
-                    mass_total(residual_mass, row, tiles) == 0.0
-                )
+                same = (tl.load(here + MASS) == 1.0) | (mass_sum(residual_mass, row, tiles) == 0.0)
                 onward = same & (q > 0.0)
         if onward:
             if RETURN_MASS:
@@ -288,7 +279,7 @@ def walk_rows(data, outer_stride, inner_stride, inner, limit, vocab, proxy, prox
             if DO_SAMPLE:
                 u = coin(seed, position, position_stride, sequence, sequence_stride, rollout,
                          rollout_stride, iteration, b, k, RESIDUAL)  # fmt: skip
-                total = mass_total(residual_mass, row, tiles)
+                total = mass_sum(residual_mass, row, tiles)
                 by_proxy = (tl.load(here + MASS) == 1.0) | (total == 0.0)
                 if by_proxy:
                     v = draw_row(other, vocab, proxy_tile_max, proxy_tile_sum, row, tiles,
@@ -390,6 +381,7 @@ def deferral_verify(base_logits: Tensor, proxy_logits: Tensor, draft: Tensor, dr
         r.inverse, *r.base_stats[:2], *r.proxy_stats[:2], *key, verdict, chosen, *tiles, *kept,
         *best, blocks, accepted, token, deferred, mass, RULE=rule.code,
         DO_SAMPLE=arguments.do_sample, RETURN_MASS=return_mass, BLOCKS=width,
+        num_warps=8,
     )  # fmt: skip
     given = base_logits, proxy_logits, draft, draft_length, *rest
     complain(check, torch.isnan(mass).any(-1), lambda: reference.deferral_verify(*given))
