@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from tta_ext.decoding.runtime.attention import check_model, ragged_refusal
-from tta_ext.decoding.runtime.compat import accepts
+from tta_ext.decoding.runtime.compat import accepts, reset_rotary
 from tta_ext.decoding.runtime.interface import ModelRunner
 from tta_ext.decoding.runtime.lockstep import LockstepRunner
 from tta_ext.decoding.runtime.models import class_name, device_of
@@ -82,6 +82,8 @@ class Fit:
         make: Callable[..., ModelRunner] = RUNNERS[self.kind_for(tokens)]
         beyond = self.apart(tokens)
         extra = {"apart": True} if beyond else {"contiguous": True} if self.contiguous else {}
+        if self.reach is not None:
+            reset_rotary(model)
         never = torch.tensor(masked, device=device_of(model)) if masked else None
         return make(
             model, prompts, room=room, vocabulary=vocabulary, masked=never, name=name, **extra
