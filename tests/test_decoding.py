@@ -284,7 +284,7 @@ def test_bad_prompts(kad: KnapsackDeferral) -> None:
         kad.generate(5)
     with pytest.raises(TypeError, match="unexpected argument 'top_q'"):
         kad.generate([[5]], top_q=1)
-    with pytest.raises(TypeError, match=r"input_ids is a torch\.float32 tensor"):
+    with pytest.raises(TypeError, match=r"input_ids is a torch\.float32 Tensor"):
         kad.generate(input_ids=torch.zeros(1, 2))
     with pytest.raises(ValueError, match="attention_mask has shape"):
         kad.generate(input_ids=torch.ones(1, 2).long(), attention_mask=torch.ones(1, 3))

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
-import torch
 from torch import Tensor
 
 from tta_ext.decoding.runtime.models import embedding_count, position_limit
@@ -264,8 +263,8 @@ def unpad(input_ids: Any, attention_mask: Any) -> list[list[int]]:
     rows = id_rows(input_ids, "input_ids")
     if attention_mask is None:
         return rows
-    if getattr(attention_mask, "dtype", None) == torch.bool:
-        attention_mask = attention_mask.long()
+    if isinstance(attention_mask, Tensor):  # integers, booleans or floats
+        attention_mask = attention_mask.bool().long()
     kept = id_rows(attention_mask, "attention_mask")
     if [len(row) for row in kept] != [len(row) for row in rows]:
         raise ValueError(
