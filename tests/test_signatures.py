@@ -45,6 +45,7 @@ def test_signatures_name_every_argument() -> None:
 
 
 def test_typed_keywords_are_the_real_ones() -> None:
+    from tta_ext.decoding.deferral import options as deferral_options
     from tta_ext.decoding.deferral import request
     from tta_ext.decoding.search import aisp_settings, best_of_n, chunk_beam, reward_guided
 
@@ -52,7 +53,7 @@ def test_typed_keywords_are_the_real_ones() -> None:
         "models", "rule", "memories", "prompts",
     }  # fmt: skip
     more = {"rule", "param", "critical", "temperature", "rule_temperature", "num_assistant_tokens"}
-    assert set(request.GenerationOptions.__annotations__) == known | more
+    assert set(deferral_options.GenerationOptions.__annotations__) == known | more
     for settings, options in (
         (aisp_settings.AISPSettings, aisp_settings.AISPOptions),
         (best_of_n.BestOfNSettings, best_of_n.BestOfNOptions),

@@ -32,7 +32,7 @@ from transformers.generation import GenerateDecoderOnlyOutput, TemperatureLogits
 from tta_ext.decoding import KnapsackDeferral
 from tta_ext.decoding.rewards import Reward
 from tta_ext.decoding.runtime.attention import check_model
-from tta_ext.decoding.runtime.compat import kept_by_generate, passed_cache
+from tta_ext.decoding.runtime.compat import holds_tokens, kept_by_generate, passed_cache
 from tta_ext.decoding.runtime.generate_options import CONFIG, check_processors, refuse
 from tta_ext.decoding.runtime.models import logit_count
 from tta_ext.decoding.runtime.processors import AtTemperature
@@ -295,7 +295,7 @@ class _Call:
         warned = refuse({**given, **self.kept, **model_kwargs}, method)
         if input_ids.shape[1] == 0:
             raise ValueError("input_ids has no tokens; inputs_embeds are not supported here")
-        if cache is not None and cache.get_seq_length():
+        if holds_tokens(cache):
             raise ValueError(
                 f"{cache_name} already holds tokens; tta_ext.KnapsackDeferral.chat keeps caches "
                 "between turns"

@@ -23,6 +23,7 @@ __all__ = [
     "attention_implementation",
     "cache_argument",
     "has_rotary",
+    "holds_tokens",
     "is_recurrent",
     "kept_by_generate",
     "logits_of",
@@ -67,6 +68,16 @@ def passed_cache(arguments: Mapping[str, Any]) -> tuple[str, Any, bool]:
         if cache is not None:
             return name, cache, getattr(cache, "_is_user_defined", False)
     return CACHE_ARGUMENTS[0], None, False
+
+
+def holds_tokens(cache: Any) -> bool:
+    """Whether a cache that was handed over has been used; None has not."""
+    if cache is None:
+        return False
+    try:
+        return bool(cache.get_seq_length())
+    except ValueError:  # recurrent states alone, which count no tokens
+        return bool(cache.has_previous_state())
 
 
 def is_recurrent(model: Any) -> bool:

@@ -89,7 +89,7 @@ def head_row_norm(model: Any) -> float:
             return sum(parts) / weight.shape[0]
     _, before, _ = _head_run(model)
     _, after, _ = _head_run(model, 1.0)
-    return float((after.double() - before.double()).square().mean().sqrt())
+    return _moved(before, after)
 
 
 @torch.inference_mode()
@@ -102,9 +102,14 @@ def noise_gain(model: Any) -> float:
     norm = head_row_norm(model)
     _, outputs, logits = _head_run(model)
     _, moved_outputs, moved_logits = _head_run(model, LOGIT_NOISE / norm)
-    change = (moved_logits.double() - logits.double()).square().mean().sqrt()
-    behind = float(change / (moved_outputs.double() - outputs.double()).square().mean().sqrt())
+    behind = _moved(logits, moved_logits) / _moved(outputs, moved_outputs)
     return norm if abs(behind - 1.0) < 1e-3 else norm * behind  # 1: logits are the head's outputs
+
+
+def _moved(before: Tensor, after: Tensor) -> float:
+    """Root mean square of a change, where there is a number (masked ids have none)."""
+    change = after.double() - before.double()
+    return float(change[change.isfinite()].square().mean().sqrt())
 
 
 def _head_run(model: Any, sigma: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
