@@ -237,7 +237,11 @@ _ATTENTION = {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_
     [
         ("MambaConfig", {}, "keeps a recurrent state instead of keys and values"),
         ("RwkvConfig", {}, "keeps a recurrent state instead of keys and values"),
-        ("JambaConfig", _ATTENTION | {"num_experts": 2}, "keeps a recurrent state"),
+        (
+            "JambaConfig",
+            _ATTENTION | {"num_experts": 2, "attn_layer_period": 2, "attn_layer_offset": 1},
+            "keeps a recurrent state",
+        ),
         ("Lfm2Config", _ATTENTION | {"layer_types": ["conv", "full_attention"]}, "'conv'"),
         ("MiniMaxConfig", _ATTENTION | {"num_local_experts": 2}, "'linear_attention'"),
     ],

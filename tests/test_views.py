@@ -104,11 +104,7 @@ def test_compiled_models() -> None:
     plain = KnapsackDeferral(base_model(), proxy_model())
     compiled = torch.compile(make_model(seed=0), backend="eager")
     assert as_model(compiled, "base") is compiled._orig_mod
-    in_place = make_model(seed=0)
-    in_place.compile(backend="eager")
-    for model in (compiled, in_place):
-        kad = KnapsackDeferral(model, proxy_model())
-        assert answer(kad).tokens == answer(plain).tokens
+    assert answer(KnapsackDeferral(compiled, proxy_model())).tokens == answer(plain).tokens
 
 
 def test_a_view_is_its_model_otherwise() -> None:

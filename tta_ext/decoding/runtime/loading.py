@@ -8,7 +8,7 @@ that will be read before they are, and puts whatever is wrong with them into one
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from textwrap import shorten
@@ -17,7 +17,7 @@ from typing import Any, TypedDict
 import torch
 from typing_extensions import Unpack
 
-from tta_ext.decoding.runtime.model_classes import GeneratingModel, adapter_base
+from tta_ext.decoding.runtime.model_classes import adapter_base, generating_class
 
 __all__ = ["LoadingOptions", "load_classifier", "load_model", "load_tokenizer", "reading"]
 
@@ -60,7 +60,7 @@ def load_model(
         ValueError: there are no weights in safetensors or GGUF, some are missing, something is
             wrong with the files, they need code of their own, or there is no such device.
     """
-    return _load(GeneratingModel, "a model", path, dtype, device, options)
+    return _load(generating_class, "a model", path, dtype, device, options)
 
 
 def load_classifier(
@@ -73,7 +73,9 @@ def load_classifier(
     """A sequence-classification model in evaluation mode; arguments as :func:`load_model`."""
     from transformers import AutoModelForSequenceClassification
 
-    kind = AutoModelForSequenceClassification
+    def kind(path: str, **hub: Any) -> Any:
+        return AutoModelForSequenceClassification
+
     return _load(kind, "a reward model", path, dtype, device, options)
 
 
@@ -98,7 +100,7 @@ def load_tokenizer(path: str, **options: Unpack[LoadingOptions]) -> Any:
 
 
 def _load(
-    kind: Any,
+    class_of: Callable[..., Any],
     what: str,
     path: str,
     dtype: torch.dtype | str,
@@ -117,6 +119,8 @@ def _load(
         _check_files(path, given)
         extra["use_safetensors"] = True
     with reading(what, path):
+        hub = {name: given[name] for name in _HUB if name in given}
+        kind = class_of(folder, **hub, **({} if "use_safetensors" in extra else extra))
         model, report = kind.from_pretrained(
             folder,
             dtype=dtype,

@@ -7,9 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-__all__ = ["GeneratingModel", "adapter_base"]
-
-_HUB = ("revision", "cache_dir", "local_files_only", "token", "gguf_file", "trust_remote_code")
+__all__ = ["adapter_base", "generating_class"]
 
 
 def adapter_base(path: str) -> str | None:
@@ -24,29 +22,28 @@ def adapter_base(path: str) -> str | None:
     return str(base) if base else None
 
 
-class GeneratingModel:
-    """Loads a causal language model, or one with images or sound that can be asked text alone.
+def generating_class(path: str, **hub: Any) -> Any:
+    """The auto class of transformers that loads a folder as a model whose ``generate`` writes text.
 
-    To be used as transformers' ``AutoModelFor...`` classes are.
+    A causal language model; or one with images or sound that can be asked text alone. With an
+    adapter of peft, its base's, which loads both.
+
+    Args:
+        path: a folder or hub name.
+        hub: where its files come from, as ``from_pretrained`` takes it.
+
+    Raises:
+        ValueError: an adapter, and there is no peft.
     """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM
 
-    @staticmethod
-    def from_pretrained(path: str, **options: Any) -> Any:
-        """The model in a folder; with an adapter of peft, its base with the adapter on.
-
-        Raises:
-            ValueError: an adapter, and there is no peft.
-        """
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM
-
-        base = adapter_base(path)
-        if base is not None and find_spec("peft") is None:
-            raise ValueError(
-                f"{path} holds an adapter for {base}, which needs peft; pip install peft"
-            )
-        hub = {name: options[name] for name in _HUB if name in options}
-        kind = type(AutoConfig.from_pretrained(path if base is None else base, **hub))
-        for auto in (AutoModelForCausalLM, AutoModelForMultimodalLM):
-            if kind in auto._model_mapping:
-                return auto.from_pretrained(path, **options)
-        return AutoModelForCausalLM.from_pretrained(path, **options)  # which says what it takes
+    base = adapter_base(path)
+    if base is not None and find_spec("peft") is None:
+        raise ValueError(f"{path} holds an adapter for {base}, which needs peft; pip install peft")
+    config = AutoConfig.from_pretrained(
+        path if base is None else base, trust_remote_code=False, **hub
+    )
+    for auto in (AutoModelForCausalLM, AutoModelForMultimodalLM):
+        if type(config) in auto._model_mapping:
+            return auto
+    return AutoModelForCausalLM  # which says what it takes
