@@ -96,8 +96,8 @@ def _keys(seed: int, batch: int = 1) -> dict[str, Any]:
     }
 
 
-def _drafts(base: Tensor, proxy: Tensor, law: dict[str, Any], whole: bool) -> tuple[Any, Any, Any]:
-    """Drafts drawn from the proxy: accepted whole or rejected at once, in one of many tries."""
+def _drafts(base: Tensor, proxy: Tensor, law: dict[str, Any], whole: bool) -> Any:
+    """Drafts drawn from the proxy: accepted whole or rejected at once; None if no try gave such."""
     length = torch.tensor([DRAFT])
     for sequence in range(TRIES):
         keys = {**_keys(0), "sequence": torch.tensor([sequence])}
@@ -114,8 +114,8 @@ def _drafts(base: Tensor, proxy: Tensor, law: dict[str, Any], whole: bool) -> tu
         more = {**law, **keys, "return_mass": False}
         checked = ops.deferral_verify(*drafts, **more)
         if int(checked.accepted) == (DRAFT if whole else 0):
-            break
-    return drafts, more, checked
+            return drafts, more, checked
+    return None
 
 
 def _calls(base: Tensor, proxy: Tensor, rule: str, param: float | None) -> dict[str, Any]:
@@ -148,7 +148,10 @@ def _calls(base: Tensor, proxy: Tensor, rule: str, param: float | None) -> dict[
     positions = DRAFT + reads_q  # of the proxy
     for whole in (True, False):
         name = "deferral_verify" if whole else "deferral_verify, rejected"
-        drafts, more, checked = _drafts(base, proxy[:positions], law, whole)
+        made = _drafts(base, proxy[:positions], law, whole)
+        if made is None:
+            continue
+        drafts, more, checked = made
         reached = int(checked.accepted) + 1
         found[name] = (
             lambda drafts=drafts, more=more, checked=checked: ops.deferral_verify(
