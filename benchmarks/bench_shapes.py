@@ -1,10 +1,10 @@
 """``python -m benchmarks shapes``: does the shape of a row matter to its speed?
 
 Every operator over rows of many shapes (:data:`SHAPES`), budgets, rules and types, one thread,
-V = 128256. A *cell* is a call; its figure is its processor time over that of ``torch.softmax`` of
-the same rows in the same rounds, the least of each over rounds. The table shows, of each operator
-and instruction set, the worst cell beside the kind one: a row as peaked as a language model's,
-float32, a budget of .3.
+V = 128256. A *cell* is a call; its figure is its processor time over that of a ``torch.softmax``
+of the base's row just before, the median over rounds. The table shows, of each operator and
+instruction set, the worst cell beside the kind one: a row as peaked as a language model's, float32,
+a budget of .3.
 
 *Per row* divides by a softmax of every row that the call reads: the base's; the proxy's too where
 the rule reads it or the draw is deferred; of ``deferral_verify`` all positions that it reaches, of
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -95,8 +96,8 @@ def _keys(seed: int, batch: int = 1) -> dict[str, Any]:
     }
 
 
-def _drafts(base: Tensor, proxy: Tensor, law: dict[str, Any], whole: bool) -> tuple[Any, Any, Any]:
-    """Drafts drawn from the proxy: accepted whole or rejected at once, in one of many tries."""
+def _drafts(base: Tensor, proxy: Tensor, law: dict[str, Any], whole: bool) -> Any:
+    """Drafts drawn from the proxy: accepted whole or rejected at once; None if no try gave such."""
     length = torch.tensor([DRAFT])
     for sequence in range(TRIES):
         keys = {**_keys(0), "sequence": torch.tensor([sequence])}
@@ -113,8 +114,8 @@ def _drafts(base: Tensor, proxy: Tensor, law: dict[str, Any], whole: bool) -> tu
         more = {**law, **keys, "return_mass": False}
         checked = ops.deferral_verify(*drafts, **more)
         if int(checked.accepted) == (DRAFT if whole else 0):
-            break
-    return drafts, more, checked
+            return drafts, more, checked
+    return None
 
 
 def _calls(base: Tensor, proxy: Tensor, rule: str, param: float | None) -> dict[str, Any]:
@@ -147,7 +148,10 @@ def _calls(base: Tensor, proxy: Tensor, rule: str, param: float | None) -> dict[
     positions = DRAFT + reads_q  # of the proxy
     for whole in (True, False):
         name = "deferral_verify" if whole else "deferral_verify, rejected"
-        drafts, more, checked = _drafts(base, proxy[:positions], law, whole)
+        made = _drafts(base, proxy[:positions], law, whole)
+        if made is None:
+            continue
+        drafts, more, checked = made
         reached = int(checked.accepted) + 1
         found[name] = (
             lambda drafts=drafts, more=more, checked=checked: ops.deferral_verify(
@@ -175,16 +179,14 @@ def cells(shape: str, dtype: str, rounds: int, vocab: int = VOCAB) -> list[Cell]
         for name, rule, param in laws
         for op, call in _calls(base, proxy, rule, param).items()
     }
-    best = dict.fromkeys(runs, float("inf"))
-    yardstick = float("inf")
+    ratios: dict[tuple[str, str], list[float]] = {key: [] for key in runs}
     for _ in range(rounds):
-        for turn, (key, (run, _, _)) in enumerate(runs.items()):
-            best[key] = min(best[key], _spent(run))
-            if turn % 4 == 0:
-                yardstick = min(yardstick, _spent(lambda: torch.softmax(base[:1], -1)))
+        for key, (run, calls, rows) in runs.items():
+            softmax = _spent(lambda: torch.softmax(base[:1], -1))
+            ratios[key].append(_spent(run) / calls / rows / softmax)
     return [
-        Cell(op, shape, dtype, name, rows, best[op, name] / calls / rows / yardstick)
-        for (op, name), (_, calls, rows) in runs.items()
+        Cell(op, shape, dtype, name, rows, statistics.median(ratios[op, name]))
+        for (op, name), (_, _, rows) in runs.items()
     ]
 
 

@@ -168,12 +168,13 @@ def test_claims_know_their_bounds() -> None:
     assert missed == [False, False, False, True]
 
 
-def test_the_documentation_has_the_recorded_claims() -> None:
+@pytest.mark.parametrize("name", ["claims", "shapes"])
+def test_the_documentation_has_the_recorded_figures(name: str) -> None:
     def rows(page: str) -> list[list[str]]:
         lines = (ROOT / page).read_text().splitlines()
         return [[cell.strip() for cell in line.split("|")] for line in lines if "|" in line]
 
-    recorded = rows("benchmarks/results/claims.md")
+    recorded = rows(f"benchmarks/results/{name}.md")
     recorded = [row for row in recorded if row[2] != "-" * len(row[2])]
     assert len(recorded) > 1
     assert all(row in rows("docs/measured.md") for row in recorded)
