@@ -173,10 +173,11 @@ def verify_case(proxies: int, sampled: bool) -> tuple[Tensor, Tensor, Tensor]:
 
 @pytest.mark.parametrize("rule", rules.RULE_NAMES)
 def test_verify(rule: str) -> None:
-    """Drawn drafts and greedy ones, with a proxy's row for the token after them and without."""
+    """Drawn drafts and greedy ones, with a proxy's row for the token after them or without."""
     for i, given in enumerate(settings(rule)):
         sampled = i % 2 == 0
-        base, proxy, draft = verify_case(2 + (i in (0, 3)), sampled)
+        needs = rules.RULE_NAMES.index(rule) in rules.NEEDS_PROXY
+        base, proxy, draft = verify_case(3 if needs or i in (0, 3) else 2, sampled)
         length = torch.tensor([2, 2, 0, 1])
         how = {**given, **key(4), "do_sample": sampled, "return_mass": True, "check": False}
         agree(ops.deferral_verify, base, proxy, draft, length, **how)
