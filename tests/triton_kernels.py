@@ -99,8 +99,8 @@ def test_one_number_for_all_rows() -> None:
 
 def test_the_whole_range_of_exp() -> None:
     """Weights down to the smallest, and below; a normal one at each."""
-    x = torch.linspace(-120, 0, 700).view(2, 350).flip(0)
-    policy = agree(ops.deferral_probs, x, x.flip(1), rule="threshold", param=1e-30)
+    x = torch.linspace(-120, 0, 350).expand(2, 350)
+    policy = agree(ops.deferral_probs, x, x, rule="nudging", param=0.0)  # p itself
     assert (policy == 0).any() and (policy > 0).any()
 
 
