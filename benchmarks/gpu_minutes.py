@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib.util
 import itertools
 import json
@@ -185,11 +186,8 @@ def others(setting: Setting, batch: int, dtype: torch.dtype) -> dict[str, dict[s
     }
     found: dict[str, dict[str, Call]] = {}
     for op, (chain, *given) in chains.items():
-        compiled = torch.compile(chain, dynamic=False)
-        found[op] = {
-            "eager": lambda chain=chain, given=given: chain(*given),
-            "compile": lambda compiled=compiled, given=given: compiled(*given),
-        }
+        compiled = functools.partial(torch.compile(chain, dynamic=False), *given)
+        found[op] = {"eager": functools.partial(chain, *given), "compile": compiled}
         if setting.device == "cpu":
             del found[op]["compile"]  # needs minutes of a C++ compiler
     found["categorical_sample"]["softmax"] = lambda: torch.softmax(base, -1, dtype=torch.float32)
