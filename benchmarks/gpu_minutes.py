@@ -59,7 +59,7 @@ class Setting(NamedTuple):
         usable = tuple(name for name in ("cuda", "triton") if not dispatch.unavailable(name))
         backends = ("cpu",) if device == "cpu" else usable
         if small:
-            return cls(device, 1000, 128, (2, 1), backends)
+            return cls(device, 1000, 128, (2,), backends)
         return cls(device, VOCAB, DIM, BATCHES, backends)
 
 
