@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib.util
 import itertools
 import json
@@ -58,7 +59,7 @@ class Setting(NamedTuple):
         usable = tuple(name for name in ("cuda", "triton") if not dispatch.unavailable(name))
         backends = ("cpu",) if device == "cpu" else usable
         if small:
-            return cls(device, 1000, 128, (2, 1), backends)
+            return cls(device, 1000, 128, (2,), backends)
         return cls(device, VOCAB, DIM, BATCHES, backends)
 
 
@@ -185,11 +186,8 @@ def others(setting: Setting, batch: int, dtype: torch.dtype) -> dict[str, dict[s
     }
     found: dict[str, dict[str, Call]] = {}
     for op, (chain, *given) in chains.items():
-        compiled = torch.compile(chain, dynamic=False)
-        found[op] = {
-            "eager": lambda chain=chain, given=given: chain(*given),
-            "compile": lambda compiled=compiled, given=given: compiled(*given),
-        }
+        compiled = functools.partial(torch.compile(chain, dynamic=False), *given)
+        found[op] = {"eager": functools.partial(chain, *given), "compile": compiled}
         if setting.device == "cpu":
             del found[op]["compile"]  # needs minutes of a C++ compiler
     found["categorical_sample"]["softmax"] = lambda: torch.softmax(base, -1, dtype=torch.float32)

@@ -24,6 +24,8 @@ COMPILED = ("cpu", "cuda")
 BACKENDS = ("reference", *COMPILED, "triton")
 # The first Triton whose language has what the kernels use.
 TRITON_VERSION = (3, 6)
+# Torch's names of the devices that Triton compiles for; AMD's GPUs go by "cuda".
+TRITON_DEVICES = ("cuda", "xpu")
 # Operators that the reference serves in Triton's place.
 NOT_IN_TRITON = frozenset(("greedy_knapsack",))
 
@@ -111,12 +113,9 @@ def triton_status(device: str) -> str:
         return f"triton is {triton.__version__}, expected {wanted} or newer; upgrade torch with it"
     if triton.knobs.runtime.interpret:
         return ""
-    if device == "cpu":
+    if device not in TRITON_DEVICES:
         return "Triton compiles for GPUs; under TRITON_INTERPRET=1 the CPU runs its kernels, slowly"
-    module = getattr(torch, device, None)
-    if module is None or not module.is_available():
-        return f"torch finds no {device} device"
-    return ""
+    return "" if getattr(torch, device).is_available() else f"torch finds no {device} device"
 
 
 def triton_kernel(name: str) -> Callable[..., None] | None:
@@ -129,7 +128,7 @@ def triton_kernel(name: str) -> Callable[..., None] | None:
 
 def _triton_serves(name: str, device: str) -> bool:
     """Whether an operator without a compiled kernel runs in Triton, unasked: on GPUs it does."""
-    if device in ("cpu", "meta") or triton_status(device):
+    if device not in TRITON_DEVICES or triton_status(device):
         return False
     return triton_kernel(name) is not None
 
@@ -282,7 +281,7 @@ def unavailable(backend: str) -> str:
     if backend == "reference":
         return ""
     if backend == "triton":
-        kinds = [triton_status(kind) for kind in ("cuda", "xpu")]
+        kinds = [triton_status(device) for device in TRITON_DEVICES]
         return "" if "" in kinds else kinds[0]
     if backend == "cuda" and not torch.cuda.is_available():
         return "torch finds no CUDA device; install a CUDA build of torch on a machine with one"

@@ -180,13 +180,14 @@ def launches(every: bool) -> dict[str, Launch]:
 _FOREIGN = re.compile(
     r"\b(?:ex2|lg2|sin|cos|rcp|rsqrt|tanh)\.\S*|\S+\.(?:approx|ftz|full)\.\S*|fma\.rn\.f64"
 )
-_CONTRACTED = re.compile(r"v_(?:fma|fmac|mad|mac)_f64\S*")  # on AMD, where nothing is divided
+# On AMD, where a kernel divides nothing and makes no integer of a double: both are made of fma.
+_CONTRACTED = re.compile(r"v_(?:fma|fmac|mad|mac)_f64\S*")
 
 
 def foreign(code: dict[str, str]) -> list[str]:
     """Operations in compiled code that the source has not."""
     found = _FOREIGN.findall(code.get("ptx", ""))
-    if "arith.divf" not in code["ttir"]:
+    if not re.search(r"arith\.(?:divf|fpto[su]i)", code["ttir"]):
         found += _CONTRACTED.findall(code.get("amdgcn", ""))
     return sorted(set(found))
 

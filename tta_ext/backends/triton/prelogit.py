@@ -240,9 +240,9 @@ def update_blocks(mean, weights, rollouts, length, seed, sequence, sequence_stri
     counter = (begin // 4 + tl.arange(0, BLOCK // 4)).to(tl.int64)[None, :]
     key, who = integer(seed, 0), integer(sequence, prompt * sequence_stride)
     finite = tl.full((), 1, tl.int32)
-    for i in range(rollouts):
-        w = tl.load(weights + prompt * rollouts + i)
-        finite = tl.where(is_finite(w), finite, 0)
+    for one in range(rollouts):
+        weight = tl.load(weights + prompt * rollouts + one)
+        finite = tl.where(is_finite(weight), finite, 0)
     stack = tl.zeros((STACK, BLOCK), tl.float32)
     level = tl.arange(0, STACK)[:, None]
     end = tl.minimum(stop, rollouts)
