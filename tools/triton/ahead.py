@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-
 import triton
-import tta_ext.backends.triton as backend
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+import tta_ext.backends.triton as backend
 from tta_ext import rng, rules, schemas
 from tta_ext.backends.triton import launch
 
