@@ -19,7 +19,7 @@ FLOORS = [
     {"doctor", "decoding.runtime", "decoding.rewards"},
     {"decoding.deferral", "decoding.search"},
     {"decoding"},
-    {"hf", "evaluation", "demo"},
+    {"hf", "evaluation", "demo", "engines", "lm_eval", "tasks"},
     {"cli"},
     {""},
 ]
