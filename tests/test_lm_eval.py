@@ -169,7 +169,9 @@ TASKS = {
         generation_kwargs: {{until: ["\\nQ:"], max_gen_toks: 48, do_sample: false}}
         filter_list:
           - name: strict
-            filter: [{{function: regex, regex_pattern: "#### (-?[0-9]+)"}}, {{function: take_first}}]
+            filter:
+              - {{function: regex, regex_pattern: "#### (-?[0-9]+)"}}
+              - {{function: take_first}}
         metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
     """,
     "tiny_choice": """
@@ -226,5 +228,8 @@ def test_the_command_runs_tasks_of_both_kinds_offline(tmp_path: Path) -> None:
         [one.prompt for one in PROBLEMS], do_sample=False, max_new_tokens=48, stop_strings=["\nQ:"]
     ).texts
     assert texts is not None
-    right = [text.rpartition("#### ")[2] == str(one.answer) for text, one in zip(texts, PROBLEMS)]
+    right = [
+        text.rpartition("#### ")[2] == str(one.answer)
+        for text, one in zip(texts, PROBLEMS, strict=True)
+    ]
     assert results["tiny_sums"]["exact_match,strict"] == pytest.approx(sum(right) / len(right))

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from tta_ext import ops
 from tta_ext.decoding import KnapsackDeferral
+from tta_ext.decoding.deferral.implicit_reward import ImplicitReward
 from tta_ext.decoding.rewards import parse_reward
 from tta_ext.decoding.runtime.loading import load_model, load_tokenizer
 from tta_ext.decoding.runtime.models import position_limit
@@ -269,9 +270,11 @@ class ImplicitRewardLM(_Mixing):
         super().__init__(proxy=proxy, anti=anti, seed=seed, options=chosen, **options)
 
     def _law(self, base: Tensor, proxies: list[Tensor], anti: list[Tensor]) -> Tensor:
-        beta = self.mixture.rule.param
+        assert isinstance(self.mixture.rule, ImplicitReward)
         stacked = torch.stack(anti) if anti else None
-        return ops.implicit_reward_probs(base, torch.stack(proxies), stacked, beta)
+        return ops.implicit_reward_probs(
+            base, torch.stack(proxies), stacked, self.mixture.rule.param
+        )
 
 
 @register_model("tta_search")

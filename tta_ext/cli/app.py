@@ -8,7 +8,18 @@ from collections.abc import Sequence
 import typer
 
 from tta_ext._version import __version__
-from tta_ext.cli import bench, compare, demo, doctor, evaluate, generate, search, trace
+from tta_ext.cli import (
+    bench,
+    compare,
+    demo,
+    doctor,
+    evaluate,
+    generate,
+    search,
+    serve,
+    trace,
+    vllm_pair,
+)
 from tta_ext.cli.common import errors
 
 __all__ = ["app", "run"]
@@ -28,6 +39,10 @@ app.command("eval")(evaluate.evaluate)
 app.command("sweep")(evaluate.sweep)
 app.command("compare")(compare.compare)
 app.command("trace")(trace.trace)
+app.command("serve", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
+    serve.serve
+)
+app.command("vllm-pair")(vllm_pair.vllm_pair)
 app.command("doctor")(doctor.doctor)
 app.command(
     "bench",
