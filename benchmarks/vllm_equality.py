@@ -21,137 +21,9 @@ from typing import Any
 
 import torch
 
-from tta_ext.decoding import (
-    AdaptiveImportanceSampling,
-    BestOfN,
-    KnapsackDeferral,
-    load_model,
-    load_tokenizer,
-)
-from tta_ext.demo.pair import ASSETS
-from tta_ext.demo.task import evaluation_problems
-
 from .harness import document, environment, table
-
-BASE, SHIPPED = ASSETS / "base", ASSETS / "proxy"
-SEED, NEW, REQUESTS = 7, 48, 32
-RULES: tuple[dict[str, Any], ...] = (
-    {"rule": "threshold", "param": 0.4},
-    {"rule": "knapsack", "param": 0.5, "critical": "split"},
-    {"rule": "confidence_bet", "param": 0.2},
-    {"rule": "nudging", "param": 0.4},
-)
-ENGINE = {
-    "dtype": "float32",
-    "enforce_eager": True,
-    "max_model_len": 256,
-    "max_num_seqs": REQUESTS,
-    "seed": 0,
-    "logprobs_mode": "processed_logits",
-    "disable_log_stats": False,
-}
-PROCESSOR = "tta_ext.engines.vllm.processor_v1:KnapsackDeferral"
-Row = tuple[str, str, int, int]  # configuration, what, equal, of
-
-
-def make_proxy(folder: Path) -> Path:
-    """A Llama with random weights and heads of 32, over the shipped tokenizer."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    tokenizer = load_tokenizer(str(BASE))
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=512,
-        hidden_size=96,
-        intermediate_size=256,
-        num_hidden_layers=3,
-        num_attention_heads=3,
-        num_key_value_heads=3,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    model = LlamaForCausalLM(config)
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.dim() > 1:
-                weight.normal_(0.0, 0.2)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-def prompts(count: int = REQUESTS) -> list[list[int]]:
-    """Token ids of questions, some after others, so that lengths differ."""
-    tokenizer = load_tokenizer(str(BASE))
-    texts = [problem.prompt for problem in evaluation_problems(count)]
-    return [
-        tokenizer("\n".join(texts[max(0, i - i % 3) : i + 1]))["input_ids"] for i in range(count)
-    ]
-
-
-def named(rule: dict[str, Any]) -> dict[str, Any]:
-    return {f"tta_{key}": value for key, value in rule.items()}
-
-
-class Session:
-    """An engine of one configuration, our own loop, and what has been compared."""
-
-    def __init__(self, name: str, model: Path, proxy: Path, **options: Any) -> None:
-        from vllm import LLM
-
-        self.name, self.rows = name, []  # type: tuple[str, list[Row]]
-        self.figures: dict[str, float] = {}
-        self.own = KnapsackDeferral(
-            load_model(str(BASE)), load_model(str(proxy)), load_tokenizer(str(BASE))
-        )
-        self.llm = LLM(str(model), logits_processors=[PROCESSOR], **(ENGINE | options))
-        self.prompts = prompts()
-
-    def params(self, rule: dict[str, Any] | None, i: int, sample: bool, **more: Any) -> Any:
-        """What request i asks for; None is an ordinary request."""
-        from vllm import SamplingParams
-
-        extra = None if rule is None else named(rule) | {"tta_seed": SEED, "tta_sequence": i}
-        options = {"temperature": 1.0 if sample else 0.0, "max_tokens": NEW, "extra_args": extra}
-        return SamplingParams(**(options | more))
-
-    def ask(self, asked: Sequence[tuple[int, Any]]) -> list[Any]:
-        """Answers of the engine to some prompts, all at once."""
-        found = self.llm.generate(
-            [{"prompt_token_ids": self.prompts[i]} for i, _ in asked],
-            [params for _, params in asked],
-            use_tqdm=False,
-        )
-        return [one.outputs[0] for one in found]
-
-    def wanted(self, rule: dict[str, Any], rows: Sequence[int], sample: bool, **more: Any) -> Any:
-        options = {"do_sample": sample, "seed": SEED, "max_new_tokens": NEW} | more
-        return self.own.generate([self.prompts[i] for i in rows], sequence=rows, **rule, **options)
-
-    def compare(self, what: str, found: Sequence[Any], wanted: Sequence[Any]) -> None:
-        """Note how many of two lists agree."""
-        pairs = zip(found, wanted, strict=True)
-        self.rows.append((self.name, what, sum(a == b for a, b in pairs), len(wanted)))
-
-    def rules(self, counts: Sequence[int], rules: Sequence[dict[str, Any]] = RULES) -> None:
-        """Every rule, greedy and sampled."""
-        for count in counts:
-            rows = range(count)
-            for rule in rules:
-                for sample in (False, True):
-                    found = self.ask([(i, self.params(rule, i, sample)) for i in rows])
-                    label = f"{count} requests, {rule['rule']}, {'sampled' if sample else 'greedy'}"
-                    wanted = self.wanted(rule, rows, sample).tokens
-                    self.compare(label, [list(one.token_ids) for one in found], wanted)
-
-    def preemptions(self) -> int:
-        """How often the engine has thrown a request out of its cache."""
-        return sum(
-            int(one.value) for one in self.llm.get_metrics() if one.name == "vllm:num_preemptions"
-        )
+from .vllm_others import searches, server
+from .vllm_session import BASE, NEW, REQUESTS, RULES, SHIPPED, Row, Session, make_proxy
 
 
 def plain(folder: Path, pair: Path, proxy: Path) -> Session:
@@ -200,7 +72,9 @@ def mixed(session: Session) -> None:
         [(i, session.params(rule, i, rule is not None)) for i, rule in enumerate(plan)]
     )
     asked = [i for i in range(REQUESTS) if plan[i] is not None]
-    wanted = [session.wanted(plan[i], [i], True).tokens[0] for i in asked]
+    wanted = [
+        session.wanted(rule, [i], True).tokens[0] for i, rule in enumerate(plan) if rule is not None
+    ]
     session.compare(
         "32 mixed requests, those with rules", [list(found[i].token_ids) for i in asked], wanted
     )
@@ -298,66 +172,13 @@ def fallback(folder: Path, pair: Path, proxy: Path) -> Session:
     return session
 
 
-class Search(Session):
-    """The shipped base alone, with the searches' processor."""
-
-    def __init__(self) -> None:
-        from vllm import LLM
-
-        from tta_ext.engines.vllm.aisp import LLM_OPTIONS
-
-        self.name, self.rows = "searches", []
-        self.figures = {}
-        self.llm = LLM(str(BASE), **(ENGINE | LLM_OPTIONS | {"enable_prefix_caching": True}))
-        self.model, self.tokenizer = load_model(str(BASE)), load_tokenizer(str(BASE))
-        self.prompts = [problem.prompt for problem in evaluation_problems(2)]
-
-    def both(self, what: str, kind: type[Any], **settings: Any) -> None:
-        """The same search on vLLM and in this process."""
-        from tta_ext.engines.vllm.aisp import VLLMEngine
-
-        found = []
-        for engine in ({"engine": VLLMEngine.on(self.llm)}, {}):
-            method = kind(self.model, length_reward, self.tokenizer, **engine, **settings)
-            search = method.start(self.prompts, seed=SEED)
-            start = process_time()
-            search.run()
-            rate = sum(search.tokens) / (process_time() - start)
-            self.figures[f"{what}, {'vLLM' if engine else 'our own loop'}"] = rate
-            found.append(search)
-        answers = [[one.tokens for each in search.candidates for one in each] for search in found]
-        self.compare(f"{what}, rollouts", *answers)
-        if hasattr(found[0], "mean"):
-            same = torch.equal(found[0].mean, found[1].mean)
-            self.compare(f"{what}, u bit for bit", [same], [True])
-
-
-def length_reward(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
-    """Digits in an answer, a few of them wanted."""
-    return [-abs(sum(c.isdigit() for c in one) - 9.0) for one in responses]
-
-
-def searches(folder: Path, pair: Path, proxy: Path) -> Session:
-    """AISP and best-of-n: rollouts and u."""
-    session = Search()
-    options: dict[str, Any] = {"n": 16, "max_new_tokens": 32, "probe": False}
-    for coherence in (0.5, 1.0):
-        for decoding in ("sample", "greedy"):
-            session.both(
-                f"AISP, coherence {coherence}, {decoding}",
-                AdaptiveImportanceSampling,
-                iterations=4,
-                coherence=coherence,
-                decoding=decoding,
-                **options,
-            )
-    session.both("AISP, coherence 0, top-k 20", AdaptiveImportanceSampling, iterations=3,
-                 coherence=0.0, top_k=20, **options)  # fmt: skip
-    session.both("best of 16", BestOfN, **options)
-    return session
-
-
-CONFIGURATIONS = {"plain": plain, "tight": tight, "fallback": fallback, "searches": searches}
+CONFIGURATIONS = {
+    "plain": plain,
+    "tight": tight,
+    "fallback": fallback,
+    "searches": searches,
+    "server": server,
+}
 
 
 def run_one(name: str, folder: Path) -> None:
@@ -412,8 +233,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     print(body)
     if arguments.output:
-        command = "python -m benchmarks.vllm_equality"
-        arguments.output.write_text(document("vLLM", command, environment(), body))
+        head = document("vLLM", "python -m benchmarks.vllm_equality", environment(), body)
+        arguments.output.write_text(head)
     wrong = [row for row in rows if row[2] != row[3]]
     print(f"{len(rows) - len(wrong)} passed, {len(wrong) + len(failed)} failed")
     return 1 if wrong or failed else 0

@@ -169,7 +169,8 @@ def _svamp(record: dict[str, Any]) -> Problem:
 
 def _labelled(record: dict[str, Any]) -> Problem:
     """ARC and CommonsenseQA, with the question flat or as their authors nest it."""
-    question, choices = record["question"], record.get("choices")
+    question: Any = record["question"]
+    choices: Any = record.get("choices")
     if isinstance(question, dict):
         question, choices = question["stem"], question["choices"]
     if isinstance(choices, list):

@@ -140,7 +140,8 @@ def _whole(name: str, value: Any) -> int:
     return value
 
 
-class Group(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Group:
     """Rows that one call of the operators serves, and what stays the same over their steps.
 
     Attributes:
