@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tta_ext.cli.app import run as cli
 from tta_ext.cli.common import load_models
+from tta_ext.demo.pair import ASSETS
 from tta_ext.demo.task import evaluation_problems
 from tta_ext.evaluation import Setting
 from tta_ext.tasks import TASKS, Problem, Scores, load_task, run
+
+PROBLEMS = evaluation_problems(6)
 
 RECORDS: dict[str, tuple[dict[str, Any], str, list[str]]] = {
     "gsm8k": (
@@ -121,12 +126,41 @@ def test_three_scorers(problem: Problem, text: str, wanted: Scores) -> None:
     assert problem.score(text) == wanted
 
 
+def test_the_command_takes_a_task(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data, out = tmp_path / "gsm8k.jsonl", tmp_path / "rows.json"
+    records = [{"question": one.question, "answer": f"#### {one.answer}"} for one in PROBLEMS]
+    data.write_text("\n".join(map(json.dumps, records)))
+    folders = []
+    for name in ("base", "proxy"):
+        folders.append(tmp_path / name)
+        shutil.copytree(ASSETS / name, folders[-1])
+        config = folders[-1] / "tokenizer_config.json"
+        changes = {"chat_template": TEMPLATE} if name == "proxy" else {}
+        config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    command = [
+        *("eval", "threshold:0.4", "--task", "gsm8k", "--data", str(data), "--samples", "2"),
+        *("--base", str(folders[0]), "--proxy", str(folders[1]), "--output", str(out)),
+        *("--max-new-tokens", "40"),
+    ]
+    assert cli(command) == 0
+    (row,) = json.loads(out.read_text())
+    assert (row["n"], row["samples"], row["rule"]) == (len(PROBLEMS), 2, "threshold")
+    assert 0 < row["exact"] <= row["exact_pass"] <= 1
+    assert "pass@2" in capsys.readouterr().out
+    assert cli([*command, "--mode", "greedy"]) == 1
+    assert "--task does not use --mode" in capsys.readouterr().err
+    assert cli(["eval", "--task", "gsm8k"]) == 1
+    assert "--task gsm8k needs --data" in capsys.readouterr().err
+    assert cli(["eval", "--samples", "2"]) == 1
+    assert "an evaluation without --task does not use --samples" in capsys.readouterr().err
+
+
 TEMPLATE = "{% for m in messages %}Q: {{ m['content'] }}\nA:{% endfor %}"
 
 
 def test_a_run_does_not_depend_on_batches_and_drafts() -> None:
     models = load_models(None, None)
-    problems = [Problem(one.question, str(one.answer), {}) for one in evaluation_problems(6)]
+    problems = [Problem(one.question, str(one.answer), {}) for one in PROBLEMS]
     options: dict[str, Any] = {"samples": 3, "max_new_tokens": 40, "chat_template": TEMPLATE}
     settings = [Setting("threshold", 0.4), Setting("base")]
     rows = list(run(models, problems, settings, batch_size=9, **options))

@@ -18,6 +18,7 @@ from tta_ext.journal import Journal
 
 if TYPE_CHECKING:
     from tta_ext.evaluation import Row, Setting
+    from tta_ext.tasks import TaskRow
 
 __all__ = ["evaluate", "row_table", "sweep"]
 
@@ -46,6 +47,9 @@ MaxNewTokens = Annotated[
 ]
 Seed = Annotated[int, typer.Option(help="Seed of sampled rows.")]
 Report = Annotated[Path | None, typer.Option(help="JSON file for the rows.")]
+# Options of a --task alone, and those that it does not use.
+TASK_ONLY = {"samples", "window"}
+NOT_TASK = {"pattern", "mode", "journal"}
 
 
 def evaluate(
@@ -54,6 +58,16 @@ def evaluate(
         list[str] | None,
         typer.Argument(help="base, proxy, or rule:param[:critical], such as threshold:0.4."),
     ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="gsm8k, math500, svamp, arc_c, csqa or truthfulqa, whose copy --data is."
+        ),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Answers to each problem of a --task.")] = 1,
+    window: Annotated[
+        int, typer.Option(min=0, help="Tokens that the proxy drafts on a --task; 0: none.")
+    ] = 8,
     base: common.Base = None,
     proxy: common.Proxy = None,
     anti: common.Anti = None,
@@ -73,13 +87,19 @@ def evaluate(
     """Accuracy of deferral rules, next to each model alone.
 
     Without --data, on the held-out problems of the demo's pair; with it, the share of answers that
-    match: the --pattern's last match in the text, or the text itself, equals "answer".
+    match: the --pattern's last match in the text, or the text itself, equals "answer". With --task
+    the papers' protocol: zero-shot, the aligned model's chat template for both, temperature 1, 1024
+    tokens, and three scorers side by side.
     """
     from tta_ext.evaluation import IMPLICIT_REWARD, SHORT, Setting
 
     settings = [Setting.parse(rule) for rule in rules] if rules else list(SHORT)
     if not rules and base is not None and anti is None:
         settings = [setting for setting in settings if setting.rule != IMPLICIT_REWARD]
+    if task is not None:
+        _run_task(context, settings)
+        return
+    common.refuse_unused(context, "an evaluation without --task", TASK_ONLY)
     _run(context, settings)
 
 
@@ -149,6 +169,51 @@ def _run(context: typer.Context, settings: Sequence[Setting]) -> None:
         )
     console.print(row_table(rows))
     common.write_report(options["output"], [row.as_dict() for row in rows])
+
+
+def _run_task(context: typer.Context, settings: Sequence[Setting]) -> None:
+    """Answer a task's problems as the command's other options say, and show the rows."""
+    from tta_ext.evaluation import IMPLICIT_REWARD
+    from tta_ext.tasks import MAX_NEW_TOKENS, load_task, run
+
+    options: dict[str, Any] = context.params
+    common.refuse_unused(context, "--task", NOT_TASK)
+    implicit = any(setting.rule == IMPLICIT_REWARD for setting in settings)
+    if not implicit:
+        common.refuse_unused(context, "what is evaluated", {"anti"})
+    if options["data"] is None:
+        raise ValueError(f"--task {options['task']} needs --data, a local copy of its problems")
+    problems = load_task(options["task"], options["data"], options["n"])
+    common.check_writable(options["output"])
+    named = {key: options[key] for key in ("base", "proxy", "anti", "dtype", "device")}
+    models = common.load_models(**named, implicit=implicit)
+    chosen = {key: options[key] for key in ("samples", "window", "seed", "batch_size")}
+    length = options["max_new_tokens"] or MAX_NEW_TOKENS
+    with common.progress("problems", len(problems) * len(settings)) as advance:
+        rows = list(
+            run(models, problems, settings, max_new_tokens=length, progress=advance, **chosen)
+        )
+    console.print(task_table(rows))
+    common.write_report(options["output"], [row.as_dict() for row in rows])
+
+
+def task_table(rows: Sequence[TaskRow]) -> Table:
+    """Rows of a task for the terminal: three scorers, pass@k where there are several answers."""
+    samples = rows[0].samples if rows else 1
+    names = ("string", "numeric", "exact")
+    passes = [f"{name}\npass@{samples}" for name in names] if samples > 1 else []
+    scores = [f"{name}\n± se" for name in names]
+    table = common.table("rule", *scores, *passes, "proxy\ncalls", "drafts\nkept", "tokens\n/s")
+    for row in rows:
+        cells = []
+        for name in names:
+            error = f"{getattr(row, f'{name}_stderr'):.3f}".removeprefix("0")
+            cells.append(f"{getattr(row, name):.3f} ±{error}")
+        if samples > 1:
+            cells += [f"{getattr(row, name + '_pass'):.3f}" for name in names]
+        cells += [f"{row.proxy_call_rate:.2f}", f"{row.acceptance_rate:.2f}"]
+        table.add_row(row.setting.label, *cells, f"{row.tokens_per_second:.0f}")
+    return table
 
 
 def parse_range(text: str) -> list[float]:
