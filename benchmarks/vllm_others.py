@@ -7,7 +7,7 @@ import signal
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
-from time import perf_counter, process_time, sleep
+from time import perf_counter, sleep
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from tta_ext.decoding import (
 )
 from tta_ext.demo.task import evaluation_problems
 
-from .vllm_session import BASE, ENGINE, NEW, RULES, SEED, Session, named
+from .vllm_session import BASE, ENGINE, NEW, RULES, SEED, Session, cpu_seconds, named
 
 
 class Search(Session):
@@ -46,9 +46,9 @@ class Search(Session):
         for engine in ({"engine": VLLMEngine.on(self.llm)}, {}):
             method = kind(self.model, length_reward, self.tokenizer, **engine, **settings)
             search = method.start(self.texts, seed=SEED)
-            start = process_time()
+            start = cpu_seconds()
             search.run()
-            rate = sum(search.tokens) / (process_time() - start)
+            rate = sum(search.tokens) / (cpu_seconds() - start)
             self.figures[f"{what}, {'vLLM' if engine else 'our own loop'}"] = rate
             found.append(search)
         answers = [[one.tokens for each in search.candidates for one in each] for search in found]
