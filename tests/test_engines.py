@@ -474,10 +474,17 @@ def test_the_plugin_names_the_model_once(vllm: ModuleType) -> None:
 def test_serving_becomes_vllm_s_command(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
     monkeypatch.setattr("os.execvp", lambda *command: seen.append(command))
-    assert run(["serve", "--engine", "vllm", "folder", "--port", "8001"]) == 0
-    command = serve_command("folder", ["--port", "8001"])
-    assert seen == [(command[0], command)]
-    assert run(["serve", "--engine", "other", "folder"]) == 1
+    monkeypatch.setattr("tta_ext.serving.serve", lambda *args, **options: seen.append(options))
+    assert run(["serve", "--engine", "vllm", "folder", "--port", "8001", "--seed", "1"]) == 0
+    command = serve_command("folder", ["--host", "localhost", "--port", "8001", "--seed", "1"])
+    assert seen[0] == (command[0], command)
+    assert run(["serve", "--engine", "vllm", "folder", "--rule", "argmax"]) == 1
+    assert run(["serve", "folder"]) == 1
+    assert run(["serve", "--engine", "vllm"]) == 1
+    del seen[:]
+    assert run(["serve", "--rule", "knapsack", "--port", "8002"]) == 0
+    (options,) = seen
+    assert (options["rule"], options["param"], options["port"]) == ("knapsack", 0.9, 8002)
 
 
 def test_a_pair_is_a_small_folder(tmp_path: Path) -> None:

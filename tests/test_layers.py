@@ -20,6 +20,7 @@ FLOORS = [
     {"decoding.deferral", "decoding.search"},
     {"decoding"},
     {"hf", "evaluation", "demo", "engines", "lm_eval", "tasks"},
+    {"serving"},
     {"cli"},
     {""},
 ]
