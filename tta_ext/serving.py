@@ -68,9 +68,10 @@ def serve(
             f"transformers has no server here ({error}); pip install 'tta-ext[serve]'"
         ) from None
 
-    original = model_manager.ModelManager
+    module: Any = model_manager
+    original = module.ModelManager
 
-    class Deferring(original):  # type: ignore[misc, valid-type]
+    class Deferring(module.ModelManager):
         def _load_model(self, *args: Any, **kwargs: Any) -> Any:
             model = super()._load_model(*args, **kwargs)
             # As the interface has it: drawn unless a request's temperature is 0, from all tokens
@@ -81,7 +82,7 @@ def serve(
             second = load_model(proxy, dtype=dtype, device=model.device)
             return defer(model, second, **options)
 
-    model_manager.ModelManager = Deferring
+    module.ModelManager = Deferring
     try:
         return command.Serve(
             force_model=base,
@@ -92,4 +93,4 @@ def serve(
             non_blocking=background,
         )
     finally:
-        model_manager.ModelManager = original
+        module.ModelManager = original

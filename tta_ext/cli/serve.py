@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated, Any, Literal
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from tta_ext.cli import common
+
+if TYPE_CHECKING:
+    from tta_ext.evaluation import Setting
 
 __all__ = ["serve"]
 
@@ -50,28 +54,26 @@ def serve(
             raise ValueError("--engine vllm needs the folder that tta vllm-pair wrote")
         command = serve_command(pair, ["--host", host, "--port", str(port), *context.args])
         os.execvp(command[0], command)
-    if pair is not None or context.args:
-        raise ValueError(
-            f"--engine transformers does not use {([pair] if pair else []) + context.args}"
-        )
+    else:
+        if pair is not None or context.args:
+            unused = " ".join(([pair] if pair else []) + context.args)
+            raise ValueError(f"--engine transformers does not use {unused}")
+        setting = common.chosen_setting(context, rule, param, critical)
+        _serve(context.params, setting)
+
+
+def _serve(options: dict[str, Any], setting: Setting) -> None:
+    """transformers' server, until interrupted."""
     from tta_ext import serving
     from tta_ext.demo.pair import ASSETS
 
+    base, proxy = options["base"], options["proxy"]
     if (base is None) != (proxy is None):
         raise ValueError("--base and --proxy belong together (without both, the demo's pair)")
-    setting = common.chosen_setting(context, rule, param, critical)
-    options: dict[str, Any] = {
-        "rule": setting.rule,
-        "param": setting.param,
-        "critical": setting.critical,
-        "rule_temperature": rule_temperature,
-    }
     serving.serve(
         base or str(ASSETS / "base"),
         proxy or str(ASSETS / "proxy"),
-        host=host,
-        port=port,
-        dtype=dtype,
-        device=device or "auto",
-        **options,
+        device=options["device"] or "auto",
+        **{name: options[name] for name in ("host", "port", "dtype", "rule_temperature")},
+        **asdict(setting),
     )
