@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from .harness import document, environment, table
-from .vllm_others import searches, server
+from .vllm_others import contract, searches, server
 from .vllm_session import BASE, NEW, REQUESTS, RULES, SHIPPED, Row, Session, cpu_seconds, make_proxy
 
 
@@ -178,6 +178,7 @@ CONFIGURATIONS = {
     "fallback": fallback,
     "searches": searches,
     "server": server,
+    "contract": contract,
 }
 
 
@@ -207,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_NO_USAGE_STATS": "1",
     }
     rows: list[Row] = []

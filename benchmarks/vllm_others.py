@@ -174,3 +174,40 @@ def server(folder: Path, pair: Path, proxy: Path) -> Session:
     finally:
         one.close()
     return one
+
+
+def contract(folder: Path, pair: Path, proxy: Path) -> Session:
+    """What the sampler of the second model runner takes from vLLM is there; nothing runs."""
+    from dataclasses import fields
+    from inspect import signature
+
+    from vllm.v1.worker.gpu.input_batch import InputBatch
+    from vllm.v1.worker.gpu.model_states import resolve_model_state_cls
+    from vllm.v1.worker.gpu.model_states.interface import ModelState
+    from vllm.v1.worker.gpu.sample.sampler import Sampler
+    from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
+
+    from tta_ext.engines.vllm.model import TTAKadForCausalLM
+
+    session = Session.__new__(Session)
+    session.name, session.rows, session.figures = "second runner, contract alone", [], {}
+    state: Any = resolve_model_state_cls(None, TTAKadForCausalLM)  # type: ignore[arg-type]
+    session.compare(
+        "the model's state replaces the samplers",
+        [issubclass(state, ModelState), state.custom_sampler is not ModelState.custom_sampler],
+        [True, True],
+    )
+    wanted = ["cu_num_logits_np", "idx_mapping_np", "logits_indices", "positions"]
+    found = {one.name for one in fields(InputBatch)}
+    session.compare("fields of a batch", [one for one in wanted if one in found], wanted)
+    calls = [list(signature(kind.__call__).parameters)[1:3] for kind in (Sampler, RejectionSampler)]
+    session.compare("calls of both samplers", calls, [["logits", "input_batch"]] * 2)
+    session.compare(
+        "what a verification and a request are made of",
+        [
+            list(signature(RejectionSampler.__init__).parameters)[1:4],
+            list(signature(Sampler.add_request).parameters)[1:],
+        ],
+        [["sampler", "spec_config", "device"], ["req_idx", "sampling_params"]],
+    )
+    return session

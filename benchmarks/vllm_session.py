@@ -124,6 +124,7 @@ class Session:
         """Note how many of two lists agree."""
         pairs = zip(found, wanted, strict=True)
         self.rows.append((self.name, what, sum(a == b for a, b in pairs), len(wanted)))
+        print(f"  {what}: {self.rows[-1][2]} of {len(wanted)}", flush=True)
 
     def rules(self, counts: Sequence[int], rules: Sequence[dict[str, Any]] = RULES) -> None:
         """Every rule, greedy and sampled."""
