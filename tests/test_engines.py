@@ -460,6 +460,68 @@ def test_the_second_runner_checks_arguments_at_the_door(vllm: ModuleType) -> Non
     assert checker.add_request(0, Params()) is False
 
 
+# ---- SGLang --------------------------------------------------------------------------------------
+
+
+def test_sglang_s_processor(
+    monkeypatch: pytest.MonkeyPatch, own: KnapsackDeferral, prompts: list[list[int]]
+) -> None:
+    """Batches in which requests come and go, with fewer slots than requests."""
+
+    class Processor:
+        @classmethod
+        def to_str(cls) -> str:
+            return cls.__name__
+
+    top = "sglang.srt.sampling.custom_logit_processor"
+    parts = top.split(".")
+    for i in range(1, len(parts) + 1):
+        module = ModuleType(".".join(parts[:i]))
+        module.__path__ = []  # type: ignore[attr-defined]
+        module.CustomLogitProcessor = Processor  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setenv("TTA_EXT_SGLANG_SLOTS", "3")
+    monkeypatch.delenv("TTA_EXT_SGLANG_PROXY", raising=False)
+    monkeypatch.delitem(sys.modules, "tta_ext.engines.sglang", raising=False)
+    sglang = importlib.import_module("tta_ext.engines.sglang")
+    monkeypatch.delitem(sys.modules, "tta_ext.engines.sglang")
+    made = sglang.request({"temperature": 0.0}, **RULES[0])
+    assert made["custom_logit_processor"] == "KnapsackDeferral"
+    assert made["sampling_params"] == {"temperature": 0.0, "custom_params": RULES[0]}
+    with pytest.raises(ValueError, match=r"top_p is 0\.9"):
+        sglang.request({"top_p": 0.9}, **RULES[0], tta_seed=1)
+    with pytest.raises(ValueError, match="tta_seed is missing"):
+        sglang.request(None, **RULES[0])
+
+    processor = sglang.KnapsackDeferral()
+    requests = []
+    for i, prompt in enumerate(prompts):
+        arguments = {**RULES[i % 4], "tta_seed": SEED, "tta_sequence": i}
+        sampling = SimpleNamespace(top_k=1 if i == 1 else 1 << 30, temperature=1.0)
+        engine = SimpleNamespace(
+            rid=f"r{i}", origin_input_ids=prompt, output_ids=[], sampling_params=sampling
+        )
+        requests.append(arguments | {"__req__": engine})
+    with pytest.raises(ValueError, match="set TTA_EXT_SGLANG_PROXY"):
+        processor(torch.zeros(1, 512), requests[:1])
+    monkeypatch.setenv("TTA_EXT_SGLANG_PROXY", PROXY)
+    with pytest.raises(ValueError, match="there are 4 requests, expected at most"):
+        processor(torch.zeros(4, 512), requests[:4])
+    step = 0
+    while True:
+        open_ = [r for r in requests if len(r["__req__"].output_ids) < NEW]
+        if not open_:
+            break
+        batch = (open_[step % len(open_) :] + open_)[: min(3, len(open_), 1 + step % 3)]
+        engines = [r["__req__"] for r in batch]
+        logits = last_logits(own.base, [e.origin_input_ids + e.output_ids for e in engines])
+        for engine, token in zip(engines, processor(logits, batch).argmax(-1), strict=True):
+            engine.output_ids.append(int(token))
+        step += 1
+    for i, one in enumerate(requests):
+        assert one["__req__"].output_ids == wanted(own, prompts[i], i, i != 1).tokens[0]
+
+
 # ---- the folder of a pair ------------------------------------------------------------------------
 
 
