@@ -8,6 +8,7 @@ of the same rows is kept for whoever draws (:data:`stash`).
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -86,22 +87,12 @@ class TTAKadForCausalLM(nn.Module):
         return logits
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Give each model its own; names as vLLM checks them."""
+        """Give each model its own, the base's first as they come; names as vLLM checks them."""
         found: set[str] = set()
-
-        def own(start: str, pairs: list[tuple[str, Tensor]]) -> None:
-            model = self.proxy if start == "proxy." else self.base
-            found.update(start + name for name in model.load_weights(pairs))
-
-        base: list[tuple[str, Tensor]] = []
-        proxy: list[tuple[str, Tensor]] = []
-        for name, tensor in weights:
-            if name.startswith(_PROXY):
-                proxy.append((name.removeprefix(_PROXY), tensor))
-            else:
-                base.append((name, tensor))
-        own("base.", base)
-        own("proxy.", proxy)
+        for proxys, pairs in groupby(weights, key=lambda one: one[0].startswith(_PROXY)):
+            model, start = (self.proxy, "proxy.") if proxys else (self.base, "base.")
+            own = ((name.removeprefix(_PROXY), tensor) for name, tensor in pairs)
+            found |= {start + name for name in model.load_weights(own)}
         return found
 
     @staticmethod
