@@ -19,7 +19,8 @@ FLOORS = [
     {"doctor", "decoding.runtime", "decoding.classifier", "decoding.rewards"},
     {"decoding.deferral", "decoding.search"},
     {"decoding"},
-    {"hf", "evaluation", "demo"},
+    {"hf", "evaluation", "demo", "engines", "lm_eval", "tasks"},
+    {"serving"},
     {"cli"},
     {""},
 ]

@@ -11,7 +11,19 @@ import typer
 
 import tta_ext
 from tta_ext._version import __version__
-from tta_ext.cli import bench, compare, demo, doctor, evaluate, generate, merge, search, trace
+from tta_ext.cli import (
+    bench,
+    compare,
+    demo,
+    doctor,
+    evaluate,
+    generate,
+    merge,
+    search,
+    serve,
+    trace,
+    vllm_pair,
+)
 from tta_ext.cli.common import errors, sentence
 
 __all__ = ["app", "run"]
@@ -43,6 +55,12 @@ _command("sweep", evaluate.sweep)
 _command("compare", compare.compare)
 _command("merge", merge.merge)
 _command("trace", trace.trace)
+_command(
+    "serve",
+    serve.serve,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+_command("vllm-pair", vllm_pair.vllm_pair)
 _command("doctor", doctor.doctor)
 _command(
     "bench",

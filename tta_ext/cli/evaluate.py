@@ -18,6 +18,7 @@ from tta_ext.cli.answers import tell
 from tta_ext.cli.common import errors
 from tta_ext.cli.config import Config
 from tta_ext.cli.progress import progress
+from tta_ext.cli.tasks import run_task
 from tta_ext.journal import Journal, run_facts
 
 if TYPE_CHECKING:
@@ -54,6 +55,8 @@ MaxNewTokens = Annotated[
 ]
 Seed = Annotated[int, typer.Option(help="Seed of sampled rows.")]
 Report = Annotated[Path | None, typer.Option(help="JSON file for the rows.")]
+# Options of a --task alone.
+TASK_ONLY = {"samples", "window"}
 
 
 def evaluate(
@@ -62,6 +65,16 @@ def evaluate(
         list[str] | None,
         typer.Argument(help="base, proxy, or rule:param[:critical], such as threshold:0.4."),
     ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="gsm8k, math500, svamp, arc_c, csqa or truthfulqa, whose copy --data is."
+        ),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Answers to each problem of a --task.")] = 1,
+    window: Annotated[
+        int, typer.Option(min=0, help="Tokens that the proxy drafts on a --task; 0: none.")
+    ] = 8,
     base: common.Base = None,
     proxy: common.Proxy = None,
     anti: common.Anti = None,
@@ -88,14 +101,20 @@ def evaluate(
     """Accuracy of deferral rules, next to each model alone.
 
     Without --data, on the held-out problems of the demo's pair; with it, the share of answers that
-    match: the --pattern's last match in the text, or the text itself, equals "answer". Intervals
-    are of 95%: Wilson's for shares, the paired bootstrap's for differences.
+    match: the --pattern's last match in the text, or the text itself, equals "answer". With --task
+    the papers' protocol: zero-shot, the aligned model's chat template for both, temperature 1, 1024
+    tokens, and three scorers side by side. Intervals are of 95%: Wilson's for shares, the paired
+    bootstrap's for differences.
     """
     from tta_ext.evaluation import IMPLICIT_REWARD, SHORT, Setting
 
     settings = [Setting.parse(rule) for rule in rules] if rules else list(SHORT)
     if not rules and base is not None and anti is None:
         settings = [setting for setting in settings if setting.rule != IMPLICIT_REWARD]
+    if task is not None:
+        run_task(context, settings)
+        return
+    common.refuse_unused(context, "an evaluation without --task", TASK_ONLY)
     _run(context, settings)
 
 

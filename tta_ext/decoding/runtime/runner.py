@@ -114,6 +114,23 @@ class Runner(ModelRunner):
             limit = min(len(before), len(prompt) - 1)
             self._cached[row] = next((i for i in range(limit) if before[i] != prompt[i]), limit)
 
+    def replace(self, row: int, tokens: Sequence[int]) -> None:
+        """Make a row hold other tokens, keeping its cache as far as they begin with the old ones.
+
+        Args:
+            row: which.
+            tokens: at least one, and not more than any row may have.
+        """
+        before = self._tokens[row][: self._cached[row]]
+        limit = min(len(before), len(tokens) - 1)
+        same = limit if before[:limit] == list(tokens[:limit]) else 0
+        if same < limit:
+            same = next(i for i in range(limit) if before[i] != tokens[i])
+        self._tokens[row] = list(tokens)
+        self._total[row] = self._prompt[row] = len(tokens)
+        self._cached[row], self._group[row] = same, row
+        self._place()
+
     def append(self, tokens: Sequence[int], newest: Tensor | None = None) -> None:
         for row, token in zip(self._tokens, tokens, strict=True):
             row.append(token)
