@@ -21,6 +21,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -154,9 +155,7 @@ def _calls(base: Tensor, proxy: Tensor, rule: str, param: float | None) -> dict[
         drafts, more, checked = made
         reached = int(checked.accepted) + 1
         found[name] = (
-            lambda drafts=drafts, more=more, checked=checked: ops.deferral_verify(
-                *drafts, **more, out=checked
-            ),
+            partial(ops.deferral_verify, *drafts, **more, out=checked),
             1,
             float(reached + min(reached, positions)),
         )
@@ -172,7 +171,9 @@ def _spent(run: Run) -> float:
 def cells(shape: str, dtype: str, rounds: int, vocab: int = VOCAB) -> list[Cell]:
     """All cells of one row, timed in turns with a softmax of it."""
     base, proxy = shaped_pair(shape, DRAFT + 1, vocab, 0, getattr(torch, dtype))
-    laws = [(f"knapsack {b:g}".replace("0.", "."), "knapsack", b) for b in BUDGETS]
+    laws: list[tuple[str, str, float | None]] = [
+        (f"knapsack {b:g}".replace("0.", "."), "knapsack", b) for b in BUDGETS
+    ]
     laws += [(rule, rule, param) for rule, param in RULES.items()]
     runs = {
         (op, name): call
