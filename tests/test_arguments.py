@@ -174,7 +174,7 @@ def test_results_are_sequences(kad: KnapsackDeferral, search: BestOfN) -> None:
     assert repr(both).startswith("<Generation: 4 answers, 16 tokens, seed 0; first '")
     assert "rule=" in repr(kad)
     assert "threshold" in repr(kad)
-    assert repr(search).startswith("BestOfN(LlamaForCausalLM, BestOfNSettings(")
+    assert repr(search).startswith("BestOfN(LlamaForCausalLM (ragged), BestOfNSettings(")
 
 
 def test_errors_of_some_answers(kad: KnapsackDeferral) -> None:

@@ -16,7 +16,7 @@ namespace tta {
 namespace bind {
 namespace {
 
-class Simt {
+class Simt : public Memory {
  public:
   Simt(const Tensor&, const char*, bool check) : check_(check) {}
 
@@ -59,21 +59,21 @@ class Simt {
 
  private:
   // Of exactly this size, aligned as on a device, full of `poison`.
-  using Memory = std::unique_ptr<void, decltype(&std::free)>;
-  static Memory allocate(size_t bytes, int poison, const char* name) {
+  using Buffer = std::unique_ptr<void, decltype(&std::free)>;
+  static Buffer allocate(size_t bytes, int poison, const char* name) {
     void* data = nullptr;
     STD_TORCH_CHECK(!bytes || !posix_memalign(&data, 256, bytes), "no memory for ", name);
     if (bytes) std::memset(data, poison, bytes);
     simt::add_buffer(data, bytes, true, name);
-    return Memory(data, &std::free);
+    return Buffer(data, &std::free);
   }
 
   template <class Args>
   void launch(cudaError_t (*kernel)(const Args&, const cuda::Launch&), const Args& a) {
     const cuda::Need need = cuda::need_of(a);
     const size_t counters = static_cast<size_t>(need.arrivals);
-    const Memory scratch = allocate(need.bytes, 0xcd, "scratch");
-    const Memory arrivals = allocate(counters * sizeof(uint32_t), 0, "arrivals");
+    const Buffer scratch = allocate(need.bytes, 0xcd, "scratch");
+    const Buffer arrivals = allocate(counters * sizeof(uint32_t), 0, "arrivals");
     if (check_) simt::add_buffer(&invalid_, sizeof invalid_, true, "invalid");
     uint32_t* const count = static_cast<uint32_t*>(arrivals.get());
     cuda::Launch launch{scratch.get(), count};
