@@ -12,14 +12,14 @@ PACKAGE = Path(__file__).resolve().parent.parent / "tta_ext"
 # A room may import those above it in this list, and nothing below; rooms of one line are
 # neighbours that do not know each other.
 FLOORS = [
-    {"_version", "rules", "rng", "build", "env", "journal", "intervals"},
+    {"_version", "rules", "rng", "build", "env", "journal", "jobs", "intervals"},
     {"schemas"},
     {"dispatch"},
     {"backends", "ops"},
     {"doctor", "decoding.runtime", "decoding.classifier", "decoding.rewards"},
     {"decoding.deferral", "decoding.search"},
     {"decoding"},
-    {"hf", "evaluation", "demo"},
+    {"hf", "evaluation", "demo", "engines"},
     {"cli"},
     {""},
 ]

@@ -26,6 +26,7 @@ __all__ = [
     "Journal",
     "Shard",
     "decode_all",
+    "decoded_parts",
     "fingerprint",
     "json_line",
     "model_facts",
@@ -187,6 +188,15 @@ def decode_all(
             return [(part, error)]
     middle = len(part) // 2
     return decode_all(decode, part[:middle]) + decode_all(decode, part[middle:])
+
+
+def decoded_parts(places: Sequence[int], known: Callable[[list[int]], bool]) -> list[list[int]]:
+    """Places in the parts that :func:`decode_all` made before: as they are if no part is known."""
+    part, middle = list(places), len(places) // 2
+    if known(part) or not middle:
+        return [part]
+    parts = decoded_parts(part[:middle], known) + decoded_parts(part[middle:], known)
+    return parts if any(map(known, parts)) else [part]
 
 
 def strict(value: Any) -> Any:

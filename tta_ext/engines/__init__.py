@@ -1,0 +1,1 @@
+"""Deferral and searches inside foreign engines; each needs its engine installed."""
