@@ -13,7 +13,7 @@ from tta_ext.journal import Journal, resume_key, run_facts
 __all__ = ["Decoder", "map_prompts"]
 
 
-class _Prompts:
+class Answers:
     """A machine over a list of prompts, of anything that has ``generate``."""
 
     def __init__(self, load: Callable[[], Any], prompts: Sequence[Any]) -> None:
@@ -90,7 +90,7 @@ def map_prompts(
             progress(len(known))
         if jobs:
             with Workers(
-                lambda: _Prompts(load, asked), workers, address=address, gpus=gpus_per_worker
+                lambda: Answers(load, asked), workers, address=address, gpus=gpus_per_worker
             ) as crew:
                 for _, places, found in crew.map(({**options, "seed": seed}, job) for job in jobs):
                     if isinstance(found, Exception):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import ray
@@ -21,7 +22,7 @@ from tta_ext.decoding.search.engine import (
     RolloutTask,
     Scores,
 )
-from tta_ext.engines.ray.workers import Workers
+from tta_ext.engines.ray.workers import Workers, connect
 
 __all__ = ["Rollouts"]
 
@@ -118,7 +119,9 @@ class Rollouts:
             raise ValueError("the task has no scorer, and rollouts are scored where they are drawn")
         held = model, task.scorer.reward
         if self._crew is None:
-            load = self._load or (lambda: held)
+            connect(self._options["address"], self.workers)
+            self._sent = None if self._load else ray.put(held)  # kept, for workers that restart
+            load = self._load or partial(ray.get, self._sent)
             self._crew = Workers(lambda: _Roller(load), self.workers, **self._options)
             self._held = held
         if held[0] is not self._held[0] or held[1] is not self._held[1]:

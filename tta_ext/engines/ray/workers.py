@@ -19,7 +19,7 @@ try:
 except ModuleNotFoundError:
     raise ImportError(f"engine ray needs Ray: {install('ray')}") from None
 
-__all__ = ["Workers"]
+__all__ = ["Workers", "connect"]
 
 # Of one worker; where it dies this often a restart mends nothing.
 RESTARTS = 16
@@ -54,11 +54,24 @@ class _Worker:
         return os.getpid()
 
 
+def connect(address: str | None, cores: int) -> None:
+    """Connect to Ray unless this process is connected: to a cluster, else to one started here.
+
+    Args:
+        address: of the cluster; None starts one on this machine.
+        cores: that workers will ask for; here they share those that there are.
+    """
+    if not ray.is_initialized():
+        here: dict[str, Any] = {"include_dashboard": False}
+        here["num_cpus"] = max(os.cpu_count() or 1, cores)
+        ray.init(address, log_to_driver=False, logging_level="ERROR", **({} if address else here))
+
+
 class Workers:
     """Actors that each hold what ``make`` makes; of machines, a :class:`tta_ext.jobs.Crew`.
 
     Args:
-        make: loads models and returns what works with them, such as a
+        make: small; loads models and returns what works with them, such as a
             :class:`~tta_ext.jobs.Machine`; called in every worker, and again in one that died.
         count: workers.
         address: of a Ray cluster, or ``"auto"``; None: the Ray that this process is connected to,
@@ -84,17 +97,10 @@ class Workers:
         for name, value, low in (("workers", count, 1), ("gpus", gpus, 0), ("cpus", cpus, 0)):
             if not value >= low:
                 raise ValueError(f"{name} is {value}, expected at least {low}")
-        if not ray.is_initialized():
-            here: dict[str, Any] = {} if address else {
-                "include_dashboard": False,
-                # Workers share the cores there are.
-                "num_cpus": max(os.cpu_count() or 1, round(count * cpus)),
-            }  # fmt: skip
-            ray.init(address, log_to_driver=False, logging_level="ERROR", **here)
+        connect(address, round(count * cpus))
         options = {"num_cpus": cpus, "num_gpus": gpus, "max_restarts": RESTARTS}
         actor = ray.remote(_Worker).options(**options, max_task_retries=-1)
-        made = ray.put(make)
-        self.actors = [actor.remote(made, threads) for _ in range(count)]
+        self.actors = [actor.remote(make, threads) for _ in range(count)]
 
     def __len__(self) -> int:
         return len(self.actors)

@@ -1,0 +1,198 @@
+"""Ray beside the plain process: equal answers for 1, 2, 4 workers, with and without kills; cost.
+
+    python -m benchmarks.bench_ray [--workers 1,2,4] [--kills 1] [--seed 0]
+
+The shipped pair answers (KAD) and is searched (AISP, best-of-n). Each line compares one run with
+the plain process: answers that are the same tokens, with AISP rewards and u bit for bit. A run with
+kills has a worker killed (SIGKILL) at a random moment of the run; it counts only if the worker died
+before the run ended. Workers are warm, so that what is timed is the work; where a worker dies the
+time holds its restart. The ratio is the time of one worker over that of the plain process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import signal
+import threading
+from collections.abc import Callable
+from time import perf_counter, sleep
+from typing import Any
+
+import torch
+
+PROMPTS = [f"Q: {a} + {b}" for a in range(2, 8) for b in (11, 25)]
+PAIR = {"rule": "threshold", "param": 0.4}
+TOKENS = 24
+SEARCH = {"max_new_tokens": 16, "eos_token_id": []}
+METHODS: dict[str, dict[str, Any]] = {
+    "AISP": {"n": 32, "iterations": 4, "sigma": 0.5, "coherence": 0.5, **SEARCH},
+    "best-of-n": {"n": 64, "group": 32, **SEARCH},
+}
+
+
+def load_pair() -> Any:
+    """The shipped pair as a decoder."""
+    from tta_ext import KnapsackDeferral
+    from tta_ext.demo.pair import ASSETS
+
+    return KnapsackDeferral.from_pretrained(str(ASSETS / "base"), str(ASSETS / "proxy"), **PAIR)
+
+
+def load_search() -> tuple[Any, Any]:
+    """The shipped base as a model, and a reward."""
+    from tta_ext.decoding.rewards import parse_reward
+    from tta_ext.decoding.runtime.loading import load_model
+    from tta_ext.demo.pair import ASSETS
+
+    return load_model(str(ASSETS / "base")), parse_reward("letter:s")
+
+
+def worker_pids(root: int | None = None) -> list[int]:
+    """Ray workers of this package below a process that started its Ray itself."""
+    import psutil
+
+    found = []
+    for process in psutil.Process(root).children(recursive=True):
+        try:
+            if any("_Worker" in part for part in process.cmdline()[:1]):
+                found.append(process.pid)
+        except psutil.Error:
+            continue
+    return found
+
+
+def with_kills(run: Callable[[], Any], count: int, within: float, rng: random.Random) -> Any:
+    """A run's result while workers die at random moments; again until all have died in time.
+
+    Returns:
+        What ``run`` returned, and the seconds it took.
+    """
+    for _ in range(20):
+        ended, killed = threading.Event(), list[int]()
+        start = perf_counter()
+        moments = sorted(start + rng.uniform(0.0, within) for _ in range(count))
+        thread = threading.Thread(target=_kill, args=(moments, ended, killed, rng))
+        thread.start()
+        result = run()
+        seconds = perf_counter() - start
+        ended.set()
+        thread.join()
+        if len(killed) == count:
+            return result, seconds
+    raise RuntimeError("no worker died before a run ended")
+
+
+def _kill(
+    moments: list[float], ended: threading.Event, killed: list[int], rng: random.Random
+) -> None:
+    """Kill a worker at each moment, until the run has ended."""
+    for moment in moments:
+        sleep(max(0.0, moment - perf_counter()))
+        pids = worker_pids()
+        if pids and not ended.is_set():
+            killed.append(rng.choice(pids))
+            os.kill(killed[-1], signal.SIGKILL)
+
+
+def timed(run: Callable[[], Any]) -> Any:
+    """A result, and the seconds it took."""
+    start = perf_counter()
+    result = run()
+    return result, perf_counter() - start
+
+
+def search_method(name: str, engine: Any = None) -> Any:
+    """A method over the shipped base."""
+    from tta_ext.decoding import AdaptiveImportanceSampling, BestOfN
+    from tta_ext.decoding.runtime.loading import load_tokenizer
+    from tta_ext.demo.pair import ASSETS
+
+    kind = AdaptiveImportanceSampling if name == "AISP" else BestOfN
+    model, reward = load_search()
+    given = {} if engine is None else {"engine": engine}
+    return kind(model, reward, load_tokenizer(str(ASSETS / "base")), **METHODS[name], **given)
+
+
+def same(here: Any, there: Any) -> tuple[int, int, bool]:
+    """Rollouts with the same tokens, all of them, and whether rewards and u have the same bits."""
+    ours, theirs = ([one for row in r.candidates for one in row] for r in (here, there))
+    equal = sum(a.tokens == b.tokens for a, b in zip(ours, theirs, strict=True))
+    bits = here.rewards == there.rewards and here.texts == there.texts
+    if here.mean is not None:
+        bits = bits and torch.equal(here.mean, there.mean)
+    return equal, len(ours), bits
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--workers", default="1,2,4")
+    parser.add_argument("--kills", type=int, default=1, help="workers that die in a run of kills")
+    parser.add_argument("--seed", type=int, default=0, help="of answers and of kills")
+    args = parser.parse_args()
+    counts = [int(text) for text in args.workers.split(",")]
+
+    import ray
+
+    from tta_ext.engines.ray import Rollouts, Workers
+    from tta_ext.engines.ray.prompts import Answers
+
+    # Workers share the cores there are; Ray must think that each has one.
+    ray.init(
+        include_dashboard=False, num_cpus=max(counts), object_store_memory=150_000_000,
+        log_to_driver=False, logging_level="ERROR",
+    )  # fmt: skip
+    rng = random.Random(args.seed)
+    print(f"{os.cpu_count()} cores, torch {torch.__version__}, Ray {ray.__version__}")
+    print(
+        f"{'':9} {'workers':>7} {'killed':>6} {'equal':>9} {'bits':>5} {'seconds':>8} {'ratio':>6}"
+    )
+
+    def line(name: str, workers: int, killed: int, equal: str, bits: str, seconds: float) -> None:
+        ratio = f"{seconds / plain:6.2f}" if workers == 1 and not killed else ""
+        print(f"{name:9} {workers or 'plain':>7} {killed or '-':>6} {equal:>9} {bits:>5} "
+              f"{seconds:8.2f} {ratio:>6}", flush=True)  # fmt: skip
+
+    options = {"seed": args.seed, "max_new_tokens": TOKENS, "eos_token_id": []}
+    jobs = [(options, list(range(at, at + 2))) for at in range(0, len(PROMPTS), 2)]
+    pair = Answers(load_pair, PROMPTS)
+    pair.decode(*jobs[0])
+    expected, plain = timed(lambda: [one for job in jobs for one in pair.decode(*job)])
+    line("KAD", 0, 0, f"{len(PROMPTS)}/{len(PROMPTS)}", "", plain)
+    for workers in counts:
+        with Workers(lambda: Answers(load_pair, PROMPTS), workers, threads=1) as crew:
+
+            def answers(crew: Workers = crew) -> list[Any]:
+                found: dict[int, Any] = {}
+                for _, places, records in crew.map(jobs):
+                    found |= zip(places, records, strict=True)
+                return [found[place] for place in range(len(PROMPTS))]
+
+            answers()
+            for kills in (0, args.kills):
+                run = timed(answers) if not kills else with_kills(answers, kills, plain, rng)
+                equal = sum(a == b for a, b in zip(run[0], expected, strict=True))
+                line("KAD", workers, kills, f"{equal}/{len(PROMPTS)}", "", run[1])
+    for name in METHODS:
+        method = search_method(name)
+        method.generate(PROMPTS[0], seed=args.seed)
+        whole, plain = timed(lambda: method.generate(PROMPTS[0], seed=args.seed))  # noqa: B023
+        rollouts = same(whole, whole)[1]
+        line(name, 0, 0, f"{rollouts}/{rollouts}", "", plain)
+        for workers in counts:
+            with Rollouts(workers, load=load_search, cell=8) as engine:
+                sharded = search_method(name, engine)
+
+                def search(sharded: Any = sharded) -> Any:
+                    return sharded.generate(PROMPTS[0], seed=args.seed)
+
+                search()
+                for kills in (0, args.kills):
+                    run = timed(search) if not kills else with_kills(search, kills, plain, rng)
+                    equal, of, bits = same(run[0], whole)
+                    line(name, workers, kills, f"{equal}/{of}", "yes" if bits else "NO", run[1])
+
+
+if __name__ == "__main__":
+    main()
