@@ -54,7 +54,11 @@ def worker_pids(root: int | None = None) -> list[int]:
     import psutil
 
     found = []
-    for process in psutil.Process(root).children(recursive=True):
+    try:
+        below = psutil.Process(root).children(recursive=True)
+    except psutil.Error:
+        return []
+    for process in below:
         try:
             if any("_Worker" in part for part in process.cmdline()[:1]):
                 found.append(process.pid)

@@ -126,7 +126,10 @@ Revision = Annotated[
 ProxyRevision = Annotated[str | None, typer.Option(help="Likewise of proxy and anti.")]
 ShardOf = Annotated[
     str | None,
-    typer.Option("--shard", help="i/n: only the i-th of n parts, from 1; see tta merge."),
+    typer.Option(
+        "--shard",
+        help="i/n: only the i-th of n parts, from 1; env: RANK and WORLD_SIZE; see tta merge.",
+    ),
 ]
 Engine = Annotated[
     Literal["here", "ray"], typer.Option(help="Who decodes: this process, or workers of Ray.")

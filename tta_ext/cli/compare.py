@@ -112,7 +112,7 @@ def compare(
     if plot is not None:
         plots.check_plot(plot)
         common.check_output(plot, plots.MARK)
-    with Journal(journal) as file:
+    with Journal(part.file(journal)) as file:
         chosen = comparison.resolved(contestants, shared, samples, seconds)
         loading, texts = common.loading_options(context), [one.prompt for one in asked]
 

@@ -171,7 +171,7 @@ def _run(context: typer.Context, settings: Sequence[Setting]) -> None:
     if picture is not None:
         check_plot(picture)
         common.check_output(picture, MARK)
-    with Journal(options["journal"]) as journal:
+    with Journal(part.file(options["journal"])) as journal:
         named = {key: options[key] for key in ("base", "proxy", "anti", "proxy_revision")}
         loading = {**named, "implicit": implicit, **common.loading_options(context)}
         prompts = task.prompts

@@ -109,7 +109,7 @@ def generate(
             raise ValueError("--engine ray needs --output, as answers come in no order")
     part = common.chosen_shard(context, "seed")
     asked = read_prompts(prompts, source, chat, system)
-    with Journal(output) as journal:
+    with Journal(part.file(output)) as journal:
         seed = chosen_seed(seed, journal)
         pair_options: dict[str, Any] = {
             "temperature": temperature,

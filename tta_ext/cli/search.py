@@ -107,7 +107,7 @@ def search(
     chosen = typed(kind, chosen | parse_settings(settings or ()))
     part = common.chosen_shard(context, "seed")
     asked = read_prompts(prompts, source, chat, system)
-    with Journal(output) as journal:
+    with Journal(part.file(output)) as journal:
         seed = chosen_seed(seed, journal)
         scorer = chosen_reward(reward)
         loaded, tokenizer = load_model_and_tokenizer(model, **common.loading_options(context))

@@ -129,10 +129,6 @@ class Rollouts:
         self._searches += 1
         return _Sharded(self._crew, self._searches, model, task, self.cell)
 
-    def pids(self) -> list[int]:
-        """:meth:`Workers.pids`; none before the first search."""
-        return [] if self._crew is None else self._crew.pids()
-
     def close(self) -> None:
         """End the workers."""
         if self._crew is not None:

@@ -50,9 +50,6 @@ class _Worker:
             raise self.error
         return list(Here(self.made).map([(what, places)]))
 
-    def pid(self) -> int:
-        return os.getpid()
-
 
 def connect(address: str | None, cores: int) -> None:
     """Connect to Ray unless this process is connected: to a cluster, else to one started here.
@@ -140,10 +137,6 @@ class Workers:
         ]
         results: list[Any] = _told(lambda: ray.get(calls))
         return results
-
-    def pids(self) -> list[int]:
-        """The workers' process ids, of this moment."""
-        return list(ray.get([actor.pid.remote() for actor in self.actors]))
 
     def close(self) -> None:
         """End the workers; a Ray that was started for them stays until this process ends."""
