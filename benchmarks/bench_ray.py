@@ -15,6 +15,7 @@ import argparse
 import os
 import random
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from time import perf_counter, sleep
@@ -23,9 +24,11 @@ from typing import Any
 import torch
 
 PROMPTS = [f"Q: {a} + {b}" for a in range(2, 8) for b in (11, 25)]
-PAIR = {"rule": "threshold", "param": 0.4}
+PAIR: dict[str, Any] = {"rule": "threshold", "param": 0.4}
 TOKENS = 24
-SEARCH = {"max_new_tokens": 16, "eos_token_id": []}
+CELL = 8
+# The plain process draws in the workers' cells too, for equal work.
+SEARCH: dict[str, Any] = {"max_new_tokens": 16, "eos_token_id": [], "batch_size": CELL}
 METHODS: dict[str, dict[str, Any]] = {
     "AISP": {"n": 32, "iterations": 4, "sigma": 0.5, "coherence": 0.5, **SEARCH},
     "best-of-n": {"n": 64, "group": 32, **SEARCH},
@@ -153,7 +156,11 @@ def main() -> None:
         f"{'':9} {'workers':>7} {'killed':>6} {'equal':>9} {'bits':>5} {'seconds':>8} {'ratio':>6}"
     )
 
+    right = True
+
     def line(name: str, workers: int, killed: int, equal: str, bits: str, seconds: float) -> None:
+        nonlocal right
+        right = right and bits != "NO" and len(set(equal.split("/"))) == 1
         ratio = f"{seconds / plain:6.2f}" if workers == 1 and not killed else ""
         print(f"{name:9} {workers or 'plain':>7} {killed or '-':>6} {equal:>9} {bits:>5} "
               f"{seconds:8.2f} {ratio:>6}", flush=True)  # fmt: skip
@@ -185,7 +192,7 @@ def main() -> None:
         rollouts = same(whole, whole)[1]
         line(name, 0, 0, f"{rollouts}/{rollouts}", "", plain)
         for workers in counts:
-            with Rollouts(workers, load=load_search, cell=8) as engine:
+            with Rollouts(workers, load=load_search, cell=CELL) as engine:
                 sharded = search_method(name, engine)
 
                 def search(sharded: Any = sharded) -> Any:
@@ -196,6 +203,9 @@ def main() -> None:
                     run = timed(search) if not kills else with_kills(search, kills, plain, rng)
                     equal, of, bits = same(run[0], whole)
                     line(name, workers, kills, f"{equal}/{of}", "yes" if bits else "NO", run[1])
+    ray.shutdown()
+    if not right:
+        sys.exit("answers differ")
 
 
 if __name__ == "__main__":

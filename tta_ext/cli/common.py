@@ -128,7 +128,7 @@ ShardOf = Annotated[
     str | None,
     typer.Option(
         "--shard",
-        help="i/n: only the i-th of n parts, from 1; env: RANK and WORLD_SIZE; see tta merge.",
+        help="i/n: only the i-th of n parts, from 1; env: as RANK and WORLD_SIZE say.",
     ),
 ]
 Engine = Annotated[

@@ -159,4 +159,6 @@ def _told(get: Callable[[], Any]) -> Any:
         raise error.cause from None
     except RayActorError as error:
         text = " ".join(str(error).split())
-        raise RuntimeError(f"a Ray worker died {RESTARTS + 1} times: {text[:300]}") from error
+        raise RuntimeError(
+            f"a Ray worker could not be started or kept up: {text[-600:]}"
+        ) from error
