@@ -6,7 +6,8 @@ The shipped pair answers (KAD) and is searched (AISP, best-of-n). Each line comp
 the plain process: answers that are the same tokens, with AISP rewards and u bit for bit. A run with
 kills has a worker killed (SIGKILL) at a random moment of the run; it counts only if the worker died
 before the run ended. Workers are warm, so that what is timed is the work; where a worker dies the
-time holds its restart. The ratio is the time of one worker over that of the plain process.
+time holds its restart. The ratio is the time of one worker over that of the plain process, the
+median of seven pairs of runs taken in turn.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ import random
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from operator import eq
+from statistics import median
 from time import perf_counter, sleep
 from typing import Any
 
@@ -110,6 +114,17 @@ def timed(run: Callable[[], Any]) -> Any:
     return result, perf_counter() - start
 
 
+def in_turn(here: Callable[[], Any], there: Callable[[], Any], rounds: int = 7) -> Any:
+    """What ``there`` returns, the median of its seconds, and of its ratio to ``here``."""
+    times, ratios = [], []
+    for _ in range(rounds):
+        plain = timed(here)[1]
+        result, seconds = timed(there)
+        times.append(seconds)
+        ratios.append(seconds / plain)
+    return result, median(times), median(ratios)
+
+
 def search_method(name: str, engine: Any = None) -> Any:
     """A method over the shipped base."""
     from tta_ext.decoding import AdaptiveImportanceSampling, BestOfN
@@ -132,6 +147,87 @@ def same(here: Any, there: Any) -> tuple[int, int, bool]:
     return equal, len(ours), bits
 
 
+class Table:
+    """Prints a line a run, and remembers whether all were equal.
+
+    Args:
+        counts: of workers.
+        kills: workers that die in a run with kills.
+        rng: says when, and which.
+    """
+
+    def __init__(self, counts: list[int], kills: int, rng: random.Random) -> None:
+        self.counts, self.kills, self.rng, self.right = counts, kills, rng, True
+        print("          workers  killed    equal  bits  seconds  ratio", flush=True)
+
+    def line(self, name: str, workers: Any, killed: Any, found: Any, *numbers: float) -> None:
+        """One run: ``found`` is (equal, of how many, whether all bits are)."""
+        equal, of, bits = found
+        self.right = self.right and equal == of and bits
+        seconds, *ratio = numbers
+        print(f"{name:9} {workers:>7} {killed:>7} {equal:>5}/{of:<3} {'yes' if bits else 'NO':>4} "
+              f"{seconds:8.2f}" + "".join(f" {one:6.2f}" for one in ratio), flush=True)  # fmt: skip
+
+    def runs(
+        self,
+        name: str,
+        here: Callable[[], Any],
+        there: Callable[[int], AbstractContextManager[Callable[[], Any]]],
+        judge: Callable[[Any, Any], tuple[int, int, bool]],
+    ) -> None:
+        """The plain process, then each number of workers, without and with kills."""
+        here()
+        expected, plain = timed(here)
+        self.line(name, "plain", "-", judge(expected, expected), plain)
+        for count in self.counts:
+            with there(count) as run:
+                run()
+                result, *numbers = in_turn(here, run) if count == 1 else timed(run)
+                self.line(name, count, "-", judge(result, expected), *numbers)
+                result, seconds = with_kills(run, self.kills, plain, self.rng)
+                self.line(name, count, self.kills, judge(result, expected), seconds)
+
+
+def kad(table: Table, seed: int) -> None:
+    """Prompts by workers."""
+    from tta_ext.engines.ray import Workers
+    from tta_ext.engines.ray.prompts import Answers
+
+    options = {"seed": seed, "max_new_tokens": TOKENS, "eos_token_id": []}
+    jobs = [(options, list(range(at, at + 2))) for at in range(0, len(PROMPTS), 2)]
+    pair = Answers(load_pair, PROMPTS)
+
+    @contextmanager
+    def there(count: int) -> Iterator[Callable[[], Any]]:
+        with Workers(lambda: Answers(load_pair, PROMPTS), count, threads=1) as crew:
+
+            def run() -> list[Any]:
+                done = list(crew.map(jobs))
+                return [r for _, _, rs in sorted(done, key=lambda one: one[1]) for r in rs]
+
+            yield run
+
+    def judge(found: list[Any], expected: list[Any]) -> tuple[int, int, bool]:
+        return sum(map(eq, found, expected)), len(expected), found == expected
+
+    table.runs("KAD", lambda: [r for job in jobs for r in pair.decode(*job)], there, judge)
+
+
+def search(table: Table, name: str, seed: int) -> None:
+    """Rollouts by workers."""
+    from tta_ext.engines.ray import Rollouts
+
+    method = search_method(name)
+
+    @contextmanager
+    def there(count: int) -> Iterator[Callable[[], Any]]:
+        with Rollouts(count, load=load_search, cell=CELL) as engine:
+            sharded = search_method(name, engine)
+            yield lambda: sharded.generate(PROMPTS[0], seed=seed)
+
+    table.runs(name, lambda: method.generate(PROMPTS[0], seed=seed), there, same)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--workers", default="1,2,4")
@@ -142,69 +238,20 @@ def main() -> None:
 
     import ray
 
-    from tta_ext.engines.ray import Rollouts, Workers
-    from tta_ext.engines.ray.prompts import Answers
-
+    torch.set_num_threads(1)
     # Workers share the cores there are; Ray must think that each has one.
     ray.init(
         include_dashboard=False, num_cpus=max(counts), object_store_memory=150_000_000,
         log_to_driver=False, logging_level="ERROR",
     )  # fmt: skip
-    rng = random.Random(args.seed)
-    print(f"{os.cpu_count()} cores, torch {torch.__version__}, Ray {ray.__version__}")
-    print(
-        f"{'':9} {'workers':>7} {'killed':>6} {'equal':>9} {'bits':>5} {'seconds':>8} {'ratio':>6}"
-    )
-
-    right = True
-
-    def line(name: str, workers: int, killed: int, equal: str, bits: str, seconds: float) -> None:
-        nonlocal right
-        right = right and bits != "NO" and len(set(equal.split("/"))) == 1
-        ratio = f"{seconds / plain:6.2f}" if workers == 1 and not killed else ""
-        print(f"{name:9} {workers or 'plain':>7} {killed or '-':>6} {equal:>9} {bits:>5} "
-              f"{seconds:8.2f} {ratio:>6}", flush=True)  # fmt: skip
-
-    options = {"seed": args.seed, "max_new_tokens": TOKENS, "eos_token_id": []}
-    jobs = [(options, list(range(at, at + 2))) for at in range(0, len(PROMPTS), 2)]
-    pair = Answers(load_pair, PROMPTS)
-    pair.decode(*jobs[0])
-    expected, plain = timed(lambda: [one for job in jobs for one in pair.decode(*job)])
-    line("KAD", 0, 0, f"{len(PROMPTS)}/{len(PROMPTS)}", "", plain)
-    for workers in counts:
-        with Workers(lambda: Answers(load_pair, PROMPTS), workers, threads=1) as crew:
-
-            def answers(crew: Workers = crew) -> list[Any]:
-                found: dict[int, Any] = {}
-                for _, places, records in crew.map(jobs):
-                    found |= zip(places, records, strict=True)
-                return [found[place] for place in range(len(PROMPTS))]
-
-            answers()
-            for kills in (0, args.kills):
-                run = timed(answers) if not kills else with_kills(answers, kills, plain, rng)
-                equal = sum(a == b for a, b in zip(run[0], expected, strict=True))
-                line("KAD", workers, kills, f"{equal}/{len(PROMPTS)}", "", run[1])
+    load = " ".join(f"{one:.1f}" for one in os.getloadavg())
+    print(f"{os.cpu_count()} cores, load {load}, torch {torch.__version__}, Ray {ray.__version__}")
+    table = Table(counts, args.kills, random.Random(args.seed))
+    kad(table, args.seed)
     for name in METHODS:
-        method = search_method(name)
-        method.generate(PROMPTS[0], seed=args.seed)
-        whole, plain = timed(lambda: method.generate(PROMPTS[0], seed=args.seed))  # noqa: B023
-        rollouts = same(whole, whole)[1]
-        line(name, 0, 0, f"{rollouts}/{rollouts}", "", plain)
-        for workers in counts:
-            with Rollouts(workers, load=load_search, cell=CELL) as engine:
-                sharded = search_method(name, engine)
-
-                def search(sharded: Any = sharded) -> Any:
-                    return sharded.generate(PROMPTS[0], seed=args.seed)
-
-                search()
-                for kills in (0, args.kills):
-                    run = timed(search) if not kills else with_kills(search, kills, plain, rng)
-                    equal, of, bits = same(run[0], whole)
-                    line(name, workers, kills, f"{equal}/{of}", "yes" if bits else "NO", run[1])
+        search(table, name, args.seed)
     ray.shutdown()
-    if not right:
+    if not table.right:
         sys.exit("answers differ")
 
 

@@ -188,10 +188,12 @@ def chosen_crew(context: typer.Context, make: Callable[[], Machine]) -> Crew:
         return Here(make())
     from tta_ext.engines.ray.workers import Workers
 
-    return Workers(
+    crew = Workers(
         make, options["workers"], address=options["address"], gpus=options["gpus_per_worker"],
         threads=options["threads"],
     )  # fmt: skip
+    context.call_on_close(crew.close)
+    return crew
 
 
 def check_output(path: Path | None, mark: bytes = REPORT_MARK) -> None:

@@ -159,6 +159,4 @@ def _told(get: Callable[[], Any]) -> Any:
         raise error.cause from None
     except RayActorError as error:
         text = " ".join(str(error).split())
-        raise RuntimeError(
-            f"a Ray worker could not be started or kept up: {text[-600:]}"
-        ) from error
+        raise RuntimeError(f"a Ray worker is lost for good: {text[-600:]}") from error
