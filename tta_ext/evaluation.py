@@ -349,14 +349,12 @@ def evaluate(
         if models is None:
             raise ValueError("neither models nor a crew is given, and one of them decodes")
         crew = Here(Answering(models, task.prompts))
-    named = None if journal is None else crew.facts()
-    facts = {"method": "evaluate", "models": named, **options}
+    facts = {"method": "evaluate", "models": journal and crew.facts(), **options}
     journal = Journal(None) if journal is None else journal
     counted = progress or (lambda problems, tokens: None)
     total = len(task.prompts)
-    batches = shard.of(
-        [list(range(at, min(at + batch_size, total))) for at in range(0, total, batch_size)]
-    )
+    whole = list(range(total))
+    batches = shard.of([whole[at : at + batch_size] for at in range(0, total, batch_size)])
     kinds = [(setting, mode) for setting, mode in product(chosen, modes) if batches]
     how = [facts | asdict(setting) | {"mode": mode} for setting, mode in kinds]
     texts: list[dict[int, str]] = [{} for _ in kinds]
@@ -377,11 +375,10 @@ def evaluate(
     def jobs() -> Iterator[Job]:
         for (kind, what), batch in product(enumerate(kinds), batches):
             for places in decoded_parts(batch, lambda part: key(kind, part) in known):  # noqa: B023
-                there = known.get(key(kind, places))
-                if there is None:
-                    yield (kind, *what, options), places
+                if record := known.get(key(kind, places)):
+                    take(kind, places, record, False)
                 else:
-                    take(kind, places, there, False)
+                    yield (kind, *what, options), places
 
     def row(kind: int) -> Row:
         said, wrong = texts[kind], Score(False, False, False)
@@ -389,8 +386,7 @@ def evaluate(
         scores = [task.score(place, said[place]) if place in said else wrong for place in places]
         return _row(*kinds[kind], scores, stats[kind], len(scores) - len(said))
 
-    known = dict(journal.records)
-    told = 0
+    known, told = dict(journal.records), 0
     for (kind, *_), places, found in crew.map(jobs()):
         if isinstance(found, Exception):
             if failures is None:
@@ -412,15 +408,10 @@ class Answering:
     """Models over a task's prompts: a :class:`tta_ext.jobs.Machine`, :func:`evaluate`'s."""
 
     def __init__(self, models: Models, prompts: Sequence[Any]) -> None:
-        self.models, self.prompts = models, prompts
+        self.models, self.prompts, self.facts = models, prompts, models.facts
         self._setting: Setting | None = None
 
-    def facts(self) -> dict[str, Any]:
-        return self.models.facts()
-
-    def decode(
-        self, what: tuple[int, Setting, str, dict[str, Any]], places: list[int]
-    ) -> dict[str, Any]:
+    def decode(self, what: Any, places: list[int]) -> dict[str, Any]:
         _, setting, mode, options = what
         if setting != self._setting:
             self._decoder, self._setting = self.models.decoder(setting), setting

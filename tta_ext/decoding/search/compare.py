@@ -227,10 +227,10 @@ def compare(
             counted(1, 0)
             continue
         records, tokens = found
-        head = {"of": len(prompts), "label": label, "run": run_facts(**how[label])}
+        head, run = {"of": len(prompts), "label": label}, run_facts(**how[label])
         journal.add(
             {
-                keys[place, label]: {"index": place, **record, **head}
+                keys[place, label]: {"index": place, **head, **record, "run": run}
                 for place, record in zip(done, records, strict=True)
             }
         )
