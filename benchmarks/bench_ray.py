@@ -1,6 +1,6 @@
 """Ray beside the plain process: equal answers for 1, 2, 4 workers, with and without kills; cost.
 
-    python -m benchmarks.bench_ray [--workers 1,2,4] [--kills 1] [--seed 0]
+    python -m benchmarks.bench_ray [--workers 1,2,4] [--kills 1] [--seed 0] [--only AISP]
 
 The shipped pair answers (KAD) and is searched (AISP, best-of-n). Each line compares one run with
 the plain process: answers that are the same tokens, with AISP rewards and u bit for bit. A run with
@@ -233,6 +233,7 @@ def main() -> None:
     parser.add_argument("--workers", default="1,2,4")
     parser.add_argument("--kills", type=int, default=1, help="workers that die in a run of kills")
     parser.add_argument("--seed", type=int, default=0, help="of answers and of kills")
+    parser.add_argument("--only", choices=["KAD", *METHODS])
     args = parser.parse_args()
     counts = [int(text) for text in args.workers.split(",")]
 
@@ -247,9 +248,11 @@ def main() -> None:
     load = " ".join(f"{one:.1f}" for one in os.getloadavg())
     print(f"{os.cpu_count()} cores, load {load}, torch {torch.__version__}, Ray {ray.__version__}")
     table = Table(counts, args.kills, random.Random(args.seed))
-    kad(table, args.seed)
+    if args.only in (None, "KAD"):
+        kad(table, args.seed)
     for name in METHODS:
-        search(table, name, args.seed)
+        if args.only in (None, name):
+            search(table, name, args.seed)
     ray.shutdown()
     if not table.right:
         sys.exit("answers differ")

@@ -40,14 +40,15 @@ class _Roller:
         self.name: int | None = None
 
     def roll(
-        self, name: int, task: RolloutTask, job: RolloutJob, cells: list[tuple[int, int]]
+        self, name: int, boxed: list[Any], job: RolloutJob, cells: list[tuple[int, int]]
     ) -> tuple[RolloutBatch, float]:
         """Draw and score a part of a job; its rollouts, and seconds in the model."""
         if name != self.name:  # another search, or this worker is new
-            self.engine, self.name = LocalEngine(self.model, task), name
+            # In a box, so that the tokenizer inside is not made again for each call.
+            self.engine, self.name = LocalEngine(self.model, ray.get(boxed[0])), name
         engine, before = self.engine, self.engine.seconds
-        assert task.scorer is not None
-        scorer = replace(task.scorer, reward=self.reward)
+        assert engine.task.scorer is not None
+        scorer = replace(engine.task.scorer, reward=self.reward)
         stream = scorer.stream()
         texts: list[str | None] = [None] * len(cells)
 
@@ -165,7 +166,7 @@ class _Sharded:
             which,
             "roll",
             [self._name] * len(parts),
-            self._sent,
+            [[self._sent]] * len(parts),
             ray.put(replace(job, cells=())),
             [[job.cells[number] for number in part] for part in parts],
         )
