@@ -19,7 +19,9 @@ from tta_ext.cli.app import run
 from tta_ext.demo.pair import ASSETS
 from tta_ext.journal import (
     Journal,
+    Shard,
     decode_all,
+    decoded_parts,
     fingerprint,
     json_line,
     model_facts,
@@ -168,6 +170,33 @@ def test_one_bad_item_stops_no_other(monkeypatch: Any) -> None:
     monkeypatch.setenv("TTA_EXT_TRACEBACK", "1")
     with pytest.raises(ValueError, match="three"):
         decode_all(decode, range(6))
+
+
+def test_parts_that_were_decoded_are_found_again() -> None:
+    def failing(places: list[int]) -> list[int]:
+        if 5 in places:
+            raise ValueError("five")
+        return places
+
+    parts = [part for part, _ in decode_all(failing, range(8))]
+    done = [part for part in parts if part != [5]]
+    assert decoded_parts(range(8), done.__contains__) == parts
+    assert decoded_parts(range(8), lambda part: False) == [list(range(8))]
+    # A kill in the middle leaves whole what has not begun.
+    assert decoded_parts(range(8), done[:1].__contains__) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+def test_parts_of_ranks(monkeypatch: Any) -> None:
+    assert Shard.of_rank(1, 4) == Shard.parse("2/4") == Shard(2, 4)
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(ValueError, match="WORLD_SIZE is not set"):
+        Shard.parse("env")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert Shard.parse("env") == Shard(4, 4)
+    assert Shard(4, 4).file(Path("part{shard}.jsonl")) == Path("part4.jsonl")
+    with pytest.raises(ValueError, match="expected i/n"):
+        Shard.of_rank(4, 4)
 
 
 def test_without_a_file_items_are_kept_in_memory() -> None:

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "tta_ext"
 # A room may import those above it in this list, and nothing below; rooms of one line are
 # neighbours that do not know each other.
 FLOORS = [
-    {"_version", "rules", "rng", "build", "env", "journal", "intervals"},
+    {"_version", "rules", "rng", "build", "env", "journal", "jobs", "intervals"},
     {"schemas"},
     {"dispatch"},
     {"backends", "ops"},

@@ -23,7 +23,13 @@ from tta_ext.decoding import (
 )
 from tta_ext.decoding.deferral.step import deferral_step
 from tta_ext.decoding.runtime.rows import Limits, Rows
-from tta_ext.decoding.search.engine import LocalEngine, RolloutBatch, RolloutJob, RolloutTask
+from tta_ext.decoding.search.engine import (
+    LocalEngine,
+    RolloutBatch,
+    RolloutJob,
+    RolloutTask,
+    Scores,
+)
 from tta_ext.rules import Rule
 
 NEW = 12
@@ -337,7 +343,34 @@ class Shards:
         )
 
 
-def test_a_foreign_engine_draws_the_same_rollouts() -> None:
+class Scoring(Shards):
+    """One that scores its rollouts too, and moves u by partial sums."""
+
+    def __init__(self, model: Any, task: RolloutTask) -> None:
+        super().__init__(model, task)
+        assert task.scorer is not None
+        self.scorer = task.scorer
+
+    def roll(self, job: RolloutJob, on_finish: Any) -> RolloutBatch:
+        stream, texts = self.scorer.stream(), {}
+
+        def ask(i: int, tokens: list[int]) -> None:
+            texts[i] = self.scorer.ask(stream, i, job.cells[i][0], tokens)
+
+        batch, found = super().roll(job, ask), stream.collect()
+        rows = range(len(job.cells))
+        said = [texts[i] for i in rows], [found[i] for i in rows]
+        batch.scores = Scores(*said, stream.seconds, stream.calls)
+        return batch
+
+    def control_update(self, mean: Tensor, weights: Tensor, **given: Any) -> Tensor:
+        spans = [(0, 2), (2, 4)]
+        parts = [ops.control_update(mean, weights, rollouts=span, **given) for span in spans]
+        return ops.control_merge(mean, torch.stack(parts), given["sigma"])
+
+
+@pytest.mark.parametrize("kind", [Shards, Scoring])
+def test_a_foreign_engine_draws_the_same_rollouts(kind: Any) -> None:
     def reward(prompts: list[Any], responses: list[str]) -> list[float]:
         return [float(text.count("e")) for text in responses]
 
@@ -348,13 +381,15 @@ def test_a_foreign_engine_draws_the_same_rollouts() -> None:
         AdaptiveImportanceSampling(
             base_model(), reward, make_tokenizer(), engine=engine, **options
         ).generate(["ab", "the"], seed=2)
-        for engine in (LocalEngine, Shards)
+        for engine in (LocalEngine, kind)
     ]
     here, there = results
     assert [c.tokens for row in here.candidates for c in row] == [
         c.tokens for row in there.candidates for c in row
     ]
     assert here.rewards == there.rewards
+    assert here.texts == there.texts
+    assert here.timing.reward_items == there.timing.reward_items
     assert here.mean is not None
     assert there.mean is not None
     assert torch.equal(here.mean, there.mean)

@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tta_ext import rules
 from tta_ext.intervals import difference, difference_interval, wilson_interval
+from tta_ext.jobs import Crew, Here, Job
 from tta_ext.journal import (
     WHOLE,
     Journal,
     Shard,
-    decode_all,
+    decoded_parts,
     model_facts,
     numbered_jsonl,
     read_text,
@@ -40,6 +41,7 @@ __all__ = [
     "PROXY_ALONE",
     "SAMPLED",
     "SHORT",
+    "Answering",
     "Models",
     "Row",
     "Score",
@@ -294,7 +296,7 @@ class Row:
 
 
 def evaluate(
-    models: Models,
+    models: Models | None,
     task: Task,
     settings: Iterable[Setting | str] = SHORT,
     *,
@@ -306,6 +308,7 @@ def evaluate(
     progress: Callable[[int, int], object] | None = None,
     failures: dict[int, Exception] | None = None,
     shard: Shard = WHOLE,
+    crew: Crew | None = None,
 ) -> Iterator[Row]:
     """Answer a task's problems under every setting and mode.
 
@@ -323,6 +326,7 @@ def evaluate(
         failures: takes the errors of problems that cannot be answered, by their places; they count
             as wrong, and stop no other. None: the first error is raised.
         shard: the part of the batches to answer; rows are of its problems alone.
+        crew: decodes in place of ``models``, by an :class:`Answering` over the task's prompts.
 
     Yields:
         A :class:`Row` for each setting and mode, in that order, as it is finished. The same
@@ -341,57 +345,79 @@ def evaluate(
             raise ValueError(f"mode is {mode!r}, expected one of {', '.join(MODES)}")
     options: dict[str, Any] = {"seed": seed}
     options["max_new_tokens"] = max_new_tokens or task.max_new_tokens
-    named = None if journal is None else models.facts()
-    facts = {"method": "evaluate", "models": named, **options}
+    if crew is None:
+        if models is None:
+            raise ValueError("neither models nor a crew is given, and one of them decodes")
+        crew = Here(Answering(models, task.prompts))
+    facts = {"method": "evaluate", "models": journal and crew.facts(), **options}
     journal = Journal(None) if journal is None else journal
     counted = progress or (lambda problems, tokens: None)
     total = len(task.prompts)
-    for setting, mode in product(chosen, modes):
-        decoder = None
-        texts: dict[int, str] = {}
-        stats = DecodeStats()
-        how = facts | asdict(setting) | {"mode": mode}
+    whole = list(range(total))
+    batches = shard.of([whole[at : at + batch_size] for at in range(0, total, batch_size)])
+    kinds = [(setting, mode) for setting, mode in product(chosen, modes) if batches]
+    how = [facts | asdict(setting) | {"mode": mode} for setting, mode in kinds]
+    texts: list[dict[int, str]] = [{} for _ in kinds]
+    stats = [DecodeStats() for _ in kinds]
+    waiting = [sum(map(len, batches)) for _ in kinds]
 
-        def decode(
-            places: list[int], setting: Setting = setting, how: dict[str, Any] = how
-        ) -> tuple[str, dict[str, Any]]:
-            nonlocal decoder
-            prompts = [task.prompts[place] for place in places]
-            key = resume_key(**how, start=places[0], prompts=prompts)
-            if key in journal.records:
-                return key, journal.records[key]
-            decoder = decoder or models.decoder(setting)
-            sampled = how["mode"] == SAMPLED
-            made = decoder.generate(prompts, do_sample=sampled, sequence=places, **options)
-            whole = {"start": places[0], "of": len(task.prompts)}
-            return key, {**whole, "texts": made.texts, "stats": vars(made.stats)}
+    def key(kind: int, places: list[int]) -> str:
+        prompts = [task.prompts[place] for place in places]
+        return resume_key(**how[kind], start=places[0], prompts=prompts)
 
-        batches = [
-            list(range(at, min(at + batch_size, total))) for at in range(0, total, batch_size)
-        ]
-        for batch in shard.of(batches):
-            for places, found in decode_all(decode, batch):
-                if isinstance(found, Exception):
-                    if failures is None:
-                        raise found
-                    failures[places[0]] = found
-                    counted(1, 0)
-                    continue
-                key, record = found
-                new = key not in journal.records
-                if new:
-                    journal.add({key: record | {"run": run_facts(**how)}})
-                spent = DecodeStats(**record["stats"])
-                texts |= zip(places, record["texts"], strict=True)
-                stats += spent
-                counted(len(places), spent.tokens if new else 0)
-        scores = [
-            task.score(place, texts[place]) if place in texts else Score(False, False, False)
-            for batch in shard.of(batches)
-            for place in batch
-        ]
-        if scores:
-            yield _row(setting, mode, scores, stats, len(scores) - len(texts))
+    def take(kind: int, places: list[int], record: dict[str, Any], new: bool) -> None:
+        spent = DecodeStats(**record["stats"])
+        texts[kind] |= zip(places, record["texts"], strict=True)
+        stats[kind] += spent
+        waiting[kind] -= len(places)
+        counted(len(places), spent.tokens if new else 0)
+
+    def jobs() -> Iterator[Job]:
+        for (kind, what), batch in product(enumerate(kinds), batches):
+            for places in decoded_parts(batch, lambda part: key(kind, part) in known):  # noqa: B023
+                if record := known.get(key(kind, places)):
+                    take(kind, places, record, False)
+                else:
+                    yield (kind, *what, options), places
+
+    def row(kind: int) -> Row:
+        said, wrong = texts[kind], Score(False, False, False)
+        places = [place for batch in batches for place in batch]
+        scores = [task.score(place, said[place]) if place in said else wrong for place in places]
+        return _row(*kinds[kind], scores, stats[kind], len(scores) - len(said))
+
+    known, told = dict(journal.records), 0
+    for (kind, *_), places, found in crew.map(jobs()):
+        if isinstance(found, Exception):
+            if failures is None:
+                raise found
+            failures[places[0]] = found
+            waiting[kind] -= 1
+            counted(1, 0)
+        else:
+            record = {"start": places[0], "of": total, **found}
+            journal.add({key(kind, places): record | {"run": run_facts(**how[kind])}})
+            take(kind, places, record, True)
+        while told < len(kinds) and not waiting[told]:
+            yield row(told)
+            told += 1
+    yield from map(row, range(told, len(kinds)))
+
+
+class Answering:
+    """Models over a task's prompts: a :class:`tta_ext.jobs.Machine`, :func:`evaluate`'s."""
+
+    def __init__(self, models: Models, prompts: Sequence[Any]) -> None:
+        self.models, self.prompts, self.facts = models, prompts, models.facts
+        self._setting: Setting | None = None
+
+    def decode(self, what: Any, places: list[int]) -> dict[str, Any]:
+        _, setting, mode, options = what
+        if setting != self._setting:
+            self._decoder, self._setting = self.models.decoder(setting), setting
+        chosen = [self.prompts[place] for place in places]
+        made = self._decoder.generate(chosen, do_sample=mode == SAMPLED, sequence=places, **options)
+        return {"texts": made.texts, "stats": vars(made.stats)}
 
 
 def _row(

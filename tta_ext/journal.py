@@ -26,6 +26,7 @@ __all__ = [
     "Journal",
     "Shard",
     "decode_all",
+    "decoded_parts",
     "fingerprint",
     "json_line",
     "model_facts",
@@ -61,12 +62,30 @@ class Shard(NamedTuple):
     parts: int
 
     @classmethod
+    def of_rank(cls, rank: int, world: int) -> Shard:
+        """The part of a process of a group, as ``torch.distributed`` counts: ranks are from 0."""
+        return cls.parse(f"{rank + 1}/{world}")
+
+    @classmethod
     def parse(cls, text: str) -> Shard:
-        """From ``2/8``; ``ValueError`` if that is no part of a whole."""
+        """From ``2/8``; from ``env``, which is RANK and WORLD_SIZE as torchrun sets them.
+
+        Raises:
+            ValueError: that is no part of a whole.
+        """
+        if text == "env":
+            try:
+                return cls.of_rank(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+            except KeyError as error:
+                raise ValueError(f"shard is 'env', and {error.args[0]} is not set") from None
         number, _, parts = text.partition("/")
         if not (number.isdecimal() and parts.isdecimal() and 1 <= int(number) <= int(parts)):
             raise ValueError(f"shard is {text!r}, expected i/n with i from 1 to n, such as 2/8")
         return cls(int(number), int(parts))
+
+    def file(self, path: Path | None) -> Path | None:
+        """A file's name with the part's number in place of ``{shard}``."""
+        return None if path is None else Path(str(path).replace("{shard}", str(self.number)))
 
     def of(self, items: Sequence[R]) -> Sequence[R]:
         """The part's items: every ``parts``-th, from the ``number``-th."""
@@ -187,6 +206,15 @@ def decode_all(
             return [(part, error)]
     middle = len(part) // 2
     return decode_all(decode, part[:middle]) + decode_all(decode, part[middle:])
+
+
+def decoded_parts(places: Sequence[int], known: Callable[[list[int]], bool]) -> list[list[int]]:
+    """Places in the parts that :func:`decode_all` made before: as they are if no part is known."""
+    part, middle = list(places), len(places) // 2
+    if known(part) or not middle:
+        return [part]
+    parts = decoded_parts(part[:middle], known) + decoded_parts(part[middle:], known)
+    return parts if any(map(known, parts)) else [part]
 
 
 def strict(value: Any) -> Any:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import typer
 
 from tta_ext.cli.common import echo, errors, sentence
 from tta_ext.cli.progress import progress
 from tta_ext.cli.prompts import Asked
-from tta_ext.journal import Journal, Shard, decode_all, json_line, resume_key, run_facts
+from tta_ext.jobs import Crew
+from tta_ext.journal import Journal, Shard, json_line, resume_key, run_facts
 
 __all__ = ["answer", "chosen_seed", "heading", "tell"]
-
-R = TypeVar("R")
 
 # Equal errors that are said one by one.
 TOLD = 3
@@ -60,13 +59,13 @@ def answer(
     jsonl: bool,
     shard: Shard,
     at_once: int,
-    decode: Callable[[list[int]], R],
-    records: Callable[[R], list[dict[str, Any]]],
-    show: Callable[[R, list[int]], None],
+    crew: Crew,
+    records: Callable[[Any], list[dict[str, Any]]],
+    show: Callable[[Any, list[int]], None],
 ) -> None:
     """Answer prompts in batches: into a file that resumes, as JSONL, or as text.
 
-    ``decode`` answers the prompts of some places, ``records`` makes a record of each, and ``show``
+    ``crew`` answers places of the list, ``records`` makes a record of each, and ``show``
     prints them. ``facts`` are what decides the answers besides prompt and place
     (:func:`tta_ext.journal.resume_key`), the seed among them. Random streams are named by the place
     in the input, so a run that was cut short draws what it would have drawn.
@@ -106,18 +105,18 @@ def answer(
         journal.add(new)
 
     with progress("answers", len(part), there, text) as advance:
-        for start in range(0, len(todo), at_once):
-            for places, result in decode_all(decode, todo[start : start + at_once]):
-                if isinstance(result, Exception):
-                    failed.append(prompts[places[0]].name(places[0]))
-                    said = tell(failed[-1], result, told)
-                    if not text:
-                        keep(places, [{"error": said}])
-                elif text:
-                    show(result, places)
-                else:
-                    keep(places, records(result))
-                advance(len(places), tokens_of(result))
+        jobs = ((None, todo[at : at + at_once]) for at in range(0, len(todo), at_once))
+        for _, places, result in crew.map(jobs):
+            if isinstance(result, Exception):
+                failed.append(prompts[places[0]].name(places[0]))
+                said = tell(failed[-1], result, told)
+                if not text:
+                    keep(places, [{"error": said}])
+            elif text:
+                show(result, places)
+            else:
+                keep(places, records(result))
+            advance(len(places), tokens_of(result))
     if journal.path is not None:
         errors.print(f"{len(todo) - len(failed)} answered, {there} were there: {journal.path}")
     if failed:

@@ -6,7 +6,7 @@ import json
 import re
 import sysconfig
 import traceback
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from tta_ext.jobs import Crew, Here, Machine
 from tta_ext.journal import WHOLE, Shard, strict
 
 if TYPE_CHECKING:
@@ -125,8 +126,19 @@ Revision = Annotated[
 ProxyRevision = Annotated[str | None, typer.Option(help="Likewise of proxy and anti.")]
 ShardOf = Annotated[
     str | None,
-    typer.Option("--shard", help="i/n: only the i-th of n parts, from 1; see tta merge."),
+    typer.Option(
+        "--shard",
+        help="i/n: only the i-th of n parts, from 1; env: as RANK and WORLD_SIZE say.",
+    ),
 ]
+Engine = Annotated[
+    Literal["here", "ray"], typer.Option(help="Who decodes: this process, or workers of Ray.")
+]
+WorkerCount = Annotated[int, typer.Option("--workers", min=1, help="Workers of --engine ray.")]
+Address = Annotated[
+    str | None, typer.Option(help="Ray cluster, or auto; else Ray is started on this machine.")
+]
+GpusPerWorker = Annotated[float, typer.Option(min=0, help="GPUs of each worker, parts allowed.")]
 Threads = Annotated[
     int | None, typer.Option(min=1, callback=_set_threads, help="Threads of torch.")
 ]
@@ -165,6 +177,23 @@ def chosen_shard(context: typer.Context, *needed: str) -> Shard:
         if text is not None and context.params[name] is None:
             raise ValueError(f"--shard needs --{name}, the same for all parts or a file for each")
     return WHOLE if text is None else Shard.parse(text)
+
+
+def chosen_crew(context: typer.Context, make: Callable[[], Machine]) -> Crew:
+    """Who does a command's jobs: what ``make`` makes in this process, or in each worker of Ray."""
+    options = context.params
+    if options["engine"] == "here":
+        unused = {"workers", "address", "gpus_per_worker"}
+        refuse_unused(context, "--engine here", unused)
+        return Here(make())
+    from tta_ext.engines.ray.workers import Workers
+
+    crew = Workers(
+        make, options["workers"], address=options["address"], gpus=options["gpus_per_worker"],
+        threads=options["threads"],
+    )  # fmt: skip
+    context.call_on_close(crew.close)
+    return crew
 
 
 def check_output(path: Path | None, mark: bytes = REPORT_MARK) -> None:

@@ -26,7 +26,7 @@ from tta_ext.cli.search import (
     load_model_and_tokenizer,
     reward_facts,
 )
-from tta_ext.journal import Journal, model_facts, run_facts
+from tta_ext.journal import Journal, run_facts
 
 __all__ = ["compare"]
 
@@ -80,6 +80,10 @@ def compare(
     quantization_config: common.Quantization = None,
     revision: common.Revision = None,
     shard: common.ShardOf = None,
+    engine: common.Engine = "here",
+    workers: common.WorkerCount = 1,
+    address: common.Address = None,
+    gpus_per_worker: common.GpusPerWorker = 0.0,
     threads: common.Threads = None,
     config: Config = None,
 ) -> None:
@@ -104,21 +108,28 @@ def compare(
     for one in contestants:  # before any model is loaded
         one.resolved(shared, samples, seconds)
     part = common.chosen_shard(context, "journal")
-    scorer = chosen_reward(reward)
     common.check_output(output)
     if plot is not None:
         plots.check_plot(plot)
         common.check_output(plot, plots.MARK)
-    with Journal(journal) as file:
-        loaded, tokenizer = load_model_and_tokenizer(model, **common.loading_options(context))
-        facts = {"model": model_facts(loaded), "reward": reward_facts(reward)}
+    with Journal(part.file(journal)) as file:
+        chosen = comparison.resolved(contestants, shared, samples, seconds)
+        loading, texts = common.loading_options(context), [one.prompt for one in asked]
+
+        def make() -> comparison.Comparing:
+            scorer = chosen_reward(reward)
+            loaded, tokenizer = load_model_and_tokenizer(model, **loading)
+            return comparison.Comparing(loaded, tokenizer, scorer, texts, chosen)
+
+        crew = common.chosen_crew(context, make)
+        facts = crew.facts() | {"reward": reward_facts(reward)}
         failures: dict[int, Exception] = {}
         with progress("answers", len(part.of(asked)) * len(contestants)) as advance:
             records = comparison.compare(
-                loaded,
-                tokenizer,
-                scorer,
-                [one.prompt for one in asked],
+                None,
+                None,
+                None,
+                texts,
                 contestants,
                 samples=samples,
                 seconds=seconds,
@@ -130,6 +141,7 @@ def compare(
                 progress=advance,
                 failures=failures,
                 shard=part,
+                crew=crew,
             )
     told: Counter[str] = Counter()
     for place, error in failures.items():

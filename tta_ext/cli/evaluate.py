@@ -95,6 +95,10 @@ def evaluate(
     revision: common.Revision = None,
     proxy_revision: common.ProxyRevision = None,
     shard: common.ShardOf = None,
+    engine: common.Engine = "here",
+    workers: common.WorkerCount = 1,
+    address: common.Address = None,
+    gpus_per_worker: common.GpusPerWorker = 0.0,
     threads: common.Threads = None,
     config: Config = None,
 ) -> None:
@@ -148,6 +152,10 @@ def sweep(
     revision: common.Revision = None,
     proxy_revision: common.ProxyRevision = None,
     shard: common.ShardOf = None,
+    engine: common.Engine = "here",
+    workers: common.WorkerCount = 1,
+    address: common.Address = None,
+    gpus_per_worker: common.GpusPerWorker = 0.0,
     threads: common.Threads = None,
     config: Config = None,
 ) -> None:
@@ -162,7 +170,7 @@ def _run(context: typer.Context, settings: Sequence[Setting]) -> None:
     """Evaluate settings as the command's other options say, and show the rows."""
     from tta_ext.decoding.search.plots import MARK, check_plot
     from tta_ext.demo.task import evaluation_task
-    from tta_ext.evaluation import IMPLICIT_REWARD, MODES, data_task
+    from tta_ext.evaluation import IMPLICIT_REWARD, MODES, Answering, data_task
     from tta_ext.evaluation import evaluate as evaluate_rows
 
     options: dict[str, Any] = context.params
@@ -182,9 +190,13 @@ def _run(context: typer.Context, settings: Sequence[Setting]) -> None:
     if picture is not None:
         check_plot(picture)
         common.check_output(picture, MARK)
-    with Journal(options["journal"]) as journal:
+    with Journal(part.file(options["journal"])) as journal:
         named = {key: options[key] for key in ("base", "proxy", "anti", "proxy_revision")}
-        models = common.load_models(**named, implicit=implicit, **common.loading_options(context))
+        loading = {**named, "implicit": implicit, **common.loading_options(context)}
+        prompts = task.prompts
+        crew = common.chosen_crew(
+            context, lambda: Answering(common.load_models(**loading), prompts)
+        )
         rows: list[Row] = []
         failures: dict[int, Exception] = {}
         chosen = {key: options[key] for key in ("seed", "batch_size", "max_new_tokens")}
@@ -192,8 +204,8 @@ def _run(context: typer.Context, settings: Sequence[Setting]) -> None:
         total = sum(min(size, total - at) for at in part.of(range(0, total, size)))
         with progress("problems", total * len(settings) * len(modes)) as advance:
             rows += evaluate_rows(
-                models, task, settings, modes=modes, journal=journal, progress=advance,
-                failures=failures, shard=part, **chosen,
+                None, task, settings, modes=modes, journal=journal, progress=advance,
+                failures=failures, shard=part, crew=crew, **chosen,
             )  # fmt: skip
     if not rows:
         errors.print(f"no batch of {options['batch_size']} problems is left for this shard")
@@ -208,7 +220,7 @@ def _run(context: typer.Context, settings: Sequence[Setting]) -> None:
         plot_sweep(rows, picture, title)
         errors.print(f"written: {picture}")
     if options["output"] is not None:
-        facts = run_facts(models=models.facts(), data=data or "demo", pattern=options["pattern"])
+        facts = run_facts(models=crew.facts(), data=data or "demo", pattern=options["pattern"])
         report = [
             {"run": facts | {"seed": options["seed"]}, **row.as_dict()}
             | {"exact_interval": row.exact_interval, "lenient_interval": row.lenient_interval}

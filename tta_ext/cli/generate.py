@@ -12,10 +12,12 @@ from tta_ext.cli import common
 from tta_ext.cli.answers import answer, chosen_seed, heading
 from tta_ext.cli.config import Config
 from tta_ext.cli.prompts import Asked, read_prompts
+from tta_ext.jobs import Crew, Here
 from tta_ext.journal import Journal
 
 if TYPE_CHECKING:
-    from tta_ext.decoding import Generation, KnapsackDeferral
+    from tta_ext.decoding import Generation
+    from tta_ext.evaluation import Setting
 
 __all__ = ["generate"]
 
@@ -75,6 +77,10 @@ def generate(
     revision: common.Revision = None,
     proxy_revision: common.ProxyRevision = None,
     shard: common.ShardOf = None,
+    engine: common.Engine = "here",
+    workers: common.WorkerCount = 1,
+    address: common.Address = None,
+    gpus_per_worker: common.GpusPerWorker = 0.0,
     threads: common.Threads = None,
     config: Config = None,
 ) -> None:
@@ -97,22 +103,20 @@ def generate(
     ):
         if chosen:
             common.refuse_unused(context, name, unused)
+    if engine == "ray":
+        common.refuse_unused(context, "--engine ray", {"stream", "colour"})
+        if output is None:
+            raise ValueError("--engine ray needs --output, as answers come in no order")
     part = common.chosen_shard(context, "seed")
     asked = read_prompts(prompts, source, chat, system)
-    with Journal(output) as journal:
+    with Journal(part.file(output)) as journal:
         seed = chosen_seed(seed, journal)
-        implicit = setting.rule == IMPLICIT_REWARD
-        models = common.load_models(
-            base, proxy, anti, implicit=implicit, proxy_revision=proxy_revision,
-            **common.loading_options(context),
-        )  # fmt: skip
         pair_options: dict[str, Any] = {
             "temperature": temperature,
             "rule_temperature": rule_temperature,
             "speculative": _draft_length(speculative),
             "draft": draft,
         }
-        kad = models.decoder(setting, **pair_options)
         options: dict[str, Any] = {
             "do_sample": not greedy,
             "seed": seed,
@@ -123,20 +127,19 @@ def generate(
         cuts = {"top_k": top_k, "top_p": top_p, "min_p": min_p}
         options |= {name: cut for name, cut in cuts.items() if cut is not None}
 
-        def decode(places: list[int]) -> Generation | None:
-            chosen = [asked[place].prompt for place in places]
-            sequence = [place * samples + j for place in places for j in range(samples)]
-            if stream:
-                heading(asked, places[0])
-                _stream(kad, chosen, options | {"sequence": sequence})
-                return None
-            return kad.generate(chosen, sequence=sequence, **options)
-
+        loading = {
+            "base": base, "proxy": proxy, "anti": anti, "proxy_revision": proxy_revision,
+            "implicit": setting.rule == IMPLICIT_REWARD, **common.loading_options(context),
+        }  # fmt: skip
+        kind = _Stream if stream else _Pair
+        crew = common.chosen_crew(
+            context, lambda: kind(loading, setting, pair_options, asked, options)
+        )
         answer(
             asked,
             {
                 "method": "generate",
-                "models": models.facts(),
+                "models": crew.facts(),
                 **asdict(setting),
                 **pair_options,
                 **options,
@@ -145,9 +148,9 @@ def generate(
             jsonl=jsonl,
             shard=part,
             at_once=1 if stream else max(1, batch_size // samples),
-            decode=decode,
+            crew=crew,
             records=lambda result: _records(result, samples),
-            show=lambda result, places: _print(kad, result, colour, asked, places),
+            show=lambda result, places: _print(crew, result, colour, asked, places),
         )
 
 
@@ -169,16 +172,46 @@ def _draft_length(value: str | None) -> int | str | None:
     return value
 
 
-def _stream(kad: KnapsackDeferral, prompts: list[Any], options: dict[str, Any]) -> None:
-    """Print the answers to one prompt as they come; several wait for their end."""
-    texts = [""] * options["num_return_sequences"]
-    for event in kad.stream(prompts, **options):
-        if len(texts) == 1:
-            common.echo(event.text or "", common.source_style(event.deferred), end="")
-        texts[event.row] += event.text or ""
-    if len(texts) > 1:
-        common.echo("\n".join(texts))
-    common.echo("")
+class _Pair:
+    """The models, and how they answer: a :class:`tta_ext.jobs.Machine`."""
+
+    def __init__(
+        self,
+        loading: dict[str, Any],
+        setting: Setting,
+        pair_options: dict[str, Any],
+        asked: Sequence[Asked],
+        options: dict[str, Any],
+    ) -> None:
+        models = common.load_models(**loading)
+        self.facts = models.facts
+        self.kad = models.decoder(setting, **pair_options)
+        self.asked, self.options = asked, options
+
+    def arguments(self, places: list[int]) -> dict[str, Any]:
+        """Of the call that answers some places."""
+        samples = self.options["num_return_sequences"]
+        sequence = [place * samples + j for place in places for j in range(samples)]
+        prompts = [self.asked[place].prompt for place in places]
+        return {"prompts": prompts, "sequence": sequence, **self.options}
+
+    def decode(self, what: None, places: list[int]) -> Generation | None:
+        return self.kad.generate(**self.arguments(places))
+
+
+class _Stream(_Pair):
+    """Prints answers as they come; several to one prompt wait for their end."""
+
+    def decode(self, what: None, places: list[int]) -> None:
+        heading(self.asked, places[0])
+        texts = [""] * self.options["num_return_sequences"]
+        for event in self.kad.stream(**self.arguments(places)):
+            if len(texts) == 1:
+                common.echo(event.text or "", common.source_style(event.deferred), end="")
+            texts[event.row] += event.text or ""
+        if len(texts) > 1:
+            common.echo("\n".join(texts))
+        common.echo("")
 
 
 def _records(result: Generation | None, samples: int) -> list[dict[str, Any]]:
@@ -195,7 +228,7 @@ def _records(result: Generation | None, samples: int) -> list[dict[str, Any]]:
 
 
 def _print(
-    kad: KnapsackDeferral,
+    crew: Crew,
     result: Generation | None,
     colour: bool,
     asked: Sequence[Asked],
@@ -208,6 +241,7 @@ def _print(
     for row, text in enumerate(texts):
         heading(asked, places[row // samples], samples)
         if colour:
-            common.echo_coloured(result.source_spans(row, kad.tokenizer))
+            assert isinstance(crew, Here) and isinstance(crew.machine, _Pair)
+            common.echo_coloured(result.source_spans(row, crew.machine.kad.tokenizer))
         else:
             common.echo(text)

@@ -16,10 +16,12 @@ from tta_ext.cli.answers import answer, chosen_seed, heading
 from tta_ext.cli.common import errors
 from tta_ext.cli.config import Config
 from tta_ext.cli.prompts import Asked, read_prompts
+from tta_ext.jobs import Here
 from tta_ext.journal import Journal, fingerprint, model_facts
 
 if TYPE_CHECKING:
     from tta_ext.decoding.rewards import Reward
+    from tta_ext.decoding.search.base import SearchMethod
     from tta_ext.decoding.search.outcome import SearchResult
 
 __all__ = ["Model", "RewardName", "Settings", "load_model_and_tokenizer", "reward_facts", "search"]
@@ -105,17 +107,18 @@ def search(
     chosen = typed(kind, chosen | parse_settings(settings or ()))
     part = common.chosen_shard(context, "seed")
     asked = read_prompts(prompts, source, chat, system)
-    with Journal(output) as journal:
+    with Journal(part.file(output)) as journal:
         seed = chosen_seed(seed, journal)
         scorer = chosen_reward(reward)
         loaded, tokenizer = load_model_and_tokenizer(model, **common.loading_options(context))
         machine = kind(loaded, scorer, tokenizer, **chosen)
+        crew = Here(_Searching(machine, asked, seed))
         answer(
             asked,
             {
                 "method": machine.name,
                 "settings": asdict(machine.settings),
-                "models": {"model": model_facts(loaded)},
+                "models": crew.facts(),
                 "reward": reward_facts(reward),
                 "seed": seed,
             },
@@ -123,12 +126,24 @@ def search(
             jsonl=jsonl,
             shard=part,
             at_once=max(1, batch_size // machine.rows(machine.settings)),
-            decode=lambda places: machine.generate(
-                [asked[i].prompt for i in places], seed=seed, sequence=places
-            ),
+            crew=crew,
             records=_records,
             show=lambda result, places: _print(result, asked, places),
         )
+
+
+class _Searching:
+    """A method over prompts: a :class:`tta_ext.jobs.Machine`."""
+
+    def __init__(self, method: SearchMethod[Any], asked: Sequence[Asked], seed: int) -> None:
+        self.method, self.asked, self.seed = method, asked, seed
+
+    def facts(self) -> dict[str, Any]:
+        return {"model": model_facts(self.method.model)}
+
+    def decode(self, what: None, places: list[int]) -> SearchResult:
+        prompts = [self.asked[place].prompt for place in places]
+        return self.method.generate(prompts, seed=self.seed, sequence=places)
 
 
 def chosen_reward(text: str) -> Reward:

@@ -200,14 +200,13 @@ class AISPSearch(Search[AISPSettings]):
                 [self.sequence[prompt] for prompt in active], device=mean.device
             ),
         }
+        update = getattr(self.engine, "control_update", ops.control_update)
         if settings.coherence:
             # Row 0 counts for every rollout, row 1 + t for those that reached step t.
-            noise = ops.control_update(
-                torch.zeros_like(mean), weights, sigma=1.0, length=length + 1, **given
-            )
+            noise = update(torch.zeros_like(mean), weights, sigma=1.0, length=length + 1, **given)
             new = noise.mul_(self._scale(mean.device)[:, None]).add_(mean)
         else:
-            new = ops.control_update(mean, weights, sigma=self.sigma, length=length, **given)
+            new = update(mean, weights, sigma=self.sigma, length=length, **given)
         return new if settings.step_size == 1.0 else mean + settings.step_size * (new - mean)
 
     def _weights(
@@ -302,7 +301,7 @@ class AISPSearch(Search[AISPSettings]):
                 f"{path} holds u of shape {list(mean.shape)}, this model's is "
                 f"{list(search.mean.shape)}"
             )
-        search.prompts = state["prompts"]
+        search.prompts[:] = state["prompts"]  # the list that the reward's prompts come from
         search.mean.copy_(mean)
         search._sigma = state["sigma"]
         search.iteration = state["iteration"]

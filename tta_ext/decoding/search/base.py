@@ -17,7 +17,7 @@ import torch
 from typing_extensions import Self
 
 from tta_ext import rng
-from tta_ext.decoding.rewards import Reward, RewardStream, check_reward
+from tta_ext.decoding.rewards import Reward, check_reward
 from tta_ext.decoding.runtime.attention import check_model
 from tta_ext.decoding.runtime.fit import fit_model
 from tta_ext.decoding.runtime.loading import LoadingOptions, load_model, load_tokenizer
@@ -38,6 +38,7 @@ from tta_ext.decoding.search.engine import (
     RolloutJob,
     RolloutTask,
     Scored,
+    Scorer,
 )
 from tta_ext.decoding.search.outcome import (
     Candidate,
@@ -278,7 +279,14 @@ class Search(Generic[S]):
             end_ids(settings.eos_token_id, [method.model], [method.tokenizer]),
             StopStrings.of(stop, method.tokenizer),
         )
-        self.stream = RewardStream(method.reward, settings.reward_batch_size)
+        self.scorer = Scorer(
+            self.prompts,
+            method.reward,
+            method.tokenizer,
+            self.sampling.stop,
+            settings.reward_batch_size,
+        )
+        self.stream = self.scorer.stream()
         self.streams = [self.stream]
         task = RolloutTask(
             self.encoded,
@@ -289,6 +297,7 @@ class Search(Generic[S]):
             settings.batch_size,
             first,
             method.fit,
+            self.scorer,
         )
         self.engine = self.open(task)
         self.iteration = 0
@@ -372,9 +381,13 @@ class Search(Generic[S]):
         texts: dict[int, str | None] = {}
 
         def on_finish(number: int, tokens: list[int]) -> None:
-            texts[number] = self.ask(self.stream, number, cells[number][0], tokens)
+            texts[number] = self.scorer.ask(self.stream, number, cells[number][0], tokens)
 
         batch = self.engine.roll(self.job(cells), on_finish)
+        if batch.scores is not None:
+            said, rewarded, seconds, calls = batch.scores
+            texts |= enumerate(said)
+            self.stream.take(rewarded, seconds, calls)
         rewards = self.stream.collect()
         found = [
             Candidate(texts[i], tokens, rewards[i], self.iteration, rollout, finish)
@@ -383,20 +396,6 @@ class Search(Generic[S]):
             )
         ]
         return Scored([found[place :: len(active)] for place in range(len(active))], batch)
-
-    def ask(self, stream: RewardStream, key: Any, prompt: int, tokens: list[int]) -> str | None:
-        """Put an answer, finished or not, before the reward; its text, None without a tokenizer."""
-        text = self.text(tokens)
-        stream.put(key, self.prompts[prompt], tokens if text is None else text)
-        return text
-
-    def text(self, tokens: Sequence[int]) -> str | None:
-        """An answer's text; None without a tokenizer."""
-        tokenizer = self.method.tokenizer
-        if tokenizer is None:
-            return None
-        text: str = tokenizer.decode(tokens, skip_special_tokens=True)
-        return text if self.sampling.stop is None else self.sampling.stop.cut(text)
 
     def _record(self, prompt: int, candidates: list[Candidate], extra: dict[str, Any]) -> None:
         self.candidates[prompt] += candidates

@@ -94,7 +94,7 @@ class _Run(Search[ChunkBeamSettings]):
                     rollouts.step()
             going = set(rows.active)
             texts = [
-                self.ask(self.stream, cell, prompt, rows.tokens[cell])
+                self.scorer.ask(self.stream, cell, prompt, rows.tokens[cell])
                 for cell, (prompt, _) in enumerate(rollouts.cells)
             ]
             rewards = self.stream.collect()

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import ast
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -27,10 +27,12 @@ from tta_ext.decoding.search.plots import by_label, curve_means, mean, mean_and_
 from tta_ext.decoding.search.reward_guided import RewardGuidedSearch
 from tta_ext.decoding.search.settings import SearchSettings
 from tta_ext.intervals import difference_interval
-from tta_ext.journal import WHOLE, Journal, Shard, decode_all, resume_key, run_facts
+from tta_ext.jobs import Crew, Here, Job
+from tta_ext.journal import WHOLE, Journal, Shard, model_facts, resume_key, run_facts
 
 __all__ = [
     "METHODS",
+    "Comparing",
     "Contestant",
     "Paired",
     "compare",
@@ -39,6 +41,7 @@ __all__ = [
     "parse_settings",
     "plot",
     "record_of",
+    "resolved",
     "summary",
 ]
 
@@ -136,7 +139,7 @@ class Contestant:
 def compare(
     model: Any,
     tokenizer: Any,
-    reward: Reward,
+    reward: Reward | None,
     prompts: Sequence[Any],
     contestants: Sequence[Contestant],
     *,
@@ -150,6 +153,7 @@ def compare(
     progress: Callable[[int, int], object] | None = None,
     failures: dict[int, Exception] | None = None,
     shard: Shard = WHOLE,
+    crew: Crew | None = None,
 ) -> list[dict[str, Any]]:
     """Let every contestant answer every prompt.
 
@@ -171,6 +175,8 @@ def compare(
         failures: takes the errors of prompts that a contestant cannot answer, by their places; such
             prompts are left out, and stop no other. None: the first error is raised.
         shard: the part of the prompts to answer; they keep their places.
+        crew: answers in place of model, tokenizer and reward, by a :class:`Comparing` over the
+            same prompts and settings (:func:`resolved`).
 
     Returns:
         One record for each prompt and contestant, in that order.
@@ -186,48 +192,49 @@ def compare(
     journal = Journal(None) if journal is None else journal
     if prompts_at_once < 1:
         raise ValueError(f"prompts_at_once is {prompts_at_once}, expected at least 1")
-    machines: list[tuple[str, SearchMethod[Any]]] = []
-    for one in contestants:
-        settings = asdict(one.resolved(common or {}, samples, seconds))
-        method = METHODS[one.method](model, reward, tokenizer, probe=not machines, **settings)
-        machines.append((one.label, method))
+    settings = resolved(contestants, common, samples, seconds)
+    if crew is None:
+        if reward is None:
+            raise ValueError("neither a reward nor a crew is given, and one of them decides")
+        crew = Here(Comparing(model, tokenizer, reward, prompts, settings))
     places = shard.of(range(len(prompts)))
     how = {
-        label: {"method": m.name, "settings": asdict(m.settings), "seed": seed, "tag": tag}
-        for label, m in machines
+        label: {"method": name, "settings": asdict(chosen), "seed": seed, "tag": tag}
+        for label, (name, chosen) in settings.items()
     }
     keys = {
         (place, label): resume_key(**how[label], prompt=prompts[place], place=place)
-        for label, _ in machines
+        for label in labels
         for place in places
     }
     counted = progress or (lambda answers, tokens: None)
-    for first in range(0, len(places), prompts_at_once):
-        for label, method in machines:
-            part = places[first : first + prompts_at_once]
-            missing = [place for place in part if keys[place, label] not in journal.records]
-            counted(len(part) - len(missing), 0)
-            run = run_facts(**how[label])
+    known = set(journal.records)
 
-            def decode(places: list[int], method: SearchMethod[Any] = method) -> SearchResult:
-                return method.generate([prompts[i] for i in places], seed=seed, sequence=places)
+    def jobs() -> Iterator[Job]:
+        for first in range(0, len(places), prompts_at_once):
+            for label in labels:
+                part = places[first : first + prompts_at_once]
+                missing = [place for place in part if keys[place, label] not in known]
+                counted(len(part) - len(missing), 0)
+                if missing:
+                    yield (label, seed), missing
 
-            for done, result in decode_all(decode, missing) if missing else ():
-                if isinstance(result, Exception):
-                    if failures is None:
-                        raise result
-                    failures[done[0]] = result
-                    counted(1, 0)
-                    continue
-                journal.add(
-                    {
-                        keys[place, label]: {"index": place, "of": len(prompts), "label": label}
-                        | record_of(result, at)
-                        | {"run": run}
-                        for at, place in enumerate(done)
-                    }
-                )
-                counted(len(done), result.timing.tokens)
+    for (label, _), done, found in crew.map(jobs()):
+        if isinstance(found, Exception):
+            if failures is None:
+                raise found
+            failures[done[0]] = found
+            counted(1, 0)
+            continue
+        records, tokens = found
+        head, run = {"of": len(prompts), "label": label}, run_facts(**how[label])
+        journal.add(
+            {
+                keys[place, label]: {"index": place, **head, **record, "run": run}
+                for place, record in zip(done, records, strict=True)
+            }
+        )
+        counted(len(done), tokens)
     # A label is only a name: it may have changed since the journal was written.
     return [
         _numbers(journal.records[keys[place, label]]) | {"label": label}
@@ -235,6 +242,46 @@ def compare(
         if not (failures and place in failures)
         for label in labels
     ]
+
+
+def resolved(
+    contestants: Sequence[Contestant],
+    common: dict[str, Any] | None,
+    samples: int | None,
+    seconds: float | None,
+) -> dict[str, tuple[str, SearchSettings]]:
+    """Each contestant's method and settings, by label; arguments as :func:`compare`'s."""
+    return {
+        one.label: (one.method, one.resolved(common or {}, samples, seconds)) for one in contestants
+    }
+
+
+class Comparing:
+    """Methods over a list of prompts: a :class:`tta_ext.jobs.Machine`, :func:`compare`'s."""
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        reward: Reward,
+        prompts: Sequence[Any],
+        settings: dict[str, tuple[str, SearchSettings]],
+    ) -> None:
+        self.model, self.prompts = model, prompts
+        self.methods: dict[str, SearchMethod[Any]] = {}
+        for label, (name, chosen) in settings.items():
+            self.methods[label] = METHODS[name](
+                model, reward, tokenizer, probe=not self.methods, **asdict(chosen)
+            )
+
+    def facts(self) -> dict[str, Any]:
+        return {"model": model_facts(self.model)}
+
+    def decode(self, what: tuple[str, int], places: list[int]) -> tuple[list[dict[str, Any]], int]:
+        label, seed = what
+        chosen = [self.prompts[place] for place in places]
+        result = self.methods[label].generate(chosen, seed=seed, sequence=places)
+        return [record_of(result, at) for at in range(len(places))], result.timing.tokens
 
 
 def _numbers(record: dict[str, Any]) -> dict[str, Any]:

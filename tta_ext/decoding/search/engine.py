@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
+from tta_ext.decoding.rewards import Reward, RewardStream
 from tta_ext.decoding.runtime.fit import Fit, fit_model
+from tta_ext.decoding.runtime.stopping import StopStrings
 from tta_ext.decoding.runtime.vocabulary import Vocabulary
 from tta_ext.decoding.search.outcome import Candidate
 from tta_ext.decoding.search.rollouts import PromptCache, Rollouts
@@ -29,10 +31,45 @@ __all__ = [
     "RolloutJob",
     "RolloutTask",
     "Scored",
+    "Scorer",
+    "Scores",
 ]
 
 # ``on_finish(i, tokens)``: the job's cell i has ended with these tokens.
 OnFinish: TypeAlias = "Callable[[int, list[int]], None]"
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """How answers get before the reward.
+
+    Attributes:
+        prompts: as they were asked, for the reward.
+        reward: the reward.
+        tokenizer: makes text of answers; None: the reward sees ids.
+        stop: stop strings that end an answer's text.
+        batch_size: answers that the reward is asked about together; None: all that wait.
+    """
+
+    prompts: Sequence[Any]
+    reward: Reward
+    tokenizer: Any
+    stop: StopStrings | None
+    batch_size: int | None
+
+    def stream(self) -> RewardStream:
+        """What collects answers and asks."""
+        return RewardStream(self.reward, self.batch_size)
+
+    def ask(self, stream: RewardStream, key: Any, prompt: int, tokens: list[int]) -> str | None:
+        """Put an answer, finished or not, before the reward; its text, None without a tokenizer."""
+        if self.tokenizer is None:
+            stream.put(key, self.prompts[prompt], tokens)
+            return None
+        text: str = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        text = text if self.stop is None else self.stop.cut(text)
+        stream.put(key, self.prompts[prompt], text)
+        return text
 
 
 @dataclass(frozen=True)
@@ -48,6 +85,7 @@ class RolloutTask:
         batch_size: rows in a batch at most; None: as many as the job has.
         first: what messages call the first prompt.
         fit: how the model here is run; None: as :func:`fit_model` finds it, without a trial.
+        scorer: for engines that score rollouts where they draw them; None: there is no reward.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -58,6 +96,7 @@ class RolloutTask:
     batch_size: int | None = None
     first: int = 0
     fit: Fit | None = None
+    scorer: Scorer | None = None
 
 
 @dataclass(frozen=True)
@@ -78,6 +117,21 @@ class RolloutJob:
     metered: int = 0
 
 
+class Scores(NamedTuple):
+    """What the reward says of a job's rollouts, in the order of its cells.
+
+    Attributes:
+        texts: of each, None without a tokenizer.
+        rewards: of each.
+        seconds, calls: time inside the reward, and how often it was asked.
+    """
+
+    texts: list[str | None]
+    rewards: list[float]
+    seconds: float
+    calls: int
+
+
 @dataclass
 class RolloutBatch:
     """A job's rollouts, in the order of its cells.
@@ -88,6 +142,7 @@ class RolloutBatch:
         dot, common_dot: float32 ``[cells]``, sum over a rollout's steps of u . eps, and the same of
             the noise's common part; on any device. Wanted where the job has noise.
         kl: measured divergence in nats of some cells, by their number.
+        scores: from an engine that has scored them itself; None: the search does.
     """
 
     tokens: list[list[int]] = field(default_factory=list)
@@ -95,6 +150,7 @@ class RolloutBatch:
     dot: Tensor = field(default_factory=lambda: torch.empty(0))
     common_dot: Tensor = field(default_factory=lambda: torch.empty(0))
     kl: dict[int, float] = field(default_factory=dict)
+    scores: Scores | None = None
 
 
 @dataclass
@@ -113,6 +169,9 @@ class Scored:
 class RolloutEngine(Protocol):
     """Draws rollouts.
 
+    One that spreads them over machines may have ``control_update`` too, with the arguments and the
+    bits of :func:`tta_ext.ops.control_update`.
+
     Attributes:
         device: where u lies.
         dimensions: d, size of the pre-logits.
@@ -129,7 +188,7 @@ class RolloutEngine(Protocol):
     def seconds(self) -> float: ...
 
     def roll(self, job: RolloutJob, on_finish: OnFinish) -> RolloutBatch:
-        """Draw a job's rollouts, naming each as it ends.
+        """Draw a job's rollouts, naming each as it ends unless it scores them itself.
 
         Raises:
             ValueError: a model's logits make no law, with prompt, rollout and position.

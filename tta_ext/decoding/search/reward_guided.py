@@ -106,7 +106,7 @@ class GuidedRollouts(Rollouts):
             prompt, written = self.cells[cell][0], self.rows.tokens[cell]
             run.asked[prompt] += count
             for place, token in enumerate(ids):
-                run.ask(run.guide, (row, place), prompt, [*written, token])
+                run.scorer.ask(run.guide, (row, place), prompt, [*written, token])
         rewards = run.guide.collect()
         table = torch.tensor(
             [[rewards[row, place] for place in range(count)] for row in range(len(tokens))],
