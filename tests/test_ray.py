@@ -166,24 +166,28 @@ def test_commands(cluster: Any, capsys: Any, tmp_path: Path, name: str) -> None:
 
 @pytest.mark.slow
 def test_ten_workers_killed(tmp_path: Path) -> None:
-    """``tta generate --engine ray``, workers killed at ten random moments."""
+    """``tta generate --engine ray``, workers killed at ten random moments.
+
+    Each time something new is in the file first, as a restart takes longer than an answer.
+    """
     pytest.importorskip("ray", reason="Ray is not installed: pip install '.[ray]'")
-    rng = random.Random(0)
-    words = [*COMMANDS["generate"][:-1], "--max-new-tokens", "64", "--batch-size", "1"]
-    whole, output = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
-    command = [sys.executable, "-m", "tta_ext.cli"]
-    subprocess.run([*command, *words, "--output", str(whole)], check=True)
-    kills = 0
+    rng, prompts = random.Random(0), bench_ray.PROMPTS
+    words = ["generate", *prompts, "--seed", "7", "--max-new-tokens", "64", "--batch-size", "1"]
+    command = [sys.executable, "-m", "tta_ext.cli", *words, "--output"]
+    whole, kills, runs = tmp_path / "whole.jsonl", 0, 0
+    subprocess.run([*command, str(whole)], check=True)
     while kills < 10:
-        output.unlink(missing_ok=True)
+        runs, seen = runs + 1, 0
+        output = tmp_path / f"{runs}.jsonl"
         with subprocess.Popen(
-            [*command, *words, "--output", str(output), "--engine", "ray", "--workers", "2"]
+            [*command, str(output), "--engine", "ray", "--workers", "2"]
         ) as process:
             while process.poll() is None:
-                time.sleep(rng.uniform(0.0, 3.0))
-                pids = bench_ray.worker_pids(process.pid) if output.exists() else []
-                if kills < 10 and pids and 0 < output.read_bytes().count(b"\n") < len(PROMPTS):
+                time.sleep(rng.uniform(0.0, 0.5))
+                there = output.read_bytes().count(b"\n") if output.exists() else 0
+                pids = bench_ray.worker_pids(process.pid) if kills < 10 else []
+                if pids and seen < there < len(prompts):
                     os.kill(rng.choice(pids), signal.SIGKILL)
-                    kills += 1
+                    kills, seen = kills + 1, there
         assert process.returncode == 0
         assert records(output) == records(whole)
