@@ -175,8 +175,8 @@ def test_trust_is_not_taken(folder: Path) -> None:
             load(str(folder), trust_remote_code=True)  # type: ignore[operator]
 
 
-def test_one_place_loads() -> None:
-    """Every ``from_pretrained`` of an Auto class is in loading.py and says what it trusts."""
+def test_no_place_trusts_code() -> None:
+    """Every ``from_pretrained`` of an Auto class says what it trusts."""
     places = []
     root = Path(tta_ext.__file__).parent
     for file in sorted(root.rglob("*.py")):
@@ -186,7 +186,8 @@ def test_one_place_loads() -> None:
                 if name == "kind" or name.startswith("Auto"):
                     given = {one.arg: ast.unparse(one.value) for one in node.keywords}
                     places.append((file.name, given.get("trust_remote_code")))
-    assert set(places) == {("loading.py", "False"), ("model_classes.py", "False")}
+    assert {given for _, given in places} == {"False"}
+    assert {file for file, _ in places} >= {"loading.py", "model_classes.py"}
 
 
 def test_kernels_of_the_hub_are_code(folder: Path) -> None:

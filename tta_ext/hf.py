@@ -261,7 +261,7 @@ def aisp(
                 raise ValueError(
                     f"reward_prompts has {len(reward_prompts)} prompts, expected {len(prompts)}"
                 )
-            search.prompts = list(reward_prompts)
+            search.prompts[:] = reward_prompts  # the list that the scorer has too
         search.run()
     result = search.result()
     return call.output([best.tokens for best in result.best], result)

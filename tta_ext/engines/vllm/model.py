@@ -38,7 +38,7 @@ class TTAKadForCausalLM(nn.Module):
             return init_vllm_registered_model(
                 vllm_config,
                 prefix=maybe_prefix(prefix, name),
-                hf_config=AutoConfig.from_pretrained(folder),
+                hf_config=AutoConfig.from_pretrained(folder, trust_remote_code=False),
             )
 
         self.base = build(config.tta_base, "base")

@@ -42,7 +42,7 @@ def write_pair(base: str | Path, proxy: str | Path, out: str | Path) -> Path:
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty, expected a new folder")
     folders = [_folder(name) for name in (base, proxy)]
-    configs = [AutoConfig.from_pretrained(folder) for folder in folders]
+    configs = [AutoConfig.from_pretrained(folder, trust_remote_code=False) for folder in folders]
     tokenizers = [load_tokenizer(str(folder)) for folder in folders]
     sizes = [config.get_text_config().vocab_size for config in configs]
     vocabulary = align_vocabularies(*sizes, *tokenizers)
@@ -99,7 +99,7 @@ class _Configured:
     """A model's configurations without the model."""
 
     def __init__(self, folder: Path) -> None:
-        self.config = AutoConfig.from_pretrained(folder)
+        self.config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         try:
             self.generation_config = GenerationConfig.from_pretrained(folder)
         except OSError:
