@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -224,6 +225,8 @@ def test_scaled_positions_reach_as_far_as_their_factor() -> None:
     assert position_limit(scaled("linear")) == 64
     assert position_limit(scaled("yarn")) == 64
     assert position_limit(scaled("longrope")) == 512
+    endless = transformers.XLNetConfig()  # relative positions
+    assert position_limit(SimpleNamespace(config=endless)) is None
 
 
 # ---- what is no reason to refuse ---------------------------------------------------------------

@@ -81,6 +81,8 @@ def position_limit(model: Any) -> int | None:
     """
     text = model.config.get_text_config()
     limit: int | None = getattr(text, "max_position_embeddings", None)
+    if limit is not None and limit < 1:  # XLNet's -1: relative positions, without end
+        return None
     given = getattr(text, "rope_parameters", None) or {}
     for rope in given.values() if "rope_type" not in given else [given]:
         if limit is None or not isinstance(rope, dict):
