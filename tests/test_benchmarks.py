@@ -194,6 +194,7 @@ def test_every_call_that_is_timed_on_a_gpu_runs() -> None:
         assert all(t.numel() for t in tensors)
 
 
+@pytest.mark.slow
 def test_a_gpu_check_of_minutes_runs_dry(tmp_path: Path) -> None:
     """All but the device: steps in processes, lines, one table."""
     done = subprocess.run(

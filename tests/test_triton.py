@@ -36,7 +36,14 @@ def run(*command: str, **variables: str) -> None:
 
 
 @pytest.mark.usefixtures("_triton", "native")
-@pytest.mark.parametrize("part", ["deferral or cut or budgets", "verify", "not part"])
+@pytest.mark.parametrize(
+    "part",
+    [
+        "deferral or cut or budgets",
+        pytest.param("verify", marks=pytest.mark.slow),
+        pytest.param("not part", marks=pytest.mark.slow),
+    ],
+)
 def test_kernels_equal_the_cpus_in_the_interpreter(part: str) -> None:
     """In processes of their own: Triton decides at its import whether kernels are interpreted."""
     others = "deferral or cut or budgets or verify"
