@@ -6,6 +6,7 @@ from functools import cache
 from typing import Any
 
 import torch
+import transformers
 from models import EOS, PAD, make_model, proxy_model, ragged_prompts
 
 import tta_ext
@@ -17,6 +18,17 @@ NEVER: list[dict[str, Any]] = [
     {"rule": "knapsack", "param": 0.0, "speculative": 3},
     {"rule": "confidence_bet", "param": 2.0},
 ]
+
+
+class Seen(transformers.LogitsProcessor):
+    """Writes down which tokens are left; at the end of the list."""
+
+    def __init__(self) -> None:
+        self.kept: list[torch.Tensor] = []
+
+    def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.kept.append(torch.isfinite(scores))
+        return scores
 
 
 @cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import generates
 import pytest
 import torch
 from models import PAD, base_model, greedy, make_model, make_tokenizer, proxy_model, ragged_prompts
@@ -17,14 +18,7 @@ NEW = 8
 
 @pytest.fixture(scope="module")
 def batch() -> dict[str, torch.Tensor]:
-    prompts = ragged_prompts()
-    width = max(map(len, prompts))
-    ids = torch.full((len(prompts), width), PAD)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        mask[row, width - len(prompt) :] = 1
-    return {"input_ids": ids, "attention_mask": mask}
+    return generates.batch()
 
 
 def generate(batch: dict[str, torch.Tensor], **options: Any) -> Any:

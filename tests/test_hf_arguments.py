@@ -8,25 +8,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from generates import NEVER, NEW, base, batch, kad, plain
+from generates import NEVER, NEW, Seen, base, batch, kad, plain
 from models import EOS, PAD, VOCABULARY, make_model, make_tokenizer, proxy_model, ragged_prompts
 from transformers import GenerationConfig
 
 import tta_ext
 from tta_ext.decoding.runtime import generate_options as table
 from tta_ext.decoding.runtime.compat import kept_by_generate
-
-
-class Seen(transformers.LogitsProcessor):
-    """Writes down which tokens are left; at the end of the list."""
-
-    def __init__(self) -> None:
-        self.kept: list[torch.Tensor] = []
-
-    def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        self.kept.append(torch.isfinite(scores))
-        return scores
-
 
 # ---- stopping criteria -----------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from generates import NEVER, NEW, base, batch, kad, plain
+from generates import NEVER, NEW, Seen, base, batch, kad, plain
 from models import EOS, PAD, VOCABULARY
 from transformers import GenerationConfig, GenerationMixin
 from transformers.generation import logits_process, stopping_criteria, streamers
@@ -121,17 +121,6 @@ def test_honoured_fields(name: str, never: int) -> None:
         options[name] = transformers.WatermarkingConfig(**VALUES[name])
     expected = plain(**options)
     assert torch.equal(kad(**options, **NEVER[never]), expected)
-
-
-class Seen(transformers.LogitsProcessor):
-    """Writes down which tokens are left; at the end of the list."""
-
-    def __init__(self) -> None:
-        self.kept: list[torch.Tensor] = []
-
-    def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        self.kept.append(torch.isfinite(scores))
-        return scores
 
 
 @pytest.mark.parametrize("name", sorted(WARPERS))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tta_ext.decoding.deferral.trace import TokenTrace
+from tta_ext.decoding.runtime.rows import picked_rows
 
 __all__ = ["DecodeStats", "Generation"]
 
@@ -159,13 +160,7 @@ class Generation:
         return len(self.tokens)
 
     def __getitem__(self, index: int | slice) -> Generation:
-        rows = range(len(self))[index]  # IndexError ends an iteration
-        chosen = [rows] if isinstance(rows, int) else list(rows)
-        picked: dict[str, Any] = {
-            one.name: [getattr(self, one.name)[row] for row in chosen]
-            for one in fields(self)
-            if isinstance(getattr(self, one.name), list)
-        }
+        chosen, picked = picked_rows(self, index)
         errors = {i: self.errors[row] for i, row in enumerate(chosen) if row in self.errors}
         return replace(self, **picked, errors=errors)
 

@@ -114,20 +114,18 @@ def _load(
         torch.empty(0, device=device)  # before the weights are read
     except (AssertionError, RuntimeError) as error:
         raise ValueError(f"cannot use device {device}: {_line(error)}") from error
-    folder, extra = _source(path)
-    if not extra:
+    folder, gguf = _source(path)
+    if not gguf:
         _check_files(path, given)
-        extra["use_safetensors"] = True
     with reading(what, path):
         hub = {name: given[name] for name in _HUB if name in given}
-        kind = class_of(folder, **hub, **({} if "use_safetensors" in extra else extra))
-        model, report = kind.from_pretrained(
+        model, report = class_of(folder, **hub, **gguf).from_pretrained(
             folder,
             dtype=dtype,
             trust_remote_code=False,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
-            **extra,
+            **(gguf or {"use_safetensors": True}),
             **given,
         )
         # Transformers would draw them at random.

@@ -7,7 +7,8 @@ an answer keeps its number when others leave.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from torch import Tensor
 from tta_ext.decoding.runtime.prompts import whole_number
 from tta_ext.decoding.runtime.stopping import StopStrings
 
-__all__ = ["ERRORS", "Limits", "Rows"]
+__all__ = ["ERRORS", "Limits", "Rows", "picked_rows"]
 
 # What becomes of a row whose logits make no law.
 ERRORS = ("raise", "finish")
@@ -149,3 +150,20 @@ class Rows:
 def _makes_no_law(logits: Tensor) -> bool:
     highest = logits.float().amax()  # NaN if there is one
     return not bool(torch.isfinite(highest))
+
+
+def picked_rows(result: Any, index: int | slice) -> tuple[list[int], dict[str, Any]]:
+    """Some rows of a finished result: which, and its fields that are lists, cut to them.
+
+    Args:
+        result: a dataclass with ``len()``, whose lists have an entry for each row.
+        index: as lists take it.
+    """
+    rows = range(len(result))[index]  # IndexError ends an iteration
+    chosen = [rows] if isinstance(rows, int) else list(rows)
+    lists = {one.name: getattr(result, one.name) for one in fields(result)}
+    return chosen, {
+        name: [value[row] for row in chosen]
+        for name, value in lists.items()
+        if isinstance(value, list)
+    }

@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
+from tta_ext.decoding.runtime.rows import picked_rows
+
 __all__ = ["Candidate", "IterationRecord", "SearchResult", "Timing"]
 
 
@@ -147,13 +149,7 @@ class SearchResult:
         return len(self.best)
 
     def __getitem__(self, index: int | slice) -> SearchResult:
-        rows = range(len(self))[index]  # IndexError ends an iteration
-        chosen = [rows] if isinstance(rows, int) else list(rows)
-        picked: dict[str, Any] = {
-            one.name: [getattr(self, one.name)[row] for row in chosen]
-            for one in fields(self)
-            if isinstance(getattr(self, one.name), list)
-        }
+        chosen, picked = picked_rows(self, index)
         mean = None if self.mean is None else self.mean[chosen]
         return replace(self, **picked, mean=mean)
 
