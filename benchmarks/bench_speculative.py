@@ -255,9 +255,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks speculative")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4])
-    parser.add_argument("--tokens", type=int, default=96, help="of each answer (96)")
+    parser.add_argument("--tokens", type=int, default=64, help="of each answer (64)")
     parser.add_argument("--width", type=int, default=32768, help="units of the wide MLPs (32768)")
-    parser.add_argument("--rounds", type=int, default=5, help="of all providers (5)")
+    parser.add_argument("--rounds", type=int, default=3, help="of all providers (3)")
     parser.add_argument("--runs", type=int, default=RUNS, help=f"of the second table ({RUNS})")
     parser.add_argument("--only", nargs="+", metavar="SETTING", help="of the settings above")
     parser.add_argument("--threads", type=int, default=1, help="torch threads (1)")
@@ -271,10 +271,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     for setting in settings(pair, args):
         if not args.only or setting.name in args.only:
             lines += speeds(setting)
+            print(harness.table(HEADER, lines[-1 - len(setting.others) :]), flush=True)
     for setting in long_settings(pair, args):
         if not args.only or setting.name in args.only:
             found, total = long_run(setting)
             runs += found
+            print(harness.table(LONG, found), flush=True)
             if total < SLOWEST_AUTO:
                 slow.append(f"MISS: auto at {total:.2f}x plain ({', '.join(_head(setting))})")
     dtypes = (torch.float32, torch.bfloat16)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import io
 import json
 import os
@@ -87,6 +88,29 @@ def test_prompts(tmp_path: Path, monkeypatch: Any) -> None:
         read_prompts(["a"], source)
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a\rb\nc")))
     assert [one.prompt for one in read_prompts(None, None)] == ["a\rb", "c"]
+
+
+def test_prompts_of_parquet(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow", reason="PyArrow is not installed")
+    from pyarrow import parquet
+
+    source = tmp_path / "in.parquet"
+    rows = [
+        {"prompt": "a", "messages": None, "day": datetime.date(2026, 1, 2)},
+        {"prompt": None, "messages": [{"role": "user", "content": "b"}], "day": None},
+    ]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), source)
+    conversation = [{"content": "b", "role": "user"}]
+    assert read_prompts(None, source) == [
+        Asked("a", 1, {"day": "2026-01-02"}),
+        Asked(conversation, 2),
+    ]
+    parquet.write_table(pyarrow.table({"text": ["a"]}), source)
+    with pytest.raises(ValueError, match=r"line 1: .* neither 'prompt' nor 'messages'"):
+        read_prompts(None, source)
+    source.write_bytes(b"no Parquet")
+    with pytest.raises(ValueError, match="Parquet"):
+        read_prompts(None, source)
 
 
 def test_one_bad_prompt_stops_no_other(capsys: Any, tmp_path: Path) -> None:

@@ -51,6 +51,9 @@ def test_options_of_workers_are_of_ray_alone(capsys: Any) -> None:
     words = ["generate", "Q", "--seed", "1"]
     assert "--engine here does not use --workers" in call(capsys, *words, "--workers", "2")[2]
     assert "needs --output" in call(capsys, *words, "--engine", "ray")[2]
+    words = ["search", "Q", "--reward", "letter:s", "--seed", "1"]
+    assert "--engine here does not use --split" in call(capsys, *words, "--split", "prompts")[2]
+    assert "needs --output" in call(capsys, *words, "--engine", "ray")[2]
 
 
 class Failing:
@@ -137,7 +140,10 @@ def records(path: Path) -> list[dict[str, Any]]:
     return sorted(found, key=lambda record: json.dumps(record))
 
 
+SEARCH = ["search", "--model", "demo", "--reward", "letter:s", "--seed", "5", "--method",
+          "best-of-n", "--n", "4", "--max-new-tokens", "2", *PROMPTS[:2], "--output"]  # fmt: skip
 COMMANDS = {
+    "search": SEARCH,
     "generate": ["generate", *PROMPTS, "--seed", "7", "--max-new-tokens", "4", "--batch-size", "2",
                  "--output"],
     "eval": ["eval", "threshold:0.4", "base", "--n", "4", "--batch-size", "2",
@@ -162,6 +168,14 @@ def test_commands(cluster: Any, capsys: Any, tmp_path: Path, name: str) -> None:
     assert call(capsys, "merge", str(there), "--output", str(merged))[0] == 0
     places = [r.get("index", r.get("start")) for r in map(json.loads, merged.open())]
     assert places == sorted(places)
+
+
+def test_a_search_whose_rollouts_workers_share(cluster: Any, capsys: Any, tmp_path: Path) -> None:
+    there = [tmp_path / f"{workers}.jsonl" for workers in (1, 2)]
+    for workers, path in zip("12", there, strict=True):
+        words = [*SEARCH, str(path), "--engine", "ray", "--workers", workers]
+        assert call(capsys, *words, "--split", "rollouts")[0] == 0
+    assert records(there[0]) == records(there[1]) != []
 
 
 @pytest.mark.slow

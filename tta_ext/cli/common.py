@@ -59,7 +59,8 @@ DEFAULT_PARAM = {
 
 Prompts = Annotated[list[str] | None, typer.Argument(help="Prompts; default: stdin.")]
 Source = Annotated[
-    Path | None, typer.Option("--input", help="File of prompts, one a line, or JSONL; - is stdin.")
+    Path | None,
+    typer.Option("--input", help="File of prompts, one a line, or JSONL or Parquet; - is stdin."),
 ]
 Chat = Annotated[
     bool, typer.Option("--chat", help="Wrap text prompts in the models' chat templates.")

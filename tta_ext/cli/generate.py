@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -13,7 +14,7 @@ from tta_ext.cli.answers import answer, chosen_seed, heading
 from tta_ext.cli.config import Config
 from tta_ext.cli.prompts import Asked, read_prompts
 from tta_ext.jobs import Crew, Here
-from tta_ext.journal import Journal
+from tta_ext.journal import Journal, fingerprint
 
 if TYPE_CHECKING:
     from tta_ext.decoding import Generation
@@ -23,6 +24,11 @@ __all__ = ["generate"]
 
 # What --method may be: a rule decides token by token, or experts tilt the base.
 KAD, IMPLICIT = "kad", "implicit-reward"
+# Options of this library's own loop.
+NOT_IN_VLLM = {
+    "anti", "top_k", "top_p", "min_p", "speculative", "draft", "stream", "colour", "device",
+    "device_map", "attn_implementation", "quantization_config", "revision", "proxy_revision",
+}  # fmt: skip
 
 
 def generate(
@@ -77,6 +83,10 @@ def generate(
     revision: common.Revision = None,
     proxy_revision: common.ProxyRevision = None,
     shard: common.ShardOf = None,
+    backend: Annotated[
+        Literal["torch", "vllm"],
+        typer.Option(help="What runs the models: this library's loop, or vLLM."),
+    ] = "torch",
     engine: common.Engine = "here",
     workers: common.WorkerCount = 1,
     address: common.Address = None,
@@ -107,6 +117,10 @@ def generate(
         common.refuse_unused(context, "--engine ray", {"stream", "colour"})
         if output is None:
             raise ValueError("--engine ray needs --output, as answers come in no order")
+    if backend == "vllm":
+        common.refuse_unused(context, "--backend vllm", NOT_IN_VLLM)
+        if method == IMPLICIT or base is None or proxy is None:
+            raise ValueError("--backend vllm needs a rule, --base and --proxy")
     part = common.chosen_shard(context, "seed")
     asked = read_prompts(prompts, source, chat, system)
     with Journal(part.file(output)) as journal:
@@ -132,6 +146,8 @@ def generate(
             "implicit": setting.rule == IMPLICIT_REWARD, **common.loading_options(context),
         }  # fmt: skip
         kind = _Stream if stream else _Pair
+        if backend == "vllm":
+            kind, loading = _VLLM, loading | {"gpus": gpus_per_worker}
         crew = common.chosen_crew(
             context, lambda: kind(loading, setting, pair_options, asked, options)
         )
@@ -184,8 +200,8 @@ class _Pair:
         options: dict[str, Any],
     ) -> None:
         models = common.load_models(**loading)
-        self.facts = models.facts
-        self.kad = models.decoder(setting, **pair_options)
+        self.facts: Callable[[], dict[str, Any]] = models.facts
+        self.kad: Any = models.decoder(setting, **pair_options)
         self.asked, self.options = asked, options
 
     def arguments(self, places: list[int]) -> dict[str, Any]:
@@ -197,6 +213,38 @@ class _Pair:
 
     def decode(self, what: None, places: list[int]) -> Generation | None:
         return self.kad.generate(**self.arguments(places))
+
+
+class _VLLM(_Pair):
+    """The pair in vLLM; of several GPUs each has a part of every layer."""
+
+    def __init__(
+        self,
+        loading: dict[str, Any],
+        setting: Setting,
+        pair_options: dict[str, Any],
+        asked: Sequence[Asked],
+        options: dict[str, Any],
+    ) -> None:
+        from tta_ext.engines.vllm.offline import OfflinePair
+        from tta_ext.engines.vllm.pair import write_pair
+        from tta_ext.rules import Rule
+
+        named = {name: loading[name] for name in ("base", "proxy")}
+        temperatures = {name: pair_options[name] for name in ("temperature", "rule_temperature")}
+        rule = Rule(setting.rule, setting.param, setting.critical, **temperatures)
+        self.folder = TemporaryDirectory()
+        pair = write_pair(named["base"], named["proxy"], self.folder.name)
+        size = max(1, int(loading["gpus"]))
+        self.kad = OfflinePair(pair, rule, dtype=loading["dtype"], tensor_parallel_size=size)
+        self.asked, self.options = asked, options
+        self.facts = lambda: (
+            {"backend": "vllm"}
+            | {
+                name: {"fingerprint": fingerprint(source), "dtype": loading["dtype"]}
+                for name, source in named.items()
+            }
+        )
 
 
 class _Stream(_Pair):

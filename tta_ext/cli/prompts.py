@@ -1,4 +1,4 @@
-"""Prompts of a command line: arguments, a file of lines, JSONL."""
+"""Prompts of a command line: arguments, a file of lines, JSONL, Parquet."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tta_ext._version import install
 from tta_ext.journal import numbered_jsonl, read_text
 
 __all__ = ["Asked", "read_prompts"]
@@ -22,7 +23,7 @@ class Asked(NamedTuple):
 
     Attributes:
         prompt: text, or a conversation.
-        line: its line in the file it came from; None for an argument.
+        line: its line (in Parquet, row) in the file it came from; None for an argument.
         fields: what else its record had, to be kept with the answer.
     """
 
@@ -46,8 +47,9 @@ def read_prompts(
 
     A file is JSONL if it is named so or its first line is an object or a list: an object has
     ``prompt`` or ``question`` (text) or ``messages`` (a conversation), a list is a conversation.
-    Any other file has a prompt on each line that is not empty. With ``chat`` or a system message,
-    texts become conversations.
+    Rows of a file named ``.parquet`` are such objects, less their nulls. Any other file has a
+    prompt on each line that is not empty. With ``chat`` or a system message, texts become
+    conversations.
 
     Raises:
         ValueError: there are no prompts, or a line is no such record.
@@ -56,7 +58,12 @@ def read_prompts(
     if prompts and source is not None:
         raise ValueError("prompts are given both as arguments and by --input")
     if not prompts:
-        prompts = _parse(_read(source), source)
+        if source is not None and source.suffix == ".parquet":
+            prompts = _rows(source)
+        else:
+            prompts = _parse(_read(source), source)
+        if not prompts:
+            raise ValueError("the input has no prompts")
     if not chat and system is None:
         return prompts
     start = [] if system is None else [{"role": "system", "content": system}]
@@ -77,16 +84,29 @@ def _read(source: Path | None) -> str:
     return sys.stdin.buffer.read().decode("utf-8-sig")
 
 
-def _parse(text: str, source: Path | None) -> list[Asked]:
-    from tta_ext.evaluation import PROMPT_FIELDS, record_prompt
+def _rows(source: Path) -> list[Asked]:
+    """Of a Parquet file; values that JSON lacks become text, as answers are kept in JSON."""
+    try:
+        from pyarrow import parquet
+    except ModuleNotFoundError:
+        raise ImportError(f"{source} needs PyArrow: {install('parquet')}") from None
+    rows = parquet.read_table(source).to_pylist()
+    told = [{name: value for name, value in row.items() if value is not None} for row in rows]
+    return _records(enumerate(json.loads(json.dumps(told, default=str)), 1))
 
-    if not text.strip():
-        raise ValueError("the input has no prompts")
+
+def _parse(text: str, source: Path | None) -> list[Asked]:
     if not (source is not None and source.suffix in _JSON_NAMES) and not _is_json(text):
         lines = enumerate(text.split("\n"), 1)
         return [Asked(line.removesuffix("\r"), n) for n, line in lines if line.strip()]
+    return _records(numbered_jsonl(text, source))
+
+
+def _records(records: Iterable[tuple[int, Any]]) -> list[Asked]:
+    from tta_ext.evaluation import PROMPT_FIELDS, record_prompt
+
     asked = []
-    for number, record in numbered_jsonl(text, source):
+    for number, record in records:
         fields = record if isinstance(record, dict) else {}
         rest = {k: v for k, v in fields.items() if k not in (*PROMPT_FIELDS, *_TAKEN)}
         try:

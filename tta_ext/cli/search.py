@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, fields
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -16,7 +16,7 @@ from tta_ext.cli.answers import answer, chosen_seed, heading
 from tta_ext.cli.common import errors
 from tta_ext.cli.config import Config
 from tta_ext.cli.prompts import Asked, read_prompts
-from tta_ext.jobs import Here
+from tta_ext.jobs import Crew, Here
 from tta_ext.journal import Journal, fingerprint, model_facts
 
 if TYPE_CHECKING:
@@ -87,6 +87,16 @@ def search(
     quantization_config: common.Quantization = None,
     revision: common.Revision = None,
     shard: common.ShardOf = None,
+    engine: common.Engine = "here",
+    workers: common.WorkerCount = 1,
+    address: common.Address = None,
+    gpus_per_worker: common.GpusPerWorker = 0.0,
+    split: Annotated[
+        Literal["prompts", "rollouts"],
+        typer.Option(
+            help="What workers share: the prompts, or the rollouts of each (aisp, best-of-n)."
+        ),
+    ] = "prompts",
     threads: common.Threads = None,
     config: Config = None,
 ) -> None:
@@ -101,6 +111,10 @@ def search(
     common.refuse_unused(context, f"--method {method}", set(OPTIONS) - used)
     if output is not None:
         common.refuse_unused(context, "--output", {"jsonl"})
+    elif engine == "ray" and split == "prompts":
+        raise ValueError("--engine ray needs --output, as answers come in no order")
+    if engine == "here":
+        common.refuse_unused(context, "--engine here", {"split"})
     chosen: dict[str, Any] = {"temperature": temperature, "max_new_tokens": max_new_tokens}
     chosen |= {"stop_strings": stop or None} | ({"decoding": "greedy"} if greedy else {})
     chosen |= {k: context.params[k] for k in OPTIONS if context.params[k] is not None}
@@ -109,15 +123,32 @@ def search(
     asked = read_prompts(prompts, source, chat, system)
     with Journal(part.file(output)) as journal:
         seed = chosen_seed(seed, journal)
-        scorer = chosen_reward(reward)
-        loaded, tokenizer = load_model_and_tokenizer(model, **common.loading_options(context))
-        machine = kind(loaded, scorer, tokenizer, **chosen)
-        crew = Here(_Searching(machine, asked, seed))
+        resolved, loading = kind.settings_type(**chosen), common.loading_options(context)
+
+        def load() -> tuple[Any, Any, Any]:
+            scorer = chosen_reward(reward)
+            loaded, tokenizer = load_model_and_tokenizer(model, **loading)
+            return loaded, scorer, tokenizer
+
+        crew: Crew
+        if split == "rollouts":
+            from tta_ext.engines.ray.rollouts import Rollouts
+
+            rollouts = Rollouts(
+                workers, load=lambda: load()[:2], address=address, gpus_per_worker=gpus_per_worker
+            )
+            context.call_on_close(rollouts.close)
+            whole = kind(*load(), engine=rollouts, **chosen)
+            crew = Here(_Searching(whole, asked, seed))
+        else:
+            crew = common.chosen_crew(
+                context, lambda: _Searching(kind(*load(), **chosen), asked, seed)
+            )
         answer(
             asked,
             {
-                "method": machine.name,
-                "settings": asdict(machine.settings),
+                "method": kind.name,
+                "settings": asdict(resolved),
                 "models": crew.facts(),
                 "reward": reward_facts(reward),
                 "seed": seed,
@@ -125,7 +156,7 @@ def search(
             journal=journal,
             jsonl=jsonl,
             shard=part,
-            at_once=max(1, batch_size // machine.rows(machine.settings)),
+            at_once=max(1, batch_size // kind.rows(resolved)),
             crew=crew,
             records=_records,
             show=lambda result, places: _print(result, asked, places),

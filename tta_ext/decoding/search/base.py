@@ -196,8 +196,9 @@ class SearchMethod(Generic[S]):
         check_prompts(self.model, encoded, max_new_tokens)
         return encoded
 
-    def rows(self, settings: S) -> int:
-        """Rows in flight for each prompt."""
+    @staticmethod
+    def rows(settings: Any) -> int:
+        """Rows in flight for each prompt, of a method with such settings."""
         return max(settings.schedule())
 
     def generate(

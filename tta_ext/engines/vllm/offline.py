@@ -1,0 +1,128 @@
+"""Lists of prompts answered by a pair in vLLM, in this process: ``tta generate --backend vllm``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from tta_ext._version import install
+from tta_ext.decoding.deferral.result import DecodeStats, Generation
+from tta_ext.decoding.runtime.loading import load_tokenizer
+from tta_ext.decoding.runtime.prompts import encode_prompts
+from tta_ext.engines.rows import source
+from tta_ext.engines.vllm.arguments import PROCESSED
+from tta_ext.engines.vllm.pair import PROCESSOR
+from tta_ext.rules import Rule
+
+__all__ = ["OfflinePair"]
+
+
+class OfflinePair:
+    """A vLLM engine over a pair, with ``generate``; prompts go in together, vLLM batches them.
+
+    Both models read the same ids, those of the folder's tokenizer and chat template.
+
+    Args:
+        pair: the folder that ``tta vllm-pair`` wrote.
+        rule: of all answers, with its temperatures.
+        engine: options of ``vllm.LLM``, such as ``tensor_parallel_size``.
+
+    Raises:
+        ImportError: vLLM is not installed.
+    """
+
+    def __init__(self, pair: str | Path, rule: Rule, **engine: Any) -> None:
+        # The runner whose processors draw our tokens; its log would stand between the answers.
+        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        try:
+            from vllm import LLM
+        except ModuleNotFoundError:
+            raise ImportError(f"backend vllm needs vLLM: {install('vllm')}") from None
+        self.rule, self.tokenizer = rule, load_tokenizer(str(pair))
+        self.llm = LLM(str(pair), logits_processors=[PROCESSOR], logprobs_mode=PROCESSED, **engine)
+
+    def generate(
+        self,
+        prompts: Sequence[Any],
+        *,
+        seed: int,
+        sequence: Sequence[int] | None = None,
+        do_sample: bool = True,
+        max_new_tokens: int = 256,
+        num_return_sequences: int = 1,
+        stop_strings: Sequence[str] | None = None,
+    ) -> Generation:
+        """Answers to prompts: the tokens of :meth:`tta_ext.KnapsackDeferral.generate`.
+
+        Args:
+            prompts: texts, conversations, token ids.
+            seed, sequence: of the random streams, an id for each answer; 0, 1, ... without.
+            do_sample: False takes the mixture's most probable token.
+            max_new_tokens: of each answer at most.
+            num_return_sequences: answers to each prompt.
+            stop_strings: strings that end an answer.
+
+        Raises:
+            ValueError: a prompt that has no tokens or does not fit, a temperature with greedy.
+        """
+        from vllm import SamplingParams
+
+        if not do_sample and self.rule.temperature != 1.0:
+            raise ValueError(
+                f"temperature is {self.rule.temperature}, expected 1: vLLM has none for greedy "
+                "requests"
+            )
+        start = perf_counter()
+        encoded = encode_prompts(prompts, self.tokenizer)
+        rows = [ids for ids in encoded for _ in range(num_return_sequences)]
+        numbers = list(range(len(rows)) if sequence is None else sequence)
+        rule, temperature = self.rule, self.rule.temperature if do_sample else 0.0
+        about = {
+            "tta_rule": rule.name,
+            "tta_param": rule.param,
+            "tta_critical": rule.critical,
+            "tta_rule_temperature": rule.rule_temperature,
+            "tta_seed": seed,
+        }
+        params = [
+            SamplingParams(
+                temperature=temperature,
+                max_tokens=max_new_tokens,
+                logprobs=0,
+                stop=list(stop_strings or ()),
+                extra_args={**about, "tta_sequence": number},
+            )
+            for number in numbers
+        ]
+        asked: Any = [{"prompt_token_ids": ids} for ids in rows]
+        found = [one.outputs[0] for one in self.llm.generate(asked, params, use_tqdm=False)]
+        tokens = [list(one.token_ids) for one in found]
+        deferred = [
+            [source(step[token].logprob).deferred for step, token in zip(steps, ids, strict=True)]
+            for steps, ids in ((one.logprobs, ids) for one, ids in zip(found, tokens, strict=True))
+        ]
+        return Generation(
+            tokens=tokens,
+            deferred=deferred,
+            finish=[_finish(one) for one in found],
+            prompt_tokens=rows,
+            texts=[one.text for one in found],
+            sequence=numbers,
+            seed=seed,
+            stats=DecodeStats(
+                tokens=sum(map(len, tokens)),
+                deferred_tokens=sum(map(sum, deferred)),
+                seconds=perf_counter() - start,
+                runners={"pair": "vllm"},
+            ),
+        )
+
+
+def _finish(output: Any) -> str:
+    """Why an answer ended, in our words: vLLM says "stop" also of end-of-sequence."""
+    ended_by_text = isinstance(output.stop_reason, str)
+    return "eos" if output.finish_reason == "stop" and not ended_by_text else output.finish_reason
