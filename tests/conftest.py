@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import tempfile
 from collections.abc import Iterator
@@ -20,6 +21,10 @@ from tta_ext.build.toolchain import find_compiler
 
 ISA_LEVELS = {"scalar": 0, "avx2": 1, "avx512": 2}
 REQUIRED = frozenset(filter(None, os.environ.get("TTA_EXT_REQUIRE", "").split(",")))
+# Processes that need not import torch once more.
+forks = pytest.mark.skipif(
+    "fork" not in multiprocessing.get_all_start_methods(), reason="no fork here"
+)
 # In the layout of csrc; without torch's headers a file compiles in no time.
 _TINY = {
     "core/answer.h": "#pragma once\nint answer();\n",
@@ -103,6 +108,20 @@ def kad() -> Any:
     from models import base_model, proxy_model
 
     return tta_ext.KnapsackDeferral(base_model(), proxy_model())
+
+
+@pytest.fixture(scope="session")
+def own() -> Any:
+    """The shipped pair in our own loop, with which foreign engines are compared."""
+    return tta_ext.KnapsackDeferral(*tta_ext.demo_pair())
+
+
+@pytest.fixture(scope="session")
+def prompts(own: Any) -> list[list[int]]:
+    """Token ids of six of the pair's questions."""
+    from tta_ext.demo.task import evaluation_problems
+
+    return [own.tokenizer(one.prompt)["input_ids"] for one in evaluation_problems(6)]
 
 
 @pytest.fixture

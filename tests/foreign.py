@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 
-from tta_ext.decoding import KnapsackDeferral, load_model, load_tokenizer
+from tta_ext.decoding import KnapsackDeferral
 from tta_ext.demo.pair import ASSETS
-from tta_ext.demo.task import evaluation_problems
 
 BASE, PROXY = str(ASSETS / "base"), str(ASSETS / "proxy")
 SEED, NEW = 7, 10
@@ -19,17 +18,6 @@ RULES: list[dict[str, Any]] = [
     {"tta_rule": "knapsack", "tta_param": 0.5, "tta_critical": "split"},
     {"tta_rule": "confidence_bet", "tta_param": 0.2},
 ]
-
-
-def own_loop() -> KnapsackDeferral:
-    """The shipped pair."""
-    return KnapsackDeferral(load_model(BASE), load_model(PROXY), load_tokenizer(BASE))
-
-
-def prompt_ids() -> list[list[int]]:
-    """Token ids of six questions."""
-    tokenizer = load_tokenizer(BASE)
-    return [tokenizer(one.prompt)["input_ids"] for one in evaluation_problems(6)]
 
 
 @torch.no_grad()

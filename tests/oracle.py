@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from tta_ext import rng
-from tta_ext.backends.reference import philox
 
 EDGE = 2.0**-20
 
@@ -129,15 +128,15 @@ def uniform(
     iteration: int = 0,
     rollout: int = 0,
 ) -> float:
-    """The uniform of a draw."""
-    words = philox(
-        torch.tensor(
-            [draw, position, sequence, rng.stream_word(stream, iteration, rollout)],
-            dtype=torch.int64,
-        ),
-        torch.tensor(rng.key(seed), dtype=torch.int64),
-    )
-    return int(words[0]) * 2.0**-32
+    """The uniform of a draw, by Philox4x32-10 in Python's integers."""
+    most = 2**32 - 1
+    c0, c1, c2, c3 = draw, position, sequence, rng.stream_word(stream, iteration, rollout)
+    k0, k1 = rng.key(seed)
+    for _ in range(10):
+        one, other = 0xD2511F53 * c0, 0xCD9E8D57 * c2
+        c0, c1, c2, c3 = other >> 32 ^ c1 ^ k0, other & most, one >> 32 ^ c3 ^ k1, one & most
+        k0, k1 = k0 + 0x9E3779B9 & most, k1 + 0xBB67AE85 & most
+    return c0 * 2.0**-32
 
 
 def assert_drawn(token: int, law: Tensor, u: float) -> None:

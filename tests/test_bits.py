@@ -345,22 +345,6 @@ def test_prelogit_family(dtype: torch.dtype, d: int, isa: str) -> None:
     same_bits(scalar, found)
 
 
-def test_an_environment_variable_forces_the_instruction_set() -> None:
-    import os
-    import subprocess
-    import sys
-
-    program = (
-        "import tta_ext, torch\n"
-        "from tta_ext import dispatch\n"
-        "assert not dispatch.native_status()\n"
-        "print(torch.ops.tta_ext.cpu_isa(-1))\n"
-    )
-    environment = {**os.environ, "TTA_EXT_CPU_ISA": "scalar"}
-    found = subprocess.check_output([sys.executable, "-c", program], text=True, env=environment)
-    assert found.strip() == "0"
-
-
 def test_largest_vocabulary(native: None) -> None:
     """2^20 tokens: every instruction set agrees, and the knapsack keeps its budget."""
     g = torch.Generator().manual_seed(9)

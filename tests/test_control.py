@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import multiprocessing
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from cases import generator
+from conftest import forks
 from rollouts import (
     ITERATION,
     SEED,
@@ -299,28 +299,25 @@ def test_lambda_near_zero(backend: str) -> None:
     assert tiny.ess.tolist() == [2.0]
 
 
-SHARES = """
-import sys, torch
-from tta_ext import ops
-torch.set_num_threads(1)
-process, folder = int(sys.argv[1]), sys.argv[2]
-case = torch.load(f"{folder}/case.pt")
-key = {name: case[name] for name in ("sigma", "seed", "iteration")}
-for count in (1, 2, 4):
-    size = 64 // count
-    for start in range(process * size, 64, 2 * size):
-        part = ops.control_update(**case, rollouts=(start, start + size))
-        rows = torch.arange(37)[start : start + size]
-        dot = torch.zeros(len(rows))
-        for step in range(5):
-            ops.prelogit_perturb(
-                torch.zeros(len(rows), 301), case["mean"], step=step, row=1, sequence=9,
-                rollout=rows, dot=dot, **key,
-            )
-        torch.save((part, dot), f"{folder}/{count}-{start // size}.pt")
-"""
+def share(process: int, case: dict[str, Any], folder: Path) -> None:
+    """Of 37 rollouts the shares of one of two processes."""
+    torch.set_num_threads(1)
+    key = {name: case[name] for name in ("sigma", "seed", "iteration")}
+    for count in (1, 2, 4):
+        size = 64 // count
+        for start in range(process * size, 64, 2 * size):
+            part = ops.control_update(**case, rollouts=(start, start + size))
+            rows = torch.arange(37)[start : start + size]
+            dot = torch.zeros(len(rows))
+            for step in range(5):
+                ops.prelogit_perturb(
+                    torch.zeros(len(rows), 301), case["mean"], step=step, row=1, sequence=9,
+                    rollout=rows, dot=dot, **key,
+                )  # fmt: skip
+            torch.save((part, dot), folder / f"{count}-{start // size}.pt")
 
 
+@forks
 def test_processes_share_the_rollouts(native: None, tmp_path: Path) -> None:
     """37 rollouts in 1, 2 and 4 shares, taken by turns: the same u . eps and the same update."""
     mean, weights, lengths = sparse_case()
@@ -333,12 +330,13 @@ def test_processes_share_the_rollouts(native: None, tmp_path: Path) -> None:
         "sequence": SEQUENCE,
         **lengths,
     }
-    torch.save(case, tmp_path / "case.pt")
-    workers = [
-        subprocess.Popen([sys.executable, "-W", "ignore", "-c", SHARES, str(i), str(tmp_path)])
-        for i in range(2)
-    ]
-    assert [worker.wait() for worker in workers] == [0, 0]
+    fork = multiprocessing.get_context("fork")
+    workers = [fork.Process(target=share, args=(i, case, tmp_path)) for i in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0, 0]
     whole, dots = update(mean, weights, **lengths), []
     for count in (1, 2, 4):
         found = [torch.load(tmp_path / f"{count}-{i}.pt") for i in range(count)]

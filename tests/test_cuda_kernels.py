@@ -87,10 +87,16 @@ def kernels_of(mode: str) -> simt.Kernels:
     return simt.kernels(mode)
 
 
+def calls(few: int, many: int) -> pytest.MarkDecorator:
+    """How many are drawn; the many by the slow tests."""
+    return pytest.mark.parametrize("count", [few, pytest.param(many, marks=pytest.mark.slow)])
+
+
+@calls(64, 400)
 @pytest.mark.parametrize("op", sorted(ARGUMENTS))
-def test_bits_equal_the_cpu(op: str) -> None:
+def test_bits_equal_the_cpu(op: str, count: int) -> None:
     kernels = kernels_of("plain")
-    for number in range(150):
+    for number in range(count):
         kernels.configure(seed=number // 2 % 4)  # odd: blocks take as many tiles as they may
         sizes = SMALL if number % 2 else MEDIUM
         compare(kernels, op, ARGUMENTS[op](Draw(op, number, sizes)), f"{op} case {number}")
@@ -119,10 +125,11 @@ def test_budgets_of_about_one_unlikely_token(op: str) -> None:
         compare(kernels, op, (base, None, budget, *rule, False), f"{op} case {number}")
 
 
+@calls(24, 120)
 @pytest.mark.parametrize("op", sorted(ARGUMENTS))
-def test_every_access_is_in_bounds_and_ordered(op: str) -> None:
+def test_every_access_is_in_bounds_and_ordered(op: str, count: int) -> None:
     kernels = kernels_of("hooks")
-    for number in range(2000, 2060):
+    for number in range(2000, 2000 + count):
         kernels.configure(seed=number % 4, preempt=(0.0, 0.02, 0.2)[number // 4 % 3])
         sizes = SMALL if number % 3 else RAGGED
         compare(kernels, op, ARGUMENTS[op](Draw(op, number, sizes)), f"{op} case {number}")

@@ -9,7 +9,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from foreign import NEW, PROXY, RULES, SEED, last_logits, own_loop, prompt_ids, wanted
+from foreign import NEW, PROXY, RULES, SEED, last_logits, wanted
 
 from tta_ext import ops
 from tta_ext.decoding import KnapsackDeferral
@@ -17,17 +17,6 @@ from tta_ext.decoding.runtime.runner import Runner
 from tta_ext.engines.rows import Asked, Row, RowTable, draw, group, source
 from tta_ext.engines.vllm.stash import Stash
 from tta_ext.rules import Rule
-
-
-@pytest.fixture(scope="module")
-def own() -> KnapsackDeferral:
-    return own_loop()
-
-
-@pytest.fixture(scope="module")
-def prompts() -> list[list[int]]:
-    return prompt_ids()
-
 
 # ---- the draw ------------------------------------------------------------------------------------
 

@@ -6,13 +6,14 @@ import json
 import math
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import started
+from conftest import forks
 
 from tta_ext import journal as module
 from tta_ext.cli.app import run
@@ -267,30 +268,13 @@ def test_model_facts() -> None:
         model_facts(base_model())
 
 
-PROGRAM = """
-import sys
-from tta_ext.cli.app import run
-from tta_ext.journal import Journal
-add = Journal.add
-def added(self, items):
-    add(self, items)
-    print("added", flush=True)
-Journal.add = added
-run(sys.argv[1:])
-"""
-
-
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no kill here")
+@forks
 def test_an_evaluation_killed_in_the_middle_goes_on(tmp_path: Path) -> None:
     """Killed at any moment after its first batches; then it has every batch, and each once."""
     path, whole = tmp_path / "j.jsonl", tmp_path / "whole.jsonl"
     words = ["eval", "threshold:0.4", "--n", "4", "--batch-size", "1", "--journal"]
-    program = [sys.executable, "-c", PROGRAM, *words, str(path)]
-    with subprocess.Popen(program, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        for _ in range(3):
-            assert process.stdout.readline() == "added\n"
-        process.kill()
+    with started([*words, str(path)], "add", 3):
+        pass
     before = path.read_bytes()
     assert 3 <= before.count(b"\n") < 8
     for file in (path, whole):

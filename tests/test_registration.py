@@ -386,7 +386,7 @@ def test_without_a_native_library_the_reference_serves() -> None:
     assert found.split() == [str(int(want.token)), str(bool(want.deferred))]
 
 
-def test_import_is_lean() -> None:
+def test_import_is_lean_and_the_environment_chooses_the_instruction_set(native: None) -> None:
     """Torch and a few small modules; nothing of CUDA, nothing that only a part needs."""
     program = (
         "import sys, torch\n"
@@ -394,8 +394,13 @@ def test_import_is_lean() -> None:
         "import tta_ext\n"
         "print(*(set(sys.modules) - before))\n"
         "assert not torch.cuda.is_initialized()\n"
+        "assert not tta_ext.dispatch.native_status()\n"
+        "print(torch.ops.tta_ext.cpu_isa(-1))\n"
     )
-    new = set(subprocess.check_output([sys.executable, "-c", program], text=True).split())
+    environment = {**os.environ, "TTA_EXT_CPU_ISA": "scalar"}
+    found = subprocess.check_output([sys.executable, "-c", program], text=True, env=environment)
+    *new, level = found.split()
     packages = {name.partition(".")[0] for name in new}
     assert not packages & {"transformers", "triton", "typer", "rich", "safetensors", "scipy"}
-    assert not new & {"tta_ext.build", "tta_ext.decoding"}
+    assert not set(new) & {"tta_ext.build", "tta_ext.decoding"}
+    assert level == "0"

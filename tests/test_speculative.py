@@ -89,15 +89,18 @@ def test_tokens_sources_and_ends_are_the_plain_loops(rule: dict[str, Any], do_sa
     plain = answer(rule, prompts, **keys)
     assert len(set(map(len, plain.tokens))) > 2
     assert "eos" in plain.finish
-    for length, draft in [*((k, "proxy") for k in LENGTHS), *((4, other) for other in OTHERS)]:
-        keys |= {"speculative": length, "draft": draft}
-        drafted = answer(rule, prompts, **keys)
+    turn = 2 * RULES.index(rule) + do_sample
+    ways = [(LENGTHS[turn % 4], "proxy"), (LENGTHS[(turn + 1) % 4], "proxy")]
+    ways += [(4, other) for other in OTHERS]
+    for length, draft in ways:
+        drafted = answer(rule, prompts, speculative=length, draft=draft, **keys)
         check_equal(drafted, plain)
         total += drafted.stats
-        alone = answer(rule, prompts[2:3], sequence=[2], **keys)
-        assert alone.tokens[0] == plain.tokens[2]
-        assert alone.deferred[0] == plain.deferred[2]
-        assert alone.finish[0] == plain.finish[2]
+    length, draft = ways[turn // 4 % 4]
+    alone = answer(rule, prompts[2:3], sequence=[2], speculative=length, draft=draft, **keys)
+    assert alone.tokens[0] == plain.tokens[2]
+    assert alone.deferred[0] == plain.deferred[2]
+    assert alone.finish[0] == plain.finish[2]
     assert 0 < total.accepted_tokens < total.judged_tokens
 
 
@@ -136,8 +139,8 @@ def check_shipped(answers: int, tokens: int, first: int) -> None:
         assert 0 < total.accepted_tokens < total.judged_tokens
 
 
-def test_five_hundred_answers_of_the_shipped_pair() -> None:
-    check_shipped(500, 6, 0)
+def test_two_hundred_answers_of_the_shipped_pair() -> None:
+    check_shipped(200, 6, 0)
 
 
 @pytest.mark.slow
@@ -204,7 +207,7 @@ def test_plain_steps_and_rounds_may_alternate(
 
     monkeypatch.setattr(Lookup, "guess", guess)
     total = DecodeStats()
-    for _ in range(3):
+    for _ in range(2):
         mixed = answer(rule, do_sample=do_sample, speculative=4, draft=draft)
         check_equal(mixed, plain)
         total += mixed.stats

@@ -164,7 +164,7 @@ def test_a_run_does_not_depend_on_batches_and_drafts() -> None:
     options: dict[str, Any] = {"samples": 3, "max_new_tokens": 40, "chat_template": TEMPLATE}
     settings = [Setting("threshold", 0.4), Setting("base")]
     rows = list(run(models, problems, settings, batch_size=9, **options))
-    again = list(run(models, problems, settings, batch_size=3, window=0, **options))
+    again = list(run(models, problems, settings, batch_size=6, window=0, **options))
     for one, other in zip(rows, again, strict=True):
         for name in ("string", "numeric", "exact"):
             for field in (name, f"{name}_stderr", f"{name}_pass"):

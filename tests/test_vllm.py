@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from commands import call
-from foreign import BASE, NEW, PROXY, RULES, SEED, last_logits, own_loop, prompt_ids, wanted
+from foreign import BASE, NEW, PROXY, RULES, SEED, last_logits, wanted
 
 from tta_ext.cli.app import run
 from tta_ext.decoding import KnapsackDeferral, load_tokenizer
@@ -94,16 +94,6 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     yield top
     for name in ("processor_v1", "sampler_v2"):
         sys.modules.pop(f"tta_ext.engines.vllm.{name}", None)
-
-
-@pytest.fixture(scope="module")
-def own() -> KnapsackDeferral:
-    return own_loop()
-
-
-@pytest.fixture(scope="module")
-def prompts() -> list[list[int]]:
-    return prompt_ids()
 
 
 # ---- requests ------------------------------------------------------------------------------------
