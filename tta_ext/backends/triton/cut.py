@@ -18,43 +18,9 @@ from torch import Tensor
 
 from tta_ext import rules
 from tta_ext.backends.reference._common import RuleArguments, inverse_temperature
+from tta_ext.backends.triton import numerics as num
+from tta_ext.backends.triton import rows
 from tta_ext.backends.triton.launch import Rows, jit, launch, number, scratch
-from tta_ext.backends.triton.numerics import (
-    INFINITY,
-    LANES,
-    NO_LIMIT,
-    TILE,
-    admits,
-    double,
-    exp,
-    fold,
-    from_ordered_bits,
-    ordered_bits,
-)
-from tta_ext.backends.triton.rows import (
-    Stats,
-    finite,
-    groups_of,
-    logits,
-    part,
-    probability,
-    row_max,
-    row_sum,
-    stats,
-    tile_scale,
-    tiles_of,
-)
-
-# What is known about a row between launches, a float64 a field (token ids are exact in it).
-FIELDS = tl.constexpr(16)
-TOP, Z, RULE_Z = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-PROXY_TOP, PROXY_Z = tl.constexpr(3), tl.constexpr(4)
-CUT_X, CUT_ID = tl.constexpr(5), tl.constexpr(6)  # deferred: what stands before (or not before)
-CRITICAL, CRITICAL_X, FRACTION = tl.constexpr(7), tl.constexpr(8), tl.constexpr(9)
-MASS, KEPT = tl.constexpr(10), tl.constexpr(11)
-VALID = tl.constexpr(12)  # 1, or 0 where a row that was read has no law or the parameter is none
-BOUND = tl.constexpr(13)  # the knapsack's capacity in units of the row's weights
-PROXY_VALID = tl.constexpr(14)  # for rows of which the rule does not read the proxy
 
 KNAPSACK, CONFIDENCE_BET = tl.constexpr(rules.KNAPSACK), tl.constexpr(rules.CONFIDENCE_BET)
 THRESHOLD, NUDGING = tl.constexpr(rules.THRESHOLD), tl.constexpr(rules.NUDGING)
@@ -62,12 +28,39 @@ RELATIVE, ARGMAX = tl.constexpr(rules.RELATIVE), tl.constexpr(rules.ARGMAX)
 INCLUDE, SPLIT = tl.constexpr(rules.INCLUDE), tl.constexpr(rules.SPLIT)
 
 
+class State(NamedTuple):
+    """What is known about each row between launches, ``[rows]``."""
+
+    top: Tensor  # float32, as all logits: those that p and q are taken relative to
+    proxy_top: Tensor
+    cut_x: Tensor
+    critical_x: Tensor
+    z: Tensor  # float64
+    rule_z: Tensor
+    proxy_z: Tensor
+    bound: Tensor  # the knapsack's capacity in units of the row's weights
+    fraction: Tensor
+    mass: Tensor
+    kept: Tensor
+    cut_id: Tensor  # int64; what stands before (cut_x, cut_id) is deferred, or what does not
+    critical: Tensor
+    valid: Tensor  # bool; not where a row that was read has no law, or the parameter is none
+    proxy_valid: Tensor  # for rows of which the rule does not read the proxy
+
+    @classmethod
+    def of(cls, x: Rows) -> State:
+        padded = -(-x.rows // 16) * 16  # aligned alike whatever the number of rows
+        kinds = ((4, torch.float32), (7, torch.float64), (2, torch.int64), (2, torch.bool))
+        fields = [scratch(x.data, n, padded, dtype=dtype)[:, : x.rows] for n, dtype in kinds]
+        return cls(*(field for group in fields for field in group))
+
+
 class Law(NamedTuple):
     """Rows and what is known about them, as kernels take them."""
 
     base: Rows
     proxy: Rows | None
-    state: Tensor
+    state: State
     inverse: float
 
 
@@ -75,19 +68,9 @@ class Resolved(NamedTuple):
     """A rule resolved over rows."""
 
     law: Law
-    base: Stats
-    proxy: Stats | None
+    base: rows.Stats
+    proxy: rows.Stats | None
     rule: RuleArguments
-
-
-@triton.jit
-def get(state, row, FIELD: tl.constexpr):
-    return tl.load(state + row * FIELDS + FIELD)
-
-
-@triton.jit
-def put(state, row, FIELD: tl.constexpr, value):
-    tl.store(state + row * FIELDS + FIELD, value)
 
 
 @triton.constexpr_function
@@ -117,7 +100,7 @@ def rule_threshold(param, z, proxy_z, RULE: tl.constexpr):
     elif RULE == CONFIDENCE_BET:
         threshold = max_q - param
     elif RULE == NUDGING:
-        threshold = tl.where(max_p < param, INFINITY, -INFINITY).to(tl.float64)
+        threshold = tl.where(max_p < param, num.INFINITY, -num.INFINITY).to(tl.float64)
     elif RULE == RELATIVE:
         threshold = max_p - param
     elif RULE == ARGMAX:
@@ -128,29 +111,33 @@ def rule_threshold(param, z, proxy_z, RULE: tl.constexpr):
 
 
 @triton.jit
+def under(x, top, inverse, z, threshold, OR_EQUAL: tl.constexpr):
+    """Whether p of a logit is below a threshold, or at it."""
+    p = rows.probability(x, top, inverse, z).to(tl.float64)
+    if OR_EQUAL:
+        below = p <= threshold
+    else:
+        below = p < threshold
+    return below
+
+
+@triton.jit
 def below_probability(top, inverse, z, threshold, OR_EQUAL: tl.constexpr):
     """{v : p(v) < t} (or <= t) as a cut: 256 floats are tried at once, four times."""
-    low = ordered_bits(tl.full((), -INFINITY, tl.float32))
-    high = ordered_bits(top)
+    lowest = tl.full((), -num.INFINITY, tl.float32)
+    low, high = num.ordered_bits(lowest), num.ordered_bits(top)
     i = tl.arange(0, 256).to(tl.int64)
     for k in tl.static_range(4):
         step = 1 << (24 - 8 * k)
         probe = low + (i + 1) * step
-        p = probability(from_ordered_bits(tl.minimum(probe, high)), top, inverse, z).to(tl.float64)
-        if OR_EQUAL:
-            below = (p <= threshold) & (probe < high)
-        else:
-            below = (p < threshold) & (probe < high)
+        x = num.from_ordered_bits(tl.minimum(probe, high))
+        below = under(x, top, inverse, z, threshold, OR_EQUAL) & (probe < high)
         low = low + tl.sum(below.to(tl.int64), 0) * step
-    at_low = probability(tl.full((), -INFINITY, tl.float32), top, inverse, z).to(tl.float64)
-    at_top = probability(top, top, inverse, z).to(tl.float64)
-    if OR_EQUAL:
-        none, every = at_low > threshold, at_top <= threshold
-    else:
-        none, every = at_low >= threshold, at_top < threshold
-    cut = tl.where(none, -INFINITY, from_ordered_bits(low))
-    cut = tl.where(every, INFINITY, cut)
-    return cut, tl.where(none & (every == 0), 0.0, NO_LIMIT)
+    some = under(lowest, top, inverse, z, threshold, OR_EQUAL)
+    every = under(top, top, inverse, z, threshold, OR_EQUAL)
+    cut = tl.where(some, num.from_ordered_bits(low), -num.INFINITY)
+    cut = tl.where(every, num.INFINITY, cut)
+    return cut, tl.where(some | every, num.NO_LIMIT, 0)
 
 
 @jit
@@ -158,32 +145,32 @@ def resolve_rows(state, s, q, vocab, inner, param, param_outer, param_inner, inv
                  RULE: tl.constexpr, BOTH: tl.constexpr):  # fmt: skip
     """Sums, validity, and the cut of every rule but the knapsack."""
     row = tl.program_id(0).to(tl.int64)
-    tiles = tiles_of(vocab)
-    top = row_max(s.tile_max, row, tiles)
-    z = row_sum(s.tile_max, s.tile_sum, row, tiles, top, inverse)
-    rule_z = row_sum(s.tile_max, s.rule_sum, row, tiles, top, rule_inverse)
-    value = double(param, (row // inner) * param_outer + (row % inner) * param_inner)
+    tiles = rows.tiles_of(vocab)
+    top = rows.row_max(s.tile_max, row, tiles)
+    z = rows.row_sum(s.tile_max, s.tile_sum, row, tiles, top, inverse)
+    rule_z = rows.row_sum(s.tile_max, s.rule_sum, row, tiles, top, rule_inverse)
+    value = num.double(param, (row // inner) * param_outer + (row % inner) * param_inner)
     valid = (z == z) & (value == value)
     if RULE == KNAPSACK:
         valid = valid & (value >= 0.0)
     proxy_top, proxy_z, proxy_rule_z = top, z, rule_z
     if q is not None:
-        proxy_top = row_max(q.tile_max, row, tiles)
-        proxy_z = row_sum(q.tile_max, q.tile_sum, row, tiles, proxy_top, inverse)
-        proxy_rule_z = row_sum(q.tile_max, q.rule_sum, row, tiles, proxy_top, rule_inverse)
+        proxy_top = rows.row_max(q.tile_max, row, tiles)
+        proxy_z = rows.row_sum(q.tile_max, q.tile_sum, row, tiles, proxy_top, inverse)
+        proxy_rule_z = rows.row_sum(q.tile_max, q.rule_sum, row, tiles, proxy_top, rule_inverse)
     if BOTH:
         valid = valid & (proxy_z == proxy_z)
-    put(state, row, TOP, top)
-    put(state, row, Z, z)
-    put(state, row, RULE_Z, rule_z)
-    put(state, row, PROXY_TOP, proxy_top)
-    put(state, row, PROXY_Z, proxy_z)
-    put(state, row, VALID, valid)
-    put(state, row, PROXY_VALID, proxy_z == proxy_z)
-    put(state, row, BOUND, value * rule_z)
-    put(state, row, FRACTION, 0.0)
-    put(state, row, CRITICAL, -1.0)
-    put(state, row, CRITICAL_X, INFINITY)
+    tl.store(state.top + row, top)
+    tl.store(state.z + row, z)
+    tl.store(state.rule_z + row, rule_z)
+    tl.store(state.proxy_top + row, proxy_top)
+    tl.store(state.proxy_z + row, proxy_z)
+    tl.store(state.valid + row, valid)
+    tl.store(state.proxy_valid + row, proxy_z == proxy_z)
+    tl.store(state.bound + row, value * rule_z)
+    tl.store(state.fraction + row, 0.0)
+    tl.store(state.critical + row, -1)
+    tl.store(state.critical_x + row, num.INFINITY)
     if RULE != KNAPSACK:
         threshold = rule_threshold(value, rule_z, proxy_rule_z, RULE)
         if judges_proxy(RULE):
@@ -192,8 +179,8 @@ def resolve_rows(state, s, q, vocab, inner, param, param_outer, param_inner, inv
             )
         else:
             cut, limit = below_probability(top, rule_inverse, rule_z, threshold, False)
-        put(state, row, CUT_X, cut)
-        put(state, row, CUT_ID, limit)
+        tl.store(state.cut_x + row, cut)
+        tl.store(state.cut_id + row, limit)
 
 
 @triton.jit
@@ -201,8 +188,8 @@ def inside(law, row, v, x, y, RULE: tl.constexpr):
     """Whether the rule defers tokens v whole, whose logits are x and, the proxy's, y."""
     if judges_proxy(RULE):
         x = y
-    cut_x = get(law.state, row, CUT_X).to(tl.float32)
-    before = admits(cut_x, get(law.state, row, CUT_ID).to(tl.int64), x, v)
+    cut_x = tl.load(law.state.cut_x + row)
+    before = num.admits(cut_x, tl.load(law.state.cut_id + row), x, v)
     if is_upper(RULE):
         before = before == 0
     return before
@@ -211,8 +198,8 @@ def inside(law, row, v, x, y, RULE: tl.constexpr):
 @triton.jit
 def mu(law, row, v, x, y, RULE: tl.constexpr):
     """How much of tokens v the rule defers, float64: all, or the critical item's share."""
-    fraction = get(law.state, row, FRACTION)
-    share = tl.where(v == get(law.state, row, CRITICAL).to(tl.int64), fraction, 0.0)
+    fraction = tl.load(law.state.fraction + row)
+    share = tl.where(v == tl.load(law.state.critical + row), fraction, 0.0)
     return tl.where(inside(law, row, v, x, y, RULE), 1.0, share)
 
 
@@ -224,9 +211,9 @@ PROBES = tl.constexpr(32)
 @triton.jit
 def canonical_weight(s, row, tiles, top, inverse, x, v):
     """A token's weight as the canonical sum counts it, float64."""
-    at = row * tiles + tl.maximum(v.to(tl.int64), 0) // TILE
-    weight = exp((x.to(tl.float32) - tl.load(s.tile_max + at)) * inverse)
-    return weight.to(tl.float64) * tile_scale(s.tile_max, at, top, inverse)
+    at = row * tiles + tl.maximum(v, 0) // num.TILE
+    weight = num.exp((x - tl.load(s.tile_max + at)) * inverse)
+    return weight.to(tl.float64) * rows.tile_scale(s.tile_max, at, top, inverse)
 
 
 @triton.jit
@@ -240,7 +227,7 @@ def split_fraction(bound, before, weight):
 @triton.jit
 def coarse(x, SHIFT: tl.constexpr):
     """The number of a logit among those that its dtype can hold, by order; int64."""
-    return ordered_bits(tl.full((), x, tl.float32)) >> SHIFT
+    return num.ordered_bits(tl.full((), x, tl.float32)) >> SHIFT
 
 
 @triton.jit
@@ -260,60 +247,64 @@ def cut_pass(x, s, state, inverse, previous, previous_step, low, mass, step, off
     """One pass of the search: it concludes the one before, whose masses ``previous`` has, and adds
     up a tile's mass at or below 32 numbers ``step`` apart.
     """
-    tiles = tiles_of(x.vocab)
-    row, t = part(tiles)
+    tiles = rows.tiles_of(x.vocab)
+    row, t = rows.part(tiles)
     if previous is None:
-        start = (coarse(-INFINITY, SHIFT) << ID_BITS) - 1
+        start = (coarse(-num.INFINITY, SHIFT) << ID_BITS) - 1
     else:
-        bound = get(state, row, BOUND)
+        bound = tl.load(state.bound + row)
         start, _ = concluded(previous[0], previous[1], row, tiles, bound, previous_step)
     if t == 0:
         tl.store(low + row, start)
     number = start + (tl.arange(0, PROBES).to(tl.int64) + offset) * step
-    number = tl.minimum(number, coarse(INFINITY, SHIFT) << ID_BITS)
-    probe = from_ordered_bits((number >> ID_BITS) << SHIFT)
+    number = tl.minimum(number, coarse(num.INFINITY, SHIFT) << ID_BITS)
+    probe = num.from_ordered_bits((number >> ID_BITS) << SHIFT)
     probe_id = (number & ((1 << ID_BITS) - 1)).to(tl.int32)
     at = row * tiles + t
-    base = finite(tl.load(s.tile_max + at))
-    lanes = tl.zeros((PROBES, LANES), tl.float32)
-    for g in range(groups_of(x.vocab)):
-        j = t * TILE + g * LANES + tl.arange(0, LANES)
-        y = logits(x, row, j)
-        weight = exp((y - base) * inverse)[None, :]
-        below = admits(probe[:, None], probe_id[:, None] + 1, y[None, :], j[None, :])
+    base = rows.finite(tl.load(s.tile_max + at))
+    lanes = tl.zeros((PROBES, num.LANES), tl.float32)
+    for g in range(rows.groups_of(x.vocab)):
+        j = t * num.TILE + g * num.LANES + tl.arange(0, num.LANES)
+        y = rows.logits(x, row, j)
+        weight = num.exp((y - base) * inverse)[None, :]
+        below = num.admits(probe[:, None], probe_id[:, None] + 1, y[None, :], j[None, :])
         lanes = lanes + tl.where(below, weight, 0.0)
-    scale = tile_scale(s.tile_max, at, row_max(s.tile_max, row, tiles), inverse)
-    tl.store(mass + at * PROBES + tl.arange(0, PROBES), fold(lanes, PROBES).to(tl.float64) * scale)
+    scale = rows.tile_scale(s.tile_max, at, rows.row_max(s.tile_max, row, tiles), inverse)
+    tl.store(
+        mass + at * PROBES + tl.arange(0, PROBES), num.fold(lanes, PROBES).to(tl.float64) * scale
+    )
 
 
 @jit
 def cut_rows(x, s, state, inverse, low, mass, MODE: tl.constexpr, ID_BITS: tl.constexpr):
     """The critical item, the one after the last number within, and the cut that follows from it."""
     row = tl.program_id(0).to(tl.int64)
-    tiles = tiles_of(x.vocab)
-    bound = get(state, row, BOUND)
+    tiles = rows.tiles_of(x.vocab)
+    bound = tl.load(state.bound + row)
     after, before = concluded(low, mass, row, tiles, bound, 1)
-    item = tl.where(get(state, row, RULE_Z) > bound, after & ((1 << ID_BITS) - 1), -1)
+    item = tl.where(tl.load(state.rule_z + row) > bound, after & ((1 << ID_BITS) - 1), -1)
     item = tl.where(item < x.vocab, item, -1)  # of an invalid row alone
-    y = logits(x, row, tl.maximum(item, 0))
+    y = rows.logits(x, row, tl.maximum(item, 0))
     if MODE == SPLIT:
-        top = row_max(s.tile_max, row, tiles)
+        top = rows.row_max(s.tile_max, row, tiles)
         weight = canonical_weight(s, row, tiles, top, inverse, y, item)
-        put(state, row, FRACTION, tl.where(item >= 0, split_fraction(bound, before, weight), 0.0))
+        tl.store(
+            state.fraction + row, tl.where(item >= 0, split_fraction(bound, before, weight), 0.0)
+        )
     end = item
     if MODE == INCLUDE:
         end = item + 1
-    put(state, row, CUT_X, tl.where(item >= 0, y, INFINITY))
-    put(state, row, CUT_ID, tl.where(item >= 0, end.to(tl.float64), NO_LIMIT))
-    put(state, row, CRITICAL, item)
-    put(state, row, CRITICAL_X, tl.where(item >= 0, y, INFINITY))
+    tl.store(state.cut_x + row, tl.where(item >= 0, y, num.INFINITY))
+    tl.store(state.cut_id + row, tl.where(item >= 0, end, num.NO_LIMIT))
+    tl.store(state.critical + row, item)
+    tl.store(state.critical_x + row, tl.where(item >= 0, y, num.INFINITY))
 
 
 # The low bits that are the same in all logits of a dtype, widened to float32.
 _SHIFT = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}
 
 
-def _search(x: Rows, s: Stats, state: Tensor, rule: RuleArguments) -> None:
+def _search(x: Rows, s: rows.Stats, state: State, rule: RuleArguments) -> None:
     """Launch the knapsack's search."""
     inverse, shift = inverse_temperature(rule.rule_temperature), _SHIFT[x.data.dtype]
     id_bits = x.vocab.bit_length()
@@ -340,11 +331,11 @@ def resolved(base_logits: Tensor, proxy_logits: Tensor | None, rule: RuleArgumen
     positions = base_logits.shape[1]
     base, proxy, q = Rows.of(base_logits, positions), None, None
     inverses = inverse_temperature(rule.temperature), inverse_temperature(rule.rule_temperature)
-    s = stats(base, *inverses)
+    s = rows.stats(base, *inverses)
     if proxy_logits is not None:
         proxy = Rows.of(proxy_logits, positions)
-        q = stats(proxy, *inverses)
-    state = scratch(base_logits, base.rows, FIELDS.value)
+        q = rows.stats(proxy, *inverses)
+    state = State.of(base)
     each = rule.param.numel() not in (1, len(base_logits))  # one a position, not a row
     strides = (base.inner, 1) if each else (int(rule.param.numel() != 1), 0)
     launch(resolve_rows, base.rows, state, s, q, base.vocab, base.inner, number(rule.param),

@@ -10,19 +10,10 @@ from torch import Tensor
 
 from tta_ext import rng
 from tta_ext.backends.reference._common import KeyArguments, inverse_temperature
+from tta_ext.backends.triton import rows
 from tta_ext.backends.triton.launch import Rows, jit, launch, operator, scratch
 from tta_ext.backends.triton.numerics import INFINITY
 from tta_ext.backends.triton.policy import block_of, blocks_of
-from tta_ext.backends.triton.rows import (
-    Key,
-    logits,
-    probability,
-    row_max,
-    row_sum,
-    sample,
-    stats,
-    tiles_of,
-)
 
 
 @jit
@@ -32,10 +23,10 @@ def score_tiles(base, expert, anti, beta, experts, out):
     score = x
     for e in range(experts):
         weight = tl.load(beta + e)
-        difference = logits(expert, e * expert.inner + row, j)
+        difference = rows.logits(expert, e * expert.inner + row, j)
         usable = difference < INFINITY
         if anti is not None:
-            y = logits(anti, e * anti.inner + row, j)
+            y = rows.logits(anti, e * anti.inner + row, j)
             usable = usable & (y < INFINITY)
             both = (difference == -INFINITY) & (y == -INFINITY)
             difference = tl.where(both, 0.0, difference - y)
@@ -49,10 +40,10 @@ def score_tiles(base, expert, anti, beta, experts, out):
 @jit
 def prob_tiles(x, s, inverse, out):
     row, j, y = block_of(x)
-    tiles = tiles_of(x.vocab)
-    top = row_max(s.tile_max, row, tiles)
-    z = row_sum(s.tile_max, s.tile_sum, row, tiles, top, inverse)
-    p = tl.where(z == z, probability(y, top, inverse, z), float("nan"))
+    tiles = rows.tiles_of(x.vocab)
+    top = rows.row_max(s.tile_max, row, tiles)
+    z = rows.row_sum(s.tile_max, s.tile_sum, row, tiles, top, inverse)
+    p = tl.where(z == z, rows.probability(y, top, inverse, z), float("nan"))
     tl.store(out + row * x.vocab + j, p, mask=j < x.vocab)
 
 
@@ -73,7 +64,7 @@ def implicit_reward_probs(
 ) -> Callable[[], Tensor]:  # fmt: skip
     x = _scores(base_logits, expert_logits, anti_logits, beta)
     inverse = inverse_temperature(temperature)
-    launch(prob_tiles, x.rows * blocks_of(x), x, stats(x, inverse), inverse, out)
+    launch(prob_tiles, x.rows * blocks_of(x), x, rows.stats(x, inverse), inverse, out)
     return lambda: torch.isnan(out[:, 0])
 
 
@@ -84,5 +75,5 @@ def implicit_reward_sample(
 ) -> Callable[[], Tensor]:  # fmt: skip
     x = _scores(base_logits, expert_logits, anti_logits, beta)
     inverse = inverse_temperature(temperature)
-    sample(x, stats(x, inverse), inverse, Key.of(key), rng.BASE, out)
+    rows.sample(x, rows.stats(x, inverse), inverse, rows.Key.of(key), rng.BASE, out)
     return lambda: out < 0

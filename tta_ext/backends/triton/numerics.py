@@ -20,7 +20,7 @@ LANES = tl.constexpr(128)
 GROUPS = tl.constexpr(32)  # of 128 lanes in a tile
 MAX_TILES = tl.constexpr(256)
 INFINITY = tl.constexpr(float("inf"))
-NO_LIMIT = tl.constexpr(float(2**40))  # beyond every token id, exact in float64
+NO_LIMIT = tl.constexpr(2**40)  # beyond every token id
 
 _LOG2_E = _hex("0x1.715476p+0")
 _MAGIC = tl.constexpr(1.5 * 2**23 + 127)

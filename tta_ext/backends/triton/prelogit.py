@@ -14,21 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from tta_ext import rng
+from tta_ext.backends.triton import numerics as num
 from tta_ext.backends.triton.launch import bits, jit, launch, number, operator, outside, per_row
-from tta_ext.backends.triton.numerics import (
-    INFINITY,
-    LANES,
-    TILE,
-    double,
-    exp,
-    fold,
-    gather_up,
-    integer,
-    normals,
-    push,
-    tree,
-    word3,
-)
 from tta_ext.backends.triton.rows import groups_of, part, tiles_of
 
 NOISE = tl.constexpr(rng.NOISE)
@@ -52,20 +39,20 @@ def perturb_rows(hidden, hidden_stride, mean, prompts, horizon, dim, step, promp
                  NOISY: tl.constexpr):  # fmt: skip
     """hidden + u + sigma eps, and u . eps in the canonical order, a lane adding by fma."""
     row = tl.program_id(0).to(tl.int64)
-    t = integer(step, row * strides[0])
+    t = num.integer(step, row * strides[0])
     inside = (t >= 0) & (t < horizon)
-    p = tl.minimum(tl.maximum(integer(prompt, row * strides[1]), 0), prompts - 1)
+    p = tl.minimum(tl.maximum(num.integer(prompt, row * strides[1]), 0), prompts - 1)
     u_row = mean + (p * horizon + tl.where(inside, t, 0)) * dim
-    word = word3(NOISE, iteration.to(tl.int64), integer(rollout, row * strides[3]))
-    key, who = integer(seed, 0), integer(sequence, row * strides[2])
+    word = num.word3(NOISE, iteration.to(tl.int64), num.integer(rollout, row * strides[3]))
+    key, who = num.integer(seed, 0), num.integer(sequence, row * strides[2])
     total = tl.zeros((), tl.float64)
     for tile in range(tiles_of(dim)):
-        lanes = tl.zeros((LANES,), tl.float32)
+        lanes = tl.zeros((num.LANES,), tl.float32)
         for g in range(groups_of(dim)):
-            begin = tile * TILE + g * LANES
+            begin = tile * num.TILE + g * num.LANES
             block = (begin // 4 + tl.arange(0, 32)).to(tl.int64)
-            eps = normals(key, block, t, who, word)
-            j = begin + tl.arange(0, LANES)
+            eps = num.normals(key, block, t, who, word)
+            j = begin + tl.arange(0, num.LANES)
             x = tl.load(hidden + row * hidden_stride + j, mask=j < dim, other=0.0)
             u = tl.load(u_row + j, mask=j < dim, other=0.0)
             lanes = tl.fma(u, eps, lanes)
@@ -77,7 +64,7 @@ def perturb_rows(hidden, hidden_stride, mean, prompts, horizon, dim, step, promp
                 store_rounded(out + row * dim + j, moved, j < dim)
             else:
                 tl.store(out + row * dim + j, x, mask=j < dim)
-        total = total + tl.sum(fold(lanes[None, :], 1), 0).to(tl.float64)
+        total = total + tl.sum(num.fold(lanes[None, :], 1), 0).to(tl.float64)
     if inside:
         tl.store(dot + row, tl.load(dot + row) + total.to(tl.float32))
 
@@ -111,7 +98,7 @@ def log2(n):
 
 @triton.jit
 def tree_of(x, COUNT: tl.constexpr):
-    return tl.sum(tree(x[None, :, None], 1, log2(COUNT), 1))
+    return tl.sum(num.tree(x[None, :, None], 1, log2(COUNT), 1))
 
 
 @jit
@@ -121,23 +108,25 @@ def weight_rows(reward, dot, norm2, strides, count, inv_lambda, slack, cost, wei
     row = tl.program_id(0).to(tl.int64)
     j = tl.arange(0, COUNT)
     there = j < count
-    r = tl.load(reward + row * strides[0] + j, mask=there, other=-INFINITY)
+    r = tl.load(reward + row * strides[0] + j, mask=there, other=-num.INFINITY)
     d = tl.load(dot + row * strides[1] + j, mask=there, other=0.0)
     n = tl.load(norm2 + row * strides[2] + j, mask=there, other=0.0)
-    usable = (is_finite(r) | (r == -INFINITY)) & is_finite(d) & is_finite(n)
-    best = tl.max(tl.where(r > -INFINITY, r, -INFINITY), 0)
-    bad = (tl.max(tl.where(usable, 0, 1), 0) > 0) | (best == -INFINITY)
+    usable = (is_finite(r) | (r == -num.INFINITY)) & is_finite(d) & is_finite(n)
+    best = tl.max(tl.where(r > -num.INFINITY, r, -num.INFINITY), 0)
+    bad = (tl.max(tl.where(usable, 0, 1), 0) > 0) | (best == -num.INFINITY)
     if HARD:
         first = tl.min(tl.where(r == best, j, COUNT), 0)
         w = tl.where(j == first, 1.0, 0.0)
         size = 1.0
     else:  # s in float64, one rounding an operation, in this order
-        gain = (r.to(tl.float64) - best.to(tl.float64)) * double(inv_lambda, 0)
-        s = (gain - double(slack, 0) * d.to(tl.float64)) - double(cost, 0) * n.to(tl.float64)
-        top = tl.max(tl.where((s > -INFINITY) & there, s, -INFINITY), 0)
+        gain = (r.to(tl.float64) - best.to(tl.float64)) * num.double(inv_lambda, 0)
+        s = (gain - num.double(slack, 0) * d.to(tl.float64)) - num.double(cost, 0) * n.to(
+            tl.float64
+        )
+        top = tl.max(tl.where((s > -num.INFINITY) & there, s, -num.INFINITY), 0)
         undefined = tl.max(tl.where((s != s) & there, 1, 0), 0) > 0
         bad = bad | undefined | ((top - top) != 0.0)
-        w = tl.where(there, exp((s - top).to(tl.float32)), 0.0)
+        w = tl.where(there, num.exp((s - top).to(tl.float32)), 0.0)
         w = (w.to(tl.float64) / tree_of(w.to(tl.float64), COUNT)).to(tl.float32)
         square = w.to(tl.float64) * w.to(tl.float64)
         size = (1.0 / tree_of(square, COUNT)).to(tl.float32)
@@ -180,7 +169,7 @@ def update_blocks(mean, weights, length, rollouts, seed, sequence, strides, iter
     prompt, t = row // horizon, row % horizon
     begin = block * BLOCK
     counter = (begin // 4 + tl.arange(0, BLOCK // 4)).to(tl.int64)[None, :]
-    key, who = integer(seed, 0), integer(sequence, prompt * strides[0])
+    key, who = num.integer(seed, 0), num.integer(sequence, prompt * strides[0])
     finite = tl.full((), 1, tl.int32)
     for one in range(rollouts):
         weight = tl.load(weights + prompt * rollouts + one)
@@ -195,13 +184,13 @@ def update_blocks(mean, weights, length, rollouts, seed, sequence, strides, iter
         if length is not None:
             last = tl.load(length + prompt * rollouts + i, mask=i < end, other=0)
             w = tl.where(t < last, w, 0.0)
-        word = word3(NOISE, iteration.to(tl.int64), i[:, None].to(tl.int64))
-        eps = normals(key, counter + word * 0, t, who, word)
+        word = num.word3(NOISE, iteration.to(tl.int64), i[:, None].to(tl.int64))
+        eps = num.normals(key, counter + word * 0, t, who, word)
         leaf = tl.where(w[:, None] == 0.0, 0.0, w[:, None] * eps)
-        x = tl.reshape(tree(tl.reshape(leaf, (1, ROLLOUTS, BLOCK)), 1, 4, BLOCK), (BLOCK,))
-        stack = push(stack, level, count, x)
+        x = tl.reshape(num.tree(tl.reshape(leaf, (1, ROLLOUTS, BLOCK)), 1, 4, BLOCK), (BLOCK,))
+        stack = num.push(stack, level, count, x)
         count += 1
-    total = gather_up(stack, level, count) + 0.0
+    total = num.gather_up(stack, level, count) + 0.0
     j = begin + tl.arange(0, BLOCK)
     if not PARTIAL:
         u = tl.load(mean + row * dim + j, mask=j < dim, other=0.0)
@@ -235,9 +224,9 @@ def merge_blocks(mean, partials, shards, size, sigma, out, BLOCK: tl.constexpr):
     count = tl.full((), 0, tl.int32)
     for shard in range(shards):
         x = tl.load(partials + shard * size.to(tl.int64) + j, mask=j < size, other=0.0)
-        stack = push(stack, level, count, x)
+        stack = num.push(stack, level, count, x)
         count += 1
-    total = gather_up(stack, level, count) + 0.0
+    total = num.gather_up(stack, level, count) + 0.0
     u = tl.load(mean + j, mask=j < size, other=0.0)
     tl.store(out + j, tl.where(sigma == 0.0, u, u + sigma * total), mask=j < size)
 

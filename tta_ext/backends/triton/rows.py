@@ -15,20 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from tta_ext.backends.reference._common import KeyArguments
+from tta_ext.backends.triton import numerics as num
 from tta_ext.backends.triton.launch import Rows, jit, launch, number, per_row, scratch, tuned
-from tta_ext.backends.triton.numerics import (
-    GROUPS,
-    INFINITY,
-    LANES,
-    MAX_TILES,
-    TILE,
-    exp,
-    find_in_tile,
-    fold,
-    integer,
-    uniform,
-    word3,
-)
 
 
 class Stats(NamedTuple):
@@ -53,24 +41,24 @@ def logits(x, row, j):
     """Logits j of a row as float32: -inf beyond its end, and in a row that does not exist."""
     first = x.data + (row // x.inner) * x.outer_stride + (row % x.inner) * x.inner_stride
     end = tl.where(row % x.inner < x.limit, x.vocab, 0)
-    return tl.load(first + j, mask=j < end, other=-INFINITY).to(tl.float32)
+    return tl.load(first + j, mask=j < end, other=-num.INFINITY).to(tl.float32)
 
 
 @triton.jit
 def groups_of(vocab):
     """How many groups of 128 the longest tile of a row has."""
-    return tl.minimum(GROUPS, tl.cdiv(vocab, LANES))
+    return tl.minimum(num.GROUPS, tl.cdiv(vocab, num.LANES))
 
 
 @triton.jit
 def tiles_of(vocab):
-    return tl.cdiv(vocab, TILE)
+    return tl.cdiv(vocab, num.TILE)
 
 
 @triton.jit
 def finite(top):
     """A tile's maximum as what its logits are taken relative to."""
-    return tl.where(top == -INFINITY, 0.0, top)
+    return tl.where(top == -num.INFINITY, 0.0, top)
 
 
 @tuned(({"T": 4}, 4), ({"T": 1}, 1), ({"T": 1}, 4), ({"T": 2}, 4), ({"T": 8}, 8))
@@ -85,25 +73,25 @@ def tile_stats(x, s, active, inverse, rule_inverse, work, T: tl.constexpr):
         if tl.load(active + row) == 0:
             return
     here = block * T + tl.arange(0, T)
-    begin = here[:, None] * TILE + tl.arange(0, LANES)[None, :]
-    top = tl.full((T, LANES), -INFINITY, tl.float32)
+    begin = here[:, None] * num.TILE + tl.arange(0, num.LANES)[None, :]
+    top = tl.full((T, num.LANES), -num.INFINITY, tl.float32)
     for g in range(groups_of(x.vocab)):
-        y = logits(x, row, begin + g * LANES)
+        y = logits(x, row, begin + g * num.LANES)
         top = tl.where(y > top, y, top)
     top = tl.max(top, 1)
     base = finite(top)[:, None]
-    lanes = tl.zeros((T, LANES), tl.float32)
+    lanes = tl.zeros((T, num.LANES), tl.float32)
     second = lanes
     for g in range(groups_of(x.vocab)):
-        y = logits(x, row, begin + g * LANES) - base
-        lanes = lanes + exp(y * inverse)
+        y = logits(x, row, begin + g * num.LANES) - base
+        lanes = lanes + num.exp(y * inverse)
         if rule_inverse is not None:
-            second = second + exp(y * rule_inverse)
+            second = second + num.exp(y * rule_inverse)
     at = row * tiles + here
     tl.store(s.tile_max + at, top, mask=here < tiles)
-    tl.store(s.tile_sum + at, fold(lanes, T), mask=here < tiles)
+    tl.store(s.tile_sum + at, num.fold(lanes, T), mask=here < tiles)
     if rule_inverse is not None:
-        tl.store(s.rule_sum + at, fold(second, T), mask=here < tiles)
+        tl.store(s.rule_sum + at, num.fold(second, T), mask=here < tiles)
 
 
 def stats(x: Rows, inverse: float, rule_inverse: float | None = None, active: Any = None) -> Stats:
@@ -117,14 +105,14 @@ def stats(x: Rows, inverse: float, rule_inverse: float | None = None, active: An
 
 @triton.jit
 def row_max(tile_max, row, tiles):
-    t = tl.arange(0, MAX_TILES)
-    return tl.max(tl.load(tile_max + row * tiles + t, mask=t < tiles, other=-INFINITY), 0)
+    t = tl.arange(0, num.MAX_TILES)
+    return tl.max(tl.load(tile_max + row * tiles + t, mask=t < tiles, other=-num.INFINITY), 0)
 
 
 @triton.jit
 def tile_scale(tile_max, at, top, inverse):
     """exp(m_t - m_row), float64."""
-    return exp((tl.load(tile_max + at) - top) * inverse).to(tl.float64)
+    return num.exp((tl.load(tile_max + at) - top) * inverse).to(tl.float64)
 
 
 @triton.jit
@@ -153,7 +141,7 @@ def mass_sum(mass, row, tiles):
 @triton.jit
 def probability(x, top, inverse, z):
     """fl32(exp(x - m) / Z), of one logit or many."""
-    return (exp((x - top) * inverse).to(tl.float64) / z).to(tl.float32)
+    return (num.exp((x - top) * inverse).to(tl.float64) / z).to(tl.float32)
 
 
 @triton.jit
@@ -172,7 +160,7 @@ def find_tile(tile_max, sums, row, tiles, top, inverse, target):
         last = tl.where(open_ & (mass > 0.0), t, last)
         found = tl.where(hit, t, found)
         before = tl.where(open_ & (hit == 0), before + mass, before)
-    return tl.where(found < 0, last, found), before, tl.where(found < 0, INFINITY, target)
+    return tl.where(found < 0, last, found), before, tl.where(found < 0, num.INFINITY, target)
 
 
 @triton.jit
@@ -181,22 +169,22 @@ def draw_row(x, s, row, top, z, inverse, u):
     tiles = tiles_of(x.vocab)
     t, before, target = find_tile(s.tile_max, s.tile_sum, row, tiles, top, inverse, u * z)
     at = row * tiles + t
-    y = logits(x, row, t * TILE + tl.arange(0, TILE))
-    weight = exp((y - tl.load(s.tile_max + at)) * inverse)
+    y = logits(x, row, t * num.TILE + tl.arange(0, num.TILE))
+    weight = num.exp((y - tl.load(s.tile_max + at)) * inverse)
     scale = tile_scale(s.tile_max, at, top, inverse)
-    return (t * TILE + find_in_tile(weight, scale, before, target)).to(tl.int64)
+    return (t * num.TILE + num.find_in_tile(weight, scale, before, target)).to(tl.int64)
 
 
 @triton.jit
 def first_of_value(x, s, row, value):
     """The lowest id whose logit is ``value``, which is some tile's maximum."""
     tiles = tiles_of(x.vocab)
-    t = tl.arange(0, MAX_TILES)
-    top = tl.load(s.tile_max + row * tiles + t, mask=t < tiles, other=-INFINITY)
+    t = tl.arange(0, num.MAX_TILES)
+    top = tl.load(s.tile_max + row * tiles + t, mask=t < tiles, other=-num.INFINITY)
     where = tl.min(tl.where((top == value) & (t < tiles), t, tiles - 1), 0)
-    j = tl.arange(0, TILE)
-    inside = tl.min(tl.where(logits(x, row, where * TILE + j) == value, j, TILE - 1), 0)
-    return (where * TILE + inside).to(tl.int64)
+    j = tl.arange(0, num.TILE)
+    inside = tl.min(tl.where(logits(x, row, where * num.TILE + j) == value, j, num.TILE - 1), 0)
+    return (where * num.TILE + inside).to(tl.int64)
 
 
 class Key(NamedTuple):
@@ -220,10 +208,10 @@ class Key(NamedTuple):
 def coin(key, b, k, tag):
     """The uniform of row b, k tokens after its position, for one purpose."""
     seed, position, sequence, rollout, strides, iteration, draw = key
-    place = integer(position, b * strides[0]) + k
-    who, which = integer(sequence, b * strides[1]), integer(rollout, b * strides[2])
-    word = word3(tag, iteration.to(tl.int64), which)
-    return uniform(integer(seed, 0), draw.to(tl.int64), place, who, word)
+    place = num.integer(position, b * strides[0]) + k
+    who, which = num.integer(sequence, b * strides[1]), num.integer(rollout, b * strides[2])
+    word = num.word3(tag, iteration.to(tl.int64), which)
+    return num.uniform(num.integer(seed, 0), draw.to(tl.int64), place, who, word)
 
 
 @jit

@@ -16,41 +16,9 @@ from torch import Tensor
 
 from tta_ext import rng
 from tta_ext.backends.reference._common import KeyArguments, RuleArguments
-from tta_ext.backends.triton.cut import (
-    KEPT,
-    MASS,
-    PROXY_TOP,
-    PROXY_VALID,
-    PROXY_Z,
-    TOP,
-    VALID,
-    Z,
-    get,
-    mu,
-    reads_proxy,
-    resolved,
-)
+from tta_ext.backends.triton import cut, policy, rows
+from tta_ext.backends.triton import numerics as num
 from tta_ext.backends.triton.launch import jit, launch, operator, outside, scratch
-from tta_ext.backends.triton.numerics import LANES, TILE, find_in_tile, fold
-from tta_ext.backends.triton.policy import (
-    best_of_row,
-    blocks_of,
-    found_best,
-    greedy_row,
-    parts,
-    sum_up,
-)
-from tta_ext.backends.triton.rows import (
-    Key,
-    coin,
-    draw_row,
-    find_tile,
-    groups_of,
-    logits,
-    mass_sum,
-    part,
-    tiles_of,
-)
 
 VERIFY, RESIDUAL = tl.constexpr(rng.VERIFY), tl.constexpr(rng.RESIDUAL)
 BONUS, PROXY, SPLIT = tl.constexpr(rng.BONUS), tl.constexpr(rng.PROXY), tl.constexpr(rng.SPLIT)
@@ -77,7 +45,7 @@ def length_of(law, draft, b):
 @triton.jit
 def share_of(law, row, v, RULE: tl.constexpr):
     """mu of one token."""
-    return mu(law, row, v, logits(law.base, row, v), logits(law.proxy, row, v), RULE)
+    return cut.mu(law, row, v, rows.logits(law.base, row, v), rows.logits(law.proxy, row, v), RULE)
 
 
 @jit
@@ -89,18 +57,18 @@ def judge_drafts(law, draft, best, seed, position, sequence, rollout, strides, i
     if k < length_of(law, draft, b):
         x = tl.load(draft.token + b * draft.outer_stride + k * draft.inner_stride)
         state, vocab = law.state, law.base.vocab
-        valid = (get(state, row, VALID) != 0.0) & (get(state, row, PROXY_VALID) != 0.0)
+        valid = tl.load(state.valid + row) & tl.load(state.proxy_valid + row)
         valid = valid & (x >= 0) & (x < vocab)
         v = tl.where(valid, x, 0)
         if best is not None:
-            _, token, _ = best_of_row(best, row, vocab, BLOCKS)
+            _, token, _ = policy.best_of_row(best, row, vocab, BLOCKS)
             what = tl.where(token == x, ACCEPT, REJECT)
         else:
             key = seed, position, sequence, rollout, strides, iteration, draw
-            u = coin(key, b, k, row * 0 + VERIFY)
-            x, y = logits(law.base, row, v), logits(law.proxy, row, v)
-            kept, q = parts(law, row, v, x, y, RULE)
-            moved = get(state, row, MASS) * q
+            u = rows.coin(key, b, k, row * 0 + VERIFY)
+            x, y = rows.logits(law.base, row, v), rows.logits(law.proxy, row, v)
+            kept, q = policy.parts(law, row, v, x, y, RULE)
+            moved = tl.load(state.mass + row) * q
             what = tl.where(u * q < kept + moved, ACCEPT, REJECT)
             what = tl.where(q > 0.0, what, IMPOSSIBLE)
         tl.store(verdict + row, tl.where(valid, what, INVALID))
@@ -127,45 +95,47 @@ def power_of_two(exponent):
 @triton.jit
 def residual(law, row, j, RULE: tl.constexpr):
     """max((1 - mu) p - (1 - D) q, 0) of tokens j, rounded once to float32."""
-    kept, q = parts(law, row, j, logits(law.base, row, j), logits(law.proxy, row, j), RULE)
-    w = (kept - get(law.state, row, KEPT) * q).to(tl.float32)
+    kept, q = policy.parts(
+        law, row, j, rows.logits(law.base, row, j), rows.logits(law.proxy, row, j), RULE
+    )
+    w = (kept - tl.load(law.state.kept + row) * q).to(tl.float32)
     return tl.where(w > 0.0, w, 0.0)
 
 
 @jit
 def residual_tiles(law, draft, verdict, out, RULE: tl.constexpr):
     """The residual in each tile of the rejected positions."""
-    tiles = tiles_of(law.base.vocab)
-    row, t = part(tiles)
+    tiles = rows.tiles_of(law.base.vocab)
+    row, t = rows.part(tiles)
     if row % law.base.inner >= length_of(law, draft, row // law.base.inner):
         return
     if tl.load(verdict + row) < REJECT:
         return
-    begin = t * TILE + tl.arange(0, LANES)
-    most = tl.zeros((LANES,), tl.float32)
-    for g in range(groups_of(law.base.vocab)):
-        w = residual(law, row, begin + g * LANES, RULE)
+    begin = t * num.TILE + tl.arange(0, num.LANES)
+    most = tl.zeros((num.LANES,), tl.float32)
+    for g in range(rows.groups_of(law.base.vocab)):
+        w = residual(law, row, begin + g * num.LANES, RULE)
         most = tl.where(w > most, w, most)
     most = tl.max(most, 0)
     raw = most.to(tl.float64).to(tl.int64, bitcast=True)
     e = tl.where(most > 0.0, ((raw >> 52) & 0x7FF) - 1022, 0)
-    lanes = tl.zeros((LANES,), tl.float32)
-    for g in range(groups_of(law.base.vocab)):
-        w = residual(law, row, begin + g * LANES, RULE)
+    lanes = tl.zeros((num.LANES,), tl.float32)
+    for g in range(rows.groups_of(law.base.vocab)):
+        w = residual(law, row, begin + g * num.LANES, RULE)
         lanes = lanes + (w.to(tl.float64) * power_of_two(-e)).to(tl.float32)
-    total = tl.sum(fold(lanes[None, :], 1), 0).to(tl.float64) * power_of_two(e)
+    total = tl.sum(num.fold(lanes[None, :], 1), 0).to(tl.float64) * power_of_two(e)
     tl.store(out.mass + row * tiles + t, tl.where(most > 0.0, total, 0.0))
     tl.store(out.exponent + row * tiles + t, e)
 
 
 @triton.jit
 def draw_residual(law, row, left, total, u, RULE: tl.constexpr):
-    tiles = tiles_of(law.base.vocab)
-    t, before, target = find_tile(None, left.mass, row, tiles, 0.0, 0.0, u * total)
+    tiles = rows.tiles_of(law.base.vocab)
+    t, before, target = rows.find_tile(None, left.mass, row, tiles, 0.0, 0.0, u * total)
     e = tl.load(left.exponent + row * tiles + t)
-    w = residual(law, row, t * TILE + tl.arange(0, TILE), RULE)
+    w = residual(law, row, t * num.TILE + tl.arange(0, num.TILE), RULE)
     weight = (w.to(tl.float64) * power_of_two(-e)).to(tl.float32)
-    return (t * TILE + find_in_tile(weight, power_of_two(e), before, target)).to(tl.int64)
+    return (t * num.TILE + num.find_in_tile(weight, power_of_two(e), before, target)).to(tl.int64)
 
 
 # ---- the walk ------------------------------------------------------------------------------------
@@ -178,7 +148,7 @@ def walk_rows(law, s, q, draft, verdict, left, best, kept, seed, position, seque
     """From the first position to the first rejection, or to the token after the draft."""
     b = tl.program_id(0).to(tl.int64)
     base, proxy, state = law.base, law.proxy, law.state
-    tiles, first = tiles_of(base.vocab), b * base.inner
+    tiles, first = rows.tiles_of(base.vocab), b * base.inner
     length = length_of(law, draft, b)
 
     # Where it stops. A rejection with pi = q in floats is none, if q could have drawn the token.
@@ -190,63 +160,64 @@ def walk_rows(law, s, q, draft, verdict, left, best, kept, seed, position, seque
         onward = what == ACCEPT
         if left is not None:
             if what == REJECT:
-                onward = get(state, row, MASS) == 1.0
-                onward = onward | (mass_sum(left.mass, row, tiles) == 0.0)
+                onward = tl.load(state.mass + row) == 1.0
+                onward = onward | (rows.mass_sum(left.mass, row, tiles) == 0.0)
         if onward:
             if RETURN_MASS:
-                tl.store(mass + row, get(state, row, MASS))
+                tl.store(mass + row, tl.load(state.mass + row))
             k += 1
         going = onward & (k < length)
 
     row = first + k
     has_proxy = k < proxy.limit
-    proxy_valid = has_proxy & (get(state, row, PROXY_VALID) != 0.0)
+    proxy_valid = has_proxy & tl.load(state.proxy_valid + row)
     v = b * 0 - 1
     by_proxy = b < 0
     if k < length:
         valid = tl.load(verdict + row) != INVALID
     else:
-        valid = get(state, row, VALID) != 0.0
-        if reads_proxy(RULE):
+        valid = tl.load(state.valid + row)
+        if cut.reads_proxy(RULE):
             valid = valid & proxy_valid
     if valid:
         if left is not None:
             key = seed, position, sequence, rollout, strides, iteration, draw
             if k < length:
                 stream = b * 0 + RESIDUAL
-                total = mass_sum(left.mass, row, tiles)
-                by_proxy = (get(state, row, MASS) == 1.0) | (total == 0.0)
+                total = rows.mass_sum(left.mass, row, tiles)
+                by_proxy = (tl.load(state.mass + row) == 1.0) | (total == 0.0)
                 if by_proxy == 0:
-                    v = draw_residual(law, row, left, total, coin(key, b, k, stream), RULE)
+                    v = draw_residual(law, row, left, total, rows.coin(key, b, k, stream), RULE)
             else:
                 stream = b * 0 + PROXY
-                u = coin(key, b, k, b * 0 + BONUS)
-                top, z = get(state, row, TOP).to(tl.float32), get(state, row, Z)
-                v = draw_row(base, s, row, top, z, law.inverse, u)
+                u = rows.coin(key, b, k, b * 0 + BONUS)
+                top, z = tl.load(state.top + row), tl.load(state.z + row)
+                v = rows.draw_row(base, s, row, top, z, law.inverse, u)
                 share = share_of(law, row, v, RULE)
-                by_proxy = (share == 1.0) | (coin(key, b, k, b * 0 + SPLIT) < share)
+                by_proxy = (share == 1.0) | (rows.coin(key, b, k, b * 0 + SPLIT) < share)
             if by_proxy:
                 v = b * 0 - 1
                 valid = valid & (proxy_valid | (has_proxy == 0))
                 if proxy_valid:
-                    top, z = get(state, row, PROXY_TOP).to(tl.float32), get(state, row, PROXY_Z)
-                    v = draw_row(proxy, q, row, top, z, law.inverse, coin(key, b, k, stream))
+                    top, z = (tl.load(state.proxy_top + row), tl.load(state.proxy_z + row))
+                    u = rows.coin(key, b, k, stream)
+                    v = rows.draw_row(proxy, q, row, top, z, law.inverse, u)
         else:
             by_proxy = b >= 0
             if k >= length:
-                if not reads_proxy(RULE):
-                    v, by_proxy = greedy_row(law, s, row, kept, BLOCKS)
+                if not cut.reads_proxy(RULE):
+                    v, by_proxy = policy.greedy_row(law, s, row, kept, BLOCKS)
             if by_proxy:
                 v = b * 0 - 1
                 valid = valid & (proxy_valid | (has_proxy == 0))
                 if proxy_valid:
-                    _, v, _ = best_of_row(best, row, base.vocab, BLOCKS)
+                    _, v, _ = policy.best_of_row(best, row, base.vocab, BLOCKS)
                     by_proxy = share_of(law, row, v, RULE) == 1.0
     tl.store(accepted + b, k)
     tl.store(token + b, tl.where(valid, v, -1))
     tl.store(deferred + b, by_proxy & valid)
     if RETURN_MASS:
-        tl.store(mass + row, get(state, row, MASS))
+        tl.store(mass + row, tl.load(state.mass + row))
     if valid == 0:
         tl.store(mass + row, float("nan"))
 
@@ -271,8 +242,8 @@ def deferral_verify(
         return invalid
     if not proxy_logits.shape[1]:  # no draft and no row for the token after it: nothing is read
         proxy_logits = base_logits[:, :0]
-    r = resolved(base_logits, proxy_logits, rule, both=False)
-    sum_up(r)
+    r = cut.resolved(base_logits, proxy_logits, rule, both=False)
+    policy.sum_up(r)
     law, code, x = r.law, r.rule.code, r.law.base
     drafts = Draft(draft, *draft.stride(), draft_length.contiguous())
     verdict = scratch(base_logits, x.rows, dtype=torch.int32)
@@ -281,9 +252,9 @@ def deferral_verify(
         exponent = scratch(base_logits, x.rows, x.tiles, dtype=torch.int64)
         left = Residual(scratch(base_logits, x.rows, x.tiles), exponent)
     else:
-        best = found_best(r, of_policy=True)
-        kept = None if reads_proxy(code) else found_best(r, of_policy=False)
-    key, width = Key.of(arguments), triton.next_power_of_2(blocks_of(x))
+        best = policy.found_best(r, of_policy=True)
+        kept = None if cut.reads_proxy(code) else policy.found_best(r, of_policy=False)
+    key, width = rows.Key.of(arguments), triton.next_power_of_2(policy.blocks_of(x))
     launch(judge_drafts, x.rows, law, drafts, best, *key, verdict, RULE=code, BLOCKS=width)
     if left is not None:
         launch(residual_tiles, x.rows * x.tiles, law, drafts, verdict, left, RULE=code)
