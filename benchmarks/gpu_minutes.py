@@ -6,10 +6,11 @@ Steps in processes of their own, each with a share of the time, so that one that
 costs no other: build (for this GPU alone), bits (every operator at V = 128256 equals the CPU's, by
 the CUDA library and by Triton), graphs (captured and replayed), times (every operator at B rows
 against torch.softmax, the eager chain, torch.compile, Triton and, where it can be imported,
-FlashInfer, all in CUDA graphs), sanitizer (compute-sanitizer over small sizes, in the time that is
-left). FOLDER gets report.md, lines.jsonl, log.txt. The limit of a time is the bytes that cannot be
-avoided over the measured bandwidth of a copy. --dry-run does the same on the CPU with few and small
-calls: all but the device. Exit code: 1 where a step failed, 2 where one was cut short or skipped.
+FlashInfer, all in CUDA graphs), sanitizer (compute-sanitizer over small sizes), and in the time
+that is left the variants of the CUDA library (docs/gpu.md), built and timed. FOLDER gets report.md,
+lines.jsonl, log.txt. The limit of a time is the bytes that cannot be avoided over the measured
+bandwidth of a copy. --dry-run does the same on the CPU with few and small calls: all but the
+device. Exit code: 1 where a step failed, 2 where one was cut short or skipped (but a variant).
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from torch import Tensor
 
 import tta_ext
 from tta_ext import dispatch
+from tta_ext.build.cuda import VARIANTS
 
 from . import eager, gpu_times, harness
 
@@ -41,7 +43,9 @@ ROOT = Path(__file__).resolve().parent.parent
 VOCAB, DIM, RULE = 128256, 4096, ("threshold", 0.001)
 BATCHES = (8, 64, 1, 256)  # the most telling first: time may run out
 # Shares of the time; what a step leaves goes to those after it.
-SHARES = {"build": 0.4, "bits": 0.35, "graphs": 0.2, "times": 0.75, "sanitizer": 1.0}
+SHARES = {"build": 0.4, "bits": 0.35, "graphs": 0.2, "times": 0.6, "sanitizer": 0.5, "variant": 1.0}
+# The operators whose kernels differ in a variant.
+VARIED = ("categorical_sample", "deferral", "implicit_reward_probs")
 Call = Callable[[], Any]
 
 
@@ -235,8 +239,27 @@ def times(setting: Setting) -> Iterator[dict[str, Any]]:
             yield line
 
 
+def variant(setting: Setting) -> Iterator[dict[str, Any]]:
+    """A variant of the CUDA library: its bits, and its times beside those of ``times``."""
+    name, backend = os.environ["TTA_EXT_CUDA_VARIANT"], setting.backends[0]
+    if setting.device == "cuda" and backend != "cuda":
+        yield {"what": f"variant {name}", "note": dispatch.unavailable("cuda")}
+        return
+    setting = setting._replace(backends=(backend,), batches=setting.batches[:2])
+    for line in bits(setting):
+        if line["wrong"]:
+            yield {**line, "what": f"{name}: {line['what']}"}
+    timed = timer(setting)
+    for case in itertools.chain(*(cases(setting, setting.device, b) for b in setting.batches)):
+        if case.op.startswith(VARIED):
+            with tta_ext.use_backend(backend):
+                us = {name: timed(case.call)}
+            shape = {"rows": case.rows, "columns": case.columns}
+            yield {"op": case.op, "dtype": case.dtype, **shape, "us": us}
+
+
 STEPS: dict[str, Callable[[Setting], Iterator[dict[str, Any]]]] = {
-    "build": build, "bits": bits, "graphs": graphs, "times": times,
+    "build": build, "bits": bits, "graphs": graphs, "times": times, "variant": variant,
 }  # fmt: skip
 
 
@@ -255,11 +278,12 @@ def run_step(name: str, setting: Setting, path: Path) -> int:
 
 
 def commands(dry: bool, lines: Path) -> Iterator[tuple[str, list[str] | str]]:
-    """The command of each step, or why there is none."""
+    """The command of each step, or why there is none; of a variant, one after the other."""
     python = [sys.executable, "-m", "benchmarks.gpu_minutes", "--lines", str(lines)]
     device = ["--device", "cpu", "--small"] if dry else ["--device", "cuda"]
     for name in STEPS:
-        yield name, [*python, *device, "--step", name]
+        if name != "variant":
+            yield name, [*python, *device, "--step", name]
     tool = shutil.which("compute-sanitizer")
     small = [*python, *device, *([] if dry else ["--small"]), "--step", "bits"]
     if dry:
@@ -268,6 +292,8 @@ def commands(dry: bool, lines: Path) -> Iterator[tuple[str, list[str] | str]]:
         yield "sanitizer", "compute-sanitizer was not found (it is part of the CUDA toolkit)"
     else:
         yield "sanitizer", [tool, "--tool", "memcheck", "--error-exitcode", "1", *small]
+    for name in VARIANTS:
+        yield f"variant {name}", [*python, *device, "--step", "variant"]
 
 
 def conduct(minutes: float, dry: bool, folder: Path) -> int:
@@ -282,7 +308,9 @@ def conduct(minutes: float, dry: bool, folder: Path) -> int:
     state: list[tuple[str, str, str]] = []
     with log.open("w") as file:
         for name, command in commands(dry, lines):
-            share = SHARES[name] * (end - time.monotonic())
+            kind, _, wanted = name.partition(" ")
+            share = SHARES[kind] * (end - time.monotonic())
+            extra = {"TTA_EXT_CUDA_VARIANT": wanted} if wanted else {}
             if isinstance(command, str) or share < 5:
                 why = command if isinstance(command, str) else "no time was left"
                 state.append((name, "skipped", why))
@@ -291,8 +319,9 @@ def conduct(minutes: float, dry: bool, folder: Path) -> int:
             start = time.monotonic()
             try:
                 code = subprocess.run(
-                    command, cwd=ROOT, env=variables, stdout=file, stderr=file, timeout=share
-                ).returncode
+                    command, cwd=ROOT, env=variables | extra, stdout=file, stderr=file,
+                    timeout=share,
+                ).returncode  # fmt: skip
                 how = "failed" if code else "done"
             except subprocess.TimeoutExpired:
                 how = "cut short"
@@ -301,7 +330,7 @@ def conduct(minutes: float, dry: bool, folder: Path) -> int:
     text = report(state, found)
     (folder / "report.md").write_text(text)
     print(text)
-    states = {how for _, how, _ in state}
+    states = {how for name, how, _ in state if how == "failed" or not name.startswith("variant")}
     return 1 if "failed" in states else 2 if states & {"cut short", "skipped"} else 0
 
 
@@ -321,7 +350,12 @@ def report(state: Sequence[tuple[str, str, str]], found: Sequence[dict[str, Any]
     parts.append("\n".join(wrong) or "Nothing was wrong.")
     parts.append(f"Compared with the CPU: {counts['bits']} calls; replayed: {counts['graphs']}.")
     parts += [f"{line['what']}: {line['note']}." for line in found if line.get("note")]
-    timed = [line for line in found if line.get("us")]
+    merged: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for line in found:
+        if line.get("us"):  # a variant's time stands beside the others of its call
+            at = tuple(line[key] for key in ("op", "dtype", "rows", "columns"))
+            merged.setdefault(at, {"limit": None} | line | {"us": {}})["us"] |= line["us"]
+    timed = list(merged.values())
     names = list(dict.fromkeys(name for line in timed for name in line["us"]))
     rows = []
     for line in timed:

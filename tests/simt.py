@@ -386,9 +386,9 @@ def kernels(mode: str) -> Kernels:
     return Kernels(namespace, build_kernels(mode, namespace))
 
 
-def changed_kernels(namespace: str, changed: Mapping[str, Path]) -> Kernels:
-    """The hook build with files of other trees, as in :func:`build_kernels`."""
-    return Kernels(namespace, build_kernels("hooks", namespace, changed))
+def changed_kernels(namespace: str, changed: Mapping[str, Path], mode: str = "hooks") -> Kernels:
+    """A build with files of other trees, as in :func:`build_kernels`."""
+    return Kernels(namespace, build_kernels(mode, namespace, changed))
 
 
 def asan_environment() -> dict[str, str] | None:

@@ -179,7 +179,11 @@ def test_no_compiler_says_so_once(
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
-        ("TTA_EXT_NATIVE", "0", "switched off by TTA_EXT_NATIVE=0"),
+        (
+            "TTA_EXT_NATIVE",
+            "0",
+            "switched off by TTA_EXT_NATIVE=0; mend it with: unset TTA_EXT_NATIVE",
+        ),
         ("CXX", "no-such-compiler -m64", "CXX='no-such-compiler -m64' is not on the PATH"),
         ("CXX", "false", "does not run"),
         ("TTA_EXT_CACHE_DIR", "/dev/null/cache", "export TTA_EXT_CACHE_DIR="),

@@ -307,7 +307,8 @@ def in_torch(monkeypatch: pytest.MonkeyPatch, cuda_version: str | None) -> None:
 
 def test_switches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TTA_EXT_CUDA", "0")
-    assert build.load("cuda").reason == "switched off by TTA_EXT_CUDA=0"
+    off = "switched off by TTA_EXT_CUDA=0; mend it with: unset TTA_EXT_CUDA"
+    assert build.load("cuda").reason == off
     monkeypatch.setenv("TTA_EXT_CUDA", "yes")
     with pytest.raises(ValueError, match="TTA_EXT_CUDA='yes' is not one of auto, 0, 1"):
         CudaLibrary().load()

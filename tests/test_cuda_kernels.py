@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from draws import ARGUMENTS, DTYPES, LARGE, MEDIUM, RAGGED, SMALL, Draw
 from torch import Tensor
 
 from tta_ext import rules, schemas
+from tta_ext.build import cuda
 from tta_ext.build.library import source_root
 
 pytestmark = pytest.mark.usefixtures("native")
@@ -109,6 +111,43 @@ def test_bits_equal_the_cpu_on_large_rows(op: str) -> None:
     for number in range(1000, 1008):
         args = ARGUMENTS[op](Draw(op, number, (LARGE[number % 4],)))
         compare(kernels, op, args, f"{op} case {number}")
+
+
+@pytest.fixture(scope="module")
+def variants(tmp_path_factory: pytest.TempPathFactory) -> simt.Kernels:
+    """The kernels as all variants of the library have them."""
+    if reason := simt.missing():
+        skip_or_fail("simt", reason)
+    tree, source = tmp_path_factory.mktemp("variants"), source_root() / "cuda"
+    shutil.copytree(source, tree / "cuda")
+    names = [flag.removeprefix("-D") for flag in cuda.VARIANTS.values()]
+    changed = "deferral.cu", "sampling.cu", "verify.cu"  # who divides
+    for name in changed:
+        text = "".join(f"#define {define}\n" for define in names) + (source / name).read_text()
+        (tree / "cuda" / name).write_text(text)
+    return simt.changed_kernels("tta_ext_simt_variants", dict.fromkeys(changed, tree), "plain")
+
+
+VARIED = ("categorical_sample", "implicit_reward_probs", "deferral_")
+
+
+@pytest.mark.parametrize("op", sorted(op for op in ARGUMENTS if op.startswith(VARIED)))
+def test_variants_have_the_same_bits(variants: simt.Kernels, op: str) -> None:
+    """Kernels of one dtype each, and probabilities divided in float32 (tta_ext.build.cuda)."""
+    for number in range(3000, 3030):
+        variants.configure(seed=number % 4)
+        sizes = SMALL if number % 2 else MEDIUM
+        compare(variants, op, ARGUMENTS[op](Draw(op, number, sizes)), f"{op} case {number}")
+
+
+@pytest.mark.parametrize("temperature", [0.05, 1.0])
+def test_float_division_where_it_is_hard(variants: simt.Kernels, temperature: float) -> None:
+    """Probabilities down to the smallest floats, and of equal logits, whose sum is exact."""
+    spread = torch.linspace(-110 * temperature, 0, 8200)
+    base = torch.stack([spread, torch.zeros(8200), (spread * 7).sin()])
+    rule = rules.rule_code("nudging"), 0, temperature, temperature
+    param = torch.tensor([0.0], dtype=torch.float64)
+    compare(variants, "deferral_probs", (base, base, param, *rule, False), f"T = {temperature}")
 
 
 @pytest.mark.parametrize("op", ["deferral_mask", "deferral_stats"])

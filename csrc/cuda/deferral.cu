@@ -71,8 +71,9 @@ __device__ __forceinline__ void write_invalid(const Resolved& a, int64_t row) {
 
 // Statistics of every row the rule and the task look at; the last block resolves the rule, or
 // prepares the search of the knapsack's cut.
-__global__ void __launch_bounds__(kThreads, 4) deferral_resolve_kernel(const Resolved given) {
-  const Resolved a = single(given);
+template <class Given>
+__global__ void __launch_bounds__(kThreads, 4) deferral_resolve_kernel(const Given given) {
+  const Resolved a = single(known(given));
   TTA_SHARED_ARRAY(float4, weights4, kTile / 4);
   TTA_SHARED_ARRAY(double, cum, kMaxTiles);
   float* weights = reinterpret_cast<float*>(weights4);
@@ -92,9 +93,9 @@ __global__ void __launch_bounds__(kThreads, 4) deferral_resolve_kernel(const Res
 
 // The deferred mass at the sampling temperature and, where they are wanted, at the rule's; kLowest:
 // the lowest kept logit. The last block also makes the greedy choice that needs no q.
-template <bool kLowest>
-__global__ void __launch_bounds__(kThreads, 5) deferral_masses_kernel(const Resolved given) {
-  const Resolved a = single(given);
+template <bool kLowest, class Given>
+__global__ void __launch_bounds__(kThreads, 5) deferral_masses_kernel(const Given given) {
+  const Resolved a = single(known(given));
   TTA_SHARED_ARRAY(float4, weights4, kTile / 4);
   TTA_SHARED_ARRAY(double, shared, kMaxTiles);
   float* weights = reinterpret_cast<float*>(weights4);
@@ -193,8 +194,9 @@ __device__ __forceinline__ void mask_tile_by_warp(const TileTest& test, const ch
   }
 }
 
-__global__ void __launch_bounds__(kThreads, 6) deferral_mask_kernel(const Resolved given) {
-  const Resolved a = single(given);
+template <class Given>
+__global__ void __launch_bounds__(kThreads, 6) deferral_mask_kernel(const Given given) {
+  const Resolved a = single(known(given));
   const uint32_t row = a.row();
   const RowState& r = a.s.state(row);
   const Deferral d = r.deferral;  // none of a row that is invalid
@@ -218,8 +220,9 @@ __global__ void __launch_bounds__(kThreads, 6) deferral_mask_kernel(const Resolv
                                                   : static_cast<float>(d.fraction);
 }
 
-__global__ void __launch_bounds__(kThreads, 5) deferral_probs_kernel(const Resolved given) {
-  const Resolved a = single(given);
+template <class Given>
+__global__ void __launch_bounds__(kThreads, 5) deferral_probs_kernel(const Given given) {
+  const Resolved a = single(known(given));
   const uint32_t row = a.row();
   const int t = a.tile();
   const RowState& r = a.s.state(row);
@@ -248,8 +251,9 @@ __global__ void __launch_bounds__(kThreads, 5) deferral_probs_kernel(const Resol
 }
 
 // Argmax of pi, ties to the lowest id.
-__global__ void __launch_bounds__(kThreads, 5) deferral_best_kernel(const Resolved given) {
-  const Resolved a = single(given);
+template <class Given>
+__global__ void __launch_bounds__(kThreads, 5) deferral_best_kernel(const Given given) {
+  const Resolved a = single(known(given));
   const uint32_t row = a.row();
   const RowState& r = a.s.state(row);
   if (!r.valid) return;
@@ -272,7 +276,9 @@ struct Drawn : Kad {
 };
 
 // Statistics of the base (and of the proxy, for rules that look at it), draw and judgement.
-__global__ void __launch_bounds__(kThreads, 5) deferral_draw_kernel(const Drawn a) {
+template <class Given>
+__global__ void __launch_bounds__(kThreads, 5) deferral_draw_kernel(const Given given) {
+  const Drawn& a = known(given);
   TTA_SHARED_ARRAY(float4, weights4, kTile / 4);
   TTA_SHARED_ARRAY(double, cum, kMaxTiles);
   TTA_SHARED(double, coin);
@@ -326,8 +332,9 @@ __global__ void __launch_bounds__(kThreads, 5) deferral_draw_kernel(const Drawn 
 }
 
 // The knapsack's verdict on a drawn token: masked sums through it and before it.
-__global__ void __launch_bounds__(kThreads, 4) deferral_judge_kernel(const Drawn given) {
-  const Drawn a = single(given);
+template <class Given>
+__global__ void __launch_bounds__(kThreads, 4) deferral_judge_kernel(const Given given) {
+  const Drawn a = single(known(given));
   TTA_SHARED_ARRAY(float4, weights4, kTile / 4);
   TTA_SHARED_ARRAY(double, shared, kMaxTiles);
   float* weights = reinterpret_cast<float*>(weights4);
@@ -364,8 +371,9 @@ __global__ void __launch_bounds__(kThreads, 4) deferral_judge_kernel(const Drawn
 }
 
 // What replaces a rejected token: the proxy is read for those rows alone.
-__global__ void __launch_bounds__(kThreads, 5) deferral_replace_kernel(const Drawn given) {
-  const Drawn a = single(given);
+template <class Given>
+__global__ void __launch_bounds__(kThreads, 5) deferral_replace_kernel(const Given given) {
+  const Drawn a = single(known(given));
   TTA_SHARED_ARRAY(float4, weights4, kTile / 4);
   TTA_SHARED_ARRAY(double, cum, kMaxTiles);
   TTA_SHARED(double, coin);
@@ -394,7 +402,8 @@ Need need_of_rows(const DeferralArgs& a, bool with_cut, bool with_nodes) {
   return {scratch_of(a, a.batch, with_cut, with_nodes), a.batch};
 }
 
-cudaError_t run(Resolved a, int64_t rows, const Launch& launch) {
+template <class Op>
+cudaError_t run_resolved(Op a, int64_t rows, const Launch& launch) {
   share_tiles(&a, rows, launch);
   const bool masses =
       a.task != kMaskTask || (a.rule.rule == kKnapsack && a.rule.critical == kSplitItem);
@@ -404,37 +413,45 @@ cudaError_t run(Resolved a, int64_t rows, const Launch& launch) {
     const dim3 statistics = grid_of(a.with_proxy ? 2 * a.columns : a.columns, rows - first);
     const dim3 shared = grid_of(a.columns, rows - first);
     const dim3 tiles = grid_of(a.s.tiles, rows - first);
-    TTA_LAUNCH((deferral_resolve_kernel), statistics, kThreads, 0, launch.stream, a);
+    TTA_LAUNCH((deferral_resolve_kernel<Op>), statistics, kThreads, 0, launch.stream, a);
     if (a.s.with_cut) launch_cut<Kad>(a, shared, launch.stream);
     // The knapsack's lowest kept logit is the critical item's.
     if (a.task == kStatsTask && a.rule.rule != kKnapsack)
-      TTA_LAUNCH((deferral_masses_kernel<true>), shared, kThreads, 0, launch.stream, a);
+      TTA_LAUNCH((deferral_masses_kernel<true, Op>), shared, kThreads, 0, launch.stream, a);
     else if (masses)
-      TTA_LAUNCH((deferral_masses_kernel<false>), shared, kThreads, 0, launch.stream, a);
+      TTA_LAUNCH((deferral_masses_kernel<false, Op>), shared, kThreads, 0, launch.stream, a);
     if (a.task == kMaskTask)
-      TTA_LAUNCH((deferral_mask_kernel), shared, kThreads, 0, launch.stream, a);
+      TTA_LAUNCH((deferral_mask_kernel<Op>), shared, kThreads, 0, launch.stream, a);
     else if (a.task == kProbsTask)
-      TTA_LAUNCH((deferral_probs_kernel), tiles, kThreads, 0, launch.stream, a);
+      TTA_LAUNCH((deferral_probs_kernel<Op>), tiles, kThreads, 0, launch.stream, a);
     else if (a.task == kSampleTask)
-      TTA_LAUNCH((deferral_best_kernel), shared, kThreads, 0, launch.stream, a);
+      TTA_LAUNCH((deferral_best_kernel<Op>), shared, kThreads, 0, launch.stream, a);
   }
   return cudaGetLastError();
 }
 
-cudaError_t run(Drawn a, int64_t rows, const Launch& launch) {
+template <class Op>
+cudaError_t run_drawn(Op a, int64_t rows, const Launch& launch) {
   share_tiles(&a, rows, launch);
   const bool needs_proxy = rule_needs_proxy(a.rule.rule);
   for (int64_t first = 0; first < rows; first += kMostRows) {
     a.first_row = static_cast<uint32_t>(first);
     const dim3 statistics = grid_of(needs_proxy ? 2 * a.columns : a.columns, rows - first);
     const dim3 tiles = grid_of(a.s.tiles, rows - first);
-    TTA_LAUNCH((deferral_draw_kernel), statistics, kThreads, 0, launch.stream, a);
+    TTA_LAUNCH((deferral_draw_kernel<Op>), statistics, kThreads, 0, launch.stream, a);
     if (a.rule.rule == kKnapsack)
-      TTA_LAUNCH((deferral_judge_kernel), tiles, kThreads, 0, launch.stream, a);
+      TTA_LAUNCH((deferral_judge_kernel<Op>), tiles, kThreads, 0, launch.stream, a);
     if (!a.propose && !needs_proxy)
-      TTA_LAUNCH((deferral_replace_kernel), statistics, kThreads, 0, launch.stream, a);
+      TTA_LAUNCH((deferral_replace_kernel<Op>), statistics, kThreads, 0, launch.stream, a);
   }
   return cudaGetLastError();
+}
+
+cudaError_t run(const Resolved& a, int64_t rows, const Launch& launch) {
+  return with_dtype(a, [&](const auto& op) { return run_resolved(op, rows, launch); });
+}
+cudaError_t run(const Drawn& a, int64_t rows, const Launch& launch) {
+  return with_dtype(a, [&](const auto& op) { return run_drawn(op, rows, launch); });
 }
 
 }  // namespace

@@ -80,6 +80,34 @@ struct Kad {
   }
 };
 
+// With TTA_CUDA_TYPED kernels know the dtype of their logits: there is one of each, chosen at the
+// launch. Without, and where base and proxy differ, they ask.
+template <class Op, int kType>
+struct Typed : Op {
+  explicit Typed(const Op& a) : Op(a) {}
+};
+template <class Op>
+__device__ __forceinline__ const Op& known(const Op& a) {
+  return a;
+}
+template <class Op, int kType>
+__device__ __forceinline__ Op known(const Typed<Op, kType>& a) {
+  Op op = a;
+  op.base.dtype = op.proxy.dtype = kType;
+  return op;
+}
+template <class Op, class Run>
+cudaError_t with_dtype(const Op& a, const Run& run) {
+#if defined(TTA_CUDA_TYPED)
+  if (!a.proxy.data || a.proxy.dtype == a.base.dtype) {
+    if (a.base.dtype == kFloat32) return run(Typed<Op, kFloat32>(a));
+    if (a.base.dtype == kFloat16) return run(Typed<Op, kFloat16>(a));
+    return run(Typed<Op, kBFloat16>(a));
+  }
+#endif
+  return run(a);
+}
+
 // A kernel's arguments where batch rows have one position, which the compiler is to know.
 template <class Op>
 __device__ __forceinline__ Op single(Op a) {

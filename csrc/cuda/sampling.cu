@@ -42,6 +42,17 @@ struct Categorical {
   }
 };
 
+// The same where the build wants kernels to know their dtype (Typed in kad.cuh).
+template <int kType>
+struct CategoricalOf : Categorical {
+  explicit CategoricalOf(const Categorical& op) : Categorical(op) {}
+  __device__ __forceinline__ Row reader(int64_t row) const {
+    Logits x = a.logits;
+    x.dtype = kType;
+    return Row(x, row, 0);
+  }
+};
+
 struct Mixed {
   static constexpr int kResident = 4;
   MixtureArgs a;
@@ -169,6 +180,17 @@ Scratch scratch_of(const Args&, int64_t vocab, const Launch& launch) {
   return s;
 }
 
+template <class Op>
+cudaError_t run(Op op, const Launch& launch) {
+  const int64_t batch = op.a.batch;
+  for (int64_t first = 0; first < batch; first += kMostRows) {
+    op.first_row = static_cast<uint32_t>(first);
+    const dim3 grid = grid_of(columns_of(op.s.tiles, op.span), batch - first);
+    TTA_LAUNCH((sampling_draw_kernel<Op>), grid, kThreads, 0, launch.stream, op);
+  }
+  return cudaGetLastError();
+}
+
 Need need_of_rows(int64_t rows, int64_t vocab) {
   return {static_cast<size_t>(rows) * Scratch::bytes_of_row(tiles_of(vocab), false), rows};
 }
@@ -181,12 +203,13 @@ Need need_of(const MixtureArgs& a) { return need_of_rows(a.batch, a.base.vocab);
 cudaError_t categorical_sample(const CategoricalArgs& a, const Launch& launch) {
   Categorical op{a, scratch_of(a, a.logits.vocab, launch), launch.arrivals};
   op.span = span_of(op.s.tiles, a.batch, launch.width);
-  for (int64_t first = 0; first < a.batch; first += kMostRows) {
-    op.first_row = static_cast<uint32_t>(first);
-    const dim3 grid = grid_of(columns_of(op.s.tiles, op.span), a.batch - first);
-    TTA_LAUNCH((sampling_draw_kernel<Categorical>), grid, kThreads, 0, launch.stream, op);
-  }
-  return cudaGetLastError();
+#if defined(TTA_CUDA_TYPED)
+  if (a.logits.dtype == kFloat32) return run(CategoricalOf<kFloat32>(op), launch);
+  if (a.logits.dtype == kFloat16) return run(CategoricalOf<kFloat16>(op), launch);
+  return run(CategoricalOf<kBFloat16>(op), launch);
+#else
+  return run(op, launch);
+#endif
 }
 
 cudaError_t implicit_reward(const MixtureArgs& a, const Launch& launch) {

@@ -1,6 +1,6 @@
 """What nvcc makes of every CUDA kernel on four architectures, as a Markdown table.
 
-    python -m tools.ptx.kernel_table [FILE.cu ...]
+    [TTA_EXT_CUDA_VARIANT=typed,float-division] python -m tools.ptx.kernel_table [FILE.cu ...]
 
 Needs nvcc (found as the extension's build finds it) with its ptxas, c++filt, and cuobjdump (PATH,
 ``CUOBJDUMP`` or the triton package). That no kernel spills is checked by .ci/spills.py, which needs
@@ -177,6 +177,7 @@ def compile_one(toolkit: cuda.Toolkit, source: Path, arch: str) -> list[Kernel]:
         log = output_of(
             *toolkit.compiler.command,
             *cuda.FLAGS,
+            *cuda.variant_flags(),
             f"-gencode=arch=compute_{arch},code=sm_{arch}",
             "-Xptxas=-v",
             f"-I{CSRC}",
@@ -225,9 +226,11 @@ def compile_one(toolkit: cuda.Toolkit, source: Path, arch: str) -> list[Kernel]:
     return kernels
 
 
-def measure(toolkit: cuda.Toolkit, files: Sequence[Path]) -> list[Kernel]:
-    """The kernels of files on all architectures, by file, name and architecture."""
-    jobs = [(source, arch) for arch in cuda.ARCHITECTURES for source in files]
+def measure(
+    toolkit: cuda.Toolkit, files: Sequence[Path], architectures: Sequence[str]
+) -> list[Kernel]:
+    """The kernels of files on these architectures, by file, name and architecture."""
+    jobs = [(source, arch) for arch in architectures for source in files]
     with concurrent.futures.ThreadPoolExecutor(toolchain.job_count(len(jobs))) as pool:
         parts = list(pool.map(lambda job: compile_one(toolkit, *job), jobs))
     kernels = [kernel for part in parts for kernel in part]
@@ -250,6 +253,7 @@ def render(kernels: Sequence[Kernel], compiler: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("files", nargs="*", type=Path, help="those of csrc/cuda, if none is named")
+    parser.add_argument("--arch", nargs="+", default=cuda.ARCHITECTURES, choices=list(SM))
     arguments = parser.parse_args()
     try:
         toolkit = cuda.find_toolkit()
@@ -257,7 +261,7 @@ def main() -> None:
     except BuildError as error:
         sys.exit(f"kernel_table: {error}")
     files = arguments.files or sorted((CSRC / "cuda").glob("*.cu"))
-    print(render(measure(toolkit, files), toolkit.compiler.version))
+    print(render(measure(toolkit, files, arguments.arch), toolkit.compiler.version))
 
 
 if __name__ == "__main__":

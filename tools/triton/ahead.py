@@ -42,28 +42,39 @@ _TYPES = {
 
 
 class Launch(NamedTuple):
-    """A kernel as it would have been run: its Python function, types and constants."""
+    """A kernel as it would have been run: its Python function, types and constants.
+
+    The types of a group of arguments are a group; a constant has its place: a parameter's number
+    and, in a group, the field's.
+    """
 
     kernel: Any
-    signature: dict[str, str]
-    constants: dict[str, Any]
+    signature: dict[str, Any]
+    constants: dict[tuple[int, ...], Any]
     options: dict[str, Any]
 
     @property
     def label(self) -> str:
-        shown = {
-            k: v
-            for k, v in self.constants.items()
-            if k.isupper() and k != "TILE" and not isinstance(v, float)
-        }
-        kinds = sorted({t for t in self.signature.values() if t in ("*bf16", "*fp16")})
-        words = [*(f"{k}={v}" for k, v in shown.items()), *(kind[1:] for kind in kinds)]
-        return f"{self.kernel.__name__} {' '.join(words)}".strip()
+        """Its name, its constants, what it is not given, and 16-bit dtypes."""
+        names = self.kernel.arg_names
+        fixed = {names[at[0]]: value for at, value in self.constants.items() if len(at) == 1}
+        words = [f"{k}={v}" for k, v in fixed.items() if k.isupper()]
+        words += [f"no {k}" for k, v in fixed.items() if v is None and not k.isupper()]
+        types = str(self.signature.values())
+        words += [kind for kind in ("bf16", "fp16") if f"'*{kind}'" in types]
+        return f"{self.kernel.__name__} {', '.join(words)}".strip()
 
 
-def _type_of(value: Any) -> str:
+def _type_of(value: Any, specialize: bool, at: tuple[int, ...], fixed: dict[Any, Any]) -> Any:
+    """The type of an argument or of a group; what becomes a constant is noted."""
+    if isinstance(value, tuple):
+        types = [_type_of(x, True, (*at, i), fixed) for i, x in enumerate(value)]
+        return type(value)(*types) if hasattr(value, "_fields") else tuple(types)
     if isinstance(value, torch.Tensor):
         return f"*{_TYPES[value.dtype]}"
+    if value is None or (specialize and type(value) is int and value == 1):
+        fixed[at] = value
+        return "constexpr"
     if isinstance(value, bool):
         return "i1"
     if isinstance(value, int):
@@ -81,15 +92,15 @@ def describe(
         kernel = kernel.fn
     for config in configs:
         values = dict(zip(kernel.arg_names, args, strict=False)) | constants | config.kwargs
-        signature, fixed = {}, {}
-        for parameter in kernel.params:
+        signature: dict[str, Any] = {}
+        fixed: dict[tuple[int, ...], Any] = {}
+        for i, parameter in enumerate(kernel.params):
             value = values[parameter.name]
-            number = isinstance(value, int) and not isinstance(value, bool)
-            one = number and value == 1 and not parameter.do_not_specialize
-            if parameter.is_constexpr or value is None or one:
-                signature[parameter.name], fixed[parameter.name] = "constexpr", value
+            if parameter.is_constexpr:
+                signature[parameter.name], fixed[(i,)] = "constexpr", value
             else:
-                signature[parameter.name] = _type_of(value)
+                varies = not parameter.do_not_specialize
+                signature[parameter.name] = _type_of(value, varies, (i,), fixed)
         yield Launch(kernel, signature, fixed, {"num_warps": warps or config.num_warps})
 
 
@@ -97,7 +108,7 @@ def record(call: Callable[[], None], every: bool) -> list[Launch]:
     """The launches of a call, which is made without running them."""
     found: list[Launch] = []
 
-    def note(kernel: Any, programs: Any, like: Any, *args: Any, **constants: Any) -> None:
+    def note(kernel: Any, programs: Any, *args: Any, **constants: Any) -> None:
         found.extend(describe(kernel, args, constants, every))
 
     modules = [m for n, m in sys.modules.items() if n.startswith(backend.__name__)]

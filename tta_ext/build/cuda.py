@@ -45,6 +45,9 @@ FLAGS = (
     *(flag for flag in CXX_FLAGS if flag.startswith("-D")),
     "-DUSE_CUDA",
 )
+#: Other ways to compute the same bits, of which only a GPU can say whether they are faster; names
+#: for TTA_EXT_CUDA_VARIANT, a list. CMake has them as options.
+VARIANTS = {"typed": "-DTTA_CUDA_TYPED", "float-division": "-DTTA_CUDA_FLOAT_DIVISION"}
 #: Environment that nvcc adds to its command line by itself.
 NVCC_VARIABLES = ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS", "NVCC_CCBIN")
 
@@ -61,6 +64,17 @@ class Toolkit:
     compiler: Compiler
     release: str
     known: frozenset[str]
+
+
+def variant_flags() -> list[str]:
+    """What ``TTA_EXT_CUDA_VARIANT`` asks the compiler for."""
+    names = [n for n in re.split(r"[;,\s]+", os.environ.get("TTA_EXT_CUDA_VARIANT", "")) if n]
+    if unknown := [name for name in names if name not in VARIANTS]:
+        raise BuildError(
+            f"TTA_EXT_CUDA_VARIANT has {unknown[0]!r}, expected some of {', '.join(VARIANTS)}; "
+            "mend it with: unset TTA_EXT_CUDA_VARIANT"
+        )
+    return [VARIANTS[name] for name in names]
 
 
 def remedy(cuda: str | None = None) -> str:
@@ -336,10 +350,15 @@ class CudaLibrary(Library):
             host,
             compiler=toolkit.compiler,
             # Compressed images take a quarter of the size.
-            flags=(*FLAGS, *gencode, "-Xfatbin=-compress-all"),
+            flags=(*FLAGS, *variant_flags(), *gencode, "-Xfatbin=-compress-all"),
             link=(*link, f"-L{torch.root / 'lib'}", "-ltorch_cpu", "-ltorch_cuda"),
             more=(host.compiler.version, *variables),
-            record={**host.record, "images": images, "cuda": cuda},
+            record={
+                **host.record,
+                "images": images,
+                "cuda": cuda,
+                "variant": variant_flags(),
+            },
         )
 
     def require(self, torch: Torch, wanted: str) -> None:
@@ -351,6 +370,8 @@ class CudaLibrary(Library):
         built_for, cuda = record.get("cuda") or "unknown", _cuda_of(torch)
         if built_for.split(".")[0] != cuda.split(".")[0]:
             raise BuildError(f"the prebuilt library is for CUDA {built_for}, torch has CUDA {cuda}")
+        if list(record.get("variant", ())) != variant_flags():
+            raise BuildError("the prebuilt library is not the variant of TTA_EXT_CUDA_VARIANT")
         images, present = record.get("images", ()), gpus()
         # An old card beside a new one must not switch the new one's kernels off.
         for name, capability in [g for g in present if g[1] >= divmod(OLDEST, 10)] or present:

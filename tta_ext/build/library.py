@@ -184,7 +184,8 @@ class Library:
     def _attempt(self) -> LoadResult:
         wanted = self.wanted()
         if wanted == "0":
-            return LoadResult(False, f"switched off by {self.variable}=0")
+            mend = f"mend it with: unset {self.variable}"
+            return LoadResult(False, f"switched off by {self.variable}=0; {mend}")
         start = time.perf_counter()
         try:
             path, built, reason = self._obtain(wanted)

@@ -7,7 +7,7 @@ statistics, greedy choices.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 import triton
@@ -15,297 +15,190 @@ import triton.language as tl
 from torch import Tensor
 
 from tta_ext import rng, rules
-from tta_ext.backends import reference
-from tta_ext.backends.reference._common import KeyArguments
-from tta_ext.backends.triton.cut import (
-    CRITICAL,
-    CRITICAL_X,
-    FIELDS,
-    INCLUDE,
-    KNAPSACK,
-    SPLIT,
-    VALID,
-    RuleArguments,
-    canonical_weight,
-    is_upper,
-    judges_proxy,
-    loads_proxy,
-    rule_threshold,
-    split_fraction,
-    valid_param,
-)
-from tta_ext.backends.triton.launch import (
-    Rows,
-    complain,
-    factor,
-    jit,
-    launch,
-    scratch,
-)
-from tta_ext.backends.triton.numerics import (
-    INFINITY,
-    double,
-    integer,
-    uniform,
-    word3,
-)
-from tta_ext.backends.triton.policy import (
-    BLOCK_SIZE,
-    best_of_row,
-    deferral_of,
-    flipped,
-    greedy_row,
-    kept_best,
-    masked_sums,
-    policy_best,
-    resolved,
-    write_policy,
-)
-from tta_ext.backends.triton.rows import (
-    Key,
-    mass_sum,
-    probability,
-    row_max,
-    row_pointer,
-    row_sum,
-    sample,
-    stats,
-    tiles_of,
-)
+from tta_ext.backends.reference._common import KeyArguments, RuleArguments, inverse_temperature
+from tta_ext.backends.triton import cut, policy, rows
+from tta_ext.backends.triton import numerics as num
+from tta_ext.backends.triton.launch import Rows, jit, launch, operator
 
-SPLIT_TAG = tl.constexpr(rng.SPLIT)
-
+Invalid = Callable[[], Tensor]
+SPLIT_STREAM = tl.constexpr(rng.SPLIT)
 
 # ---- mask, policy, statistics --------------------------------------------------------------------
 
 
+def _read(proxy_logits: Tensor | None, rule: RuleArguments) -> Tensor | None:
+    """The proxy's logits where the rule reads them."""
+    return proxy_logits if rule.code in rules.NEEDS_PROXY else None
+
+
+@triton.jit
+def judging(law, row, v, x, RULE: tl.constexpr):
+    """The logits by which a rule judges tokens."""
+    if cut.judges_proxy(RULE):
+        x = rows.logits(law.proxy, row, v)
+    return x
+
+
 @jit
-def mask_tiles(judged, outer_stride, inner_stride, inner, limit, vocab, state, mask, critical,
-               fraction, UPPER: tl.constexpr, MODE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    blocks = tl.cdiv(vocab, BLOCK)
-    row = (tl.program_id(0) // blocks).to(tl.int64)
-    j = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
-    first = row_pointer(judged, outer_stride, inner_stride, inner, row)
-    x = tl.load(first + j, mask=j < vocab, other=-INFINITY).to(tl.float32)
-    deferred, _, part = deferral_of(state, row, j, x)
-    valid = tl.load(state + row * FIELDS + VALID) != 0.0
-    tl.store(
-        mask + row * vocab + j, tl.where(valid, flipped(deferred, UPPER), False), mask=j < vocab
-    )
-    if tl.program_id(0) % blocks == 0:
-        item = tl.load(state + row * FIELDS + CRITICAL).to(tl.int64)
-        share = part.to(tl.float32)
-        if MODE == INCLUDE:
-            share = tl.where(item >= 0, 1.0, 0.0)
+def mask_tiles(law, mask, critical, fraction, RULE: tl.constexpr, MODE: tl.constexpr):
+    row, j, x = policy.block_of(law.base)
+    y = judging(law, row, j, x, RULE)
+    valid = tl.load(law.state.valid + row)
+    deferred = tl.where(valid, cut.inside(law, row, j, x, y, RULE), False)
+    tl.store(mask + row * law.base.vocab + j, deferred, mask=j < law.base.vocab)
+    if tl.program_id(0) % tl.cdiv(law.base.vocab, policy.BLOCK) == 0:
+        item = tl.load(law.state.critical + row)
+        share = tl.load(law.state.fraction + row)
+        if MODE == cut.INCLUDE:
+            share = tl.where(item >= 0, 1.0, share)
         tl.store(critical + row, tl.where(valid, item, -2))
         tl.store(fraction + row, tl.where(valid, share, float("nan")))
 
 
+@operator
+def deferral_mask(
+    base_logits: Tensor, proxy_logits: Tensor | None, rule: RuleArguments, check: bool, *,
+    mask: Tensor, critical_index: Tensor, fraction: Tensor,
+) -> Invalid:  # fmt: skip
+    r = cut.resolved(base_logits, _read(proxy_logits, rule), rule)
+    x = r.law.base
+    launch(mask_tiles, x.rows * policy.blocks_of(x), r.law, mask, critical_index, fraction,
+           RULE=r.rule.code, MODE=rule.critical)  # fmt: skip
+    return lambda: critical_index == -2
+
+
+def _invalid(r: cut.Resolved) -> Tensor:
+    return ~r.law.state.valid
+
+
+@operator
+def deferral_probs(
+    base_logits: Tensor, proxy_logits: Tensor, rule: RuleArguments, check: bool, *, out: Tensor
+) -> Invalid:
+    r = cut.resolved(base_logits, proxy_logits, rule)
+    x = r.law.base
+    policy.sum_up(r)
+    launch(policy.policy_tiles, x.rows * policy.blocks_of(x), r.law, out, None, RULE=r.rule.code)
+    return lambda: _invalid(r)
+
+
 @jit
-def lowest_kept(data, outer_stride, inner_stride, inner, limit, vocab, judged, judged_outer,
-                judged_inner, state, out, UPPER: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def lowest_kept(law, out, RULE: tl.constexpr):
     """The smallest logit that a row keeps; +inf where it keeps none."""
     row = tl.program_id(0).to(tl.int64)
-    base = row_pointer(data, outer_stride, inner_stride, inner, row)
-    judge = row_pointer(judged, judged_outer, judged_inner, inner, row)
-    low = tl.full((BLOCK,), INFINITY, tl.float32)
-    for begin in range(0, vocab, BLOCK):
-        j = begin + tl.arange(0, BLOCK)
-        x = tl.load(base + j, mask=j < vocab, other=INFINITY).to(tl.float32)
-        y = tl.load(judge + j, mask=j < vocab, other=INFINITY).to(tl.float32)
-        deferred, _, _ = deferral_of(state, row, j, y)
-        keeps = (flipped(deferred, UPPER) == 0) & (j < vocab)
-        low = tl.where(keeps & (x < low), x, low)
-    valid = tl.load(state + row * FIELDS + VALID) != 0.0
+    low = tl.full((policy.BLOCK,), num.INFINITY, tl.float32)
+    for begin in range(0, law.base.vocab, policy.BLOCK):
+        j = begin + tl.arange(0, policy.BLOCK)
+        x = rows.logits(law.base, row, j)
+        deferred = cut.inside(law, row, j, x, judging(law, row, j, x, RULE), RULE)
+        low = tl.where((deferred == 0) & (j < law.base.vocab) & (x < low), x, low)
     least = (0.0 - tl.min(low, 0)) * -1.0  # of 0, -0: as the CPU has it
-    tl.store(out + row, tl.where(valid, least, float("nan")))
+    tl.store(out + row, tl.where(tl.load(law.state.valid + row), least, float("nan")))
 
 
-def deferral_mask(base_logits: Tensor, proxy_logits: Tensor | None, *rest: Any, mask: Tensor,
-                  critical_index: Tensor, fraction: Tensor) -> None:  # fmt: skip
-    *given, check = rest
-    r = resolved(base_logits, proxy_logits, RuleArguments(*given))
-    x = r.judged
-    launch(
-        mask_tiles, x.rows * -(-x.vocab // BLOCK_SIZE), x.data, *x, r.state, mask, critical_index,
-        fraction, UPPER=is_upper(r.rule.code), MODE=r.rule.critical, BLOCK=BLOCK_SIZE,
-    )  # fmt: skip
-    complain(check, critical_index == -2,
-             lambda: reference.deferral_mask(base_logits, proxy_logits, *rest))  # fmt: skip
-
-
-def deferral_probs(base_logits: Tensor, proxy_logits: Tensor, *rest: Any, out: Tensor) -> None:
-    *given, check = rest
-    r = resolved(base_logits, proxy_logits, RuleArguments(*given), reads_proxy=True)
-    r.sums()
-    write_policy(r, out)
-    complain(check, r.state[:, VALID.value] == 0,
-             lambda: reference.deferral_probs(base_logits, proxy_logits, *rest))  # fmt: skip
-
-
-def deferral_stats(base_logits: Tensor, proxy_logits: Tensor | None, *rest: Any,
-                   deferred_mass: Tensor, critical_index: Tensor, cut_logit: Tensor,
-                   used: Tensor) -> None:  # fmt: skip
-    *given, check = rest
-    r = resolved(base_logits, proxy_logits, RuleArguments(*given))
-    r.sums(deferred_mass)
-    if r.inverse == factor(r.rule.rule_temperature):
-        used.copy_(deferred_mass)
-    else:
-        r.sums(used, at_rule=True)
-    invalid = r.state[:, VALID.value] == 0
-    critical_index.copy_(torch.where(invalid, -2, r.state[:, CRITICAL.value]))
+@operator
+def deferral_stats(
+    base_logits: Tensor, proxy_logits: Tensor | None, rule: RuleArguments, check: bool, *,
+    deferred_mass: Tensor, critical_index: Tensor, cut_logit: Tensor, used: Tensor,
+) -> Invalid:  # fmt: skip
+    r = cut.resolved(base_logits, _read(proxy_logits, rule), rule)
+    state, invalid = r.law.state, _invalid(r)
+    deferred_mass.copy_(policy.sum_up(r))
+    same = rule.temperature == rule.rule_temperature
+    used.copy_(deferred_mass if same else policy.sum_up(r, at_rule=True))
+    critical_index.copy_(torch.where(invalid, -2, state.critical))
     if r.rule.code == rules.KNAPSACK:
-        cut_logit.copy_(torch.where(invalid, torch.nan, r.state[:, CRITICAL_X.value]))
+        cut_logit.copy_(torch.where(invalid, torch.nan, state.critical_x))
     else:
-        launch(lowest_kept, r.base.rows, r.base.data, *r.base, *r.judged[:3], r.state, cut_logit,
-               UPPER=is_upper(r.rule.code), BLOCK=BLOCK_SIZE)  # fmt: skip
-    complain(check, invalid,
-             lambda: reference.deferral_stats(base_logits, proxy_logits, *rest))  # fmt: skip
+        launch(lowest_kept, len(cut_logit), r.law, cut_logit, RULE=r.rule.code)
+    return lambda: invalid
 
 
 # ---- draws ---------------------------------------------------------------------------------------
 
 
 @jit
-def judge_rows(data, outer_stride, inner_stride, inner, limit, vocab,
-               tile_max, rule_sum, proxy, proxy_stride, proxy_tile_max, proxy_rule_sum,
-               through, before, param, param_stride, rule_inverse,
-               seed, position, position_stride, sequence, sequence_stride, rollout, rollout_stride,
-               iteration, token, deferred, RULE: tl.constexpr, MODE: tl.constexpr):  # fmt: skip
+def judge_rows(law, s, through, before, inverse, seed, position, sequence, rollout, strides,
+               iteration, draw, token, deferred, RULE: tl.constexpr,
+               MODE: tl.constexpr):  # fmt: skip
     """Whether the token drawn from p is deferred; -1 and no where the row has no law."""
     row = tl.program_id(0).to(tl.int64)
-    tiles = tiles_of(vocab)
     v = tl.load(token + row)
-    value = double(param, row * param_stride)
-    valid = (v >= 0) & valid_param(value, RULE)
+    valid = (v >= 0) & tl.load(law.state.valid + row)
     v = tl.maximum(v, 0)
-    x = tl.load(data + row * outer_stride + v).to(tl.float32)
-    top = row_max(tile_max, row, tiles)
-    z = row_sum(tile_max, rule_sum, row, tiles, top, rule_inverse)
-    if RULE == KNAPSACK:
-        bound = value * z
-        within = mass_sum(through, row, tiles) <= bound
-        if MODE == INCLUDE:
-            within = mass_sum(before, row, tiles) <= bound
-        if MODE == SPLIT:
-            taken = mass_sum(before, row, tiles)
-            weight = canonical_weight(tile_max, row, tiles, top, rule_inverse, x, v)
-            coin = uniform(
-                integer(seed, 0),
-                row * 0,
-                integer(position, row * position_stride),
-                integer(sequence, row * sequence_stride),
-                word3(SPLIT_TAG, iteration.to(tl.int64), integer(rollout, row * rollout_stride)),
-            )
-            part = coin < split_fraction(bound, taken, weight)
-            within = within | ((taken <= bound) & part)
+    x = rows.logits(law.base, row, v)
+    if RULE == cut.KNAPSACK:
+        tiles = rows.tiles_of(law.base.vocab)
+        bound, taken = tl.load(law.state.bound + row), rows.mass_sum(before, row, tiles)
+        within = rows.mass_sum(through, row, tiles) <= bound
+        if MODE == cut.INCLUDE:
+            within = taken <= bound
+        if MODE == cut.SPLIT:
+            top = rows.row_max(s.tile_max, row, tiles)
+            weight = cut.canonical_weight(s, row, tiles, top, inverse, x, v)
+            key = seed, position, sequence, rollout, strides, iteration, draw
+            u = rows.coin(key, row, 0, row * 0 + SPLIT_STREAM)
+            within = within | ((taken <= bound) & (u < cut.split_fraction(bound, taken, weight)))
     else:
-        if loads_proxy(RULE):
-            proxy_top = row_max(proxy_tile_max, row, tiles)
-            proxy_z = row_sum(proxy_tile_max, proxy_rule_sum, row, tiles, proxy_top, rule_inverse)
-            valid = valid & (proxy_z == proxy_z)
-            y = tl.load(proxy + row * proxy_stride + v).to(tl.float32)
-        else:
-            proxy_top, proxy_z, y = top, z, x
-        threshold = rule_threshold(value, z, proxy_z, RULE)
-        if judges_proxy(RULE):
-            p = probability(y, proxy_top, rule_inverse, proxy_z).to(tl.float64)
-        else:
-            p = probability(x, top, rule_inverse, z).to(tl.float64)
-        if is_upper(RULE):
-            within = p > threshold
-        else:
-            within = p < threshold
+        within = cut.inside(law, row, v, x, judging(law, row, v, x, RULE), RULE)
     tl.store(token + row, tl.where(valid, v, -1))
     tl.store(deferred + row, within & valid)
 
 
 @jit
-def greedy_rows(data, outer_stride, inner_stride, inner, limit, vocab, judged, judged_stride,
-                state, tile_max, inverse, first_x, first_id, second_x, best, best_id, blocks, token,
-                deferred, UPPER: tl.constexpr, BLOCKS: tl.constexpr):  # fmt: skip
+def greedy_rows(law, s, kept, best, token, deferred, RULE: tl.constexpr, BLOCKS: tl.constexpr):
     """The greedy token: of the base alone (propose), or, given ``best``, the argmax of pi."""
     row = tl.program_id(0).to(tl.int64)
-    valid = tl.load(state + row * FIELDS + VALID) != 0.0
     if best is not None:
-        v = best_of_row(best, best_id, row, blocks, BLOCKS)
-        x = tl.load(judged + row * judged_stride + v).to(tl.float32)
-        inside, _, _ = deferral_of(state, row, v, x)
-        # A split item with the whole of its capacity left is deferred in full.
-        _, at_split, fraction = deferral_of(state, row, v, x)
-        flag = flipped(inside, UPPER) | (at_split & (fraction == 1.0))
+        _, v, _ = policy.best_of_row(best, row, law.base.vocab, BLOCKS)
+        x = rows.logits(law.base, row, v)
+        flag = cut.mu(law, row, v, x, judging(law, row, v, x, RULE), RULE) == 1.0
     else:
-        v, flag = greedy_row(data + row * outer_stride, vocab, state, row, tile_max, inverse,
-                             first_x, first_id, second_x, blocks, BLOCKS)  # fmt: skip
+        v, flag = policy.greedy_row(law, s, row, kept, BLOCKS)
+    valid = tl.load(law.state.valid + row)
     tl.store(token + row, tl.where(valid, v, -1))
     tl.store(deferred + row, flag & valid)
 
 
-def _greedy(base_logits: Tensor, proxy_logits: Tensor | None, rule: RuleArguments,
-            token: Tensor, deferred: Tensor) -> None:  # fmt: skip
-    r = resolved(base_logits, proxy_logits, rule, reads_proxy=True)
-    r.sums()
-    alone = proxy_logits is None
-    kept = kept_best(r) if alone else (None, None, None)
-    best = (None, None) if alone else policy_best(r)
-    x, blocks = r.base, -(-r.base.vocab // BLOCK_SIZE)
-    launch(
-        greedy_rows, x.rows, x.data, *x, *r.judged[:2], r.state, r.base_stats.tile_max, r.inverse,
-        *kept, *best, blocks, token, deferred, UPPER=is_upper(rule.code),
-        BLOCKS=triton.next_power_of_2(blocks),
-    )  # fmt: skip
-
-
-def _sampled(base_logits: Tensor, proxy_logits: Tensor | None, rule: RuleArguments,
-             key: Key, token: Tensor, deferred: Tensor) -> None:  # fmt: skip
-    base = Rows.of(base_logits)
-    inverse, rule_inverse = factor(rule.temperature), factor(rule.rule_temperature)
-    s = stats(base, inverse, rule_inverse)
-    sample(base, s, inverse, key, True, rng.BASE, 0, token)
-    through = before = None
-    if rule.code == rules.KNAPSACK:
-        through, before = (scratch(base_logits, base.rows, base.tiles) for _ in range(2))
-        launch(
-            masked_sums, lambda sizes: base.rows * -(-base.tiles // sizes["T"]), base_logits, *base,
-            *base[:3], None, token, s.tile_max, rule_inverse, through, before, base.work,
-            UPPER=False,
-        )  # fmt: skip
-    early = rule.code in rules.NEEDS_PROXY
-    proxy, q = None, None
-    if proxy_logits is not None:
-        proxy = Rows.of(proxy_logits)
-        q = stats(proxy, inverse, rule_inverse) if early else None
-    launch(
-        judge_rows, base.rows, base_logits, *base, s.tile_max, s.rule_sum,
-        *(proxy[:2] if proxy and early else (None, 0)), q.tile_max if q else None,
-        q.rule_sum if q else None, through, before, *rule.per_row(), rule_inverse, *key, token,
-        deferred, RULE=rule.code, MODE=rule.critical,
-    )  # fmt: skip
-    if proxy is not None:
-        if q is None:
-            q = stats(proxy, inverse, active=deferred)
-        sample(proxy, q, inverse, key, True, rng.PROXY, 0, token, active=deferred)
-
-
-def _choose(base_logits: Tensor, proxy_logits: Tensor | None, rest: tuple[Any, ...],
-            token: Tensor, deferred: Tensor) -> None:  # fmt: skip
-    rule, arguments, check = RuleArguments(*rest[:5]), KeyArguments(*rest[5:11]), rest[11]
-    arguments.check(check)
-    if arguments.do_sample:
-        key = Key.of(*arguments[:5])
-        _sampled(base_logits, proxy_logits, rule, key, token, deferred)
+def _choose(base_logits: Tensor, proxy_logits: Tensor | None, rule: RuleArguments,
+            arguments: KeyArguments, token: Tensor, deferred: Tensor) -> Invalid:  # fmt: skip
+    sampled = arguments.do_sample
+    early = _read(proxy_logits, rule) if sampled else proxy_logits
+    r = cut.resolved(base_logits, early, rule, whole=not sampled)
+    x, law, code = r.law.base, r.law, r.rule.code
+    if sampled:
+        key, sums = rows.Key.of(arguments), [None, None]
+        rows.sample(x, r.base, law.inverse, key, rng.BASE, token)
+        inverse = inverse_temperature(rule.rule_temperature)
+        if code == rules.KNAPSACK:
+            sums = list(policy.masses(r, token, inverse))
+        launch(judge_rows, x.rows, law, r.base, *sums, inverse, *key, token, deferred, RULE=code,
+               MODE=rule.critical)  # fmt: skip
+        if proxy_logits is not None:
+            proxy = Rows.of(proxy_logits)
+            q = r.proxy or rows.stats(proxy, law.inverse, active=deferred)
+            rows.sample(proxy, q, law.inverse, key, rng.PROXY, token, active=deferred)
     else:
-        _greedy(base_logits, proxy_logits, rule, token, deferred)
+        policy.sum_up(r)
+        alone = proxy_logits is None
+        found = policy.found_best(r, of_policy=not alone)
+        kept, best = (found, None) if alone else (None, found)
+        launch(greedy_rows, x.rows, law, r.base, kept, best, token, deferred, RULE=code,
+               BLOCKS=triton.next_power_of_2(policy.blocks_of(x)))  # fmt: skip
+    return lambda: token < 0
 
 
-def deferral_propose(base_logits: Tensor, *rest: Any, token: Tensor, deferred: Tensor) -> None:
-    _choose(base_logits, None, rest, token, deferred)
-    complain(rest[-1], token < 0, lambda: reference.deferral_propose(base_logits, *rest))
+@operator
+def deferral_propose(
+    base_logits: Tensor, rule: RuleArguments, key: KeyArguments, check: bool, *,
+    token: Tensor, deferred: Tensor,
+) -> Invalid:  # fmt: skip
+    return _choose(base_logits, None, rule, key, token, deferred)
 
 
-def deferral_sample(base_logits: Tensor, proxy_logits: Tensor, *rest: Any, token: Tensor,
-                    deferred: Tensor) -> None:  # fmt: skip
-    _choose(base_logits, proxy_logits, rest, token, deferred)
-    complain(rest[-1], token < 0,
-             lambda: reference.deferral_sample(base_logits, proxy_logits, *rest))  # fmt: skip
+@operator
+def deferral_sample(
+    base_logits: Tensor, proxy_logits: Tensor, rule: RuleArguments, key: KeyArguments, check: bool,
+    *, token: Tensor, deferred: Tensor,
+) -> Invalid:  # fmt: skip
+    return _choose(base_logits, proxy_logits, rule, key, token, deferred)

@@ -1,32 +1,36 @@
-"""From the operators' arguments to kernel launches: scalars, scratch, autotuned block sizes."""
+"""From the operators' arguments to kernel launches: rows, numbers, errors, block sizes."""
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from tta_ext.backends.reference._common import inverse_temperature
+from tta_ext import rng, schemas
+from tta_ext.backends import reference
+from tta_ext.backends.reference._common import flat
 from tta_ext.backends.triton.numerics import TILE
 
 # A kernel is given one number a row as a pointer or, where the host knows it, as a number; these
 # must not become constants of the kernel when they happen to be 1 or a multiple of 16.
 NUMBERS = [
-    *("seed", "position", "sequence", "rollout", "iteration", "param", "draw", "step", "prompt"),
-    *("work", "start", "stop", "count", "key_low", "key_high", "experts", "horizon"),
-    *("shards", "size", "expert_stride", "anti_stride", "prompts", "positions"),
-    *("inv_lambda", "slack", "cost", "tag", "level", "offset", "previous_step"),
+    *("seed", "position", "sequence", "rollout", "iteration", "draw", "tag"),
+    *("param", "step", "prompt"),
+    *("work", "start", "stop", "count", "key_low", "key_high", "experts", "horizon", "prompts"),
+    *("shards", "size", "inv_lambda", "slack", "cost", "offset", "previous_step"),
 ]
+# What check=True asks of arguments beside logits, where only the counter limits them.
+LIMITS = dict.fromkeys(("position", "sequence", "step"), rng.WORD) | {"rollout": rng.ROLLOUTS}
 
 jit = triton.jit(do_not_specialize=NUMBERS)
 
 
 def tuned(*configs: tuple[dict[str, int], int]) -> Callable[[Any], Any]:
-    """A kernel tried with each (block sizes, warps) once a dtype and amount of work.
+    """A kernel tried with each (block sizes, warps) once an amount of work.
 
     The amount is the argument ``work`` of the kernel. What was found is kept on disk in Triton's
     cache. Sums have one order whatever the block sizes, so the choice changes no bit.
@@ -38,22 +42,59 @@ def tuned(*configs: tuple[dict[str, int], int]) -> Callable[[Any], Any]:
     return lambda kernel: tune(jit(kernel))
 
 
-def launch(kernel: Any, programs: int | Callable[[dict[str, Any]], int], like: Tensor,
-           *args: Any, **constants: Any) -> None:  # fmt: skip
-    """Run a kernel on the device of a tensor; a number of programs may depend on block sizes."""
-    if callable(programs):
-        count = programs
-        grid: Any = lambda sizes: (count(sizes),)  # noqa: E731
-    elif not programs:
+def tensors(values: tuple[Any, ...]) -> Iterator[Tensor]:
+    """All tensors among arguments, those in groups included."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, tuple):
+            yield from tensors(value)
+
+
+def launch(kernel: Any, programs: int | Callable[[dict[str, Any]], int], *args: Any,
+           **constants: Any) -> None:  # fmt: skip
+    """Run a kernel on the device of its first tensor; programs may depend on block sizes."""
+    if not programs:
         return
-    else:
-        grid = (programs,)
+    grid = (lambda sizes: (programs(sizes),)) if callable(programs) else (programs,)
     options = {"enable_fp_fusion": False, **constants}
-    if like.device.type == "cpu":
+    device = next(tensors(args)).device
+    if device.type == "cpu":
         kernel[grid](*args, **options)
         return
-    with torch.get_device_module(like.device).device(like.device):
+    with torch.get_device_module(device).device(device):
         kernel[grid](*args, **options)
+
+
+def outside(values: Tensor, stop: int) -> Tensor:
+    """Which integers are not in ``[0, stop)``."""
+    return (values < 0) | (values >= stop)
+
+
+def operator(function: Callable[..., Callable[[], Tensor] | None]) -> Callable[..., None]:
+    """An operator in the arguments of its schema, of a function that takes groups of them whole.
+
+    The function may return what says which rows are invalid: with ``check`` that is asked, and the
+    error is the one that the reference raises for these arguments.
+    """
+    grouped, spec = flat(function), schemas.OPS[function.__name__]
+
+    def run(*args: Any, **outputs: Tensor) -> None:
+        invalid = grouped(*args, **outputs)
+        if invalid is None or not args[-1]:
+            return
+        limited = ((x, LIMITS.get(name)) for name, x in zip(spec.inputs, args, strict=True))
+        wrong = [bool(outside(x, stop).any()) for x, stop in limited if stop]
+        if any(wrong) or bool(invalid().any()):
+            getattr(reference, spec.name)(*args)
+            raise RuntimeError("a kernel found a row invalid that the reference does not")
+
+    return run
+
+
+def bits(value: float) -> int:
+    """A double as the integer of its bits (Triton passes floats as float32)."""
+    return int(struct.unpack("<q", struct.pack("<d", value))[0])
 
 
 def number(values: Tensor) -> Any:
@@ -64,14 +105,9 @@ def number(values: Tensor) -> Any:
     return values.contiguous()
 
 
-def bits(value: float) -> int:
-    """A double as the integer of its bits."""
-    return int(struct.unpack("<q", struct.pack("<d", value))[0])
-
-
-def per_row(values: Tensor) -> tuple[Any, int]:
-    """One number for all rows (stride 0), or one a row."""
-    return number(values), int(values.numel() != 1)
+def per_row(*values: Tensor) -> tuple[Any, ...]:
+    """Each as :func:`number`, and their strides: 0 where one holds for all rows, or 1."""
+    return *map(number, values), tuple(int(x.numel() != 1) for x in values)
 
 
 class Rows(NamedTuple):
@@ -103,21 +139,14 @@ class Rows(NamedTuple):
 
     @property
     def work(self) -> int:
-        """The number of tiles, to the next power of two: what block sizes are tuned for."""
-        return int(triton.next_power_of_2(max(self.rows * self.tiles, 1)))
+        """Bytes, about: tiles to the next power of two. What block sizes are tuned for."""
+        tiles = triton.next_power_of_2(max(self.rows * self.tiles, 1))
+        return int(tiles * self.data.element_size())
 
-
-def factor(temperature: float) -> float:
-    """1/T as the kernels take it."""
-    return inverse_temperature(temperature)
+    def blocks(self, sizes: dict[str, Any]) -> int:
+        """Programs that take ``T`` tiles each."""
+        return self.rows * -(-self.tiles // int(sizes["T"]))
 
 
 def scratch(like: Tensor, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.empty(shape, dtype=dtype, device=like.device)
-
-
-def complain(check: bool, invalid: Tensor, reference: Callable[[], object]) -> None:
-    """With ``check``, and where a row is invalid: the error that the reference raises for it."""
-    if check and bool(invalid.any()):
-        reference()
-        raise RuntimeError("a kernel found a row invalid that the reference does not")

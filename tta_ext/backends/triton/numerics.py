@@ -20,7 +20,7 @@ LANES = tl.constexpr(128)
 GROUPS = tl.constexpr(32)  # of 128 lanes in a tile
 MAX_TILES = tl.constexpr(256)
 INFINITY = tl.constexpr(float("inf"))
-NO_LIMIT = tl.constexpr(float(2**40))  # beyond every token id, exact in float64
+NO_LIMIT = tl.constexpr(2**40)  # beyond every token id
 
 _LOG2_E = _hex("0x1.715476p+0")
 _MAGIC = tl.constexpr(1.5 * 2**23 + 127)
@@ -226,14 +226,14 @@ def gather_up(stack, level, count):
 
 @triton.jit
 def ordered_bits(x):
-    """int64, monotone in a float32, -0 and +0 apart."""
+    """int64, monotone in a float32; -0 is +0."""
     i = x.to(tl.int32, bitcast=True).to(tl.int64)
-    return tl.where(i < 0, -0x80000001 - i, i)
+    return tl.where(i < 0, -0x80000000 - i, i)
 
 
 @triton.jit
 def from_ordered_bits(i):
-    i = tl.where(i < 0, -0x80000001 - i, i)
+    i = tl.where(i < 0, -0x80000000 - i, i)
     return i.to(tl.int32).to(tl.float32, bitcast=True)
 
 

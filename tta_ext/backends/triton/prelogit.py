@@ -6,30 +6,17 @@ block, then the binary counter of their sums.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from tta_ext import rng
-from tta_ext.backends import reference
-from tta_ext.backends.reference._common import check_indices
-from tta_ext.backends.triton.launch import bits, complain, jit, launch, number, per_row
-from tta_ext.backends.triton.numerics import (
-    INFINITY,
-    LANES,
-    TILE,
-    double,
-    exp,
-    fold,
-    gather_up,
-    integer,
-    normals,
-    push,
-    tree,
-    word3,
-)
-from tta_ext.backends.triton.rows import groups_of, tiles_of
+from tta_ext.backends.triton import numerics as num
+from tta_ext.backends.triton.launch import bits, jit, launch, number, operator, outside, per_row
+from tta_ext.backends.triton.rows import groups_of, part, tiles_of
 
 NOISE = tl.constexpr(rng.NOISE)
 
@@ -47,29 +34,27 @@ def store_rounded(at, x, mask):
 
 
 @jit
-def perturb_rows(hidden, hidden_stride, mean, prompts, horizon, dim, step, step_stride, prompt,
-                 prompt_stride, sequence, sequence_stride, rollout, rollout_stride, iteration,
-                 sigma, seed, out, dot, NOISY: tl.constexpr):  # fmt: skip
+def perturb_rows(hidden, hidden_stride, mean, prompts, horizon, dim, step, prompt, sequence,
+                 rollout, strides, iteration, sigma, seed, out, dot,
+                 NOISY: tl.constexpr):  # fmt: skip
     """hidden + u + sigma eps, and u . eps in the canonical order, a lane adding by fma."""
     row = tl.program_id(0).to(tl.int64)
-    t = integer(step, row * step_stride)
+    t = num.integer(step, row * strides[0])
     inside = (t >= 0) & (t < horizon)
-    p = integer(prompt, row * prompt_stride)
-    p = tl.minimum(tl.maximum(p, 0), prompts - 1)
+    p = tl.minimum(tl.maximum(num.integer(prompt, row * strides[1]), 0), prompts - 1)
     u_row = mean + (p * horizon + tl.where(inside, t, 0)) * dim
-    word = word3(NOISE, iteration.to(tl.int64), integer(rollout, row * rollout_stride))
-    key = integer(seed, 0)
-    who = integer(sequence, row * sequence_stride)
+    word = num.word3(NOISE, iteration.to(tl.int64), num.integer(rollout, row * strides[3]))
+    key, who = num.integer(seed, 0), num.integer(sequence, row * strides[2])
     total = tl.zeros((), tl.float64)
     for tile in range(tiles_of(dim)):
-        lanes = tl.zeros((LANES,), tl.float32)
+        lanes = tl.zeros((num.LANES,), tl.float32)
         for g in range(groups_of(dim)):
-            begin = tile * TILE + g * LANES
+            begin = tile * num.TILE + g * num.LANES
             block = (begin // 4 + tl.arange(0, 32)).to(tl.int64)
-            eps = normals(key, block, t, who, word)
-            j = begin + tl.arange(0, LANES)
+            eps = num.normals(key, block, t, who, word)
+            j = begin + tl.arange(0, num.LANES)
             x = tl.load(hidden + row * hidden_stride + j, mask=j < dim, other=0.0)
-            u = tl.load(u_row + j, mask=(j < dim), other=0.0)
+            u = tl.load(u_row + j, mask=j < dim, other=0.0)
             lanes = tl.fma(u, eps, lanes)
             v = u
             if NOISY:
@@ -79,117 +64,31 @@ def perturb_rows(hidden, hidden_stride, mean, prompts, horizon, dim, step, step_
                 store_rounded(out + row * dim + j, moved, j < dim)
             else:
                 tl.store(out + row * dim + j, x, mask=j < dim)
-        total = total + tl.sum(fold(lanes[None, :], 1), 0).to(tl.float64)
+        total = total + tl.sum(num.fold(lanes[None, :], 1), 0).to(tl.float64)
     if inside:
         tl.store(dot + row, tl.load(dot + row) + total.to(tl.float32))
 
 
-def prelogit_perturb(hidden: Tensor, mean: Tensor, step: Tensor, row: Tensor, sequence: Tensor,
-                     rollout: Tensor, iteration: int, sigma: float, seed: Tensor, check: bool, *,
-                     out: Tensor, dot: Tensor) -> None:  # fmt: skip
+@operator
+def prelogit_perturb(
+    hidden: Tensor, mean: Tensor, step: Tensor, row: Tensor, sequence: Tensor, rollout: Tensor,
+    iteration: int, sigma: float, seed: Tensor, check: bool, *, out: Tensor, dot: Tensor,
+) -> Callable[[], Tensor]:  # fmt: skip
     prompts, horizon, dim = mean.shape
-    for name, values, stop in (
-        ("step", step, rng.WORD),
-        ("row", row, prompts),
-        ("sequence", sequence, rng.WORD),
-        ("rollout", rollout, rng.ROLLOUTS),
-    ):
-        check_indices(name, values, stop, check)
     launch(
-        perturb_rows, hidden.shape[0], hidden, hidden, hidden.stride(0), mean.contiguous(), prompts,
-        horizon, dim, *per_row(step), *per_row(row), *per_row(sequence), *per_row(rollout),
-        iteration, sigma, number(seed), out, dot, NOISY=sigma != 0,
+        perturb_rows, hidden.shape[0], hidden, hidden.stride(0), mean.contiguous(), prompts,
+        horizon, dim, *per_row(step, row, sequence, rollout), iteration, sigma, number(seed), out,
+        dot, NOISY=sigma != 0,
     )  # fmt: skip
+    return lambda: outside(row, prompts)
 
 
 # ---- importance_weights --------------------------------------------------------------------------
-
-CHUNK = tl.constexpr(1024)
-
-
-@triton.jit
-def scores(reward, dot, norm2, top, inv_lambda, slack, cost):
-    """s_i in float64, one rounding an operation, in this order."""
-    gain = (reward.to(tl.float64) - top) * inv_lambda
-    return (gain - slack * dot.to(tl.float64)) - cost * norm2.to(tl.float64)
 
 
 @triton.jit
 def is_finite(x):
     return (x - x) == 0.0
-
-
-@jit
-def weight_rows(reward, reward_stride, dot, dot_stride, norm2, norm2_stride, count, inv_lambda,
-                slack, cost, weights, ess, HARD: tl.constexpr, BLOCK: tl.constexpr,
-                LEVELS: tl.constexpr, CHUNKS: tl.constexpr):  # fmt: skip
-    """softmax(s) over the rollouts and the effective sample size; NaN for an unusable row."""
-    row = tl.program_id(0).to(tl.int64)
-    i = tl.arange(0, BLOCK)
-    c = tl.arange(0, CHUNKS)
-    inv_lambda, slack, cost = double(inv_lambda, 0), double(slack, 0), double(cost, 0)
-    best = tl.full((BLOCK,), -INFINITY, tl.float32)
-    wrong = tl.zeros((BLOCK,), tl.int32)
-    for begin in range(0, count, BLOCK):
-        j = begin + i
-        r = tl.load(reward + row * reward_stride + j, mask=j < count, other=-INFINITY)
-        d = tl.load(dot + row * dot_stride + j, mask=j < count, other=0.0)
-        n = tl.load(norm2 + row * norm2_stride + j, mask=j < count, other=0.0)
-        usable = (is_finite(r) | (r == -INFINITY)) & is_finite(d) & is_finite(n)
-        wrong = tl.where(usable, wrong, 1)
-        best = tl.where(r > best, r, best)
-    best = tl.max(best, 0)
-    bad = (tl.max(wrong, 0) > 0) | (best == -INFINITY)
-    if HARD:
-        first = tl.full((BLOCK,), 2**30, tl.int32)
-        for begin in range(0, count, BLOCK):
-            j = begin + i
-            r = tl.load(reward + row * reward_stride + j, mask=j < count, other=-INFINITY)
-            first = tl.where((r == best) & (j < first), j, first)
-        first = tl.min(first, 0)
-        for begin in range(0, count, BLOCK):
-            j = begin + i
-            w = tl.where(bad, float("nan"), tl.where(j == first, 1.0, 0.0))
-            tl.store(weights + row * count + j, w, mask=j < count)
-        tl.store(ess + row, tl.where(bad, float("nan"), 1.0))
-    else:
-        highest = tl.full((BLOCK,), -INFINITY, tl.float64)
-        for begin in range(0, count, BLOCK):
-            j = begin + i
-            r = tl.load(reward + row * reward_stride + j, mask=j < count, other=-INFINITY)
-            d = tl.load(dot + row * dot_stride + j, mask=j < count, other=0.0)
-            n = tl.load(norm2 + row * norm2_stride + j, mask=j < count, other=0.0)
-            s = scores(r, d, n, best.to(tl.float64), inv_lambda, slack, cost)
-            wrong = tl.where((s != s) & (j < count), 1, wrong)
-            highest = tl.where((s > highest) & (j < count), s, highest)
-        top = tl.max(highest, 0)
-        bad = (tl.max(wrong, 0) > 0) | (best == -INFINITY) | ((top - top) != 0.0)
-        z = tl.zeros((CHUNKS,), tl.float64)
-        for begin in range(0, count, BLOCK):
-            j = begin + i
-            r = tl.load(reward + row * reward_stride + j, mask=j < count, other=-INFINITY)
-            d = tl.load(dot + row * dot_stride + j, mask=j < count, other=0.0)
-            n = tl.load(norm2 + row * norm2_stride + j, mask=j < count, other=0.0)
-            s = scores(r, d, n, best.to(tl.float64), inv_lambda, slack, cost)
-            w = tl.where(j < count, exp((s - top).to(tl.float32)), 0.0)
-            part = tl.sum(tree(w.to(tl.float64)[None, :, None], 1, LEVELS, 1))
-            z = tl.where(c == begin // BLOCK, part, z)
-        total = _tree_of(z, CHUNKS)
-        squares = tl.zeros((CHUNKS,), tl.float64)
-        for begin in range(0, count, BLOCK):
-            j = begin + i
-            r = tl.load(reward + row * reward_stride + j, mask=j < count, other=-INFINITY)
-            d = tl.load(dot + row * dot_stride + j, mask=j < count, other=0.0)
-            n = tl.load(norm2 + row * norm2_stride + j, mask=j < count, other=0.0)
-            s = scores(r, d, n, best.to(tl.float64), inv_lambda, slack, cost)
-            w = tl.where(j < count, exp((s - top).to(tl.float32)), 0.0)
-            w = (w.to(tl.float64) / total).to(tl.float32)
-            tl.store(weights + row * count + j, tl.where(bad, float("nan"), w), mask=j < count)
-            square = w.to(tl.float64) * w.to(tl.float64)
-            part = tl.sum(tree(square[None, :, None], 1, LEVELS, 1))
-            squares = tl.where(c == begin // BLOCK, part, squares)
-        size = (1.0 / _tree_of(squares, CHUNKS)).to(tl.float32)
-        tl.store(ess + row, tl.where(bad, float("nan"), size))
 
 
 @triton.constexpr_function
@@ -198,28 +97,61 @@ def log2(n):
 
 
 @triton.jit
-def _tree_of(x, COUNT: tl.constexpr):
-    return tl.sum(tree(x[None, :, None], 1, log2(COUNT), 1))
+def tree_of(x, COUNT: tl.constexpr):
+    return tl.sum(num.tree(x[None, :, None], 1, log2(COUNT), 1))
 
 
-def importance_weights(reward: Tensor, dot: Tensor, norm2: Tensor, lam: float, alpha: float,
-                       sigma: float, check: bool, *, weights: Tensor,
-                       ess: Tensor) -> None:  # fmt: skip
+@jit
+def weight_rows(reward, dot, norm2, strides, count, inv_lambda, slack, cost, weights, ess,
+                HARD: tl.constexpr, COUNT: tl.constexpr):  # fmt: skip
+    """softmax(s) over the rollouts and the effective sample size; NaN for an unusable row."""
+    row = tl.program_id(0).to(tl.int64)
+    j = tl.arange(0, COUNT)
+    there = j < count
+    r = tl.load(reward + row * strides[0] + j, mask=there, other=-num.INFINITY)
+    d = tl.load(dot + row * strides[1] + j, mask=there, other=0.0)
+    n = tl.load(norm2 + row * strides[2] + j, mask=there, other=0.0)
+    usable = (is_finite(r) | (r == -num.INFINITY)) & is_finite(d) & is_finite(n)
+    best = tl.max(tl.where(r > -num.INFINITY, r, -num.INFINITY), 0)
+    bad = (tl.max(tl.where(usable, 0, 1), 0) > 0) | (best == -num.INFINITY)
+    if HARD:
+        first = tl.min(tl.where(r == best, j, COUNT), 0)
+        w = tl.where(j == first, 1.0, 0.0)
+        size = 1.0
+    else:  # s in float64, one rounding an operation, in this order
+        gain = (r.to(tl.float64) - best.to(tl.float64)) * num.double(inv_lambda, 0)
+        s = (gain - num.double(slack, 0) * d.to(tl.float64)) - num.double(cost, 0) * n.to(
+            tl.float64
+        )
+        top = tl.max(tl.where((s > -num.INFINITY) & there, s, -num.INFINITY), 0)
+        undefined = tl.max(tl.where((s != s) & there, 1, 0), 0) > 0
+        bad = bad | undefined | ((top - top) != 0.0)
+        w = tl.where(there, num.exp((s - top).to(tl.float32)), 0.0)
+        w = (w.to(tl.float64) / tree_of(w.to(tl.float64), COUNT)).to(tl.float32)
+        square = w.to(tl.float64) * w.to(tl.float64)
+        size = (1.0 / tree_of(square, COUNT)).to(tl.float32)
+    tl.store(weights + row * count + j, tl.where(bad, float("nan"), w), mask=there)
+    tl.store(ess + row, tl.where(bad, float("nan"), size))
+
+
+@operator
+def importance_weights(
+    reward: Tensor, dot: Tensor, norm2: Tensor, lam: float, alpha: float, sigma: float,
+    check: bool, *, weights: Tensor, ess: Tensor,
+) -> Callable[[], Tensor]:  # fmt: skip
     rows, count = reward.shape
-    block = min(triton.next_power_of_2(max(count, 1)), CHUNK.value)
+    padded = triton.next_power_of_2(max(count, 1))
     slack = 0.0 if sigma == 0 else (1.0 - alpha) / sigma
     numbers = bits(1.0 / lam if lam else 0.0), bits(slack), bits(0.5 * slack * slack)
-    strided = []
-    for values in (reward, dot, norm2):
-        values = values if values.stride(-1) == 1 or count == 1 else values.contiguous()
-        strided += [values, values.stride(0)]
+    given = [
+        values if values.stride(-1) == 1 or count == 1 else values.contiguous()
+        for values in (reward, dot, norm2)
+    ]
     launch(
-        weight_rows, rows, reward, *strided, count, *numbers, weights, ess, HARD=lam == 0,
-        BLOCK=block, LEVELS=block.bit_length() - 1,
-        CHUNKS=triton.next_power_of_2(max(-(-count // block), 1)),
+        weight_rows, rows, *given, tuple(values.stride(0) for values in given), count, *numbers,
+        weights, ess, HARD=lam == 0, COUNT=padded, num_warps=min(max(padded // 256, 4), 16),
     )  # fmt: skip
-    given = reward, dot, norm2, lam, alpha, sigma, check
-    complain(check, torch.isnan(ess), lambda: reference.importance_weights(*given))
+    return lambda: torch.isnan(ess)
 
 
 # ---- control_update, control_merge ---------------------------------------------------------------
@@ -229,16 +161,15 @@ STACK = tl.constexpr(16)  # levels of the counter above them
 
 
 @jit
-def update_blocks(mean, weights, rollouts, length, seed, sequence, sequence_stride, iteration,
-                  sigma, horizon, dim, start, stop, out,
-                  PARTIAL: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def update_blocks(mean, weights, length, rollouts, seed, sequence, strides, iteration, sigma,
+                  horizon, dim, start, stop, out, PARTIAL: tl.constexpr,
+                  BLOCK: tl.constexpr):  # fmt: skip
     """u + sigma sum_i w_i eps^i for one block of dimensions of one step, or the bare sum."""
-    blocks = tl.cdiv(dim, BLOCK)
-    row = (tl.program_id(0) // blocks).to(tl.int64)
+    row, block = part(tl.cdiv(dim, BLOCK))
     prompt, t = row // horizon, row % horizon
-    begin = (tl.program_id(0) % blocks) * BLOCK
+    begin = block * BLOCK
     counter = (begin // 4 + tl.arange(0, BLOCK // 4)).to(tl.int64)[None, :]
-    key, who = integer(seed, 0), integer(sequence, prompt * sequence_stride)
+    key, who = num.integer(seed, 0), num.integer(sequence, prompt * strides[0])
     finite = tl.full((), 1, tl.int32)
     for one in range(rollouts):
         weight = tl.load(weights + prompt * rollouts + one)
@@ -253,13 +184,13 @@ def update_blocks(mean, weights, rollouts, length, seed, sequence, sequence_stri
         if length is not None:
             last = tl.load(length + prompt * rollouts + i, mask=i < end, other=0)
             w = tl.where(t < last, w, 0.0)
-        word = word3(NOISE, iteration.to(tl.int64), i[:, None].to(tl.int64))
-        eps = normals(key, counter + word * 0, t, who, word)
+        word = num.word3(NOISE, iteration.to(tl.int64), i[:, None].to(tl.int64))
+        eps = num.normals(key, counter + word * 0, t, who, word)
         leaf = tl.where(w[:, None] == 0.0, 0.0, w[:, None] * eps)
-        x = tl.reshape(tree(tl.reshape(leaf, (1, ROLLOUTS, BLOCK)), 1, 4, BLOCK), (BLOCK,))
-        stack = push(stack, level, count, x)
+        x = tl.reshape(num.tree(tl.reshape(leaf, (1, ROLLOUTS, BLOCK)), 1, 4, BLOCK), (BLOCK,))
+        stack = num.push(stack, level, count, x)
         count += 1
-    total = gather_up(stack, level, count) + 0.0
+    total = num.gather_up(stack, level, count) + 0.0
     j = begin + tl.arange(0, BLOCK)
     if not PARTIAL:
         u = tl.load(mean + row * dim + j, mask=j < dim, other=0.0)
@@ -268,21 +199,21 @@ def update_blocks(mean, weights, rollouts, length, seed, sequence, sequence_stri
     tl.store(out + row * dim + j, tl.where(finite == 1, total, float("nan")), mask=j < dim)
 
 
-def control_update(mean: Tensor, weights: Tensor, length: Tensor | None, seed: Tensor,
-                   sequence: Tensor, iteration: int, sigma: float, start: int, stop: int,
-                   partial: bool, check: bool, *, out: Tensor) -> None:  # fmt: skip
+@operator
+def control_update(
+    mean: Tensor, weights: Tensor, length: Tensor | None, seed: Tensor, sequence: Tensor,
+    iteration: int, sigma: float, start: int, stop: int, partial: bool, check: bool, *,
+    out: Tensor,
+) -> Callable[[], Tensor]:  # fmt: skip
     prompts, horizon, dim = mean.shape
-    check_indices("sequence", sequence, rng.WORD, check)
-    given = mean, weights, length, seed, sequence, iteration, sigma, start, stop, partial, check
-    if check:
-        complain(True, ~torch.isfinite(weights), lambda: reference.control_update(*given))
     block = min(max(triton.next_power_of_2(dim), 16), 128)
     launch(
-        update_blocks, prompts * horizon * -(-dim // block), mean, mean.contiguous(),
-        weights.contiguous(), weights.shape[1], None if length is None else length.contiguous(),
+        update_blocks, prompts * horizon * -(-dim // block), mean.contiguous(),
+        weights.contiguous(), None if length is None else length.contiguous(), weights.shape[1],
         number(seed), *per_row(sequence), iteration, sigma, horizon, dim, start, stop, out,
         PARTIAL=partial, BLOCK=block,
     )  # fmt: skip
+    return lambda: ~torch.isfinite(weights)
 
 
 @jit
@@ -293,9 +224,9 @@ def merge_blocks(mean, partials, shards, size, sigma, out, BLOCK: tl.constexpr):
     count = tl.full((), 0, tl.int32)
     for shard in range(shards):
         x = tl.load(partials + shard * size.to(tl.int64) + j, mask=j < size, other=0.0)
-        stack = push(stack, level, count, x)
+        stack = num.push(stack, level, count, x)
         count += 1
-    total = gather_up(stack, level, count) + 0.0
+    total = num.gather_up(stack, level, count) + 0.0
     u = tl.load(mean + j, mask=j < size, other=0.0)
     tl.store(out + j, tl.where(sigma == 0.0, u, u + sigma * total), mask=j < size)
 
@@ -303,6 +234,6 @@ def merge_blocks(mean, partials, shards, size, sigma, out, BLOCK: tl.constexpr):
 def control_merge(mean: Tensor, partials: Tensor, sigma: float, *, out: Tensor) -> None:
     block, size = 128, mean.numel()
     launch(
-        merge_blocks, -(-size // block), mean, mean.contiguous(), partials.contiguous(),
+        merge_blocks, -(-size // block), mean.contiguous(), partials.contiguous(),
         partials.shape[0], size, sigma, out, BLOCK=block,
     )  # fmt: skip

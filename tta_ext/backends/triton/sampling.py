@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 from torch import Tensor
 
-from tta_ext.backends import reference
-from tta_ext.backends.reference._common import KeyArguments
-from tta_ext.backends.triton.launch import Rows, complain, factor
+from tta_ext.backends.reference._common import KeyArguments, inverse_temperature
+from tta_ext.backends.triton.launch import Rows, operator
 from tta_ext.backends.triton.rows import Key, sample, stats
 
 
-def categorical_sample(logits: Tensor, temperature: float, *rest: Any, out: Tensor) -> None:
-    *key, stream, draw, check = rest
-    KeyArguments(*key).check(check)
-    x, inverse = Rows.of(logits), factor(temperature)
-    s = stats(x, inverse)
-    sample(x, s, inverse, Key.of(*key[:5]), key[5], stream, draw, out)
-    complain(check, out < 0, lambda: reference.categorical_sample(logits, temperature, *rest))
+@operator
+def categorical_sample(
+    logits: Tensor, temperature: float, key: KeyArguments, stream: int, draw: int, check: bool, *,
+    out: Tensor,
+) -> Callable[[], Tensor]:  # fmt: skip
+    x, inverse = Rows.of(logits), inverse_temperature(temperature)
+    sample(x, stats(x, inverse), inverse, Key.of(key, draw), stream, out)
+    return lambda: out < 0

@@ -6,135 +6,84 @@ walks along its draft to the first rejection, and draws.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from tta_ext import rng, rules
-from tta_ext.backends import reference
-from tta_ext.backends.reference._common import KeyArguments, check_indices
-from tta_ext.backends.triton.cut import (
-    FIELDS,
-    KEPT,
-    MASS,
-    PROXY_MAX,
-    PROXY_VALID,
-    PROXY_Z,
-    TOP,
-    VALID,
-    RuleArguments,
-    Z,
-    is_upper,
-    judges_proxy,
-    loads_proxy,
-)
-from tta_ext.backends.triton.launch import complain, jit, launch, scratch
-from tta_ext.backends.triton.numerics import (
-    INFINITY,
-    LANES,
-    TILE,
-    find_in_tile,
-    fold,
-    integer,
-    uniform,
-    word3,
-)
-from tta_ext.backends.triton.policy import (
-    BLOCK_SIZE,
-    best_of_row,
-    deferral_of,
-    flipped,
-    greedy_row,
-    kept_best,
-    policy_best,
-    resolved,
-)
-from tta_ext.backends.triton.rows import (
-    Key,
-    draw_row,
-    groups_of,
-    mass_sum,
-    probability,
-    row_pointer,
-    tiles_of,
-)
+from tta_ext import rng
+from tta_ext.backends.reference._common import KeyArguments, RuleArguments
+from tta_ext.backends.triton import cut, policy, rows
+from tta_ext.backends.triton import numerics as num
+from tta_ext.backends.triton.launch import jit, launch, operator, outside, scratch
 
 VERIFY, RESIDUAL = tl.constexpr(rng.VERIFY), tl.constexpr(rng.RESIDUAL)
 BONUS, PROXY, SPLIT = tl.constexpr(rng.BONUS), tl.constexpr(rng.PROXY), tl.constexpr(rng.SPLIT)
-# What a position makes of its draft token.
-INVALID, ACCEPT, REJECT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+# What a position makes of its draft token; IMPOSSIBLE: rejects what q could not have drawn.
+INVALID, ACCEPT = tl.constexpr(0), tl.constexpr(1)
+REJECT, IMPOSSIBLE = tl.constexpr(2), tl.constexpr(3)
+
+
+class Draft(NamedTuple):
+    """Draft tokens as kernels take them."""
+
+    token: Tensor
+    outer_stride: int
+    inner_stride: int
+    length: Tensor
 
 
 @triton.jit
-def coin(seed, position, position_stride, sequence, sequence_stride, rollout, rollout_stride,
-         iteration, b, k, TAG: tl.constexpr):  # fmt: skip
-    """The uniform of row b, k tokens after its position."""
-    return uniform(
-        integer(seed, 0),
-        b * 0,
-        integer(position, b * position_stride) + k,
-        integer(sequence, b * sequence_stride),
-        word3(TAG, iteration.to(tl.int64), integer(rollout, b * rollout_stride)),
-    )
+def length_of(law, draft, b):
+    """How long the draft of row b is."""
+    return tl.minimum(tl.maximum(tl.load(draft.length + b), 0), law.base.inner - 1)
 
 
 @triton.jit
-def draft_probability(data, state, row, v, inverse, AT: tl.constexpr, SUM: tl.constexpr):
-    """fl32 p or q of a token."""
-    here = state + row * FIELDS
-    x = tl.load(data + v).to(tl.float32)
-    return probability(x, tl.load(here + AT).to(tl.float32), inverse, tl.load(here + SUM))
-
-
-@triton.jit
-def deferred_share(base, proxy, state, row, v, UPPER: tl.constexpr, BY_PROXY: tl.constexpr):
-    """mu(v), float64."""
-    if BY_PROXY:
-        x = tl.load(proxy + v).to(tl.float32)
-    else:
-        x = tl.load(base + v).to(tl.float32)
-    inside, at_split, fraction = deferral_of(state, row, v, x)
-    return tl.where(flipped(inside, UPPER), 1.0, tl.where(at_split, fraction, 0.0))
+def share_of(law, row, v, RULE: tl.constexpr):
+    """mu of one token."""
+    return cut.mu(law, row, v, rows.logits(law.base, row, v), rows.logits(law.proxy, row, v), RULE)
 
 
 @jit
-def judge_drafts(data, outer_stride, inner_stride, inner, limit, vocab,
-                 proxy, proxy_outer, proxy_inner, draft, draft_outer, draft_inner, draft_length,
-                 state, inverse, seed, position, position_stride, sequence, sequence_stride,
-                 rollout, rollout_stride, iteration, best, best_id, blocks, verdict, chosen,
-                 UPPER: tl.constexpr, BY_PROXY: tl.constexpr, BLOCKS: tl.constexpr):  # fmt: skip
+def judge_drafts(law, draft, best, seed, position, sequence, rollout, strides, iteration, draw,
+                 verdict, RULE: tl.constexpr, BLOCKS: tl.constexpr):  # fmt: skip
     """What position k makes of its draft token; greedy where ``best`` is given."""
     row = tl.program_id(0).to(tl.int64)
-    b, k = row // inner, row % inner
-    length = tl.load(draft_length + b)
-    if k < tl.minimum(length, inner - 1):
-        x = tl.load(draft + b * draft_outer + k * draft_inner)
-        here = state + row * FIELDS
-        valid = (tl.load(here + VALID) != 0.0) & (tl.load(here + PROXY_VALID) != 0.0)
+    b, k = row // law.base.inner, row % law.base.inner
+    if k < length_of(law, draft, b):
+        x = tl.load(draft.token + b * draft.outer_stride + k * draft.inner_stride)
+        state, vocab = law.state, law.base.vocab
+        valid = tl.load(state.valid + row) & tl.load(state.proxy_valid + row)
         valid = valid & (x >= 0) & (x < vocab)
         v = tl.where(valid, x, 0)
-        base = row_pointer(data, outer_stride, inner_stride, inner, row)
-        other = row_pointer(proxy, proxy_outer, proxy_inner, inner, row)
         if best is not None:
-            token = best_of_row(best, best_id, row, blocks, BLOCKS)
-            accept = token == x
-            tl.store(chosen + row, token)
+            _, token, _ = policy.best_of_row(best, row, vocab, BLOCKS)
+            what = tl.where(token == x, ACCEPT, REJECT)
         else:
-            q = draft_probability(other, state, row, v, inverse, PROXY_MAX, PROXY_Z).to(tl.float64)
-            p = draft_probability(base, state, row, v, inverse, TOP, Z).to(tl.float64)
-            mu = deferred_share(base, other, state, row, v, UPPER, BY_PROXY)
-            u = coin(seed, position, position_stride, sequence, sequence_stride, rollout,
-                     rollout_stride, iteration, b, k, VERIFY)  # fmt: skip
-            kept = (1.0 - mu) * p
-            moved = tl.load(here + MASS) * q
-            accept = (q > 0.0) & (u * q < kept + moved)
-        tl.store(verdict + row, tl.where(valid, tl.where(accept, ACCEPT, REJECT), INVALID))
+            key = seed, position, sequence, rollout, strides, iteration, draw
+            u = rows.coin(key, b, k, row * 0 + VERIFY)
+            x, y = rows.logits(law.base, row, v), rows.logits(law.proxy, row, v)
+            kept, q = policy.parts(law, row, v, x, y, RULE)
+            moved = tl.load(state.mass + row) * q
+            what = tl.where(u * q < kept + moved, ACCEPT, REJECT)
+            what = tl.where(q > 0.0, what, IMPOSSIBLE)
+        tl.store(verdict + row, tl.where(valid, what, INVALID))
 
 
 # ---- the residual law ----------------------------------------------------------------------------
+
+
+class Residual(NamedTuple):
+    """Its mass in each tile, and the power of two that scales its weights there to at most 1: a
+    draw keeps its resolution however small they are.
+    """
+
+    mass: Tensor
+    exponent: Tensor
 
 
 @triton.jit
@@ -144,244 +93,173 @@ def power_of_two(exponent):
 
 
 @triton.jit
-def residual(base, proxy, state, row, j, vocab, inverse, UPPER: tl.constexpr,
-             BY_PROXY: tl.constexpr):  # fmt: skip
+def residual(law, row, j, RULE: tl.constexpr):
     """max((1 - mu) p - (1 - D) q, 0) of tokens j, rounded once to float32."""
-    here = state + row * FIELDS
-    x = tl.load(base + j, mask=j < vocab, other=-INFINITY).to(tl.float32)
-    y = tl.load(proxy + j, mask=j < vocab, other=-INFINITY).to(tl.float32)
-    p = probability(x, tl.load(here + TOP).to(tl.float32), inverse, tl.load(here + Z))
-    top, z = tl.load(here + PROXY_MAX).to(tl.float32), tl.load(here + PROXY_Z)
-    q = probability(y, top, inverse, z).to(tl.float64)
-    if BY_PROXY:
-        inside, at_split, fraction = deferral_of(state, row, j, y)
-    else:
-        inside, at_split, fraction = deferral_of(state, row, j, x)
-    kept = tl.where(flipped(inside, UPPER), 0.0, p.to(tl.float64))
-    kept = tl.where(at_split, (1.0 - fraction) * p.to(tl.float64), kept)
-    w = (kept - tl.load(here + KEPT) * q).to(tl.float32)
+    kept, q = policy.parts(
+        law, row, j, rows.logits(law.base, row, j), rows.logits(law.proxy, row, j), RULE
+    )
+    w = (kept - tl.load(law.state.kept + row) * q).to(tl.float32)
     return tl.where(w > 0.0, w, 0.0)
 
 
 @jit
-def residual_tiles(data, outer_stride, inner_stride, inner, limit, vocab,
-                   proxy, proxy_outer, proxy_inner, draft_length, state, inverse, verdict,
-                   mass, exponent, UPPER: tl.constexpr, BY_PROXY: tl.constexpr):  # fmt: skip
-    """The residual's mass in each tile of the rejected positions, and the power of two that scales
-    it to at most 1: a draw keeps its resolution however small the weights are.
-    """
-    tiles = tiles_of(vocab)
-    row = (tl.program_id(0) // tiles).to(tl.int64)
-    t = tl.program_id(0) % tiles
-    length = tl.load(draft_length + row // inner)
-    if row % inner >= tl.minimum(length, inner - 1):
+def residual_tiles(law, draft, verdict, out, RULE: tl.constexpr):
+    """The residual in each tile of the rejected positions."""
+    tiles = rows.tiles_of(law.base.vocab)
+    row, t = rows.part(tiles)
+    if row % law.base.inner >= length_of(law, draft, row // law.base.inner):
         return
-    if tl.load(verdict + row) != REJECT:
+    if tl.load(verdict + row) < REJECT:
         return
-    base = row_pointer(data, outer_stride, inner_stride, inner, row)
-    other = row_pointer(proxy, proxy_outer, proxy_inner, inner, row)
-    most = tl.zeros((LANES,), tl.float32)
-    for g in range(groups_of(vocab)):
-        j = t * TILE + g * LANES + tl.arange(0, LANES)
-        w = residual(base, other, state, row, j, vocab, inverse, UPPER, BY_PROXY)
+    begin = t * num.TILE + tl.arange(0, num.LANES)
+    most = tl.zeros((num.LANES,), tl.float32)
+    for g in range(rows.groups_of(law.base.vocab)):
+        w = residual(law, row, begin + g * num.LANES, RULE)
         most = tl.where(w > most, w, most)
     most = tl.max(most, 0)
     raw = most.to(tl.float64).to(tl.int64, bitcast=True)
     e = tl.where(most > 0.0, ((raw >> 52) & 0x7FF) - 1022, 0)
-    shrink = power_of_two(-e)
-    lanes = tl.zeros((LANES,), tl.float32)
-    for g in range(groups_of(vocab)):
-        j = t * TILE + g * LANES + tl.arange(0, LANES)
-        w = residual(base, other, state, row, j, vocab, inverse, UPPER, BY_PROXY)
-        lanes = lanes + (w.to(tl.float64) * shrink).to(tl.float32)
-    total = tl.sum(fold(lanes[None, :], 1), 0).to(tl.float64) * power_of_two(e)
-    tl.store(mass + row * tiles + t, tl.where(most > 0.0, total, 0.0))
-    tl.store(exponent + row * tiles + t, e)
+    lanes = tl.zeros((num.LANES,), tl.float32)
+    for g in range(rows.groups_of(law.base.vocab)):
+        w = residual(law, row, begin + g * num.LANES, RULE)
+        lanes = lanes + (w.to(tl.float64) * power_of_two(-e)).to(tl.float32)
+    total = tl.sum(num.fold(lanes[None, :], 1), 0).to(tl.float64) * power_of_two(e)
+    tl.store(out.mass + row * tiles + t, tl.where(most > 0.0, total, 0.0))
+    tl.store(out.exponent + row * tiles + t, e)
 
 
 @triton.jit
-def draw_residual(base, proxy, state, row, vocab, tiles, inverse, mass, exponent, total, u,
-                  UPPER: tl.constexpr, BY_PROXY: tl.constexpr):  # fmt: skip
-    target = u * total
-    before = tl.zeros((), tl.float64)
-    found = tl.full((), -1, tl.int32)
-    last = tl.full((), 0, tl.int32)
-    for t in range(tiles):
-        part = tl.load(mass + row * tiles + t)
-        open_ = found < 0
-        hit = open_ & (before + part > target)
-        last = tl.where(open_ & (part > 0.0), t, last)
-        found = tl.where(hit, t, found)
-        before = tl.where(open_ & (hit == 0), before + part, before)
-    target = tl.where(found < 0, INFINITY, target)
-    t = tl.where(found < 0, last, found)
-    e = tl.load(exponent + row * tiles + t)
-    j = t * TILE + tl.arange(0, TILE)
-    w = residual(base, proxy, state, row, j, vocab, inverse, UPPER, BY_PROXY)
+def draw_residual(law, row, left, total, u, RULE: tl.constexpr):
+    tiles = rows.tiles_of(law.base.vocab)
+    t, before, target = rows.find_tile(None, left.mass, row, tiles, 0.0, 0.0, u * total)
+    e = tl.load(left.exponent + row * tiles + t)
+    w = residual(law, row, t * num.TILE + tl.arange(0, num.TILE), RULE)
     weight = (w.to(tl.float64) * power_of_two(-e)).to(tl.float32)
-    return (t * TILE + find_in_tile(weight, power_of_two(e), before, target)).to(tl.int64)
+    return (t * num.TILE + num.find_in_tile(weight, power_of_two(e), before, target)).to(tl.int64)
 
 
 # ---- the walk ------------------------------------------------------------------------------------
 
 
 @jit
-def walk_rows(data, outer_stride, inner_stride, inner, limit, vocab, proxy, proxy_outer,
-              proxy_inner, draft, draft_outer, draft_inner, draft_length, state, inverse,
-              tile_max, tile_sum, proxy_tile_max, proxy_tile_sum,
-              seed, position, position_stride, sequence, sequence_stride, rollout, rollout_stride,
-              iteration, verdict, chosen, residual_mass, exponent, first_x, first_id, second_x,
-              best, best_id, blocks, accepted, token, deferred, mass,
-              RULE: tl.constexpr, DO_SAMPLE: tl.constexpr, RETURN_MASS: tl.constexpr,
-              BLOCKS: tl.constexpr):  # fmt: skip
+def walk_rows(law, s, q, draft, verdict, left, best, kept, seed, position, sequence, rollout,
+              strides, iteration, draw, accepted, token, deferred, mass, RULE: tl.constexpr,
+              RETURN_MASS: tl.constexpr, BLOCKS: tl.constexpr):  # fmt: skip
     """From the first position to the first rejection, or to the token after the draft."""
-    UPPER: tl.constexpr = is_upper(RULE)
-    BY_PROXY: tl.constexpr = judges_proxy(RULE)
-    NEEDS: tl.constexpr = loads_proxy(RULE)
     b = tl.program_id(0).to(tl.int64)
-    tiles = tiles_of(vocab)
-    length = tl.minimum(tl.maximum(tl.load(draft_length + b), 0), inner - 1)
+    base, proxy, state = law.base, law.proxy, law.state
+    tiles, first = rows.tiles_of(base.vocab), b * base.inner
+    length = length_of(law, draft, b)
 
     # Where it stops. A rejection with pi = q in floats is none, if q could have drawn the token.
     k = b * 0
     going = k < length
     while going:
-        row = b * inner + k
+        row = first + k
         what = tl.load(verdict + row)
         onward = what == ACCEPT
-        if DO_SAMPLE:
+        if left is not None:
             if what == REJECT:
-                here = state + row * FIELDS
-                x = tl.load(draft + b * draft_outer + k * draft_inner)
-                other = row_pointer(proxy, proxy_outer, proxy_inner, inner, row)
-                q = draft_probability(other, state, row, x, inverse, PROXY_MAX, PROXY_Z)
-                same = (tl.load(here + MASS) == 1.0) | (mass_sum(residual_mass, row, tiles) == 0.0)
-                onward = same & (q > 0.0)
+                onward = tl.load(state.mass + row) == 1.0
+                onward = onward | (rows.mass_sum(left.mass, row, tiles) == 0.0)
         if onward:
             if RETURN_MASS:
-                tl.store(mass + row, tl.load(state + row * FIELDS + MASS))
+                tl.store(mass + row, tl.load(state.mass + row))
             k += 1
         going = onward & (k < length)
 
-    row = b * inner + k
-    here = state + row * FIELDS
-    base = row_pointer(data, outer_stride, inner_stride, inner, row)
-    has_proxy = k < limit
-    other = row_pointer(proxy, proxy_outer, proxy_inner, inner, tl.where(has_proxy, row, b * inner))
-    top, z = tl.load(here + TOP).to(tl.float32), tl.load(here + Z)
-    proxy_top, proxy_z = tl.load(here + PROXY_MAX).to(tl.float32), tl.load(here + PROXY_Z)
-    proxy_valid = has_proxy & (tl.load(here + PROXY_VALID) != 0.0)
+    row = first + k
+    has_proxy = k < proxy.limit
+    proxy_valid = has_proxy & tl.load(state.proxy_valid + row)
     v = b * 0 - 1
     by_proxy = b < 0
     if k < length:
         valid = tl.load(verdict + row) != INVALID
-        if valid:
-            if DO_SAMPLE:
-                u = coin(seed, position, position_stride, sequence, sequence_stride, rollout,
-                         rollout_stride, iteration, b, k, RESIDUAL)  # fmt: skip
-                total = mass_sum(residual_mass, row, tiles)
-                by_proxy = (tl.load(here + MASS) == 1.0) | (total == 0.0)
-                if by_proxy:
-                    v = draw_row(other, vocab, proxy_tile_max, proxy_tile_sum, row, tiles,
-                                 proxy_top, proxy_z, inverse, u)  # fmt: skip
-                else:
-                    v = draw_residual(base, other, state, row, vocab, tiles, inverse,
-                                      residual_mass, exponent, total, u, UPPER,
-                                      BY_PROXY)  # fmt: skip
-            else:
-                v = tl.load(chosen + row)
-                by_proxy = deferred_share(base, other, state, row, v, UPPER, BY_PROXY) == 1.0
     else:
-        valid = tl.load(here + VALID) != 0.0
-        if NEEDS:
+        valid = tl.load(state.valid + row)
+        if cut.reads_proxy(RULE):
             valid = valid & proxy_valid
-        if valid:
-            if DO_SAMPLE:
-                u = coin(seed, position, position_stride, sequence, sequence_stride, rollout,
-                         rollout_stride, iteration, b, k, BONUS)  # fmt: skip
-                v = draw_row(base, vocab, tile_max, tile_sum, row, tiles, top, z, inverse, u)
-                mu = deferred_share(base, other, state, row, v, UPPER, BY_PROXY)
-                split = coin(seed, position, position_stride, sequence, sequence_stride, rollout,
-                             rollout_stride, iteration, b, k, SPLIT)  # fmt: skip
-                by_proxy = (mu == 1.0) | (split < mu)
+    if valid:
+        if left is not None:
+            key = seed, position, sequence, rollout, strides, iteration, draw
+            if k < length:
+                stream = b * 0 + RESIDUAL
+                total = rows.mass_sum(left.mass, row, tiles)
+                by_proxy = (tl.load(state.mass + row) == 1.0) | (total == 0.0)
+                if by_proxy == 0:
+                    v = draw_residual(law, row, left, total, rows.coin(key, b, k, stream), RULE)
             else:
-                if NEEDS:
-                    by_proxy = b >= 0
-                else:
-                    v, by_proxy = greedy_row(base, vocab, state, row, tile_max, inverse, first_x,
-                                             first_id, second_x, blocks, BLOCKS)  # fmt: skip
+                stream = b * 0 + PROXY
+                u = rows.coin(key, b, k, b * 0 + BONUS)
+                top, z = tl.load(state.top + row), tl.load(state.z + row)
+                v = rows.draw_row(base, s, row, top, z, law.inverse, u)
+                share = share_of(law, row, v, RULE)
+                by_proxy = (share == 1.0) | (rows.coin(key, b, k, b * 0 + SPLIT) < share)
             if by_proxy:
                 v = b * 0 - 1
-                if has_proxy:
-                    valid = proxy_valid
-                    if valid:
-                        if DO_SAMPLE:
-                            u = coin(seed, position, position_stride, sequence, sequence_stride,
-                                     rollout, rollout_stride, iteration, b, k, PROXY)  # fmt: skip
-                            v = draw_row(other, vocab, proxy_tile_max, proxy_tile_sum, row, tiles,
-                                         proxy_top, proxy_z, inverse, u)  # fmt: skip
-                        else:
-                            v = best_of_row(best, best_id, row, blocks, BLOCKS)
-                            share = deferred_share(base, other, state, row, v, UPPER, BY_PROXY)
-                            by_proxy = share == 1.0
+                valid = valid & (proxy_valid | (has_proxy == 0))
+                if proxy_valid:
+                    top, z = (tl.load(state.proxy_top + row), tl.load(state.proxy_z + row))
+                    u = rows.coin(key, b, k, stream)
+                    v = rows.draw_row(proxy, q, row, top, z, law.inverse, u)
+        else:
+            by_proxy = b >= 0
+            if k >= length:
+                if not cut.reads_proxy(RULE):
+                    v, by_proxy = policy.greedy_row(law, s, row, kept, BLOCKS)
+            if by_proxy:
+                v = b * 0 - 1
+                valid = valid & (proxy_valid | (has_proxy == 0))
+                if proxy_valid:
+                    _, v, _ = policy.best_of_row(best, row, base.vocab, BLOCKS)
+                    by_proxy = share_of(law, row, v, RULE) == 1.0
     tl.store(accepted + b, k)
     tl.store(token + b, tl.where(valid, v, -1))
     tl.store(deferred + b, by_proxy & valid)
     if RETURN_MASS:
-        tl.store(mass + row, tl.load(here + MASS))
+        tl.store(mass + row, tl.load(state.mass + row))
     if valid == 0:
         tl.store(mass + row, float("nan"))
 
 
-def deferral_verify(base_logits: Tensor, proxy_logits: Tensor, draft: Tensor, draft_length: Tensor,
-                    *rest: Any, accepted: Tensor, token: Tensor, deferred: Tensor,
-                    mass: Tensor) -> None:  # fmt: skip
-    rule, arguments = RuleArguments(*rest[:5]), KeyArguments(*rest[5:11])
-    return_mass, check = rest[11:]
+@operator
+def deferral_verify(
+    base_logits: Tensor, proxy_logits: Tensor, draft: Tensor, draft_length: Tensor,
+    rule: RuleArguments, arguments: KeyArguments, return_mass: bool, check: bool, *,
+    accepted: Tensor, token: Tensor, deferred: Tensor, mass: Tensor,
+) -> Callable[[], Tensor] | None:  # fmt: skip
     batch, positions, vocab = base_logits.shape
-    if check:
-        arguments.check(True)
-        check_indices("draft_length", draft_length, positions, True)
-        in_draft = torch.arange(positions - 1, device=draft.device) < draft_length.unsqueeze(-1)
-        check_indices("draft", torch.where(in_draft, draft, 0), vocab, True)
     mass.fill_(-1.0)
+
+    def invalid() -> Tensor:
+        last = arguments.position + (positions - 1) * arguments.do_sample
+        in_draft = torch.arange(positions - 1, device=draft.device) < draft_length.unsqueeze(-1)
+        wrong = torch.isnan(mass).any() | outside(draft_length, positions).any()
+        wrong = wrong | (outside(draft, vocab) & in_draft).any()
+        return wrong | outside(last, rng.WORD).any().to(wrong.device)
+
     if not batch:
-        return
+        return invalid
     if not proxy_logits.shape[1]:  # no draft and no row for the token after it: nothing is read
         proxy_logits = base_logits[:, :0]
-    r = resolved(base_logits, proxy_logits, rule, reads_proxy=True, both=False)
-    r.sums()
-    assert r.proxy is not None and r.proxy_stats is not None
-    x, q, blocks = r.base, r.proxy, -(-vocab // BLOCK_SIZE)
+    r = cut.resolved(base_logits, proxy_logits, rule, both=False)
+    policy.sum_up(r)
+    law, code, x = r.law, r.rule.code, r.law.base
+    drafts = Draft(draft, *draft.stride(), draft_length.contiguous())
     verdict = scratch(base_logits, x.rows, dtype=torch.int32)
-    chosen = scratch(base_logits, x.rows, dtype=torch.int64)
-    tiles = scratch(base_logits, x.rows, x.tiles), scratch(base_logits, x.rows, x.tiles,
-                                                           dtype=torch.int64)  # fmt: skip
-    flags = {"UPPER": is_upper(rule.code), "BY_PROXY": judges_proxy(rule.code)}
-    best: tuple[Any, ...] = (None, None)
-    kept: tuple[Any, ...] = (None, None, None)
-    if not arguments.do_sample:
-        best = policy_best(r)
-        if rule.code not in rules.NEEDS_PROXY:
-            kept = kept_best(r)
-    width = triton.next_power_of_2(blocks)
-    key = Key.of(*rest[5:10])
-    drafts = draft, draft.stride(0), draft.stride(1), draft_length.contiguous()
-    launch(
-        judge_drafts, x.rows, base_logits, *x, *q[:3], *drafts, r.state, r.inverse, *key, *best,
-        blocks, verdict, chosen, **flags, BLOCKS=width,
-    )  # fmt: skip
+    best = kept = left = None
     if arguments.do_sample:
-        launch(
-            residual_tiles, x.rows * x.tiles, base_logits, *x, *q[:3], drafts[3], r.state,
-            r.inverse, verdict, *tiles, **flags,
-        )  # fmt: skip
+        exponent = scratch(base_logits, x.rows, x.tiles, dtype=torch.int64)
+        left = Residual(scratch(base_logits, x.rows, x.tiles), exponent)
+    else:
+        best = policy.found_best(r, of_policy=True)
+        kept = None if cut.reads_proxy(code) else policy.found_best(r, of_policy=False)
+    key, width = rows.Key.of(arguments), triton.next_power_of_2(policy.blocks_of(x))
+    launch(judge_drafts, x.rows, law, drafts, best, *key, verdict, RULE=code, BLOCKS=width)
+    if left is not None:
+        launch(residual_tiles, x.rows * x.tiles, law, drafts, verdict, left, RULE=code)
     launch(
-        walk_rows, batch, base_logits, *x._replace(limit=q.limit), *q[:3], *drafts, r.state,
-        r.inverse, *r.base_stats[:2], *r.proxy_stats[:2], *key, verdict, chosen, *tiles, *kept,
-        *best, blocks, accepted, token, deferred, mass, RULE=rule.code,
-        DO_SAMPLE=arguments.do_sample, RETURN_MASS=return_mass, BLOCKS=width,
-        num_warps=8,
+        walk_rows, batch, law, r.base, r.proxy, drafts, verdict, left, best, kept, *key, accepted,
+        token, deferred, mass, RULE=code, RETURN_MASS=return_mass, BLOCKS=width, num_warps=8,
     )  # fmt: skip
-    given = base_logits, proxy_logits, draft, draft_length, *rest
-    complain(check, torch.isnan(mass).any(-1), lambda: reference.deferral_verify(*given))
+    return invalid
