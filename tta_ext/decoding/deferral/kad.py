@@ -196,7 +196,10 @@ class KnapsackDeferral:
             given = (None, *given[1:])
         self._given: dict[str, Any] = dict(zip(_RULE_KEYS, (rule, *given), strict=True))
         self.rule = self._chosen({})
-        self._models.fits.extend(fit_model(model, name, runner, probe) for model, name in named)
+        self._models.fits.extend(
+            fit_model(model, name, runner, probe, proxy_tokenizer if i else tokenizer)
+            for i, (model, name) in enumerate(named)
+        )
         self.fits = self._models.fits
 
     def __repr__(self) -> str:

@@ -180,6 +180,7 @@ class Request:
             else pad_token_id
         )
         self.pad: int = min(ends, default=0) if pad is None else pad
+        self.padding = pad_token_id  # of models that look at it
         self.sequence = sequence_ids(sequence, len(self.base))
         self.rule = self._spread(rule, len(base))
         self.draft = draft_source(draft) or "proxy"
@@ -345,6 +346,7 @@ class Request:
                         vocabulary=models.vocabulary.size,
                         masked=models.vocabulary.masked,
                         name=name,
+                        pad=self.padding,
                     )
                 )
         return runners

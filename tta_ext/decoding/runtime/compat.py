@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,6 +28,7 @@ __all__ = [
     "is_recurrent",
     "kept_by_generate",
     "logits_of",
+    "masks_windows",
     "of_one_row",
     "passed_cache",
     "query_count",
@@ -88,6 +90,20 @@ def is_recurrent(model: Any) -> bool:
 def attention_implementation(config: Any) -> str:
     """``"sdpa"``, ``"eager"`` or another name, from a text configuration."""
     return getattr(config, "_attn_implementation", None) or "eager"
+
+
+# What makes masks with windows, of which a model's own code imports some.
+WINDOW_MASKS = (
+    "create_sliding_window_causal_mask",
+    "create_chunked_causal_mask",
+    "create_masks_for_generate",
+)
+
+
+def masks_windows(model: Any) -> bool:
+    """Whether a model's code makes attention masks with windows."""
+    files = {sys.modules.get(type(module).__module__) for module in model.modules()}
+    return any(hasattr(file, name) for file in files for name in WINDOW_MASKS)
 
 
 def query_count(queries: int | Tensor) -> int:
@@ -214,7 +230,10 @@ class DecodingState:
         arguments = dict(self.arguments)
         for name, value in self.arguments.items():
             if isinstance(value, Cache):
-                value.reorder_cache(index)  # type: ignore[arg-type]
+                try:
+                    _reorder(value)(index)
+                except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError):
+                    return None
             elif isinstance(value, Tensor):
                 # Positions may come as [kinds, rows, columns].
                 axis = value.dim() - 2 if name == "position_ids" else 0
@@ -224,6 +243,13 @@ class DecodingState:
                 return None
         self.arguments = arguments
         return self
+
+
+def _reorder(cache: Cache) -> Any:
+    """The method that picks a cache's rows: of two, the one that its own class has written."""
+    names = ("reorder_cache", "batch_select_indices")
+    classes = type(cache).__mro__
+    return getattr(cache, next(n for cls in classes for n in names if n in vars(cls)))
 
 
 _SLICES = (

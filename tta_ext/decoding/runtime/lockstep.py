@@ -3,8 +3,8 @@
 Some models cannot take rows of different length into one forward: they keep a recurrent state,
 count positions themselves, or have a cache of their own. They run as ``generate`` runs them:
 prompts padded on the left, the arguments that ``generate`` prepares and updates, one token a row a
-step. Rows never lag and are not rolled back. Rows that have ended leave by the cache's own
-``reorder_cache``; where there is none, the state is dropped and the rows are run anew from their
+step. Rows never lag and are not rolled back. Rows that have ended leave by the cache's own method;
+where there is none that can be trusted, the state is dropped and the rows are run anew from their
 tokens.
 
 A model whose rotary factors follow the longest row of the batch runs rows of different length
@@ -49,13 +49,14 @@ class _Group:
         self.mask = torch.cat((self.mask, self.mask.new_ones(len(tokens), 1)), dim=1)
         self.held = None
 
-    def select(self, rows: list[int], places: list[int], copy: bool = False) -> _Group:
+    def select(self, rows: list[int], places: list[int], copy: bool, anew: bool) -> _Group:
         """A group of some of these rows, repeated as needed."""
         index = torch.tensor(places, dtype=torch.int64, device=self.ids.device)
         group = _Group(rows, self.ids[index], self.mask[index])
         state = self.state
         if state is not None and places != list(range(len(self.rows))):
-            state = (deepcopy(state) if copy else state).select(index, len(self.rows))
+            state = deepcopy(state) if copy and not anew else state
+            state = None if anew else state.select(index, len(self.rows))
         elif copy:
             state = deepcopy(state)
         if state is not None:
@@ -69,7 +70,9 @@ class LockstepRunner(ModelRunner):
     Args:
         model, prompts, room, vocabulary, masked, name: as for
             :class:`~tta_ext.decoding.runtime.runner.Runner`.
+        pad: id of the padding, which some models look at; None: the model's.
         apart: rows of different length do not share a forward.
+        anew: run rows anew when others leave, as the model's cache cannot pick rows.
     """
 
     kind = "lockstep"
@@ -84,13 +87,16 @@ class LockstepRunner(ModelRunner):
         vocabulary: int,
         masked: Tensor | None = None,
         name: str = "model",
+        pad: int | None = None,
         apart: bool = False,
+        anew: bool = False,
     ) -> None:
         super().__init__(model, vocabulary, masked, name)
-        self._apart = apart
-        text = model.config.get_text_config()
-        pads = [getattr(text, "pad_token_id", None), getattr(model.config, "pad_token_id", None)]
-        self._pad = next((int(pad) for pad in pads if isinstance(pad, int) and pad >= 0), 0)
+        self._apart, self._anew = apart, anew
+        generation = getattr(model, "generation_config", None)
+        owners = (model.config.get_text_config(), model.config, generation)
+        pads = [pad, *(getattr(owner, "pad_token_id", None) for owner in owners)]
+        self._pad = next((pad for pad in pads if isinstance(pad, int) and pad >= 0), 0)
         self._groups: list[_Group] = []
         self._load(prompts, room)
 
@@ -148,7 +154,7 @@ class LockstepRunner(ModelRunner):
         self._take(self, rows)
 
     def adopt(self, source: LockstepRunner, rows: Sequence[int], room: int) -> None:
-        self._room, self._apart = room, source._apart
+        self._room, self._apart, self._anew = room, source._apart, source._anew
         self._take(source, rows, copy=True)
 
     def _take(self, source: LockstepRunner, rows: Sequence[int], copy: bool = False) -> None:
@@ -157,7 +163,7 @@ class LockstepRunner(ModelRunner):
             place = {row: i for i, row in enumerate(group.rows)}
             mine = [i for i, row in enumerate(rows) if row in place]
             if mine:
-                groups.append(group.select(mine, [place[rows[i]] for i in mine], copy))
+                groups.append(group.select(mine, [place[rows[i]] for i in mine], copy, self._anew))
         self._tokens = [source._tokens[row].copy() for row in rows]
         self.count, self._groups, self._logits = len(self._tokens), groups, None
         self._place()

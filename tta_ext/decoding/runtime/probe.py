@@ -5,7 +5,7 @@ Each trial runs two short rows, once together and once alone without a cache, an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ def _alone(model: Any, rows: Sequence[Sequence[int]]) -> list[Tensor]:
     return [logits_of(model, torch.tensor([row], device=device))[0, -1].double() for row in rows]
 
 
-def _difference(found: Tensor, expected: Sequence[Tensor]) -> float:
+def _difference(found: Tensor, expected: Iterable[Tensor]) -> float:
     """The largest difference of logits, as a share of the largest logit of its row."""
     worst = 0.0
     for row, alone in zip(found.double(), expected, strict=True):
@@ -44,26 +44,39 @@ def _difference(found: Tensor, expected: Sequence[Tensor]) -> float:
 
 
 @torch.inference_mode()
-def ragged_difference(model: Any, role: str, contiguous: bool = False) -> float:
+def ragged_difference(model: Any, contiguous: bool = False) -> float:
     """How much two rows in the ragged cache differ from the same rows alone."""
     rows = _rows(model)
-    runner = Runner(
-        model, rows, room=1, vocabulary=logit_count(model), name=role, contiguous=contiguous
-    )
+    runner = Runner(model, rows, room=1, vocabulary=logit_count(model), contiguous=contiguous)
     runner.prefill()
     return _difference(runner.step(), _alone(model, rows))
 
 
 @torch.inference_mode()
-def lockstep_difference(model: Any, role: str) -> float:
-    """The same of two rows in lock-step, at their second token."""
+def lockstep_difference(model: Any) -> tuple[float, bool]:
+    """The same of two rows in lock-step, at their second token.
+
+    Returns:
+        The difference, and whether the rows of the model's cache can be picked.
+    """
     rows = _rows(model)
-    runner = LockstepRunner(
-        model, [row[:-1] for row in rows], room=2, vocabulary=logit_count(model), name=role
-    )
-    runner.step()
-    runner.append([row[-1] for row in rows])
-    return _difference(runner.step(), _alone(model, rows))
+
+    def second(order: Sequence[int]) -> Tensor:
+        prompts = [row[:-1] for row in rows]
+        runner = LockstepRunner(model, prompts, room=2, vocabulary=logit_count(model))
+        runner.step()
+        if order != (0, 1):
+            runner.keep(order)
+        runner.append([rows[i][-1] for i in order])
+        return runner.step()
+
+    plain = second((0, 1))
+    difference = _difference(plain, _alone(model, rows))
+    try:
+        picks = _difference(second((1, 0)).flip(0), plain.double()) <= tolerance(model)
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+        picks = False
+    return difference, picks
 
 
 @torch.inference_mode()
