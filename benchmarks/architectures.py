@@ -265,13 +265,14 @@ def table(rows: dict[str, dict[str, str]]) -> str:
     judged = sum(count[end] for end in ends[:4])
     lines = [
         f"{count['right']} of {judged} right, {count['wrong']} wrong, {count['refused']} refused, "
-        f"{count['traceback']} in a traceback; {count['not built']} not built, and "
-        f"{count['left out']} left out, whose own `generate` fails on this batch:",
+        f"{count['traceback']} in a traceback. Not in this count are {count['left out']} whose own "
+        f"`generate` fails on this batch, and {count['not built']} whose class raises when a tiny "
+        "one is made:",
         "",
         *(
-            f"- {name} ({row['class']}): {row['generate']}"
+            f"- {name} ({row['class']}): {row['generate'] or row['error']}"
             for name, row in sorted(rows.items())
-            if outcome(row) == "left out"
+            if outcome(row) in ("left out", "not built")
         ),
         "",
         "The checks:",

@@ -66,10 +66,6 @@ _LONGROPE: dict[str, Any] = {
         "original_max_position_embeddings": 14,
     },
 }  # fmt: skip
-_ASSISTANT: dict[str, Any] = {
-    "backbone_hidden_size": 32,
-    "text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0},
-}
 _QWEN4: dict[str, Any] = {
     "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 64,
     "indexer_compress_ratio": 2, "hc_count": 2, "hc_lowrank": 8, "ple_layer_ids": [1],
@@ -94,8 +90,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 2, "encoder_hash_byte_group_vocab": 64,
         "encoder_config": {"hidden_size_global": 32}, "decoder_config": {"hidden_size_global": 32},
     },
-    "gemma4_assistant": _ASSISTANT,
-    "gemma4_unified_assistant": _ASSISTANT,
+    "gemma4_assistant": {
+        "backbone_hidden_size": 32,
+        "text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0},
+    },
+    "gemma4_unified_assistant": {
+        "backbone_hidden_size": 32,
+        "text_config": {"num_hidden_layers": 4, "num_kv_shared_layers": 2,
+                        "layer_types": ["sliding_attention", "full_attention"] * 2},
+    },
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},

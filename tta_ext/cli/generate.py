@@ -82,6 +82,7 @@ def generate(
     address: common.Address = None,
     gpus_per_worker: common.GpusPerWorker = 0.0,
     threads: common.Threads = None,
+    runner: common.Runner = None,
     config: Config = None,
 ) -> None:
     """Answer prompts with two models; `tta search` is for one model and a reward.
@@ -117,6 +118,8 @@ def generate(
             "speculative": _draft_length(speculative),
             "draft": draft,
         }
+        if runner is not None:
+            pair_options["runner"] = runner
         options: dict[str, Any] = {
             "do_sample": not greedy,
             "seed": seed,

@@ -88,6 +88,7 @@ def search(
     revision: common.Revision = None,
     shard: common.ShardOf = None,
     threads: common.Threads = None,
+    runner: common.Runner = None,
     config: Config = None,
 ) -> None:
     """Answer prompts with one model, by a search for a high reward.
@@ -111,7 +112,7 @@ def search(
         seed = chosen_seed(seed, journal)
         scorer = chosen_reward(reward)
         loaded, tokenizer = load_model_and_tokenizer(model, **common.loading_options(context))
-        machine = kind(loaded, scorer, tokenizer, **chosen)
+        machine = kind(loaded, scorer, tokenizer, runner=runner, **chosen)
         crew = Here(_Searching(machine, asked, seed))
         answer(
             asked,

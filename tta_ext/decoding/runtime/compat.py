@@ -206,24 +206,59 @@ class DecodingState:
         state.arguments = copy.deepcopy(self.arguments, memo)
         return state
 
-    def feed(self, ids: Tensor) -> Tensor:
-        """Logits ``[rows, V]`` of the last column.
+    def feed(self, ids: Tensor, columns: int = 1) -> Tensor:
+        """Logits ``[rows, columns, V]`` of the last columns.
 
         Args:
             ids: all columns so far, of which all but the last have been fed, or none.
+            columns: how many have not been fed; of the first forward the last one's are returned.
         """
-        model, given = self.model, self.arguments
+        model = self.model
         if self.first:
+            given = self.arguments
             inputs = model.prepare_inputs_for_generation(ids, is_first_iteration=True, **given)
         else:
+            if columns > 1:
+                self.arguments = self._update({}, columns - 1)
+            given = self.arguments.copy()
             if _SLICES:
                 # A model without a cache is fed all columns again.
-                given = given | {"next_sequence_length": 1 if given.get("use_cache") else None}
+                given["next_sequence_length"] = columns if given.get("use_cache") else None
+            if "logits_to_keep" in given:
+                given["logits_to_keep"] = columns
             inputs = model.prepare_inputs_for_generation(ids, **given)
         self.first = False
         outputs = model(**inputs, return_dict=True)
-        self.arguments = model._update_model_kwargs_for_generation(outputs, self.arguments)
-        return outputs.logits[:, -1]
+        self.arguments = self._update(outputs)
+        logits: Tensor = outputs.logits[:, -columns:]
+        return logits
+
+    def _update(self, outputs: Any, columns: int = 1) -> dict[str, Any]:
+        """The arguments with so many columns more."""
+        more = {"num_new_tokens": columns} if columns > 1 else {}
+        updated: dict[str, Any] = self.model._update_model_kwargs_for_generation(
+            outputs, self.arguments.copy(), **more
+        )
+        return updated
+
+    @property
+    def croppable(self) -> bool:
+        """Whether :meth:`crop` can take columns back."""
+        caches = [value for value in self.arguments.values() if isinstance(value, Cache)]
+        return bool(caches) and all(
+            getattr(cache, "is_croppable", False)
+            # Windows and convolutions keep no more than they need.
+            and not any(hasattr(layer, "activate_past_recording") for layer in cache.layers)
+            for cache in caches
+        )
+
+    def crop(self, columns: int) -> None:
+        """Forget the last columns."""
+        for name, value in self.arguments.items():
+            if isinstance(value, Cache):
+                value.crop(-columns)
+            elif name in _BY_COLUMN and isinstance(value, Tensor):
+                self.arguments[name] = value[..., :-columns]
 
     def select(self, index: Tensor, rows: int) -> DecodingState | None:
         """Its rows ``index``, which replace it; None where rows cannot be told apart."""
@@ -252,6 +287,7 @@ def _reorder(cache: Cache) -> Any:
     return getattr(cache, next(n for cls in classes for n in names if n in vars(cls)))
 
 
+_BY_COLUMN = ("attention_mask", "position_ids", "token_type_ids", "mm_token_type_ids")
 _SLICES = (
     "next_sequence_length"
     in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters

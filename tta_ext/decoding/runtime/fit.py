@@ -16,6 +16,7 @@ from tta_ext.decoding.runtime.interface import ModelRunner
 from tta_ext.decoding.runtime.lockstep import LockstepRunner
 from tta_ext.decoding.runtime.models import class_name, device_of
 from tta_ext.decoding.runtime.probe import (
+    draft_difference,
     lockstep_difference,
     position_reach,
     ragged_difference,
@@ -23,7 +24,7 @@ from tta_ext.decoding.runtime.probe import (
 )
 from tta_ext.decoding.runtime.runner import Runner
 
-__all__ = ["RUNNERS", "Fit", "fit_model"]
+__all__ = ["RUNNERS", "Fit", "fit_model", "takes_drafts"]
 
 log = logging.getLogger("tta_ext")
 
@@ -109,6 +110,7 @@ class _Trials:
     contiguous: bool = False
     picks: bool = True
     depends: bool = False
+    drafts: bool | None = None
 
 
 _trials: weakref.WeakKeyDictionary[Any, _Trials] = weakref.WeakKeyDictionary()
@@ -152,6 +154,19 @@ def fit_model(
             raise ValueError(f"{title} {failure}")
     pad = getattr(tokenizer, "pad_token_id", None)
     return Fit("lockstep", reason or "runner='lockstep'", found.reach, picks=found.picks, pad=pad)
+
+
+def takes_drafts(model: Any) -> bool:
+    """Whether a model in lock-step can read several tokens at once and take them back."""
+    found = _trials.setdefault(getattr(model, "inner", model), _Trials())
+    if found.drafts is None:
+        try:
+            found.drafts = draft_difference(model) <= tolerance(model)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # a cache of the model's own, which may raise what it likes
+            found.drafts = False
+    return found.drafts
 
 
 def _ragged_trial(model: Any, title: str, found: _Trials) -> str | None:

@@ -16,7 +16,13 @@ from tta_ext.decoding.runtime.lockstep import LockstepRunner
 from tta_ext.decoding.runtime.models import device_of, embedding_count, logit_count
 from tta_ext.decoding.runtime.runner import Runner
 
-__all__ = ["lockstep_difference", "position_reach", "ragged_difference", "tolerance"]
+__all__ = [
+    "draft_difference",
+    "lockstep_difference",
+    "position_reach",
+    "ragged_difference",
+    "tolerance",
+]
 
 
 def tolerance(model: Any) -> float:
@@ -77,6 +83,36 @@ def lockstep_difference(model: Any) -> tuple[float, bool]:
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
         picks = False
     return difference, picks
+
+
+@torch.inference_mode()
+def draft_difference(model: Any) -> float:
+    """How much rows in lock-step differ where a draft is read at once and taken back, in part.
+
+    Infinite if the model reads them all anew for that.
+    """
+    rows = _rows(model)
+    first, second = rows[0][0], rows[0][4]
+
+    def runner() -> LockstepRunner:
+        prompts = [row[:-1] for row in rows]
+        made = LockstepRunner(model, prompts, room=4, vocabulary=logit_count(model))
+        made.step()
+        made.append([row[-1] for row in rows])
+        return made
+
+    plain, drafts = runner(), runner()
+    plain.step()
+    expected: list[Tensor] = []
+    for token in (first, second):
+        plain.append([token] * len(rows))
+        expected += plain.step().double()
+    before, kept = drafts.tokens_run, [length + 1 for length in drafts.lengths]
+    scored = drafts.score([[first, first, second]] * len(rows))
+    drafts.rollback(kept, [[second]] * len(rows))
+    found = torch.cat((scored[:, 1], drafts.step()))
+    fed = (drafts.tokens_run - before) // len(rows)
+    return _difference(found, expected) if fed <= 6 else float("inf")
 
 
 @torch.inference_mode()
