@@ -19,7 +19,7 @@ EOS, BOS, PAD = 0, 1, 2
 SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY, "eos_token_id": EOS, "bos_token_id": BOS, "pad_token_id": PAD,
     "hidden_size": 32, "d_model": 32, "n_embd": 32, "dim_model": 32, "emb_dim": 32,
-    "embedding_size": 32, "word_embed_proj_dim": 32, "input_embedding_size": 32,
+    "is_decoder": True, "embedding_size": 32, "word_embed_proj_dim": 32, "input_embedding_size": 32,
     "output_embedding_size": 32, "embedding_dim": 32, "attention_hidden_size": 32,
     "intermediate_size": 48, "ffn_dim": 48, "dim_ff": 48, "dff": 48, "n_inner": 48,
     "d_inner": 48, "ffn_hidden_size": 48, "decoder_ffn_dim": 48, "encoder_ffn_dim": 48,
@@ -80,6 +80,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
             for kind in ("full_attention", "sliding_attention")
         }
     },
+    "bert/both ways": {"is_decoder": False},
     "bamba": {"attn_layer_indices": [1]},
     "falcon_h1": {"mamba_d_ssm": 64},
     "lfm2": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
@@ -108,7 +109,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen4_exp": _QWEN4,
     "qwen4_exp_text": _QWEN4,
     "recurrent_gemma": {"num_hidden_layers": 3},
-    "reformer": {"is_decoder": True, "axial_pos_embds": False, "attn_layers": ["local", "lsh"]},
+    "reformer": {"axial_pos_embds": False, "attn_layers": ["local", "lsh"]},
     "xlstm": {"hidden_size": 128, "embedding_dim": 128, "autocast_kernel_dtype": "float32"},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"layers_block_type": ["linear_attention", "hybrid", "hybrid"],

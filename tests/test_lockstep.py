@@ -111,7 +111,45 @@ def test_one_model_ragged_and_the_other_in_lockstep(order: tuple[int, int]) -> N
     assert together.tokens == alone
 
 
-def test_nothing_is_drafted_in_lockstep(caplog: pytest.LogCaptureFixture) -> None:
+def hybrid(seed: int = 0) -> Any:
+    """Linear attention and attention: a state that cannot be cropped."""
+    heads = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8,
+             "linear_value_head_dim": 8}  # fmt: skip
+    return model_of(
+        "Qwen3NextConfig", seed, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        layer_types=["linear_attention", "full_attention"], num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, num_experts=4, num_experts_per_tok=2,
+        moe_intermediate_size=16, shared_expert_intermediate_size=16, **heads,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("draft", ["proxy", "base", "lookup"])
+@pytest.mark.parametrize("rule", ["threshold", "confidence_bet", "implicit_reward"])
+@pytest.mark.parametrize("make", [bloom, hybrid])
+def test_drafts_in_lockstep_change_no_token(make: Any, rule: str, draft: str) -> None:
+    param = 0.7 if rule == "implicit_reward" else 0.3
+    ends = {"eos_token_id": list(range(40, 60)), "max_new_tokens": 20}
+    for pair in ((make(), make(1)), (make(), base_model()), (base_model(), make())):
+        kad = KnapsackDeferral(*pair, rule=rule, param=param)
+        for options in ({"do_sample": False}, ends):
+            plain, drafts = (answer(kad, speculative=k, draft=draft if k else None, **options)
+                             for k in (None, 3))  # fmt: skip
+            assert drafts.stats.draft_tokens > 0
+            assert (drafts.tokens, drafts.deferred) == (plain.tokens, plain.deferred)
+
+
+@pytest.mark.parametrize("make", [bloom, hybrid])
+def test_drafts_in_lockstep_save_forwards(make: Any) -> None:
+    base = make()
+    kad = KnapsackDeferral(base, make(), rule="threshold", param=0.3)
+    found = answer(kad, ragged_prompts()[:1], speculative=3, do_sample=False)
+    assert found.stats.accepted_tokens > found.stats.draft_tokens // 2
+    assert found.stats.base_calls < NEW
+
+
+def test_nothing_is_drafted_where_a_state_cannot_be_read_on(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     kad = KnapsackDeferral(base_model(), mamba(), rule="threshold", param=0.3)
     with caplog.at_level(logging.WARNING, "tta_ext"):
         drafts = answer(kad, speculative=3)
