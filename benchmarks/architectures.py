@@ -309,6 +309,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--output", type=Path, help="where to write the table")
     args = p.parse_args(argv)
     import transformers
+    from transformers import GenerationMixin, PreTrainedModel  # noqa: F401  # once for all children
+
+    import tta_ext.decoding  # noqa: F401
 
     transformers.logging.set_verbosity_error()
     names = args.families or list(families())

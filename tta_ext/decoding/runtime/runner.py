@@ -152,7 +152,8 @@ class Runner(ModelRunner):
             del tokens[length:]
             tokens += tail
             self._total[row] = len(tokens)
-            self._cached[row] = min(self._cached[row], length)
+            # The last token is always fed, as its logits are wanted.
+            self._cached[row] = min(self._cached[row], length, len(tokens) - 1)
         self._place()
 
     def scrub(self, row: int) -> None:
