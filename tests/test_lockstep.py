@@ -123,19 +123,37 @@ def hybrid(seed: int = 0) -> Any:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("draft", ["proxy", "base", "lookup"])
-@pytest.mark.parametrize("rule", ["threshold", "confidence_bet", "implicit_reward"])
-@pytest.mark.parametrize("make", [bloom, hybrid])
-def test_drafts_in_lockstep_change_no_token(make: Any, rule: str, draft: str) -> None:
+@pytest.mark.parametrize(
+    ("rule", "base", "proxy"),
+    [
+        ("threshold", hybrid, hybrid),
+        ("threshold", bloom, make_model),
+        ("threshold", make_model, bloom),
+        ("confidence_bet", bloom, hybrid),
+        ("implicit_reward", hybrid, bloom),
+    ],
+)
+def test_drafts_in_lockstep_change_no_token(rule: str, base: Any, proxy: Any) -> None:
     param = 0.7 if rule == "implicit_reward" else 0.3
+    kad = KnapsackDeferral(base(seed=0), proxy(seed=1), rule=rule, param=param)
+    # Rows leave at different steps.
     ends = {"eos_token_id": list(range(40, 60)), "max_new_tokens": 20}
-    for pair in ((make(), make(1)), (make(), base_model()), (base_model(), make())):
-        kad = KnapsackDeferral(*pair, rule=rule, param=param)
-        for options in ({"do_sample": False}, ends):
-            plain, drafts = (answer(kad, speculative=k, draft=draft if k else None, **options)
-                             for k in (None, 3))  # fmt: skip
+    for options in ({"do_sample": False}, ends):
+        plain = answer(kad, **options)
+        for draft in ("proxy", "base"):
+            drafts = answer(kad, speculative=3, draft=draft, **options)
             assert drafts.stats.draft_tokens > 0
             assert (drafts.tokens, drafts.deferred) == (plain.tokens, plain.deferred)
+
+
+def test_copied_drafts_in_lockstep_change_no_token() -> None:
+    kad = KnapsackDeferral(hybrid(), bloom(), rule="threshold", param=0.0)
+    # Long enough to repeat itself.
+    options: Any = {"do_sample": False, "max_new_tokens": 60}
+    plain = answer(kad, [[20, 21]], **options)
+    drafts = answer(kad, [[20, 21]], speculative=3, draft="lookup", **options)
+    assert drafts.stats.draft_tokens > 0
+    assert drafts.tokens == plain.tokens
 
 
 @pytest.mark.parametrize("make", [bloom, hybrid])
