@@ -321,8 +321,8 @@ class Request:
     def _without_drafts(self, stuck: Sequence[str]) -> str:
         """Why nothing is drafted, said once."""
         note = (
-            f"nothing is drafted: {' and '.join(stuck)} in lock-step cannot read several tokens "
-            "at once behind others and take them back"
+            f"nothing is drafted: {' and '.join(stuck)} in lock-step with a cache that cannot be "
+            "cropped, and what drafts save would go into reading again"
         )
         if not self.models.notes & {note}:
             self.models.notes.add(note)

@@ -201,7 +201,6 @@ class Speculative(Loop):
         drafts: list[list[int]] = [[] for _ in lengths]
         self._guesses = [[] for _ in lengths]
         chosen = self._right.index(max(self._right))
-        drafter.mark()
         kept: Tensor | None = None
         step = 0
         while drawing := [i for i in range(rows) if lengths[i] > step]:

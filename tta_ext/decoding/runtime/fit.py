@@ -157,7 +157,7 @@ def fit_model(
 
 
 def takes_drafts(model: Any) -> bool:
-    """Whether a model in lock-step can read several tokens at once and take them back."""
+    """Whether a model in lock-step reads several tokens at once and crops its cache behind them."""
     found = _trials.setdefault(getattr(model, "inner", model), _Trials())
     if found.drafts is None:
         try:

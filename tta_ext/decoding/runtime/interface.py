@@ -128,10 +128,6 @@ class ModelRunner(ABC):
         """
 
     @abstractmethod
-    def mark(self) -> None:
-        """Prepare for a draft that :meth:`step` and :meth:`append` will make."""
-
-    @abstractmethod
     def settle(self) -> None:
         """Feed all pending tokens but each row's last.
 

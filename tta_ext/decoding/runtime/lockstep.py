@@ -3,8 +3,9 @@
 Some models cannot take rows of different length into one forward: they keep a recurrent state,
 count positions themselves, or have a cache of their own. They run as ``generate`` runs them:
 prompts padded on the left, the arguments that ``generate`` prepares and updates, one token a row a
-step. Rows never lag, and drafts are taken back from all rows alike: the cache is cropped, or a copy
-from before the draft is put back and what stood is read again, in one forward.
+step. Rows never lag, and drafts are taken back from all rows alike, where the cache can be cropped.
+A recurrent state would have to be copied before each draft, and read on anew with what stood of it:
+as much work as drafts save, and few models read several tokens on from a state at all.
 Rows that have ended leave by the cache's own method; where there is none that can be trusted, the
 state is dropped and the rows are run anew from their tokens.
 
@@ -38,7 +39,6 @@ class _Group:
         padding: columns before each row's tokens.
         state: what the model keeps of the first :attr:`fed` columns; None if nothing.
         held: the state before the last column, for :meth:`LockstepRunner.hold`.
-        marked: a state that cannot be cropped before a draft, and of how many columns it is.
     """
 
     def __init__(self, rows: list[int], ids: Tensor, mask: Tensor, padding: list[int]) -> None:
@@ -46,7 +46,6 @@ class _Group:
         self.fed = 0
         self.state: DecodingState | None = None
         self.held: DecodingState | None = None
-        self.marked: tuple[DecodingState | None, int] = (None, 0)
 
     def append(self, tokens: Tensor) -> None:
         """Add columns, int64 ``[rows, columns]``."""
@@ -63,7 +62,7 @@ class _Group:
             self.state.crop(self.fed - width)
             self.fed = width
         else:
-            (self.state, self.fed), self.marked = self.marked, (None, 0)
+            self.state, self.fed = None, 0
 
     def select(self, rows: list[int], places: list[int], copy: bool, anew: bool) -> _Group:
         """A group of some of these rows, repeated as needed."""
@@ -223,14 +222,8 @@ class LockstepRunner(ModelRunner):
             if group.fed < group.ids.shape[1] - 1:
                 self._feed(group, group.ids.shape[1] - 1)
 
-    def mark(self) -> None:
-        self.settle()
-        for group in self._groups:
-            if group.state is not None and not group.state.croppable:
-                group.marked = deepcopy(group.state), group.fed
-
     def score(self, drafts: Sequence[Sequence[int]]) -> Tensor:
-        self.mark()
+        self.settle()
         for row, draft in zip(self._tokens, drafts, strict=True):
             row += draft
         self._columns(drafts)

@@ -276,9 +276,6 @@ class Runner(ModelRunner):
         self._newest = None
         return self._feed(range(self.count), self._total, every=True)
 
-    def mark(self) -> None:
-        """Nothing: keys stay where they are."""
-
     def settle(self) -> None:
         behind = [row for row in range(self.count) if self._total[row] - self._cached[row] > 1]
         if behind:
