@@ -19,7 +19,7 @@ EOS, BOS, PAD = 0, 1, 2
 SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY, "eos_token_id": EOS, "bos_token_id": BOS, "pad_token_id": PAD,
     "hidden_size": 32, "d_model": 32, "n_embd": 32, "dim_model": 32, "emb_dim": 32,
-    "embedding_size": 32, "word_embed_proj_dim": 32, "input_embedding_size": 32,
+    "is_decoder": True, "embedding_size": 32, "word_embed_proj_dim": 32, "input_embedding_size": 32,
     "output_embedding_size": 32, "embedding_dim": 32, "attention_hidden_size": 32,
     "intermediate_size": 48, "ffn_dim": 48, "dim_ff": 48, "dff": 48, "n_inner": 48,
     "d_inner": 48, "ffn_hidden_size": 48, "decoder_ffn_dim": 48, "encoder_ffn_dim": 48,
@@ -56,7 +56,8 @@ SIZES: dict[str, Any] = {
     "swa_v_head_dim": 8, "num_kv_shared_layers": 0, "rotary_dim": 8,
 }  # fmt: skip
 
-# What a family needs besides, by its name in transformers' map; a name with a slash is a variant.
+# What a family needs besides, by its name in transformers' map (a name with a slash is a variant);
+# a part's configuration has a dictionary of its own.
 _LONGROPE: dict[str, Any] = {
     "original_max_position_embeddings": 14,
     "rope_parameters": {
@@ -64,6 +65,12 @@ _LONGROPE: dict[str, Any] = {
         "long_factor": [4.0, 8.0, 16.0, 32.0], "factor": 25.6,
         "original_max_position_embeddings": 14,
     },
+}  # fmt: skip
+_QWEN4: dict[str, Any] = {
+    "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 64,
+    "indexer_compress_ratio": 2, "hc_count": 2, "hc_lowrank": 8, "ple_layer_ids": [1],
+    "heads_per_ngram": 2, "ngram_vocab_size_base": 50, "split_ngram_parts": 1,
+    "make_ngram_vocab_size_divisible_by": 8,
 }  # fmt: skip
 FAMILIES: dict[str, dict[str, Any]] = {
     "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 1e4}},
@@ -73,17 +80,49 @@ FAMILIES: dict[str, dict[str, Any]] = {
             for kind in ("full_attention", "sliding_attention")
         }
     },
+    "bert/both ways": {"is_decoder": False},
     "bamba": {"attn_layer_indices": [1]},
     "falcon_h1": {"mamba_d_ssm": 64},
     "lfm2": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "dots3_note": {"num_key_value_heads": 4},
     "dots3_note_text": {"num_key_value_heads": 4},
+    "blt": {
+        "num_hidden_layers": 2, "encoder_hash_byte_group_vocab": 64,
+        "encoder_config": {"hidden_size_global": 32}, "decoder_config": {"hidden_size_global": 32},
+    },
+    "gemma4_assistant": {
+        "backbone_hidden_size": 32,
+        "text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0},
+    },
+    "gemma4_unified_assistant": {
+        "backbone_hidden_size": 32,
+        "text_config": {"num_hidden_layers": 4, "num_kv_shared_layers": 2,
+                        "layer_types": ["sliding_attention", "full_attention"] * 2},
+    },
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "mamba2": {"head_dim": 16},
+    "prophetnet": {"pad_token_id": 0, "num_encoder_layers": 2, "num_decoder_layers": 2,
+                   "num_encoder_attention_heads": 4, "num_decoder_attention_heads": 4},
+    "qwen4_exp": _QWEN4,
+    "qwen4_exp_text": _QWEN4,
+    "recurrent_gemma": {"num_hidden_layers": 3},
+    "reformer": {"axial_pos_embds": False, "attn_layers": ["local", "lsh"]},
+    "xlstm": {"hidden_size": 128, "embedding_dim": 128, "autocast_kernel_dtype": "float32"},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {"layers_block_type": ["linear_attention", "hybrid", "hybrid"],
+              "num_hidden_layers": 3, "attention_hidden_size": 64},
+    "zamba2": {"layers_block_type": ["linear_attention", "hybrid"], "n_mamba_heads": 4},
+    "zaya": {"layer_types": ["hybrid", "hybrid_sliding"], "num_experts_per_tok": 1},
     "falcon/alibi": {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True,
                      "num_kv_heads": 4},
     "falcon/new": {"new_decoder_architecture": True, "num_kv_heads": 2},
     "phi3/longrope": _LONGROPE,
-    "phimoe/longrope": _LONGROPE,
+    "phimoe/longrope": {
+        "rope_parameters": _LONGROPE["rope_parameters"] | {"short_mscale": 1.0, "long_mscale": 1.0},
+    },
     "llama/dynamic": {
         "max_position_embeddings": 14,
         "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
@@ -118,13 +157,22 @@ def families() -> dict[str, str]:
 
 
 def tiny_config(family: str) -> Any:
-    """A small configuration of a family."""
+    """A small configuration of a family, of the class that its model takes."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     kind = family.partition("/")[0]
-    extra = FAMILIES.get(kind, {}) | FAMILIES.get(family, {})
-    config = _config(CONFIG_MAPPING[kind], extra)
-    return config
+    cls, wanted = CONFIG_MAPPING[kind], model_class(family).config_class
+    return _config(
+        cls if issubclass(cls, wanted) else wanted,
+        FAMILIES.get(kind, {}) | FAMILIES.get(family, {}),
+    )
+
+
+def model_class(family: str) -> Any:
+    """The class of a family's models."""
+    import transformers
+
+    return getattr(transformers, families()[family])
 
 
 def _config(cls: Any, extra: Mapping[str, Any]) -> Any:
@@ -134,28 +182,35 @@ def _config(cls: Any, extra: Mapping[str, Any]) -> Any:
     )
     inner = set((getattr(cls, "attribute_map", None) or {}).values())
     given = {name: value for name, value in SIZES.items() if name in known | inner}
-    if "kv_lora_rank" in known:
-        given["num_key_value_heads"] = given[
-            "num_attention_heads"
-        ]  # latent attention has no groups
+    if "kv_lora_rank" in known:  # latent attention has no groups
+        given["num_key_value_heads"] = given["num_attention_heads"]
     parts = _parts(cls)
-    for name, part in parts.items():
-        given[name] = _config(part, extra if name == "text_config" else {})
     if not parts:
         given |= _layers(cls, known, extra)
-    if "text_config" not in parts:
-        given |= extra
+    given |= extra
+    for name, part in parts.items():
+        given[name] = _config(part, extra.get(name, {}))
     return cls(**given)
 
 
 def _parts(cls: Any) -> dict[str, Any]:
     """The classes of the configurations inside a configuration."""
     from transformers import PreTrainedConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     if not getattr(cls, "sub_configs", None):
         return {}
-    default = cls()
-    parts = {name: type(getattr(default, name, None)) for name in cls.sub_configs}
+    specs = getattr(cls, "sub_configs_defaults", None)
+    if specs:
+        parts = {
+            name: spec.config_class
+            if issubclass(spec.config_class, PreTrainedConfig)
+            else CONFIG_MAPPING[spec.model_type]  # AutoConfig
+            for name, spec in specs.items()
+        }
+    else:
+        default = cls()
+        parts = {name: type(getattr(default, name, None)) for name in cls.sub_configs}
     return {name: part for name, part in parts.items() if issubclass(part, PreTrainedConfig)}
 
 
@@ -172,14 +227,9 @@ def _layers(cls: Any, known: set[str], extra: Mapping[str, Any]) -> dict[str, An
 @torch.inference_mode(False)
 def tiny_model(family: str, seed: int = 0) -> Any:
     """A model of a family with random weights."""
-    import transformers
-
     config = tiny_config(family)
     torch.manual_seed(seed)
-    cls = getattr(transformers, families()[family])
-    if not isinstance(config, cls.config_class):
-        config = config.get_text_config()
-    model = cls(config).eval()
+    model = model_class(family)(config).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

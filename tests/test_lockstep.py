@@ -111,7 +111,49 @@ def test_one_model_ragged_and_the_other_in_lockstep(order: tuple[int, int]) -> N
     assert together.tokens == alone
 
 
-def test_nothing_is_drafted_in_lockstep(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("rule", "base", "proxy"),
+    [
+        ("threshold", bloom, bloom),
+        ("threshold", bloom, make_model),
+        ("threshold", make_model, bloom),
+        ("confidence_bet", bloom, make_model),
+        ("implicit_reward", bloom, bloom),
+    ],
+)
+def test_drafts_in_lockstep_change_no_token(rule: str, base: Any, proxy: Any) -> None:
+    param = 0.7 if rule == "implicit_reward" else 0.3
+    kad = KnapsackDeferral(base(seed=0), proxy(seed=1), rule=rule, param=param)
+    # Rows leave at different steps.
+    ends = {"eos_token_id": list(range(40, 60)), "max_new_tokens": 20}
+    for options in ({"do_sample": False}, ends):
+        plain = answer(kad, **options)
+        for draft in ("proxy", "base"):
+            drafts = answer(kad, speculative=3, draft=draft, **options)
+            assert drafts.stats.draft_tokens > 0
+            assert (drafts.tokens, drafts.deferred) == (plain.tokens, plain.deferred)
+
+
+def test_copied_drafts_in_lockstep_change_no_token() -> None:
+    kad = KnapsackDeferral(bloom(), bloom(1), rule="threshold", param=0.0)
+    # Long enough to repeat itself.
+    options: Any = {"do_sample": False, "max_new_tokens": 60}
+    plain = answer(kad, [[20, 21]], **options)
+    drafts = answer(kad, [[20, 21]], speculative=3, draft="lookup", **options)
+    assert drafts.stats.draft_tokens > 0
+    assert drafts.tokens == plain.tokens
+
+
+def test_drafts_in_lockstep_save_forwards() -> None:
+    kad = KnapsackDeferral(bloom(), bloom(), rule="threshold", param=0.3)
+    found = answer(kad, ragged_prompts()[:1], speculative=3, do_sample=False)
+    assert found.stats.accepted_tokens > found.stats.draft_tokens // 2
+    assert found.stats.base_calls < NEW
+
+
+def test_nothing_is_drafted_where_a_state_cannot_be_read_on(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     kad = KnapsackDeferral(base_model(), mamba(), rule="threshold", param=0.3)
     with caplog.at_level(logging.WARNING, "tta_ext"):
         drafts = answer(kad, speculative=3)

@@ -1,4 +1,4 @@
-"""Models in wrappers: compiled, with adapters, adapters in the base's own weights."""
+"""Models in wrappers: compiled, with adapters, quantised, offloaded."""
 
 from __future__ import annotations
 
@@ -7,10 +7,20 @@ from typing import Any
 
 import pytest
 import torch
-from models import answer, base_model, make_model, proxy_model, ragged_prompts
+from models import (
+    NEW,
+    answer,
+    base_model,
+    greedy,
+    make_model,
+    make_tokenizer,
+    proxy_model,
+    ragged_prompts,
+)
+from searches import SMALL, tokens_of, vowels
 from torch import nn
 
-from tta_ext import KnapsackDeferral
+from tta_ext import AdaptiveImportanceSampling, KnapsackDeferral
 from tta_ext.decoding.runtime.views import AdapterView, as_model
 
 
@@ -105,6 +115,51 @@ def test_compiled_models() -> None:
     compiled = torch.compile(make_model(seed=0), backend="eager")
     assert as_model(compiled, "base") is compiled._orig_mod
     assert answer(KnapsackDeferral(compiled, proxy_model())).tokens == answer(plain).tokens
+
+
+def rollouts(model: Any) -> list[list[int]]:
+    """What AISP draws under its default noise."""
+    options: Any = SMALL | {"n": 4, "iterations": 2}
+    search = AdaptiveImportanceSampling(model, vowels, make_tokenizer(), **options)
+    return tokens_of(search.generate("a", seed=0))[0]
+
+
+def quantised(library: str) -> Any:
+    """The base with weights that a library packs; skipped without it."""
+    module, model = pytest.importorskip(library), make_model(seed=0)
+    if library == "torchao":
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+        quantize_(model, Int8WeightOnlyConfig())
+        return model
+    for layer in model.model.layers:
+        before = layer.self_attn.q_proj
+        after = module.nn.Linear8bitLt(
+            before.in_features, before.out_features, bias=False, has_fp16_weights=False
+        )
+        after.load_state_dict(before.state_dict())
+        layer.self_attn.q_proj = after.to("cpu")
+    return model
+
+
+@pytest.mark.parametrize("library", ["torchao", "bitsandbytes"])
+def test_quantised_weights(library: str) -> None:
+    model = quantised(library)
+    kad = KnapsackDeferral(model, proxy_model(), rule="threshold", param=0.0)
+    expected = [greedy(model, prompt, NEW) for prompt in ragged_prompts()]
+    assert answer(kad, do_sample=False).tokens == expected
+    assert len({tuple(tokens) for tokens in rollouts(model)}) > 1
+
+
+def test_offloaded_weights() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = make_model(seed=0)
+    accelerate.cpu_offload(model, execution_device="cpu")
+    assert model.lm_head.weight.device.type == "meta"
+    kad = KnapsackDeferral(model, proxy_model(), rule="threshold", param=0.3)
+    plain = KnapsackDeferral(base_model(), proxy_model(), rule="threshold", param=0.3)
+    assert answer(kad).tokens == answer(plain).tokens
+    assert rollouts(model) == rollouts(base_model())
 
 
 def test_a_view_is_its_model_otherwise() -> None:

@@ -85,6 +85,7 @@ def kad(
     lazy: bool = True,
     speculative: int | str | None = None,
     num_assistant_tokens: int | str | None = None,
+    runner: str | None = None,
     **model_kwargs: Any,
 ) -> Tensor | MethodOutput:
     """The token loop for ``model.generate(..., custom_generate=tta_ext.hf.kad, proxy_model=...)``.
@@ -94,7 +95,7 @@ def kad(
             ``generate`` hands over; see
             :mod:`~tta_ext.decoding.runtime.generate_options`.
         proxy_model: the aligned model that takes over rejected tokens.
-        anti_model, rule, param, critical, rule_temperature: as in
+        anti_model, rule, param, critical, rule_temperature, runner: as in
             :class:`tta_ext.KnapsackDeferral`; the temperature is ``generate``'s, and warpers such
             as ``top_p`` cut both models' distributions at that temperature.
             ``cache_implementation`` and an empty ``cache`` of any kind (``past_key_values`` before
@@ -168,6 +169,7 @@ def kad(
             critical=critical,
             temperature=temperature if config.do_sample else 1.0,
             rule_temperature=rule_temperature,
+            runner=runner,
         )
         result = owner.generate(
             input_ids=input_ids[::repeats],
@@ -205,6 +207,7 @@ def aisp(
     reward_prompts: Sequence[Any] | None = None,
     seed: int | torch.Generator | None = None,
     sequence: Sequence[int] | None = None,
+    runner: str | None = None,
     **options: Any,
 ) -> Tensor | MethodOutput:
     """The loop for ``model.generate(..., custom_generate=tta_ext.hf.aisp, reward=...)``.
@@ -219,6 +222,7 @@ def aisp(
         reward_prompts: the prompts that the reward gets, one for each row; default: their text, or
             their ids without a tokenizer.
         seed, sequence: as in :meth:`tta_ext.AdaptiveImportanceSampling.generate`.
+        runner: as in :class:`tta_ext.AdaptiveImportanceSampling`.
         options: fields of :class:`~tta_ext.decoding.search.aisp_settings.AISPSettings` that
             ``generate`` has no option for, and inputs of the model.
 
@@ -246,7 +250,7 @@ def aisp(
     if reward_prompts is None and base_tokenizer is not None:
         reward_prompts = [base_tokenizer.decode(ids, skip_special_tokens=True) for ids in prompts]
     with _modes_kept([model]):
-        method = AdaptiveImportanceSampling(model, reward, base_tokenizer)
+        method = AdaptiveImportanceSampling(model, reward, base_tokenizer, runner=runner)
         search = method.start(
             prompts,
             seed=seed,

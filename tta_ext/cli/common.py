@@ -114,6 +114,10 @@ Attention = Annotated[
     str | None,
     typer.Option("--attn-implementation", help="Attention of the models, such as sdpa or eager."),
 ]
+Runner = Annotated[
+    str | None,
+    typer.Option(help="How rows are run: ragged or lockstep (default: by what each model is)."),
+]
 Quantization = Annotated[
     str | None,
     typer.Option(

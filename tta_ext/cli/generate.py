@@ -26,7 +26,7 @@ __all__ = ["generate"]
 KAD, IMPLICIT = "kad", "implicit-reward"
 # Options of this library's own loop.
 NOT_IN_VLLM = {
-    "anti", "top_k", "top_p", "min_p", "speculative", "draft", "stream", "colour", "device",
+    "anti", "runner", "top_k", "top_p", "min_p", "speculative", "draft", "stream", "colour", "device",
     "device_map", "attn_implementation", "quantization_config", "revision", "proxy_revision",
 }  # fmt: skip
 
@@ -92,6 +92,7 @@ def generate(
     address: common.Address = None,
     gpus_per_worker: common.GpusPerWorker = 0.0,
     threads: common.Threads = None,
+    runner: common.Runner = None,
     config: Config = None,
 ) -> None:
     """Answer prompts with two models; `tta search` is for one model and a reward.
@@ -131,6 +132,8 @@ def generate(
             "speculative": _draft_length(speculative),
             "draft": draft,
         }
+        if runner is not None:
+            pair_options["runner"] = runner
         options: dict[str, Any] = {
             "do_sample": not greedy,
             "seed": seed,

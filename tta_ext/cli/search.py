@@ -98,6 +98,7 @@ def search(
         ),
     ] = "prompts",
     threads: common.Threads = None,
+    runner: common.Runner = None,
     config: Config = None,
 ) -> None:
     """Answer prompts with one model, by a search for a high reward.
@@ -138,11 +139,11 @@ def search(
                 workers, load=lambda: load()[:2], address=address, gpus_per_worker=gpus_per_worker
             )
             context.call_on_close(rollouts.close)
-            whole = kind(*load(), engine=rollouts, **chosen)
+            whole = kind(*load(), engine=rollouts, runner=runner, **chosen)
             crew = Here(_Searching(whole, asked, seed))
         else:
             crew = common.chosen_crew(
-                context, lambda: _Searching(kind(*load(), **chosen), asked, seed)
+                context, lambda: _Searching(kind(*load(), runner=runner, **chosen), asked, seed)
             )
         answer(
             asked,

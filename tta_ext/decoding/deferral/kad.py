@@ -99,7 +99,7 @@ class KnapsackDeferral:
             share its batch.
         runner: ``"ragged"`` or ``"lockstep"`` for all models; None chooses for each by what it is.
             Lock-step decodes whatever ``generate`` does, with all rows fed at every step: there the
-            proxy is never lazy, and nothing is drafted.
+            proxy is never lazy, and all rows draft as many tokens.
         adapter: name of an adapter of ``base``, a peft model: the proxy is that model with the
             adapter on, the base the same weights with all adapters off; ``proxy`` is then None.
 
@@ -196,7 +196,10 @@ class KnapsackDeferral:
             given = (None, *given[1:])
         self._given: dict[str, Any] = dict(zip(_RULE_KEYS, (rule, *given), strict=True))
         self.rule = self._chosen({})
-        self._models.fits.extend(fit_model(model, name, runner, probe) for model, name in named)
+        self._models.fits.extend(
+            fit_model(model, name, runner, probe, proxy_tokenizer if i else tokenizer)
+            for i, (model, name) in enumerate(named)
+        )
         self.fits = self._models.fits
 
     def __repr__(self) -> str:

@@ -22,7 +22,7 @@ from tta_ext.decoding.deferral.speculative import (
     SpeculativeImplicit,
     SpeculativeLazy,
 )
-from tta_ext.decoding.runtime.fit import Fit
+from tta_ext.decoding.runtime.fit import Fit, takes_drafts
 from tta_ext.decoding.runtime.interface import ModelRunner
 from tta_ext.decoding.runtime.models import class_name, device_of
 from tta_ext.decoding.runtime.processors import (
@@ -41,7 +41,6 @@ from tta_ext.decoding.runtime.prompts import (
     whole_number,
 )
 from tta_ext.decoding.runtime.rows import Limits
-from tta_ext.decoding.runtime.runner import Runner
 from tta_ext.decoding.runtime.stopping import StopStrings, end_ids
 from tta_ext.decoding.runtime.streaming import StreamEvent, TextDeltas
 from tta_ext.decoding.runtime.vocabulary import Vocabulary
@@ -180,6 +179,7 @@ class Request:
             else pad_token_id
         )
         self.pad: int = min(ends, default=0) if pad is None else pad
+        self.padding = pad_token_id  # of models that look at it
         self.sequence = sequence_ids(sequence, len(self.base))
         self.rule = self._spread(rule, len(base))
         self.draft = draft_source(draft) or "proxy"
@@ -298,26 +298,32 @@ class Request:
         )
         base, *followers = runners
         mixed = isinstance(self.rule, ImplicitReward)
-        ragged = [runner for runner in runners if isinstance(runner, Runner)]
-        if self.policy is not None and len(ragged) == len(runners):
+        stuck = [] if self.policy is None else self._stuck(runners)
+        if self.policy is not None and not stuck:
             fast = (
                 SpeculativeImplicit if mixed else SpeculativeLazy if self.lazy else SpeculativeDense
             )
-            return fast(ragged[0], ragged[1:], options, policy=self.policy, draft=self.draft)
+            return fast(base, followers, options, policy=self.policy, draft=self.draft)
         plain = ImplicitRewardLoop if mixed else LazyDeferral if self.lazy else DenseDeferral
         loop = plain(base, followers, options)
-        if self.policy is not None:
-            loop.stats.speculation = self._without_drafts(runners)
+        if stuck:
+            loop.stats.speculation = self._without_drafts(stuck)
         return loop
 
-    def _without_drafts(self, runners: Sequence[ModelRunner]) -> str:
-        """Why nothing is drafted, said once."""
-        slow = [
+    def _stuck(self, runners: Sequence[ModelRunner]) -> list[str]:
+        """The models that cannot take drafts back."""
+        return [
             f"{name} ({class_name(model)})"
             for (model, name), runner in zip(self.models.named, runners, strict=True)
-            if not runner.lags
+            if not runner.lags and not takes_drafts(model)
         ]
-        note = f"nothing is drafted: {' and '.join(slow)} in lock-step cannot be rolled back by row"
+
+    def _without_drafts(self, stuck: Sequence[str]) -> str:
+        """Why nothing is drafted, said once."""
+        note = (
+            f"nothing is drafted: {' and '.join(stuck)} in lock-step with a cache that cannot be "
+            "cropped, and what drafts save would go into reading again"
+        )
         if not self.models.notes & {note}:
             self.models.notes.add(note)
             log.warning(note)
@@ -345,6 +351,7 @@ class Request:
                         vocabulary=models.vocabulary.size,
                         masked=models.vocabulary.masked,
                         name=name,
+                        pad=self.padding,
                     )
                 )
         return runners

@@ -5,7 +5,8 @@ and where it is rejected the proxy's under stream PROXY. So a round of :class:`S
 K tokens, runs the models that did not guess once over all K + 1 positions, and puts the plain
 loop's own question to each. The longest prefix that the plain loop would have emitted stands, the
 first difference is emitted in its place, and behind a draft that stands whole comes one more plain
-draw. Caches are rolled back by setting lengths.
+draw. Caches are rolled back by setting lengths. Where a model's rows advance in lock-step all rows
+draft as many tokens, and a round ends for all at the first difference of any.
 
 Given equal logits the tokens are the plain loop's, for every rule, seed, batch and draft length,
 whatever is guessed. Who guesses:
@@ -42,8 +43,8 @@ from tta_ext.decoding.deferral.loop import (
 )
 from tta_ext.decoding.deferral.result import DecodeStats
 from tta_ext.decoding.deferral.step import AskProxy, Drawn
+from tta_ext.decoding.runtime.interface import ModelRunner
 from tta_ext.decoding.runtime.profiling import span
-from tta_ext.decoding.runtime.runner import Runner
 
 __all__ = ["Speculative", "SpeculativeDense", "SpeculativeImplicit", "SpeculativeLazy"]
 
@@ -57,14 +58,10 @@ class Speculative(Loop):
         draft: who guesses, of :data:`~tta_ext.decoding.deferral.options.DRAFTS`.
     """
 
-    # Rows gain different numbers of tokens, and lose drafts again.
-    base: Runner
-    followers: Sequence[Runner]
-
     def __init__(
         self,
-        base: Runner,
-        followers: Sequence[Runner],
+        base: ModelRunner,
+        followers: Sequence[ModelRunner],
         options: LoopOptions,
         *,
         policy: DraftLength,
@@ -72,6 +69,7 @@ class Speculative(Loop):
     ) -> None:
         super().__init__(base, followers, options)
         self.policy = policy
+        self._even = not all(runner.lags for runner in self.runners)
         self.drafter = {"proxy": followers[0], "base": base, "lookup": None}[draft]
         self._lookups = [Lookup() for _ in self.rows.tokens]
         self._drafts: list[list[int]] = []
@@ -83,10 +81,6 @@ class Speculative(Loop):
         self._failed: list[bool] = []  # the rows whose drafting model had no law to draw from
         self._doubt = False  # a round ended before a position whose law a plain step has to tell
         self._draft_seconds = 0.0  # of the latest step
-
-    @property
-    def runners(self) -> Sequence[Runner]:
-        return [self.base, *self.followers]
 
     @property
     def asks(self) -> bool:
@@ -113,6 +107,10 @@ class Speculative(Loop):
                 for i, (lookup, length) in enumerate(zip(self._lookups, lengths, strict=True))
             ]
             lengths = list(map(len, self._drafts))
+        if self._even and lengths is not None:
+            # The first step reads the prompts as the plain loop does.
+            lengths = [min(lengths) if self.stats.steps else 0] * rows
+            self._drafts = [draft[: lengths[0]] for draft in self._drafts]
         accepted: list[int] = []
         begin, before = start, 0.0 if drafter is None else drafter.seconds
         if self._doubt or lengths is None or not any(lengths):
@@ -167,15 +165,17 @@ class Speculative(Loop):
             tokens, flags = self._judge(position)
         drafts, finish, active = self._drafts, self.rows.finish, self.rows.active
         accepted, tails, unknown = self._emit_drafts(tokens, flags)
-        behind = [
-            i for i, tail in enumerate(tails)
-            if not tail and i not in unknown and not finish[active[i]]
-        ]  # fmt: skip
+        going = [i for i in range(len(drafts)) if not finish[active[i]]]
+        behind = [i for i in going if not tails[i] and i not in unknown]
+        if self._even and len(behind) < len(going):
+            behind = []
         if behind:
             drawn, seen = self._behind(behind, position)
             more = drawn.token.tolist()
             unknown |= {i for i, token in zip(behind, more, strict=True) if token < 0}
             known = [j for j, i in enumerate(behind) if i not in unknown]
+            if self._even and len(known) < len(behind):
+                known = []
             rows = [behind[j] for j in known]
             flags_of = [drawn.from_proxy[j] for j in known]
             self.emit(rows, [more[j] for j in known], flags_of, lambda: seen.select(known))
@@ -195,7 +195,7 @@ class Speculative(Loop):
         self.drop([i for i in range(len(drafts)) if finish[active[i]]])
         return accepted
 
-    def _draft(self, drafter: Runner, lengths: list[int], position: Tensor) -> list[list[int]]:
+    def _draft(self, drafter: ModelRunner, lengths: list[int], position: Tensor) -> list[list[int]]:
         """Guesses of these lengths at most: an end of answer, or no law to draw from, ends one."""
         options, rows, lengths = self.options, len(lengths), lengths.copy()
         drafts: list[list[int]] = [[] for _ in lengths]
@@ -214,6 +214,9 @@ class Speculative(Loop):
             token = self._guess(drafter, logits, index, position[index] + step)
             guesses = token.tolist()
             tokens = [guess[chosen] for guess in guesses]
+            if self._even and min(tokens) < 0:
+                self._failed = [one < 0 for one in tokens]
+                break
             good = [j for j, one in enumerate(tokens) if one >= 0]
             fed = [drawing[j] for j in good]
             if len(fed) == rows:
@@ -231,11 +234,15 @@ class Speculative(Loop):
                 if one < 0 or one in options.limits.ends:
                     lengths[i] = step
                 self._failed[i] = one < 0
+            if self._even:
+                lengths = [min(lengths)] * rows
         assert kept is not None
         self._columns[drafter.name] = kept[:, : 1 + max(map(len, drafts))]
         return drafts
 
-    def _guess(self, drafter: Runner, logits: Tensor, index: Tensor, position: Tensor) -> Tensor:
+    def _guess(
+        self, drafter: ModelRunner, logits: Tensor, index: Tensor, position: Tensor
+    ) -> Tensor:
         """Each kind of guess for some rows, ``[N, kinds]``; one kind where nothing is drawn."""
         options = self.options
         replaces = isinstance(self, Deferral) and drafter is not self.base
@@ -256,7 +263,7 @@ class Speculative(Loop):
             found.append(self.drawn(logits, [logits] * len(self.followers), index, position).token)
         return torch.stack(found, 1)
 
-    def _over(self, runner: Runner) -> Tensor:
+    def _over(self, runner: ModelRunner) -> Tensor:
         """A model's logits ``[rows, 1 + longest draft, V]``, processed; run at the first call."""
         if runner.name not in self._columns:
             runner.prefill()
@@ -315,7 +322,7 @@ class Speculative(Loop):
         for k in range(max(judged)):
             going = [i for i in going if judged[i] > k]
             unknown |= {i for i in going if tokens[i][k] < 0}
-            going = [i for i in going if i not in unknown]
+            going = [i for i in going if i not in unknown] if not (self._even and unknown) else []
 
             def seen(rows: list[int] = going, k: int = k) -> Seen:
                 known = {name: logits[rows, k] for name, logits in self._columns.items()}
@@ -332,7 +339,8 @@ class Speculative(Loop):
                     accepted[i] += 1
                 else:
                     tails[i] = [tokens[i][k]]
-            going = [i for i in stood if i not in ended]
+            even = not self._even or {*stood} >= {*going} - {*ended}
+            going = [i for i in stood if i not in ended] if even else []
         for draft, count in zip(drafts, accepted, strict=True):
             if draft:
                 stats.draft_tokens += len(draft)
@@ -347,7 +355,7 @@ class Speculative(Loop):
         known: list[tuple[str, Tensor, Sequence[int] | None]] = []
         ends = list(map(len, self._drafts))
 
-        def column(runner: Runner, some: list[int] | None = None) -> Tensor:
+        def column(runner: ModelRunner, some: list[int] | None = None) -> Tensor:
             asked = rows if some is None else [rows[j] for j in some]
             if runner is self.drafter:
                 found = self.process(runner, runner.catch_up(asked), asked)

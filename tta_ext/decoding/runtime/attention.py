@@ -46,8 +46,10 @@ def check_model(model: Any, role: str) -> None:
     reason = None
     if getattr(config, "is_encoder_decoder", False):
         reason = "is an encoder-decoder; only decoder-only models are supported"
-    elif model.get_output_embeddings() is None:
+    elif (head := model.get_output_embeddings()) is None:
         reason = "has no language-model head; load it with AutoModelForCausalLM"
+    elif not hasattr(head, "weight"):
+        reason = f"has a {type(head).__name__} as its head, not one over one vocabulary"
     if reason is not None:
         raise ValueError(f"{role} ({class_name(model)}) {reason}")
 
@@ -68,6 +70,9 @@ def ragged_refusal(model: Any) -> str | None:
             "cuts its local attention by the longest row of the batch, "
             "so rows of different length cannot share one"
         )
+    windows = (getattr(text, "sliding_window", None), getattr(text, "attention_chunk_size", None))
+    if any(windows) and not kinds and not compat.masks_windows(model):
+        return "has a window in its configuration of which its own attention masks know nothing"
     both_ways = getattr(text, "use_bidirectional_attention", None)
     # "vision": only image tokens see what comes after them.
     if both_ways not in (None, False, "vision") or not getattr(text, "is_causal", True):

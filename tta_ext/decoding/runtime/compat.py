@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,6 +28,7 @@ __all__ = [
     "is_recurrent",
     "kept_by_generate",
     "logits_of",
+    "masks_windows",
     "of_one_row",
     "passed_cache",
     "query_count",
@@ -88,6 +90,20 @@ def is_recurrent(model: Any) -> bool:
 def attention_implementation(config: Any) -> str:
     """``"sdpa"``, ``"eager"`` or another name, from a text configuration."""
     return getattr(config, "_attn_implementation", None) or "eager"
+
+
+# What makes masks with windows, of which a model's own code imports some.
+WINDOW_MASKS = (
+    "create_sliding_window_causal_mask",
+    "create_chunked_causal_mask",
+    "create_masks_for_generate",
+)
+
+
+def masks_windows(model: Any) -> bool:
+    """Whether a model's code makes attention masks with windows."""
+    files = {sys.modules.get(type(module).__module__) for module in model.modules()}
+    return any(hasattr(file, name) for file in files for name in WINDOW_MASKS)
 
 
 def query_count(queries: int | Tensor) -> int:
@@ -190,31 +206,69 @@ class DecodingState:
         state.arguments = copy.deepcopy(self.arguments, memo)
         return state
 
-    def feed(self, ids: Tensor) -> Tensor:
-        """Logits ``[rows, V]`` of the last column.
+    def feed(self, ids: Tensor, columns: int = 1) -> Tensor:
+        """Logits ``[rows, columns, V]`` of the last columns.
 
         Args:
             ids: all columns so far, of which all but the last have been fed, or none.
+            columns: how many have not been fed; of the first forward the last one's are returned.
         """
-        model, given = self.model, self.arguments
+        model = self.model
         if self.first:
+            given = self.arguments
             inputs = model.prepare_inputs_for_generation(ids, is_first_iteration=True, **given)
         else:
+            if columns > 1:
+                self.arguments = self._update({}, columns - 1)
+            given = self.arguments.copy()
             if _SLICES:
                 # A model without a cache is fed all columns again.
-                given = given | {"next_sequence_length": 1 if given.get("use_cache") else None}
+                given["next_sequence_length"] = columns if given.get("use_cache") else None
+            if "logits_to_keep" in given:
+                given["logits_to_keep"] = columns
             inputs = model.prepare_inputs_for_generation(ids, **given)
         self.first = False
         outputs = model(**inputs, return_dict=True)
-        self.arguments = model._update_model_kwargs_for_generation(outputs, self.arguments)
-        return outputs.logits[:, -1]
+        self.arguments = self._update(outputs)
+        logits: Tensor = outputs.logits[:, -columns:]
+        return logits
+
+    def _update(self, outputs: Any, columns: int = 1) -> dict[str, Any]:
+        """The arguments with so many columns more."""
+        more = {"num_new_tokens": columns} if columns > 1 else {}
+        updated: dict[str, Any] = self.model._update_model_kwargs_for_generation(
+            outputs, self.arguments.copy(), **more
+        )
+        return updated
+
+    @property
+    def croppable(self) -> bool:
+        """Whether :meth:`crop` can take columns back."""
+        caches = [value for value in self.arguments.values() if isinstance(value, Cache)]
+        return bool(caches) and all(
+            getattr(cache, "is_croppable", False)
+            # Windows and convolutions keep no more than they need.
+            and not any(hasattr(layer, "activate_past_recording") for layer in cache.layers)
+            for cache in caches
+        )
+
+    def crop(self, columns: int) -> None:
+        """Forget the last columns."""
+        for name, value in self.arguments.items():
+            if isinstance(value, Cache):
+                value.crop(-columns)
+            elif name in _BY_COLUMN and isinstance(value, Tensor):
+                self.arguments[name] = value[..., :-columns]
 
     def select(self, index: Tensor, rows: int) -> DecodingState | None:
         """Its rows ``index``, which replace it; None where rows cannot be told apart."""
         arguments = dict(self.arguments)
         for name, value in self.arguments.items():
             if isinstance(value, Cache):
-                value.reorder_cache(index)  # type: ignore[arg-type]
+                try:
+                    _reorder(value)(index)
+                except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError):
+                    return None
             elif isinstance(value, Tensor):
                 # Positions may come as [kinds, rows, columns].
                 axis = value.dim() - 2 if name == "position_ids" else 0
@@ -226,6 +280,14 @@ class DecodingState:
         return self
 
 
+def _reorder(cache: Cache) -> Any:
+    """The method that picks a cache's rows: of two, the one that its own class has written."""
+    names = ("reorder_cache", "batch_select_indices")
+    classes = type(cache).__mro__
+    return getattr(cache, next(n for cls in classes for n in names if n in vars(cls)))
+
+
+_BY_COLUMN = ("attention_mask", "position_ids", "token_type_ids", "mm_token_type_ids")
 _SLICES = (
     "next_sequence_length"
     in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters

@@ -16,6 +16,7 @@ from tta_ext.decoding.runtime.interface import ModelRunner
 from tta_ext.decoding.runtime.lockstep import LockstepRunner
 from tta_ext.decoding.runtime.models import class_name, device_of
 from tta_ext.decoding.runtime.probe import (
+    draft_difference,
     lockstep_difference,
     position_reach,
     ragged_difference,
@@ -23,7 +24,7 @@ from tta_ext.decoding.runtime.probe import (
 )
 from tta_ext.decoding.runtime.runner import Runner
 
-__all__ = ["RUNNERS", "Fit", "fit_model"]
+__all__ = ["RUNNERS", "Fit", "fit_model", "takes_drafts"]
 
 log = logging.getLogger("tta_ext")
 
@@ -40,12 +41,16 @@ class Fit:
         reach: rows of more tokens change what shorter ones beside them compute, through rotary
             factors that follow the longest row; None if no row does.
         contiguous: the model's code asks for keys and values without gaps.
+        picks: the rows of the model's own cache can be picked.
+        pad: id of the padding; None: the model's.
     """
 
     kind: str
     reason: str = ""
     reach: int | None = None
     contiguous: bool = False
+    picks: bool = True
+    pad: int | None = None
 
     def kind_for(self, tokens: int) -> str:
         """The runner for rows that grow to this many tokens."""
@@ -65,6 +70,7 @@ class Fit:
         masked: Sequence[int] = (),
         name: str = "model",
         tokens: int | None = None,
+        pad: int | None = None,
     ) -> ModelRunner:
         """A runner over prompts.
 
@@ -76,12 +82,16 @@ class Fit:
             masked: ids below ``vocabulary`` that must never be drawn.
             name: name in profiles and messages.
             tokens: how many a row will have at most; None: the longest prompt and ``room``.
+            pad: id of the padding, in place of :attr:`pad`.
         """
         if tokens is None:
             tokens = max(map(len, prompts), default=0) + room
-        make: Callable[..., ModelRunner] = RUNNERS[self.kind_for(tokens)]
-        beyond = self.apart(tokens)
-        extra = {"apart": True} if beyond else {"contiguous": True} if self.contiguous else {}
+        kind = self.kind_for(tokens)
+        make: Callable[..., ModelRunner] = RUNNERS[kind]
+        extra: dict[str, Any] = {"contiguous": self.contiguous}
+        if kind == "lockstep":
+            pad = self.pad if pad is None else pad
+            extra = {"apart": self.apart(tokens), "anew": not self.picks, "pad": pad}
         if self.reach is not None:
             reset_rotary(model)
         never = torch.tensor(masked, device=device_of(model)) if masked else None
@@ -98,12 +108,17 @@ class _Trials:
     lockstep: str | None = None
     reach: int | None = None
     contiguous: bool = False
+    picks: bool = True
+    depends: bool = False
+    drafts: bool | None = None
 
 
 _trials: weakref.WeakKeyDictionary[Any, _Trials] = weakref.WeakKeyDictionary()
 
 
-def fit_model(model: Any, role: str, runner: str | None = None, probe: bool = True) -> Fit:
+def fit_model(
+    model: Any, role: str, runner: str | None = None, probe: bool = True, tokenizer: Any = None
+) -> Fit:
     """How a model is to be run.
 
     Args:
@@ -111,6 +126,7 @@ def fit_model(model: Any, role: str, runner: str | None = None, probe: bool = Tr
         role: what messages call it, such as ``"base"``.
         runner: ``"ragged"`` or ``"lockstep"`` forces one; None chooses.
         probe: try it on two short rows; the findings are remembered.
+        tokenizer: says what its padding is.
 
     Raises:
         TypeError: not a causal language model.
@@ -125,7 +141,7 @@ def fit_model(model: Any, role: str, runner: str | None = None, probe: bool = Tr
     if runner != "lockstep":
         reason = ragged_refusal(model)
         if reason is None and probe:
-            reason = _ragged_trial(model, role, found)
+            reason = _ragged_trial(model, title, found)
         if reason is None:
             return Fit("ragged", "", found.reach, found.contiguous)
         if runner == "ragged":
@@ -133,23 +149,37 @@ def fit_model(model: Any, role: str, runner: str | None = None, probe: bool = Tr
     if not callable(getattr(model, "generate", None)):
         raise ValueError(f"{title} {reason or 'has no generate(), which lock-step asks'}")
     if probe:
-        failure = _lockstep_trial(model, role, title, found)
+        failure = _lockstep_trial(model, title, found)
         if failure:
             raise ValueError(f"{title} {failure}")
-    return Fit("lockstep", reason or "runner='lockstep'", found.reach)
+    pad = getattr(tokenizer, "pad_token_id", None)
+    return Fit("lockstep", reason or "runner='lockstep'", found.reach, picks=found.picks, pad=pad)
 
 
-def _ragged_trial(model: Any, role: str, found: _Trials) -> str | None:
+def takes_drafts(model: Any) -> bool:
+    """Whether a model in lock-step reads several tokens at once and crops its cache behind them."""
+    found = _trials.setdefault(getattr(model, "inner", model), _Trials())
+    if found.drafts is None:
+        try:
+            found.drafts = draft_difference(model) <= tolerance(model)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # a cache of the model's own, which may raise what it likes
+            found.drafts = False
+    return found.drafts
+
+
+def _ragged_trial(model: Any, title: str, found: _Trials) -> str | None:
     if found.ragged is None:
         try:
             try:
-                difference = ragged_difference(model, role)
+                difference = ragged_difference(model)
             except RuntimeError as error:
                 # A view of what has gaps.
                 found.contiguous = "view size is not compatible" in str(error)
                 if not found.contiguous:
                     raise
-                difference = ragged_difference(model, role, contiguous=True)
+                difference = ragged_difference(model, contiguous=True)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
@@ -161,14 +191,23 @@ def _ragged_trial(model: Any, role: str, found: _Trials) -> str | None:
                     "gives other logits when rows of different length share a batch "
                     f"(by {difference:.1%} of the largest)"
                 )
+            elif (
+                _places_images(model) and not _lockstep_trial(model, title, found) and found.depends
+            ):
+                found.ragged = "reads padded rows otherwise than rows alone, in generate() too"
             found.reach = _reach(model)
     return found.ragged or None
 
 
-def _lockstep_trial(model: Any, role: str, title: str, found: _Trials) -> str:
+def _places_images(model: Any) -> bool:
+    """Whether a model may put images before its text, with masks of its own making."""
+    return getattr(model.config, "vision_config", None) is not None
+
+
+def _lockstep_trial(model: Any, title: str, found: _Trials) -> str:
     if found.lockstep is None:
         try:
-            difference = lockstep_difference(model, role)
+            difference, found.picks = lockstep_difference(model)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
@@ -177,7 +216,8 @@ def _lockstep_trial(model: Any, role: str, title: str, found: _Trials) -> str:
         found.lockstep = ""
         if accepts(model, "position_ids"):
             found.reach = _reach(model)
-        if not difference <= tolerance(model):
+        found.depends = not difference <= tolerance(model)
+        if found.depends:
             log.warning(
                 f"{title} gives other logits when rows of different length share a batch (by "
                 f"{difference:.1%} of the largest), in generate() too; prompts of one length, or "

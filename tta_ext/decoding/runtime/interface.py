@@ -108,6 +108,43 @@ class ModelRunner(ABC):
             Logits ``[rows, vocabulary]`` in the model's dtype.
         """
 
+    # ---- drafts, which only some lock-step models can take back ----------------------------------
+
+    @abstractmethod
+    def extend(self, rows: Sequence[int], tokens: Sequence[int]) -> None:
+        """Add one token to some rows; in lock-step, to all."""
+
+    @abstractmethod
+    def score(self, drafts: Sequence[Sequence[int]]) -> Tensor:
+        """Append a draft to every row and feed it with the pending token, all in one forward.
+
+        Args:
+            drafts: tokens for each row, perhaps none; in lock-step as many for each.
+
+        Returns:
+            Logits ``[rows, 1 + longest draft, vocabulary]``: of row r, columns 0 to
+            ``len(drafts[r])`` follow its pending token and each token of its draft; what stands in
+            later columns means nothing.
+        """
+
+    @abstractmethod
+    def settle(self) -> None:
+        """Feed all pending tokens but each row's last.
+
+        There are such tokens where a conversation has gone on, or where the lazy proxy lags.
+        """
+
+    @abstractmethod
+    def rollback(self, kept: Sequence[int], tails: Sequence[Sequence[int]]) -> None:
+        """Cut every row to its first ``kept`` tokens and add ``tails`` after them.
+
+        In lock-step all rows gain as many, but those that will leave.
+        """
+
+    @abstractmethod
+    def scrub(self, row: int) -> None:
+        """Forget what tokens that were taken back have left of a row."""
+
     @abstractmethod
     def catch_up(self, rows: Sequence[int] | None = None, index: Tensor | None = None) -> Tensor:
         """Feed all pending tokens of some rows, which may be many.

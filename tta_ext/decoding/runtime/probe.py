@@ -5,7 +5,7 @@ Each trial runs two short rows, once together and once alone without a cache, an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,13 @@ from tta_ext.decoding.runtime.lockstep import LockstepRunner
 from tta_ext.decoding.runtime.models import device_of, embedding_count, logit_count
 from tta_ext.decoding.runtime.runner import Runner
 
-__all__ = ["lockstep_difference", "position_reach", "ragged_difference", "tolerance"]
+__all__ = [
+    "draft_difference",
+    "lockstep_difference",
+    "position_reach",
+    "ragged_difference",
+    "tolerance",
+]
 
 
 def tolerance(model: Any) -> float:
@@ -34,7 +40,7 @@ def _alone(model: Any, rows: Sequence[Sequence[int]]) -> list[Tensor]:
     return [logits_of(model, torch.tensor([row], device=device))[0, -1].double() for row in rows]
 
 
-def _difference(found: Tensor, expected: Sequence[Tensor]) -> float:
+def _difference(found: Tensor, expected: Iterable[Tensor]) -> float:
     """The largest difference of logits, as a share of the largest logit of its row."""
     worst = 0.0
     for row, alone in zip(found.double(), expected, strict=True):
@@ -44,26 +50,69 @@ def _difference(found: Tensor, expected: Sequence[Tensor]) -> float:
 
 
 @torch.inference_mode()
-def ragged_difference(model: Any, role: str, contiguous: bool = False) -> float:
+def ragged_difference(model: Any, contiguous: bool = False) -> float:
     """How much two rows in the ragged cache differ from the same rows alone."""
     rows = _rows(model)
-    runner = Runner(
-        model, rows, room=1, vocabulary=logit_count(model), name=role, contiguous=contiguous
-    )
+    runner = Runner(model, rows, room=1, vocabulary=logit_count(model), contiguous=contiguous)
     runner.prefill()
     return _difference(runner.step(), _alone(model, rows))
 
 
 @torch.inference_mode()
-def lockstep_difference(model: Any, role: str) -> float:
-    """The same of two rows in lock-step, at their second token."""
+def lockstep_difference(model: Any) -> tuple[float, bool]:
+    """The same of two rows in lock-step, at their second token.
+
+    Returns:
+        The difference, and whether the rows of the model's cache can be picked.
+    """
     rows = _rows(model)
-    runner = LockstepRunner(
-        model, [row[:-1] for row in rows], room=2, vocabulary=logit_count(model), name=role
-    )
-    runner.step()
-    runner.append([row[-1] for row in rows])
-    return _difference(runner.step(), _alone(model, rows))
+
+    def second(order: Sequence[int]) -> Tensor:
+        prompts = [row[:-1] for row in rows]
+        runner = LockstepRunner(model, prompts, room=2, vocabulary=logit_count(model))
+        runner.step()
+        if order != (0, 1):
+            runner.keep(order)
+        runner.append([rows[i][-1] for i in order])
+        return runner.step()
+
+    plain = second((0, 1))
+    difference = _difference(plain, _alone(model, rows))
+    try:
+        picks = _difference(second((1, 0)).flip(0), plain.double()) <= tolerance(model)
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+        picks = False
+    return difference, picks
+
+
+@torch.inference_mode()
+def draft_difference(model: Any) -> float:
+    """How much rows in lock-step differ where a draft is read at once and taken back, in part.
+
+    Infinite if the model reads them all anew for that.
+    """
+    rows = _rows(model)
+    first, second = rows[0][0], rows[0][4]
+
+    def runner() -> LockstepRunner:
+        prompts = [row[:-1] for row in rows]
+        made = LockstepRunner(model, prompts, room=4, vocabulary=logit_count(model))
+        made.step()
+        made.append([row[-1] for row in rows])
+        return made
+
+    plain, drafts = runner(), runner()
+    plain.step()
+    expected: list[Tensor] = []
+    for token in (first, second):
+        plain.append([token] * len(rows))
+        expected += plain.step().double()
+    before, kept = drafts.tokens_run, [length + 1 for length in drafts.lengths]
+    scored = drafts.score([[first, first, second]] * len(rows))
+    drafts.rollback(kept, [[second]] * len(rows))
+    found = torch.cat((scored[:, 1], drafts.step()))
+    fed = (drafts.tokens_run - before) // len(rows)
+    return _difference(found, expected) if fed == 5 else float("inf")
 
 
 @torch.inference_mode()

@@ -140,23 +140,20 @@ class Runner(ModelRunner):
         self._newest = newest
 
     def extend(self, rows: Sequence[int], tokens: Sequence[int]) -> None:
-        """Add one token to some rows."""
         for row, token in zip(rows, tokens, strict=True):
             self._tokens[row].append(token)
             self._total[row] += 1
         self._place()
 
     def rollback(self, kept: Sequence[int], tails: Sequence[Sequence[int]]) -> None:
-        """Cut every row to its first ``kept`` tokens and add ``tails`` after them.
-
-        Keys of the tokens kept stay cached; the others' are written over by and by.
-        """
+        # Keys of the tokens kept stay cached; the others' are written over by and by.
         for row, (length, tail) in enumerate(zip(kept, tails, strict=True)):
             tokens = self._tokens[row]
             del tokens[length:]
             tokens += tail
             self._total[row] = len(tokens)
-            self._cached[row] = min(self._cached[row], length)
+            # The last token is always fed, as its logits are wanted.
+            self._cached[row] = min(self._cached[row], length, len(tokens) - 1)
         self._place()
 
     def scrub(self, row: int) -> None:
@@ -272,16 +269,6 @@ class Runner(ModelRunner):
         return self._feed(rows, ends, index)[:, -1]
 
     def score(self, drafts: Sequence[Sequence[int]]) -> Tensor:
-        """Append a draft to every row and feed it with the pending token, all in one forward.
-
-        Args:
-            drafts: tokens for each row, perhaps none.
-
-        Returns:
-            Logits ``[rows, 1 + longest draft, vocabulary]``: of row r, columns 0 to
-            ``len(drafts[r])`` follow its pending token and each token of its draft; what stands in
-            later columns means nothing.
-        """
         self.settle()
         for row, draft in enumerate(drafts):
             self._tokens[row] += draft
@@ -290,10 +277,6 @@ class Runner(ModelRunner):
         return self._feed(range(self.count), self._total, every=True)
 
     def settle(self) -> None:
-        """Feed all pending tokens but each row's last.
-
-        There are such tokens where a conversation has gone on, or where the lazy proxy lags.
-        """
         behind = [row for row in range(self.count) if self._total[row] - self._cached[row] > 1]
         if behind:
             self._feed(behind, [total - 1 for total in self._total])

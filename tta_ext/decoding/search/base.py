@@ -119,7 +119,7 @@ class SearchMethod(Generic[S]):
         self.vocabulary = align_vocabularies(
             size, size, tokenizer, tokenizer, proxy_name="the model"
         )
-        self.fit = fit_model(model, "model", runner, probe)
+        self.fit = fit_model(model, "model", runner, probe, tokenizer)
 
     def __repr__(self) -> str:
         model = f"{class_name(self.model)} ({self.fit.kind})"
