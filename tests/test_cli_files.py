@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import json
 import os
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from rich.console import Console
 
 from tta_ext._version import __version__
 from tta_ext.cli import common, config, progress
+from tta_ext.cli.app import COMMANDS
 from tta_ext.cli.prompts import Asked, read_prompts
 from tta_ext.journal import json_line
 
@@ -45,6 +48,20 @@ def test_help_does_not_wait_for_torch(arguments: list[str]) -> None:
     loaded = set(run.stderr.rpartition("loaded")[2].split())
     assert "tta_ext.cli.app" in loaded
     assert not loaded & {"torch", "transformers", "scipy", "numpy", "yaml", "matplotlib"}
+    modules = {f"tta_ext.cli.{one.module}" for one in COMMANDS.values()}
+    assert arguments != ["--help"] or not loaded & modules
+
+
+def test_the_list_of_commands_says_what_they_say() -> None:
+    for name, one in COMMANDS.items():
+        function = getattr(import_module(f"tta_ext.cli.{one.module}"), one.function)
+        assert inspect.getdoc(function).startswith(one.first), name  # type: ignore[union-attr]
+
+
+def test_a_command_that_is_none_gets_a_suggestion(capsys: Any) -> None:
+    status, _, errors = call(capsys, "generat")
+    assert status == 2
+    assert "Did you mean 'generate'?" in errors
 
 
 def test_the_operators_are_there_when_a_command_runs() -> None:
@@ -78,8 +95,13 @@ def test_prompts(tmp_path: Path, monkeypatch: Any) -> None:
     named.write_text('"text"\n"other"\n')
     assert [one.prompt for one in read_prompts(None, named)] == ["text", "other"]
     source.write_bytes("a".encode("utf-16"))
-    with pytest.raises(ValueError, match="is not UTF-8"):
-        read_prompts(None, source)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("a".encode("utf-16"))))
+    for given, name in ((source, str(source)), (Path("-"), "standard input")):
+        with pytest.raises(ValueError, match=f"^{name} is not UTF-8: invalid start byte at byte 0"):
+            read_prompts(None, given)
+    if Path("/dev/zero").is_char_device():
+        with pytest.raises(ValueError, match="/dev/zero is a device, expected a file"):
+            read_prompts(None, Path("/dev/zero"))
     source.write_text("\n")
     with pytest.raises(ValueError, match="no prompts"):
         read_prompts(None, source)
@@ -145,6 +167,82 @@ def test_a_bad_problem_counts_as_wrong(capsys: Any, tmp_path: Path) -> None:
     assert row["run"]["seed"] == 0
     # The report is ours, and may be written again.
     assert call(capsys, *words)[0] == 1
+
+
+REPORTS = [
+    ["eval", "base", "--n", "1", "--mode", "greedy", "--max-new-tokens", "1", "--output"],
+    ["trace", "Q:", "--max-new-tokens", "1", "--output"],
+    ["compare", "--model", "demo", "--reward", "json", "--samples", "1", "--method",
+     "best_of_n:group=1", "--max-new-tokens", "1", "Q:", "--output"],
+]  # fmt: skip
+JOURNALS = [
+    [*GENERATE, "Q:", "--output"],
+    [*REPORTS[0][:-1], "--journal"],
+]
+
+
+@pytest.mark.parametrize("words", REPORTS)
+def test_a_report_replaces_reports_alone(capsys: Any, tmp_path: Path, words: list[str]) -> None:
+    """Neither the finished work of another command, nor a file that names this library."""
+    contents = [b'{"uses": "tta_ext", "run": {"tta": 1}}', b'[{"a": {"run": {"tta_ext": "0"}}}]']
+    for journal in JOURNALS:
+        path = tmp_path / "journal.jsonl"
+        assert call(capsys, *journal, str(path))[0] == 0
+        contents.append(path.read_bytes())
+        path.unlink()
+    path = tmp_path / "r.json"
+    for content in contents:
+        path.write_bytes(content)
+        status, _, errors = call(capsys, *words, str(path))
+        assert (status, "kept" in errors) == (1, True)
+        assert path.read_bytes() == content
+    path.unlink()
+    for _ in range(2):  # its own is replaced
+        assert call(capsys, *words, str(path))[0] == 0
+    # And no run goes on from it.
+    content = path.read_bytes()
+    assert "kept" in call(capsys, *JOURNALS[0], str(path))[2]
+    assert path.read_bytes() == content
+
+
+def test_a_plot_replaces_plots_alone(capsys: Any, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from tta_ext.decoding.search.plots import MARK, check_plot, new_figure, save
+
+    for ending in ("pdf", "png", "svg"):
+        path = tmp_path / f"p.{ending}"
+        figure = new_figure()
+        figure.savefig(path)  # somebody's own
+        for content in (path.read_bytes(), b"tta_ext by matplotlib"):
+            path.write_bytes(content)
+            with pytest.raises(ValueError, match="it is kept"):
+                common.check_output(path, MARK)
+        save(figure, path)
+        common.check_output(path, MARK)
+    for name in ("p", "p.jpg", "p.txt"):
+        with pytest.raises(ValueError, match=r"no ending of a picture, expected \.pdf, \.png, \.svg"):
+            check_plot(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        ([*REPORTS[0][:-1], "--journal", "{0}", "--output", "{0}"], "journal and output"),
+        ([*REPORTS[0][:-1], "--journal", "{0}", "--output", "{1}"], "journal and output"),
+        ([*GENERATE, "--input", "{0}", "--output", "{0}"], "source and output"),
+        (["merge", "{0}", "--output", "{0}"], "shards and output"),
+        (["generate", "Q:", "--config", "{0}", "--output", "{0}"], "output and config"),
+    ],
+)
+def test_one_file_has_one_use(
+    capsys: Any, tmp_path: Path, words: list[str], names: str
+) -> None:
+    (tmp_path / "same").touch()
+    (tmp_path / "link").symlink_to("same")
+    paths = [str(tmp_path / name) for name in ("same", "link")]
+    status, _, errors = call(capsys, *(word.format(*paths) for word in words))
+    assert (status, f"{names} are one file" in errors) == (1, True)
+    assert (tmp_path / "same").read_bytes() == b""
 
 
 @pytest.mark.parametrize(
@@ -215,6 +313,16 @@ def test_config(capsys: Any, tmp_path: Path) -> None:
     assert "no folder" in call(capsys, "search", "--config", str(file), "Q")[2]
     file.write_text("a: 1\nbench: {b: 2}\neval: {c: 3}")
     assert config.read(file, "bench", {"bench": 0, "eval": 0}) == {"a": 1, "b": 2}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_takes_a_config(name: str, capsys: Any, tmp_path: Path) -> None:
+    """What is wrong in the file is said before anything is done."""
+    file = tmp_path / "c.toml"
+    file.write_text("no-such-option = 1\n")
+    status, out, errors = call(capsys, name, "--config", str(file))
+    said = "unrecognized arguments" if name == "bench" else f"tta {name} has no option 'no-such-op"
+    assert (status > 0, said in errors) == (True, True)
 
 
 def test_config_of_the_benchmarks(capsys: Any, tmp_path: Path) -> None:

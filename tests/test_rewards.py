@@ -306,5 +306,6 @@ def test_prompts_of_ids_are_no_text(template: str | None) -> None:
     with pytest.raises(ValueError, match="the prompt is token ids, and this reward reads text"):
         reward([[5, 6]], ["a"])
     refusing = "{{ raise_exception('no such role') }}"
-    with pytest.raises(ValueError, match="the chat template refuses the conversation: no such"):
+    said = "an answer is refused by the chat template for the reward model: no such role"
+    with pytest.raises(ValueError, match=said):
         rewards.ClassifierReward(classifier("llama"), words(), template=refusing)(["a"], ["b"])

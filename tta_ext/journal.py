@@ -11,15 +11,17 @@ import json
 import math
 import os
 import re
+import stat
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
-
-from filelock import FileLock, Timeout
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from tta_ext._version import __version__
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
 
 __all__ = [
     "WHOLE",
@@ -116,9 +118,11 @@ class Journal:
     def __init__(self, path: str | Path | None) -> None:
         self.records: dict[str, dict[str, Any]] = {}
         self.path = None if path is None else Path(path)
-        self._lock: FileLock | None = None
+        self._lock: BaseFileLock | None = None
         if self.path is None:
             return
+        from filelock import FileLock, Timeout  # not before a file is asked for
+
         if self.path.exists() and not self.path.is_file():
             raise ValueError(f"{self.path} is not a regular file, so no run can go on from it")
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -241,11 +245,23 @@ def json_line(value: Any) -> str:
 def read_text(path: str | Path) -> str:
     """A file's text, its byte order mark and nothing else left out.
 
+    Args:
+        path: a file or a pipe; "-" is standard input.
+
     Raises:
-        ValueError: it is not UTF-8.
+        ValueError: it is not UTF-8, or a device, whose end may never come.
     """
+    if str(path) == "-":
+        path = "standard input"
+        # Not its text layer, which would end lines at carriage returns too.
+        content = sys.stdin.buffer.read()
+    else:
+        with Path(path).open("rb") as file:
+            if stat.S_ISCHR(os.fstat(file.fileno()).st_mode):
+                raise ValueError(f"{path} is a device, expected a file; - is standard input")
+            content = file.read()
     try:
-        return Path(path).read_bytes().decode("utf-8-sig")
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8: {error.reason} at byte {error.start}") from None
 
@@ -293,6 +309,8 @@ def run_facts(**facts: Any) -> dict[str, Any]:
 
 @cache
 def _versions() -> dict[str, str]:
+    from importlib import metadata
+
     found = {}
     for name in ("torch", "transformers"):
         try:

@@ -312,7 +312,7 @@ def interval(bounds: tuple[float, float], sign: bool = False, digits: int = 3) -
 
 def plot_sweep(rows: Sequence[Row], path: Path, title: str) -> None:
     """Draw exact match and proxy calls against the parameter, with 95% Wilson bands."""
-    from tta_ext.decoding.search.plots import new_figure
+    from tta_ext.decoding.search.plots import new_figure, save
 
     figure = new_figure()
     axes = figure.subplots()
@@ -329,7 +329,7 @@ def plot_sweep(rows: Sequence[Row], path: Path, title: str) -> None:
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     axes.set_title(title, fontsize="medium")
-    figure.savefig(path, dpi=150)
+    save(figure, path)
 
 
 def _by_setting(rows: Sequence[Row]) -> dict[Setting, dict[str, Row]]:

@@ -81,11 +81,12 @@ class Models:
     ) -> tuple[list[list[int]], list[list[int]]]:
         """Token ids for the base and for the others."""
         own, theirs = self.chat_template, self.proxy_chat_template or self.chat_template
-        base = encode_prompts(prompts, self.tokenizer, template=own, fallback=self.proxy_tokenizer)
+        mine, others = self.tokenizer, self.proxy_tokenizer
+        base = encode_prompts(prompts, mine, name="the base", template=own, fallback=others)
         if proxy_prompts is None:
             proxy_prompts = prompts
         proxy = encode_prompts(
-            proxy_prompts, self.proxy_tokenizer, template=theirs, fallback=self.tokenizer
+            proxy_prompts, others, name="the proxy", template=theirs, fallback=mine
         )
         return base, proxy
 

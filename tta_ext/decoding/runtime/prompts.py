@@ -146,9 +146,21 @@ def chat_template(own: str | None, tokenizer: Any, fallback: Any) -> str:
 
 
 def render(
-    tokenizer: Any, messages: Sequence[Any], template: str, *, add_generation_prompt: bool
+    tokenizer: Any,
+    messages: Sequence[Any],
+    template: str,
+    *,
+    add_generation_prompt: bool,
+    named: tuple[str, str],
 ) -> dict[str, list[int]]:
     """A conversation's token ids, and what else the tokenizer makes of its text.
+
+    Args:
+        tokenizer: of the model that will read them.
+        messages: the conversation.
+        template: the chat template.
+        add_generation_prompt: end where an answer begins.
+        named: what errors call the conversation, and the model.
 
     Raises:
         ValueError: the template refuses the conversation, or is none.
@@ -163,7 +175,8 @@ def render(
         )
     except Exception as error:  # a template is a program, and fails as programs do
         line = " ".join(str(error).split())
-        raise ValueError(f"the chat template refuses the conversation: {line}") from error
+        what, model = named
+        raise ValueError(f"{what} is refused by the chat template for {model}: {line}") from error
     return {name: list(row) for name, row in found.items()}
 
 
@@ -171,6 +184,7 @@ def encode_prompts(
     prompts: Sequence[Any],
     tokenizer: Any,
     *,
+    name: str = "the model",
     template: str | None = None,
     fallback: Any = None,
 ) -> list[list[int]]:
@@ -179,6 +193,7 @@ def encode_prompts(
     Args:
         prompts: strings, token ids or conversations.
         tokenizer: the model's tokenizer; may be None if all prompts are token ids.
+        name: what messages call the model.
         template: chat template that overrides the tokenizer's.
         fallback: tokenizer whose chat template serves where this one has none.
 
@@ -196,7 +211,9 @@ def encode_prompts(
             ids = tokenizer(prompt)["input_ids"]
         else:
             chosen = chat_template(template, tokenizer, fallback)
-            ids = render(tokenizer, prompt, chosen, add_generation_prompt=True)["input_ids"]
+            named = f"prompt {i}", name
+            found = render(tokenizer, prompt, chosen, add_generation_prompt=True, named=named)
+            ids = found["input_ids"]
         if not ids:
             start = getattr(tokenizer, "bos_token_id", None)
             if start is None:
