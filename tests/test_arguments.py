@@ -117,6 +117,12 @@ def test_prompts_that_are_none(
         ({"seed": 1.7}, TypeError, "seed is 1.7, expected an integer"),
         ({"seed": "1"}, TypeError, "seed is '1', expected an integer"),
         ({"sequence": [0.5]}, TypeError, "sequence has a float among its ids"),
+        ({"sequence": 5}, TypeError, "sequence is a int, expected integers"),
+        ({"eos_token_id": "2"}, TypeError, "eos_token_id is a str, expected integers"),
+        ({"eos_token_id": True}, TypeError, "eos_token_id is a bool, expected integers"),
+        ({"eos_token_id": 2.0}, TypeError, "eos_token_id is a float, expected integers"),
+        ({"eos_token_id": [2.5]}, TypeError, "eos_token_id has a float among its ids"),
+        ({"eos_token_id": [None]}, TypeError, "eos_token_id has NoneType among its ids"),
         ({"stop_strings": 5}, TypeError, "stop_strings is 5, expected a string or several"),
         ({"stop_strings": ""}, ValueError, "stop_strings is '', expected strings that are not"),
         ({"stop_strings": ["a", 3]}, ValueError, "stop_strings is "),
@@ -130,11 +136,17 @@ def test_options_of_a_wrong_type(
             method.generate("hello", **(OPTIONS | options))
 
 
-def test_options_of_other_libraries(kad: KnapsackDeferral) -> None:
+def test_options_of_other_libraries(kad: KnapsackDeferral, search: BestOfN) -> None:
     expected = kad.generate("hello", **OPTIONS).tokens
     same = {"seed": np.int64(0), "max_new_tokens": np.int32(4), "param": np.float64(0.4)}
     for name, value in (*same.items(), ("stop_strings", []), ("stop_strings", ())):
         assert kad.generate("hello", **(OPTIONS | {name: value})).tokens == expected
+    (first, *_), *_ = expected
+    for ends in (first, np.int64(first), torch.tensor(first), [first], np.array([first]), {first}):
+        assert kad.generate("hello", eos_token_id=ends, **OPTIONS).tokens == [[first]]
+        assert len(search.generate("hello", eos_token_id=ends, **OPTIONS)) == 1
+    with pytest.raises(TypeError, match=r"pad_token_id is '0'"):
+        kad.generate("hello", pad_token_id="0", **OPTIONS)
     with pytest.raises(TypeError, match=r"num_return_sequences is 1\.5"):
         kad.generate("hello", num_return_sequences=1.5, **OPTIONS)
     with pytest.raises(TypeError, match=r"batch_size is 1\.5"):

@@ -220,7 +220,9 @@ def test_a_plot_replaces_plots_alone(capsys: Any, tmp_path: Path) -> None:
         save(figure, path)
         common.check_output(path, MARK)
     for name in ("p", "p.jpg", "p.txt"):
-        with pytest.raises(ValueError, match=r"no ending of a picture, expected \.pdf, \.png, \.svg"):
+        with pytest.raises(
+            ValueError, match=r"no ending of a picture, expected \.pdf, \.png, \.svg"
+        ):
             check_plot(tmp_path / name)
 
 
@@ -234,9 +236,7 @@ def test_a_plot_replaces_plots_alone(capsys: Any, tmp_path: Path) -> None:
         (["generate", "Q:", "--config", "{0}", "--output", "{0}"], "output and config"),
     ],
 )
-def test_one_file_has_one_use(
-    capsys: Any, tmp_path: Path, words: list[str], names: str
-) -> None:
+def test_one_file_has_one_use(capsys: Any, tmp_path: Path, words: list[str], names: str) -> None:
     (tmp_path / "same").touch()
     (tmp_path / "link").symlink_to("same")
     paths = [str(tmp_path / name) for name in ("same", "link")]
@@ -320,7 +320,7 @@ def test_every_command_takes_a_config(name: str, capsys: Any, tmp_path: Path) ->
     """What is wrong in the file is said before anything is done."""
     file = tmp_path / "c.toml"
     file.write_text("no-such-option = 1\n")
-    status, out, errors = call(capsys, name, "--config", str(file))
+    status, _, errors = call(capsys, name, "--config", str(file))
     said = "unrecognized arguments" if name == "bench" else f"tta {name} has no option 'no-such-op"
     assert (status > 0, said in errors) == (True, True)
 

@@ -168,7 +168,9 @@ def test_each_model_reads_its_own_template() -> None:
 
 @pytest.mark.parametrize("strict", ["base", "proxy"])
 def test_a_template_that_refuses_a_role_says_whose_it_is(strict: str) -> None:
-    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    refusing = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    )
     templates = {"base": TEMPLATE, "proxy": TEMPLATE} | {strict: refusing + TEMPLATE}
     own, theirs = (make_tokenizer(template=templates[name]) for name in ("base", "proxy"))
     kad = KnapsackDeferral(base_model(), proxy_model(), own, proxy_tokenizer=theirs)

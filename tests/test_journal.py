@@ -70,6 +70,16 @@ def test_a_last_line_is_dropped_wherever_it_was_cut(tmp_path: Path) -> None:
     assert path.read_bytes() == content
 
 
+def test_a_power_cut_leaves_nothing_but_zeros_behind(tmp_path: Path) -> None:
+    path = tmp_path / "j.jsonl"
+    content = filled(path)
+    whole = content.rindex(b"\n", 0, -1) + 1
+    for kept, found in ((len(content), 3), (len(content) - 1, 3), (whole + 9, 2), (whole, 2)):
+        path.write_bytes(content[:kept] + b"\0" * 99)
+        assert list(Journal(path).records) == KEYS[:found]
+        assert path.read_bytes() == (content if found == 3 else content[:whole])
+
+
 @pytest.mark.parametrize(
     "foreign",
     [
@@ -79,6 +89,7 @@ def test_a_last_line_is_dropped_wherever_it_was_cut(tmp_path: Path) -> None:
         b'{"key": "mine"}\n',
         b'{"key": "' + b"0" * 32 + b'", "index": 0}\nthen notes',
         b"\x00\xff\n",
+        b"\x00" * 99,
         b"\n\n\n[",
     ],
 )

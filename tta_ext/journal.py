@@ -14,6 +14,7 @@ import re
 import stat
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -100,9 +101,9 @@ WHOLE = Shard(1, 1)
 class Journal:
     """A JSONL file of finished items, of one process at a time (``.NAME.lock`` beside it says so).
 
-    A last line that a kill cut short is dropped, and one that lacks only its end gets it. Nothing
-    else in the file is ever changed. Closing lets another process have it; so does the end of this
-    one, however it comes.
+    A last line that a kill or a power cut left unfinished is dropped, and one that lacks only its
+    end gets it. Nothing else in the file is ever changed. Closing lets another process have it; so
+    does the end of this one, however it comes.
 
     Args:
         path: the file, made if missing; None keeps nothing.
@@ -145,22 +146,24 @@ class Journal:
     def _read(self, path: Path) -> None:
         with path.open("ab"):  # made if missing, and told now if it cannot be written
             pass
-        content = path.read_bytes()
+        whole = path.read_bytes()
+        # A power cut may leave NUL bytes for what it kept from the disk; no line of ours has any.
+        content = whole.rstrip(b"\0") or whole
         for number, line in enumerate(content.split(b"\n"), 1):
             text = line.decode("utf-8", "replace")
             # A line cut short is ours as far as it goes.
             if text and not _OURS.match(text + _START[len(text) :]):
                 raise ValueError(f"line {number} of {path} is not a journal's: it is kept")
-        end = content.rfind(b"\n") + 1
+        end = kept = content.rfind(b"\n") + 1
         records = parse_jsonl(content[:end].decode(), path)
-        if end < len(content):
-            try:
-                records.append(json.loads(content[end:]))
-            except ValueError:
-                os.truncate(path, end)
-            else:
-                with path.open("ab") as file:
-                    file.write(b"\n")
+        with suppress(ValueError):
+            records += [json.loads(content[end:])]
+            kept = len(content)
+        if kept < len(whole):
+            os.truncate(path, kept)
+        if kept > end:
+            with path.open("ab") as file:
+                file.write(b"\n")
         self.records = {record["key"]: record for record in records}
 
     def close(self) -> None:

@@ -236,6 +236,7 @@ def get(recipe: Recipe, stem: str) -> tuple[Path, bool]:
             recipe.compiler.version,
             target,
         )
+        start = time.perf_counter()
         try:
             with _named(f"cannot write the cache folder {cache}"):
                 _fill(target, recipe)
@@ -243,6 +244,7 @@ def get(recipe: Recipe, stem: str) -> tuple[Path, bool]:
             with suppress(OSError):  # the failure counts, not that it cannot be noted
                 log.write_text(str(error), encoding="utf-8")
             raise
+        logger.warning("tta_ext: compiled in %.0f s", time.perf_counter() - start)
         with suppress(OSError):
             log.unlink(missing_ok=True)
     return path, True

@@ -9,12 +9,12 @@ from importlib import import_module
 from typing import Any, NamedTuple
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
 import tta_ext
 from tta_ext._version import __version__
-from tta_ext.cli.common import errors, refuse_one_file_twice, sentence
+from tta_ext.cli.common import at_home, errors, refuse_one_file_twice, sentence
 
 __all__ = ["COMMANDS", "app", "run"]
 
@@ -98,6 +98,17 @@ _PLAIN: dict[str, Any] = {"pretty_exceptions_enable": False, "rich_markup_mode":
 _HELP = {"help_option_names": ["-h", "--help"]}
 
 
+class _Options(TyperCommand):
+    """A command whose files are looked at together, wherever their names come from."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        rest = super().parse_args(ctx, args)
+        if not ctx.resilient_parsing:
+            at_home(ctx.params)
+            refuse_one_file_twice(ctx.params)
+        return rest
+
+
 class _Commands(TyperGroup):
     """Makes a command when it is asked for: no other's module is read, and no other's options."""
 
@@ -126,12 +137,11 @@ def _made(name: str) -> Any:
 
     @functools.wraps(function)
     def registered(*arguments: Any, **options: Any) -> Any:
-        refuse_one_file_twice(options)
         tta_ext.register()  # no sooner, so that help does not wait for torch
         return function(*arguments, **options)
 
     alone = typer.Typer(add_completion=False, **_PLAIN)
-    alone.command(name, context_settings=_HELP | command.settings)(registered)
+    alone.command(name, cls=_Options, context_settings=_HELP | command.settings)(registered)
     return get_command(alone)
 
 

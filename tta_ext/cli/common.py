@@ -7,7 +7,7 @@ import os
 import re
 import sysconfig
 import traceback
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -201,17 +201,27 @@ def chosen_crew(context: typer.Context, make: Callable[[], Machine]) -> Crew:
     return crew
 
 
+def at_home(options: MutableMapping[str, Any]) -> None:
+    """Let ``~`` be the home folder in a command's files, as no shell does in a config or behind
+    an equals sign; else a folder of that name would be made.
+    """
+    for name, value in options.items():
+        if isinstance(value, Path):
+            options[name] = value.expanduser()
+
+
 def refuse_one_file_twice(options: Mapping[str, Any]) -> None:
     """``ValueError`` if two options name one file: what one reads or writes, the other would lose.
 
     Args:
-        options: a command's, by their names.
+        options: a command's, by their names. Devices, pipes and "-" may have two uses.
     """
     known: dict[str, str] = {}
     for name, value in options.items():
-        for path in value if isinstance(value, list) else [value]:
-            # Devices, pipes and "-" may have two uses.
-            if isinstance(path, Path) and str(path) != "-" and (path.is_file() or not path.exists()):
+        for path in value if isinstance(value, (list, tuple)) else [value]:
+            if not isinstance(path, Path) or str(path) == "-":
+                continue
+            if path.is_file() or not path.exists():
                 other = known.setdefault(os.path.realpath(path), name)
                 if other != name:
                     raise ValueError(f"{other} and {name} are one file, {path}; name two")

@@ -55,6 +55,7 @@ def load(context: typer.Context, path: Path | None) -> Path | None:
     commands = commands_beside(context)
     known = {name: one for one in context.command.params for name in _names(one)}
     context.default_map = {}
+    path = path.expanduser()
     for key, value in read(path, context.info_name or "", commands).items():
         parameter = known.get(key)
         if parameter is None or parameter.name == "config":

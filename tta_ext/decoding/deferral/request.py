@@ -175,11 +175,9 @@ class Request:
             [prompt for prompt in each for _ in range(num_return_sequences)]
             for each in (base, proxy, context)
         )
-        pad = (
-            getattr(models.tokenizer, "pad_token_id", None)
-            if pad_token_id is None
-            else pad_token_id
-        )
+        pad = getattr(models.tokenizer, "pad_token_id", None)
+        if pad_token_id is not None:
+            pad = whole_number("pad_token_id", pad_token_id, 0)
         self.pad: int = min(ends, default=0) if pad is None else pad
         self.sequence = sequence_ids(sequence, len(self.base))
         self.rule = self._spread(rule, len(base))

@@ -20,6 +20,8 @@ __all__ = [
     "check_prompts",
     "encode_prompts",
     "id_rows",
+    "integers",
+    "is_id",
     "normalise_prompts",
     "render",
     "sequence_ids",
@@ -63,8 +65,8 @@ def normalise_prompts(prompts: Any) -> list[Any]:
     items = list(prompts)
     if items and isinstance(items[0], Mapping):
         return [items]
-    if items and _is_id(items[0]):
-        return [_ids(items, "prompts")]
+    if items and is_id(items[0]):
+        return [integers(items, "prompts")]
     return [_prompt(item, i) for i, item in enumerate(items)]
 
 
@@ -79,22 +81,28 @@ def _prompt(item: Any, number: int) -> Any:
         if not all(isinstance(part, Mapping) for part in item):
             raise TypeError(f"{name} mixes messages with something else")
         return item
-    return _ids(item, name)
+    return integers(item, name)
 
 
-def _is_id(value: Any) -> bool:
-    """Whether a value is a token id, whatever library's."""
+def is_id(value: Any) -> bool:
+    """Whether a value is an integer, whatever library's; True and 4.0 are none."""
     kind = getattr(value, "dtype", None)
     if isinstance(value, bool) or "bool" in str(kind) or getattr(value, "shape", ()) != ():
         return False
     return hasattr(value, "__index__") and "float" not in str(kind)
 
 
-def _ids(values: Any, name: str) -> list[int]:
-    """Token ids of one prompt."""
+def integers(values: Any, name: str) -> list[int]:
+    """Ids, of a prompt's tokens or of something else, of any library.
+
+    Raises:
+        TypeError: they are no integers; ``name`` says whose.
+    """
+    if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
+        raise TypeError(f"{name} is {_a(values)}, expected integers")
     found = list(values)
     for value in found:
-        if not _is_id(value):
+        if not is_id(value):
             raise TypeError(f"{name} has {_a(value)} among its ids, expected integers")
     return [int(value) for value in found]
 
@@ -116,7 +124,7 @@ def whole_number(name: str, value: Any, least: int | None = 1) -> int:
         TypeError: no integer; 4.0 and True are none.
         ValueError: too small.
     """
-    if not _is_id(value):
+    if not is_id(value):
         raise TypeError(f"{name} is {value!r}, expected an integer")
     if least is not None and int(value) < least:
         raise ValueError(f"{name} is {value}, expected at least {least}")
@@ -204,7 +212,7 @@ def encode_prompts(
     encoded = []
     for i, prompt in enumerate(prompts):
         if not isinstance(prompt, str) and not any(isinstance(item, Mapping) for item in prompt):
-            ids = _ids(prompt, f"prompt {i}")
+            ids = integers(prompt, f"prompt {i}")
         elif tokenizer is None:
             raise ValueError(f"prompt {i} is text and there is no tokenizer; pass tokenizer=")
         elif isinstance(prompt, str):
@@ -259,7 +267,7 @@ def sequence_ids(given: Sequence[int] | Tensor | None, count: int) -> list[int]:
     Raises:
         ValueError: there are not ``count`` of them.
     """
-    ids = list(range(count)) if given is None else _ids(given, "sequence")
+    ids = list(range(count)) if given is None else integers(given, "sequence")
     if len(ids) != count:
         raise ValueError(f"sequence has {len(ids)} ids, expected {count}")
     return ids
@@ -309,9 +317,9 @@ def id_rows(value: Any, name: str) -> list[list[int]]:
     if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
         raise TypeError(f"{name} is {_a(value)}, expected integers [rows, columns]")
     rows = list(value)
-    if rows and _is_id(rows[0]):
-        return [_ids(rows, name)]
-    return [_ids(row, name) for row in rows]
+    if rows and is_id(rows[0]):
+        return [integers(rows, name)]
+    return [integers(row, name) for row in rows]
 
 
 def _shape(given: Any, rows: list[list[int]]) -> Any:
