@@ -354,18 +354,30 @@ def test_a_terminal_is_not_commanded(capsys: Any, monkeypatch: Any) -> None:
 
 
 def test_progress_in_a_log(capsys: Any, monkeypatch: Any) -> None:
-    seconds = iter(range(0, 1000, 4))
+    """Lines come by the clock, whether or not anything was finished."""
+    seconds = iter(range(0, 1000, 10))
     monkeypatch.setattr(progress, "monotonic", lambda: float(next(seconds)))
-    with progress.progress("answers", 10, done=2) as advance:
-        advance(1)
-        for _ in range(7):
-            advance(1, 40)
-    told = capsys.readouterr().err.splitlines()
-    assert told[-1].startswith("answers 10/10, ")
-    assert "tokens/s" in told[-1]
-    assert "left" not in told[-1]
-    assert len(told) > 2
-    assert all("tokens/s, " in line and line.endswith(" left") for line in told[1:-1])
+    meter = progress.Meter("answers", 6, done=2)
+    happens = iter([lambda: None, lambda: meter(1), lambda: meter(1, 600), lambda: meter(2, 600)])
+
+    class Clock:
+        def wait(self, seconds: float) -> bool:
+            assert seconds == progress.SECONDS_A_LINE
+            step = next(happens, None)
+            return step is None or bool(step())
+
+    progress.tell(meter, Clock())  # type: ignore[arg-type]
+    assert capsys.readouterr().err.splitlines() == [
+        "answers 2/6, 0:00:10",
+        "answers 3/6, 0:00:20",
+        "answers 4/6, 0:00:30, 20 tokens/s, 0:01:00 left",
+    ]
+    with progress.progress("answers", 2) as advance:
+        advance(2, 40)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("answers 2/2, ")
+    assert "tokens/s" in line
+    assert "left" not in line
 
 
 def test_a_bar_leaves_stdout_alone(monkeypatch: Any, capfd: Any) -> None:
