@@ -254,6 +254,16 @@ def test_a_changed_model_has_another_fingerprint(tmp_path: Path, monkeypatch: An
         assert found != fingerprint(str(folder))
         (folder / name).write_bytes(content)
     assert fingerprint(str(folder / "config.json")) not in ("", found)
+    # An adapter's base belongs to it.
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(
+        json.dumps({"base_model_name_or_path": str(folder)})
+    )
+    adapted, content = fingerprint(str(adapter)), (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[:-1] + b" ")
+    assert adapted not in ("", found, fingerprint(str(adapter)))
+    (folder / "model.safetensors").write_bytes(content)
     assert fingerprint("nobody/nothing") == ""
     # Large files by their times.
     monkeypatch.setattr(module, "HASHED_BYTES", 1000)

@@ -350,7 +350,9 @@ def model_facts(model: Any, source: str | None = None) -> dict[str, str]:
 
 
 def fingerprint(source: str, revision: str | None = None) -> str:
-    """A hash over the files that make up a model, its tokenizer included; "" if there are none.
+    """A hash over the files that make up a model; "" if there are none.
+
+    Its tokenizer's are among them, and those of an adapter's base.
 
     Contents are hashed up to 64 MiB a file; larger files stand for themselves by size and time of
     last change. A copy of large weights made at another time therefore counts as another model.
@@ -378,4 +380,10 @@ def _files(path: Path, revision: str | None) -> list[Path]:
         if not isinstance(config, str):
             return []
         path = Path(config).parent
-    return sorted(file for file in path.iterdir() if file.suffix in _MODEL_FILES and file.is_file())
+    found = sorted(p for p in path.iterdir() if p.suffix in _MODEL_FILES and p.is_file())
+    names = {file.name: file for file in found}
+    if "config.json" not in names:
+        with suppress(KeyError, TypeError, ValueError):  # else it is no adapter that can be loaded
+            adapter = json.loads(names["adapter_config.json"].read_bytes())
+            found += _files(Path(adapter["base_model_name_or_path"]), None)
+    return found
