@@ -105,7 +105,8 @@ class _Options(TyperCommand):
         rest = super().parse_args(ctx, args)
         if not ctx.resilient_parsing:
             at_home(ctx.params)
-            refuse_one_file_twice(ctx.params)
+            names = {one.name: max(one.opts, key=len) for one in self.params}
+            refuse_one_file_twice({names[name]: value for name, value in ctx.params.items()})
         return rest
 
 
