@@ -226,6 +226,17 @@ def test_a_plot_replaces_plots_alone(capsys: Any, tmp_path: Path) -> None:
             check_plot(tmp_path / name)
 
 
+@pytest.mark.parametrize("words", [["eval", "base", "argmax"], ["sweep", "--params", "0.2,0.4"]])
+def test_pictures_of_evaluations(capsys: Any, tmp_path: Path, words: list[str]) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "p.svg"
+    words = [*words, "--n", "2", "--max-new-tokens", "1", "--plot", str(path)]
+    for _ in range(2):  # the second replaces the first
+        status, _, errors = call(capsys, *words)
+        assert (status, f"written: {path}" in errors) == (0, True)
+    assert path.read_text().startswith("<?xml")
+
+
 @pytest.mark.parametrize(
     ("words", "names"),
     [
