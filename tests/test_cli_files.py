@@ -278,6 +278,43 @@ def test_what_is_not_ours_is_kept(capsys: Any, tmp_path: Path, words: list[str])
         assert path.read_text() == content
 
 
+def test_a_record_that_was_changed_by_hand(capsys: Any, tmp_path: Path) -> None:
+    """A sentence that names the file; nothing is decoded over it."""
+    path = tmp_path / "j.jsonl"
+    evaluation = [*JOURNALS[1], str(path)]
+    comparison = [*REPORTS[2][:-1], "--journal", str(path)]
+    for words, changes in (
+        (evaluation, [{"stats": None}, {"stats": {"x": 1}}, {"texts": 5}, {"texts": []},
+                      {"texts": [5]}]),
+        (comparison, [{"reward": None}, {"curve": 3}, {"timing": ...}, {"index": ...}]),
+        (["merge", str(path), "--output", str(tmp_path / "m")], [{"of": ...}, {"index": ...}]),
+    ):  # fmt: skip
+        path.unlink(missing_ok=True)
+        assert call(capsys, *(comparison if words[0] == "merge" else words))[0] == 0
+        record = lines(path)[0]
+        for change in changes:
+            kept = {key: value for key, value in (record | change).items() if value is not ...}
+            path.write_text(json.dumps(kept) + "\n")
+            status, _, errors = call(capsys, *words)
+            assert (status, "j.jsonl has a record that is not whole" in errors) == (1, True)
+
+
+def test_a_prompt_of_a_file_is_one_prompt(capsys: Any, tmp_path: Path) -> None:
+    """A number is no token id, an object no message, alone as among others."""
+    path = tmp_path / "in.jsonl"
+    for text in ("5", '{"role": "user", "content": "a"}', "[5, true]"):
+        path.write_text(f'{{"prompt": {text}}}\n')
+        status, out, errors = call(
+            capsys, *GENERATE, "--seed", "0", "--jsonl", "--input", str(path)
+        )
+        assert (status, "line 1, prompt 0: the prompt " in errors) == (1, True)
+        assert "error" in json.loads(out)
+    for text in ('{"answer": "a"}', '{"prompt": "a", "answer": null}'):
+        path.write_text(f"\n{text}\n")
+        status, _, errors = call(capsys, "eval", "base", "--data", str(path))
+        assert (status, f"line 2 of {path}" in errors) == (1, True)
+
+
 def test_outputs_are_tried_before_the_work(tmp_path: Path) -> None:
     common.check_output(tmp_path / "new" / "r.json")
     assert list((tmp_path / "new").iterdir()) == []

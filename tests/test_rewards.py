@@ -98,7 +98,8 @@ def test_what_a_reward_may_return(given: Any) -> None:
     [
         None, 3.0, {"a": 1.0, "b": 2.0}, {1.0, 2.0}, "12", b"12", ["1", "2"], [None, 1.0],
         [[1.0, 2.0], [3.0, 4.0]], torch.ones(1, 2), np.ones((1, 2)), torch.ones(2, device="meta"),
-        [1j, 2j], [1.0, b"2"],
+        [1j, 2j], [1.0, b"2"], np.array([1j, 2j]), bytearray(b"12"), memoryview(b"12"),
+        torch.tensor(3.0), np.float64(3), torch.tensor([1.0, 2.0]).to_sparse(),
     ],
 )  # fmt: skip
 def test_what_a_reward_may_not_return(given: Any) -> None:

@@ -204,9 +204,13 @@ def data_task(path: str | Path, n: int | None = None, pattern: str | None = None
         raise ValueError(f"{path} has no problems")
     prompts = []
     for number, record in numbered:
-        if not isinstance(record, dict) or "answer" not in record:
-            raise ValueError(f"line {number} of {path} has no 'answer'")
-        prompts.append(record_prompt(record))
+        answer = record.get("answer") if isinstance(record, dict) else None
+        if not isinstance(answer, (str, int, float)):
+            raise ValueError(f"line {number} of {path} has no 'answer', a text or a number")
+        try:
+            prompts.append(record_prompt(record))
+        except ValueError as error:
+            raise ValueError(f"line {number} of {path}: {error}") from None
     try:
         expression = None if pattern is None else re.compile(pattern)
     except re.error as error:
@@ -367,6 +371,8 @@ def evaluate(
 
     def take(kind: int, places: list[int], record: dict[str, Any], new: bool) -> None:
         spent = DecodeStats(**record["stats"])
+        if not all(isinstance(text, str) for text in record["texts"]):
+            raise TypeError("texts are no texts")
         texts[kind] |= zip(places, record["texts"], strict=True)
         stats[kind] += spent
         waiting[kind] -= len(places)
@@ -376,7 +382,8 @@ def evaluate(
         for (kind, what), batch in product(enumerate(kinds), batches):
             for places in decoded_parts(batch, lambda part: key(kind, part) in known):  # noqa: B023
                 if record := known.get(key(kind, places)):
-                    take(kind, places, record, False)
+                    with journal.reading():
+                        take(kind, places, record, False)
                 else:
                     yield (kind, *what, options), places
 
@@ -415,7 +422,9 @@ class Answering:
         _, setting, mode, options = what
         if setting != self._setting:
             self._decoder, self._setting = self.models.decoder(setting), setting
-        chosen = [self.prompts[place] for place in places]
+        from tta_ext.decoding.runtime.prompts import PromptList
+
+        chosen = PromptList(self.prompts[place] for place in places)
         made = self._decoder.generate(chosen, do_sample=mode == SAMPLED, sequence=places, **options)
         return {"texts": made.texts, "stats": vars(made.stats)}
 

@@ -13,8 +13,8 @@ import os
 import re
 import stat
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -155,7 +155,7 @@ class Journal:
             if text and not _OURS.match(text + _START[len(text) :]):
                 raise ValueError(f"line {number} of {path} is not a journal's: it is kept")
         end = kept = content.rfind(b"\n") + 1
-        records = parse_jsonl(content[:end].decode(), path)
+        records = parse_jsonl(_decoded(content[:end], path), path)
         with suppress(ValueError):
             records += [json.loads(content[end:])]
             kept = len(content)
@@ -165,6 +165,18 @@ class Journal:
             with path.open("ab") as file:
                 file.write(b"\n")
         self.records = {record["key"]: record for record in records}
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Turns whatever a record makes its reader raise into a ``ValueError`` of one line.
+
+        A record with a key of ours may still have been changed by hand.
+        """
+        try:
+            yield
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            what = f"{type(error).__name__} {error}"
+            raise ValueError(f"{self.path} has a record that is not whole: {what}") from error
 
     def close(self) -> None:
         """Let others have the file."""
@@ -263,8 +275,12 @@ def read_text(path: str | Path) -> str:
             if stat.S_ISCHR(os.fstat(file.fileno()).st_mode):
                 raise ValueError(f"{path} is a device, expected a file; - is standard input")
             content = file.read()
+    return _decoded(content, path).removeprefix("\ufeff")
+
+
+def _decoded(content: bytes, path: str | Path) -> str:
     try:
-        return content.decode("utf-8-sig")
+        return content.decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8: {error.reason} at byte {error.start}") from None
 

@@ -241,6 +241,8 @@ def check_output(path: Path | None, mark: re.Pattern[bytes] = REPORT_MARK) -> No
     if path is None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_fifo():
+        return  # whoever reads may not have come yet
     there = path.exists()
     if there and path.is_file() and path.stat().st_size:
         with path.open("rb") as file:
@@ -258,7 +260,10 @@ def write_report(path: Path | None, value: Any) -> None:
     """Write a JSON file if one was asked for."""
     if path is not None:
         text = json.dumps(strict(value), indent=1, allow_nan=False, default=str) + "\n"
-        path.write_text(text, encoding="utf-8")
+        try:
+            path.write_text(text, encoding="utf-8")
+        except OSError as error:  # of a full disk it names no file
+            raise OSError(error.errno, error.strerror, str(path)) from error
         errors.print(f"written: {path}")
 
 

@@ -192,7 +192,9 @@ class _Pair:
         """Of the call that answers some places."""
         samples = self.options["num_return_sequences"]
         sequence = [place * samples + j for place in places for j in range(samples)]
-        prompts = [self.asked[place].prompt for place in places]
+        from tta_ext.decoding.runtime.prompts import PromptList
+
+        prompts = PromptList(self.asked[place].prompt for place in places)
         return {"prompts": prompts, "sequence": sequence, **self.options}
 
     def decode(self, what: None, places: list[int]) -> Generation | None:

@@ -142,7 +142,9 @@ class _Searching:
         return {"model": model_facts(self.method.model)}
 
     def decode(self, what: None, places: list[int]) -> SearchResult:
-        prompts = [self.asked[place].prompt for place in places]
+        from tta_ext.decoding.runtime.prompts import PromptList
+
+        prompts = PromptList(self.asked[place].prompt for place in places)
         return self.method.generate(prompts, seed=self.seed, sequence=places)
 
 

@@ -34,6 +34,7 @@ from tta_ext.decoding.runtime.processors import (
 from tta_ext.decoding.runtime.prompts import (
     check_prompts,
     encode_prompts,
+    flag,
     id_rows,
     normalise_prompts,
     sequence_ids,
@@ -144,8 +145,9 @@ class Request:
         draft: str | None = None,
         errors: str = "raise",
     ) -> None:
-        self.models, self.do_sample, self.errors = models, do_sample, errors
-        self.lazy = lazy and not rule.needs_proxy
+        self.models, self.errors = models, errors
+        self.do_sample = do_sample = flag("do_sample", do_sample)
+        self.lazy = flag("lazy", lazy) and not rule.needs_proxy
         if trace not in (False, True, "lazy", "full"):
             raise ValueError(f"trace is {trace!r}, expected False, True, 'full' or 'lazy'")
         if trace and isinstance(rule, ImplicitReward):
@@ -367,7 +369,7 @@ class Request:
     def feed(self, streamer: Any, loop: Loop, prompts: Sequence[Sequence[int]] | None) -> None:
         """Run a loop into a transformers streamer: prompts, if any, then a token a row at most."""
         pad, count = self.pad, len(loop.rows.active)
-        if prompts is not None:
+        if prompts:
             # Padded where lengths differ, as generate() of transformers would have them.
             rows = [torch.tensor(prompt) for prompt in prompts]
             streamer.put(pad_sequence(rows, True, pad, padding_side="left"))

@@ -10,15 +10,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 
+from tta_ext import rng
 from tta_ext.decoding.runtime.models import embedding_count, position_limit
 
 __all__ = [
     "Conversation",
     "Prompt",
+    "PromptList",
     "check_prompts",
     "encode_prompts",
+    "flag",
     "id_rows",
     "integers",
     "is_id",
@@ -33,7 +37,12 @@ Conversation: TypeAlias = Sequence[Mapping[str, str]]
 Prompt: TypeAlias = "str | Conversation | Sequence[int]"
 
 
+_BYTES = (bytes, bytearray, memoryview)
 _KINDS = "a string, a conversation (list of messages), a list of token ids, or several of these"
+
+
+class PromptList(list[Any]):
+    """Prompts, whatever they are: a number is no token id here, nor an object a message."""
 
 
 def normalise_prompts(prompts: Any) -> list[Any]:
@@ -51,20 +60,24 @@ def normalise_prompts(prompts: Any) -> list[Any]:
         TypeError: something else, such as bytes; with the prompt's number.
     """
     if isinstance(prompts, str):
-        return [str(prompts)]
+        return [_prompt(prompts, 0)]
     if isinstance(prompts, Mapping):
         if "input_ids" not in prompts:
             raise TypeError(f"prompts is a {type(prompts).__name__}, expected {_KINDS}")
         return unpad(prompts["input_ids"], prompts.get("attention_mask"))
-    if isinstance(prompts, (bytes, bytearray)):
+    if isinstance(prompts, _BYTES):
         raise TypeError("prompts is bytes, expected text; decode them first")
+    if isinstance(prompts, (set, frozenset)):
+        raise TypeError("prompts is a set, which has no order; expected a list")
     if isinstance(prompts, Tensor):
         return unpad(prompts, None)
     if not isinstance(prompts, Iterable):
         raise TypeError(f"prompts is a {type(prompts).__name__}, expected {_KINDS}")
     items = list(prompts)
+    if isinstance(prompts, PromptList):
+        return [_prompt(item, i) for i, item in enumerate(items)]
     if items and isinstance(items[0], Mapping):
-        return [items]
+        return [_prompt(items, 0)]
     if items and is_id(items[0]):
         return [integers(items, "prompts")]
     return [_prompt(item, i) for i, item in enumerate(items)]
@@ -72,16 +85,41 @@ def normalise_prompts(prompts: Any) -> list[Any]:
 
 def _prompt(item: Any, number: int) -> Any:
     """One of several prompts."""
-    if isinstance(item, str):
-        return str(item)
     name = f"prompt {number}"
-    if isinstance(item, (bytes, bytearray, Mapping)) or not isinstance(item, Iterable):
+    if isinstance(item, str):
+        return _text(item, name)
+    if isinstance(item, (*_BYTES, Mapping)) or not isinstance(item, Iterable):
         raise TypeError(f"{name} is {_a(item)}, expected text, a list of token ids or of messages")
     if isinstance(item, Sequence) and item and any(isinstance(part, Mapping) for part in item):
         if not all(isinstance(part, Mapping) for part in item):
             raise TypeError(f"{name} mixes messages with something else")
+        for message in item:
+            _check_message(message, name)
         return item
     return integers(item, name)
+
+
+def _text(text: str, name: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name} has half a character, {text[error.start]!r}, which is no text"
+        ) from None
+    return str(text)
+
+
+def _check_message(message: Mapping[str, Any], name: str) -> None:
+    """Refuse a message that templates would print as None, or leave out without a word."""
+    role, content = message.get("role"), message.get("content")
+    if not isinstance(role, str):
+        raise TypeError(f"{name} has a message whose role is {role!r}, expected text")
+    if isinstance(content, str):
+        _text(content, name)
+    elif content is None and message.keys() - {"role", "content"}:
+        pass  # a call of a tool
+    elif not (isinstance(content, list) and all(isinstance(one, Mapping) for one in content)):
+        raise TypeError(f"{name} has a message whose content is {content!r:.60}, expected text")
 
 
 def is_id(value: Any) -> bool:
@@ -129,6 +167,17 @@ def whole_number(name: str, value: Any, least: int | None = 1) -> int:
     if least is not None and int(value) < least:
         raise ValueError(f"{name} is {value}, expected at least {least}")
     return int(value)
+
+
+def flag(name: str, value: Any) -> bool:
+    """An argument that is true or false, of any library.
+
+    Raises:
+        TypeError: something else, such as the text "no", which would count as true.
+    """
+    if not isinstance(value, bool) and "bool" not in str(getattr(value, "dtype", "")):
+        raise TypeError(f"{name} is {value!r}, expected True or False")
+    return bool(value)
 
 
 def chat_template(own: str | None, tokenizer: Any, fallback: Any) -> str:
@@ -265,12 +314,12 @@ def sequence_ids(given: Sequence[int] | Tensor | None, count: int) -> list[int]:
     """The ids of random streams, one for each prompt or answer: given, or 0, 1, ...
 
     Raises:
-        ValueError: there are not ``count`` of them.
+        ValueError: there are not ``count`` of them, or one does not fit 32 bits.
     """
     ids = list(range(count)) if given is None else integers(given, "sequence")
     if len(ids) != count:
         raise ValueError(f"sequence has {len(ids)} ids, expected {count}")
-    return ids
+    return [rng.check_word("sequence", one) for one in ids]
 
 
 def unpad(input_ids: Any, attention_mask: Any) -> list[list[int]]:
@@ -313,6 +362,8 @@ def id_rows(value: Any, name: str) -> list[list[int]]:
             )
         if len(shape) not in (1, 2):
             raise ValueError(f"{name} has shape {list(shape)}, expected [rows, columns]")
+        if isinstance(value, Tensor) and (value.is_meta or value.layout is not torch.strided):
+            raise TypeError(f"{name} is a sparse or meta tensor, expected one with its numbers")
         value = value.tolist()
     if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
         raise TypeError(f"{name} is {_a(value)}, expected integers [rows, columns]")

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from tta_ext.decoding.rewards import Reward
+from tta_ext.decoding.runtime.prompts import PromptList
 from tta_ext.decoding.search.aisp import AdaptiveImportanceSampling
 from tta_ext.decoding.search.base import SearchMethod
 from tta_ext.decoding.search.best_of_n import BestOfN
@@ -236,12 +237,13 @@ def compare(
         )
         counted(len(done), tokens)
     # A label is only a name: it may have changed since the journal was written.
-    return [
-        _numbers(journal.records[keys[place, label]]) | {"label": label}
-        for place in places
-        if not (failures and place in failures)
-        for label in labels
-    ]
+    with journal.reading():
+        return [
+            _numbers(journal.records[keys[place, label]]) | {"label": label}
+            for place in places
+            if not (failures and place in failures)
+            for label in labels
+        ]
 
 
 def resolved(
@@ -279,13 +281,16 @@ class Comparing:
 
     def decode(self, what: tuple[str, int], places: list[int]) -> tuple[list[dict[str, Any]], int]:
         label, seed = what
-        chosen = [self.prompts[place] for place in places]
+        chosen = PromptList(self.prompts[place] for place in places)
         result = self.methods[label].generate(chosen, seed=seed, sequence=places)
         return [record_of(result, at) for at in range(len(places))], result.timing.tokens
 
 
 def _numbers(record: dict[str, Any]) -> dict[str, Any]:
-    """A record with the infinite rewards that JSON had to write as texts."""
+    """A record, if it is whole, with the infinite rewards that JSON had to write as texts."""
+    for name in ("index", "prompt", "text", "timing"):
+        if name not in record:
+            raise KeyError(name)
     curve = [
         {name: float(x) if isinstance(x, str) else x for name, x in point.items()}
         for point in record["curve"]
