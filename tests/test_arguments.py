@@ -205,7 +205,7 @@ def test_what_the_loop_calls(kad: KnapsackDeferral) -> None:
         ({"logits_processor": [3]}, "logits_processor has a int, expected callables"),
         ({"logits_processor": TemperatureLogitsWarper}, "logits_processor has the class Temper"),
         ({"stopping_criteria": [MaxTimeCriteria]}, "stopping_criteria has the class MaxTimeCri"),
-        ({"logits_processor": Halved()}, r"Halved returned \[1, 3\], expected scores \[1, 105\]"),
+        ({"logits_processor": Halved()}, r"Halved returned \[1, 3\], expected scores \[1, 100\]"),
         ({"logits_processor": lambda i, s: None}, "function returned NoneType, expected scores"),
         ({"streamer": 5}, "streamer is 5, expected an object with put and end"),
         ({"streamer": TextStreamer}, "expected an object with put and end"),

@@ -150,7 +150,7 @@ def test_eval_and_sweep_on_data(capsys: Any, pair: list[str], tmp_path: Path) ->
         "1",
     ]
     assert behind.count("threshold") == 2
-    assert "Matplotlib" in picture.read_text()
+    assert "tta_ext" in picture.read_text()
 
 
 def base_answer(prompt: str) -> str:
