@@ -137,6 +137,20 @@ def test_one_bad_prompt_stops_no_other(capsys: Any, tmp_path: Path) -> None:
     assert ["error" in json.loads(line) for line in out.splitlines()] == [0, 1, 0, 0, 1]
 
 
+@pytest.mark.parametrize(
+    "option",
+    [["--top-k", "0"], ["--seed", str(2**64)], ["--max-new-tokens", "99999"], ["--stop", ""]],
+)
+def test_a_wrong_option_is_no_prompts_fault(capsys: Any, tmp_path: Path, option: list[str]) -> None:
+    """One sentence, and not one for each of ten thousand prompts."""
+    output = tmp_path / "o.jsonl"
+    search = ["search", "--model", "demo", "--reward", "json", "--n", "2", "--iterations", "1"]
+    for command in (["generate"], *([] if option[0] == "--top-k" else [search])):
+        status, _, errors = call(capsys, *command, "Q:", *option, "--output", str(output))
+        assert (status, "not answered" in errors, "Q:" in errors) == (1, False, False)
+        assert output.read_bytes() == b""
+
+
 def test_a_record_says_what_made_it(capsys: Any, tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
     words = [*GENERATE, "--rule", "knapsack", "--output", str(output), "Q: a"]

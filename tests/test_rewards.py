@@ -59,7 +59,7 @@ def test_parse_reward() -> None:
 @pytest.mark.parametrize(
     "name",
     ["sentiment:neg", "sentiment:Negative", "json:x", "words:ten", "words:-3", "classifier:",
-     "python:no_such_module:f", "python::f"],
+     "python:no_such_module:f", "python::f", "python:..:f"],
 )  # fmt: skip
 def test_names_that_are_nearly_right_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=r", expected |there is no module"):

@@ -15,7 +15,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tta_ext import rules
+from tta_ext import rng, rules
 from tta_ext.intervals import difference, difference_interval, wilson_interval
 from tta_ext.jobs import Crew, Here, Job
 from tta_ext.journal import (
@@ -71,6 +71,13 @@ class Setting:
     param: float | None = None
     critical: str = "exclude"
 
+    def __post_init__(self) -> None:
+        """``ValueError`` for a parameter that the rule cannot have, before anything is decoded."""
+        if self.rule not in (BASE_ALONE, PROXY_ALONE, IMPLICIT_REWARD):
+            rules.Rule(self.rule, self.param, self.critical)
+        elif self.param is not None and not math.isfinite(self.param):
+            raise ValueError(f"param is {self.param}, expected a finite number for {self.rule}")
+
     @property
     def label(self) -> str:
         """``threshold 0.4``, ``knapsack 0.9 split``, ``base``."""
@@ -99,9 +106,10 @@ class Setting:
         if critical and rule != "knapsack":
             raise ValueError(f"{rule} has no critical item, got {text!r}")
         try:
-            return cls(rule, float(param), critical or "exclude")
+            value = float(param)
         except ValueError:
             raise ValueError(f"{text!r} has no parameter; expected e.g. '{rule}:0.4'") from None
+        return cls(rule, value, critical or "exclude")
 
 
 SHORT = (
@@ -347,7 +355,7 @@ def evaluate(
     for mode in modes:
         if mode not in MODES:
             raise ValueError(f"mode is {mode!r}, expected one of {', '.join(MODES)}")
-    options: dict[str, Any] = {"seed": seed}
+    options: dict[str, Any] = {"seed": rng.resolve_seed(seed)}
     options["max_new_tokens"] = max_new_tokens or task.max_new_tokens
     if crew is None:
         if models is None:

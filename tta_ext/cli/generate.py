@@ -186,6 +186,7 @@ class _Pair:
         models = common.load_models(**loading)
         self.facts = models.facts
         self.kad = models.decoder(setting, **pair_options)
+        self.kad.request([[0]], **options)  # what is wrong with them is no prompt's fault
         self.asked, self.options = asked, options
 
     def arguments(self, places: list[int]) -> dict[str, Any]:

@@ -285,7 +285,7 @@ class WeightedReward:
 
 def _named(text: str) -> Reward:
     module, _, name = text.partition(":")
-    if not module or not name:
+    if not module or not name or module.startswith("."):
         raise ValueError(f"python:{text} names no function, expected python:MODULE:NAME")
     try:
         found = getattr(importlib.import_module(module), name, None)

@@ -51,13 +51,14 @@ def normalise_prompts(prompts: Any) -> list[Any]:
     Args:
         prompts: a string, a conversation or token ids; several of these in a list, a generator, a
             NumPy array, a column of pandas or datasets; ids as an integer tensor ``[columns]`` or
-            ``[rows, columns]``; what a tokenizer returns.
+            ``[rows, columns]``; what a tokenizer returns. Of a :class:`PromptList` each is one.
 
     Returns:
         Strings, conversations as they are, and lists of ids.
 
     Raises:
         TypeError: something else, such as bytes; with the prompt's number.
+        ValueError: a text has half a character (a lone surrogate).
     """
     if isinstance(prompts, str):
         return [_prompt(prompts, 0)]

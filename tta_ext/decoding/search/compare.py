@@ -68,12 +68,17 @@ def parse_settings(items: Iterable[str]) -> dict[str, Any]:
     Example:
         >>> parse_settings(["n=16", "sigma_unit=logit", "lam=None"])
         {'n': 16, 'sigma_unit': 'logit', 'lam': None}
+
+    Raises:
+        ValueError: an item that is no such text, or of a name that was there already.
     """
     found: dict[str, Any] = {}
     for item in items:
         name, equals, value = item.partition("=")
         if not equals or not name.strip():
             raise ValueError(f"setting is {item!r}, expected name=value")
+        if name.strip() in found:
+            raise ValueError(f"setting {name.strip()} is given twice")
         try:
             found[name.strip()] = ast.literal_eval(value.strip())
         except (ValueError, SyntaxError):
@@ -118,9 +123,15 @@ class Contestant:
 
     @classmethod
     def parse(cls, text: str) -> Contestant:
-        """From ``method``, ``method:name=value,...`` or ``label=method:name=value,...``."""
+        """From ``method``, ``method:name=value,...`` or ``label=method:name=value,...``.
+
+        Raises:
+            ValueError: it is none of these.
+        """
         head, _, rest = text.partition(":")
         label, equals, method = head.rpartition("=")
+        if equals and not label.strip():
+            raise ValueError(f"method is {text!r}, whose label is empty")
         settings = parse_settings(filter(None, rest.split(",")))
         return cls(label if equals else text, method_class(method).name, settings)
 
