@@ -157,7 +157,7 @@ def test_a_longer_run_is_the_continuation_of_a_shorter(tmp_path: Any) -> None:
         aisp.generate("another", checkpoint=path)
     with pytest.raises(ValueError, match="iterations is 1, but 2 are done"):
         aisp.resume(path, iterations=1)
-    with pytest.raises(ValueError, match="this model's is"):
+    with pytest.raises(ValueError, match="another model"):
         make_aisp(make_model(hidden_size=16)).resume(path)
     (tmp_path / "other").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="holds no AISP run"):

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from models import base_model, make_tokenizer, proxy_model
-from transformers import BatchEncoding
+from transformers import BatchEncoding, MaxTimeCriteria, TemperatureLogitsWarper, TextStreamer
 
 from tta_ext.decoding import BestOfN, KnapsackDeferral
-from tta_ext.decoding.runtime.prompts import normalise_prompts
+from tta_ext.decoding.runtime.prompts import PromptList, normalise_prompts
 
 TEXTS = ["hello", "ab"]
 OPTIONS: dict[str, Any] = {"max_new_tokens": 4, "seed": 0}
@@ -97,6 +98,17 @@ def test_what_a_tokenizer_returns(kad: KnapsackDeferral) -> None:
         ({"role": "user", "content": "a"}, "prompts is a dict, expected a string"),
         ([[{"role": "user", "content": "a"}, "b"]], "prompt 0 mixes messages"),
         (5, "prompts is a int, expected a string"),
+        ({"a", "b"}, "prompts is a set, which has no order"),
+        (memoryview(b"hello"), "prompts is bytes"),
+        (torch.zeros(1, 3, dtype=torch.long, device="meta"), "is a sparse or meta tensor"),
+        (torch.ones(1, 3, dtype=torch.long).to_sparse(), "is a sparse or meta tensor"),
+        ([{"role": "user", "content": "a"}, 5], "prompt 0 mixes messages"),
+        ([{"content": "a"}], "prompt 0 has a message whose role is None"),
+        ([{"role": 5, "content": "a"}], "prompt 0 has a message whose role is 5"),
+        ([{"role": "user"}], "prompt 0 has a message whose content is None"),
+        ([{"role": "user", "content": ["a"]}], "prompt 0 has a message whose content is"),
+        (PromptList([5]), "prompt 0 is a int, expected text"),
+        (PromptList([{"role": "user", "content": "a"}]), "prompt 0 is a dict, expected text"),
     ],
 )
 def test_prompts_that_are_none(
@@ -116,7 +128,17 @@ def test_prompts_that_are_none(
         ({"max_new_tokens": 0}, ValueError, "max_new_tokens is 0, expected at least 1"),
         ({"seed": 1.7}, TypeError, "seed is 1.7, expected an integer"),
         ({"seed": "1"}, TypeError, "seed is '1', expected an integer"),
+        ({"seed": True}, TypeError, "seed is True, expected an integer"),
+        ({"sequence": [2**32]}, ValueError, "sequence is 4294967296, expected 0 <= sequence"),
+        ({"sequence": [-1]}, ValueError, "sequence is -1, expected 0 <= sequence"),
+        ({"top_p": "x"}, ValueError, "top_p is 'x', expected"),
         ({"sequence": [0.5]}, TypeError, "sequence has a float among its ids"),
+        ({"sequence": 5}, TypeError, "sequence is a int, expected integers"),
+        ({"eos_token_id": "2"}, TypeError, "eos_token_id is a str, expected integers"),
+        ({"eos_token_id": True}, TypeError, "eos_token_id is a bool, expected integers"),
+        ({"eos_token_id": 2.0}, TypeError, "eos_token_id is a float, expected integers"),
+        ({"eos_token_id": [2.5]}, TypeError, "eos_token_id has a float among its ids"),
+        ({"eos_token_id": [None]}, TypeError, "eos_token_id has NoneType among its ids"),
         ({"stop_strings": 5}, TypeError, "stop_strings is 5, expected a string or several"),
         ({"stop_strings": ""}, ValueError, "stop_strings is '', expected strings that are not"),
         ({"stop_strings": ["a", 3]}, ValueError, "stop_strings is "),
@@ -130,17 +152,72 @@ def test_options_of_a_wrong_type(
             method.generate("hello", **(OPTIONS | options))
 
 
-def test_options_of_other_libraries(kad: KnapsackDeferral) -> None:
+def test_options_of_other_libraries(kad: KnapsackDeferral, search: BestOfN) -> None:
     expected = kad.generate("hello", **OPTIONS).tokens
     same = {"seed": np.int64(0), "max_new_tokens": np.int32(4), "param": np.float64(0.4)}
     for name, value in (*same.items(), ("stop_strings", []), ("stop_strings", ())):
         assert kad.generate("hello", **(OPTIONS | {name: value})).tokens == expected
+    (first, *_), *_ = expected
+    for ends in (first, np.int64(first), torch.tensor(first), [first], np.array([first]), {first}):
+        assert kad.generate("hello", eos_token_id=ends, **OPTIONS).tokens == [[first]]
+        assert len(search.generate("hello", eos_token_id=ends, **OPTIONS)) == 1
+    for name, value in (("do_sample", "no"), ("do_sample", None), ("lazy", 1)):
+        with pytest.raises(TypeError, match=f"{name} is {value!r}, expected True or False"):
+            kad.generate("hello", **(OPTIONS | {name: value}))
+    assert kad.generate("hello", do_sample=np.bool_(True), **OPTIONS).tokens == expected
+    with pytest.raises(TypeError, match=r"pad_token_id is '0'"):
+        kad.generate("hello", pad_token_id="0", **OPTIONS)
     with pytest.raises(TypeError, match=r"num_return_sequences is 1\.5"):
         kad.generate("hello", num_return_sequences=1.5, **OPTIONS)
     with pytest.raises(TypeError, match=r"batch_size is 1\.5"):
         kad.generate("hello", batch_size=1.5, **OPTIONS)
-    with pytest.raises(TypeError, match="logits_processor has a int"):
-        kad.generate("hello", logits_processor=[3], **OPTIONS)
+    assert kad.generate("hello", top_k=np.int64(200), top_p=np.float32(1), **OPTIONS).tokens == (
+        expected
+    )
+
+
+def test_text_is_text(kad: KnapsackDeferral, search: BestOfN) -> None:
+    half = "a\ud800b"
+    for method in (kad, search):
+        for prompts in (half, ["a", half], [{"role": "user", "content": half}]):
+            with pytest.raises(ValueError, match=r"has half a character, '\\ud800', which is no"):
+                method.generate(prompts, **OPTIONS)
+    chat = kad.chat(**OPTIONS)
+    for text in (None, 5, b"a", {"a": 1}):
+        with pytest.raises(TypeError, match="has a message whose content is"):
+            chat.send(text)  # type: ignore[arg-type]
+
+
+class Halved:
+    """Hands back scores of fewer tokens."""
+
+    def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return scores[:, :3]
+
+
+def test_what_the_loop_calls(kad: KnapsackDeferral) -> None:
+    """Processors, criteria and streamers: of the right kind, returning what they should."""
+    expected = kad.generate("hello", **OPTIONS).tokens
+    assert kad.generate("hello", logits_processor=[lambda i, s: s.double()], **OPTIONS).tokens == (
+        expected
+    )
+    for options, message in (
+        ({"logits_processor": [3]}, "logits_processor has a int, expected callables"),
+        ({"logits_processor": TemperatureLogitsWarper}, "logits_processor has the class Temper"),
+        ({"stopping_criteria": [MaxTimeCriteria]}, "stopping_criteria has the class MaxTimeCri"),
+        ({"logits_processor": Halved()}, r"Halved returned \[1, 3\], expected scores \[1, 100\]"),
+        ({"logits_processor": lambda i, s: None}, "function returned NoneType, expected scores"),
+        ({"streamer": 5}, "streamer is 5, expected an object with put and end"),
+        ({"streamer": TextStreamer}, "expected an object with put and end"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            kad.generate("hello", **options, **OPTIONS)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="a tokenizer is a str, expected a tokenizer of"):
+        KnapsackDeferral(base_model(), proxy_model(), "some/model")
+    shown: list[Any] = []
+    streamer = SimpleNamespace(put=shown.append, end=lambda: shown.append("end"))
+    assert kad.generate([], streamer=streamer, **OPTIONS).tokens == []
+    assert shown == ["end"]
 
 
 @pytest.mark.parametrize("setting", [{"n": 2.5}, {"n": "2"}, {"n": True}, {"temperature": "1"},

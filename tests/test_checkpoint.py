@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import base_model
+from models import base_model, make_model
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -91,8 +92,41 @@ def test_another_run_is_refused(asked: dict[str, Any], file: Path) -> None:
 
 # ---- the state is checked whole --------------------------------------------------------------
 
-FIELDS = ["settings", "sigma", "seed", "sequence", "iteration", "prompts", "encoded", "stopped",
+FIELDS = ["model", "settings", "sigma", "seed", "sequence", "iteration", "prompts", "encoded",
+          "stopped",
           "candidates", "curves", "timing"]  # fmt: skip
+
+
+def test_a_run_of_another_model_is_refused(file: Path) -> None:
+    before = file.read_bytes()
+    changed = copy.deepcopy(base_model())
+    with torch.no_grad():
+        changed.model.layers[1].mlp.up_proj.weight.mul_(1.01)
+    for model in (changed, make_model(seed=9), copy.deepcopy(base_model()).bfloat16()):
+        other = AdaptiveImportanceSampling(model, reward, n=4, iterations=3, max_new_tokens=4)
+        with pytest.raises(ValueError, match="holds a run of another model"):
+            other.resume(file)
+    assert file.read_bytes() == before
+
+
+def test_a_file_that_cannot_be_written_is_told_before_the_work(tmp_path: Path) -> None:
+    """And nothing is left behind where one could be written in part."""
+    asked = []
+
+    def counted(prompts: list[Any], answers: list[Any]) -> list[float]:
+        asked.append(answers)
+        return reward(prompts, answers)
+
+    (tmp_path / "folder").mkdir()
+    search = AdaptiveImportanceSampling(base_model(), counted, n=2, iterations=1)
+    for path in (tmp_path / "none" / "run", tmp_path / "none" / "run.safetensors"):
+        with pytest.raises(OSError, match="cannot write the checkpoint"):
+            search.generate(PROMPTS, seed=3, checkpoint=path)
+    start = search.start(PROMPTS, seed=3)
+    with pytest.raises(OSError, match="cannot write the checkpoint"):
+        start.save(tmp_path / "folder")
+    assert asked == []
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
 def test_every_field_is_needed(file: Path) -> None:
@@ -141,8 +175,8 @@ SPOILT: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     (lambda s: s["settings"].update(n=0), "n is 0"),
     (lambda s: s["settings"].update(alpha="much"), "alpha of settings is 'much'"),
     (lambda s: s["timing"].update(total="long"), "total of timing is 'long'"),
-    (lambda s: s.update(format=1), "has format 1, expected 2"),
-    (lambda s: s.pop("format"), "has format None, expected 2"),
+    (lambda s: s.update(format=1), "has format 1, expected 3"),
+    (lambda s: s.pop("format"), "has format None, expected 3"),
 ]
 
 

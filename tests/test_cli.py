@@ -150,7 +150,7 @@ def test_eval_and_sweep_on_data(capsys: Any, pair: list[str], tmp_path: Path) ->
         "1",
     ]
     assert behind.count("threshold") == 2
-    assert "Matplotlib" in picture.read_text()
+    assert "tta_ext" in picture.read_text()
 
 
 def base_answer(prompt: str) -> str:
@@ -262,6 +262,14 @@ SEARCH = ["search", "--model", "/nowhere", "--reward", "json", "hello"]
         (["eval", "threshold"], 1, "has no parameter"),
         (["eval", "--data", "nothing.jsonl"], 1, "nothing.jsonl"),
         (["eval", "--proxy", "x"], 1, "belong together"),
+        (["eval", "threshold:nan"], 1, "param is nan"),
+        (["eval", "knapsack:-1"], 1, "param is -1"),
+        (["eval", "implicit_reward:inf"], 1, "param is inf"),
+        (
+            ["eval", "base", "--n", "1", "--seed", str(2**70)],
+            1,
+            "tta: seed is 1180591620717411303424",
+        ),
         (["sweep", "--rule", "argmax"], 1, "argmax has no parameter"),
         (["sweep", "--params", "0:inf:1"], 1, "--params is '0:inf:1'"),
         (["sweep", "--params", "0:1:1e-12"], 1, "at most 10000"),
@@ -278,9 +286,15 @@ SEARCH = ["search", "--model", "/nowhere", "--reward", "json", "hello"]
         ([*SEARCH, "--method", "args", "--iterations", "2"], 1, "args does not use --iterations"),
         ([*SEARCH, "--output", "x.jsonl", "--jsonl"], 1, "--output does not use --jsonl"),
         ([*SEARCH, "--set", "depth=3"], 1, "aisp has no setting 'depth'"),
+        ([*SEARCH, "--set", "n=3", "--n", "4"], 1, "--set n=... does not use --n"),
+        ([*SEARCH, "--set", "decoding=sample", "--greedy"], 1, "does not use --greedy"),
+        ([*SEARCH, "--set", "n=3", "--set", "n=4"], 1, "setting n is given twice"),
+        ([*COMPARE, "--set", "max_new_tokens=3", "--max-new-tokens", "4"], 1, "does not use --max"),
         ([*SEARCH, "--set", "top_k=x"], 1, "setting top_k is 'x', expected int | None"),
         ([*COMPARE, "--method", "aisp:n=x"], 1, "setting n is 'x'"),
         ([*COMPARE, "--method", "aisp:n=True"], 1, "setting n is True"),
+        ([*COMPARE, "--method", "=aisp"], 1, "method is '=aisp', whose label is empty"),
+        (["eval", "--n", "99999999"], 1, "n is 99999999, expected 1 to 10000"),
         ([*COMPARE, "--plot", "x.txt"], 1, "x.txt has no ending of a picture"),
         ([*COMPARE, "--reward", "sentiment:neg"], 1, "'neg', expected '' or 'positive'"),
         ([*COMPARE, "--reward", "json:x"], 1, "after the reward's colon is 'x'"),
@@ -310,8 +324,9 @@ def test_demo(capsys: Any, monkeypatch: Any) -> None:
     assert "threshold 0.4" in out
     assert "time of the loop" in out
     assert "deferral_propose" in out
-    assert "aisp: mean reward by iteration" in out
-    assert "best_of_n: mean reward by iteration" in out
+    # Of the shipped base and of the other model.
+    for method in ("aisp", "best_of_n"):
+        assert out.count(f"{method}: mean reward by iteration") == 2
     assert torch.get_num_threads() == 1
 
 

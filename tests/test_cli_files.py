@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import datetime
+import inspect
 import io
 import json
 import os
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from rich.console import Console
 
 from tta_ext._version import __version__
 from tta_ext.cli import common, config, progress
+from tta_ext.cli.app import COMMANDS
 from tta_ext.cli.prompts import Asked, read_prompts
 from tta_ext.journal import json_line
 
@@ -46,6 +49,20 @@ def test_help_does_not_wait_for_torch(arguments: list[str]) -> None:
     loaded = set(run.stderr.rpartition("loaded")[2].split())
     assert "tta_ext.cli.app" in loaded
     assert not loaded & {"torch", "transformers", "scipy", "numpy", "yaml", "matplotlib"}
+    modules = {f"tta_ext.cli.{one.module}" for one in COMMANDS.values()}
+    assert arguments != ["--help"] or not loaded & modules
+
+
+def test_the_list_of_commands_says_what_they_say() -> None:
+    for name, one in COMMANDS.items():
+        function = getattr(import_module(f"tta_ext.cli.{one.module}"), one.function)
+        assert inspect.getdoc(function).startswith(one.first), name  # type: ignore[union-attr]
+
+
+def test_a_command_that_is_none_gets_a_suggestion(capsys: Any) -> None:
+    status, _, errors = call(capsys, "generat")
+    assert status == 2
+    assert "Did you mean 'generate'?" in errors
 
 
 def test_the_operators_are_there_when_a_command_runs() -> None:
@@ -79,8 +96,13 @@ def test_prompts(tmp_path: Path, monkeypatch: Any) -> None:
     named.write_text('"text"\n"other"\n')
     assert [one.prompt for one in read_prompts(None, named)] == ["text", "other"]
     source.write_bytes("a".encode("utf-16"))
-    with pytest.raises(ValueError, match="is not UTF-8"):
-        read_prompts(None, source)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("a".encode("utf-16"))))
+    for given, name in ((source, str(source)), (Path("-"), "standard input")):
+        with pytest.raises(ValueError, match=f"^{name} is not UTF-8: invalid start byte at byte 0"):
+            read_prompts(None, given)
+    if Path("/dev/zero").is_char_device():
+        with pytest.raises(ValueError, match="/dev/zero is a device, expected a file"):
+            read_prompts(None, Path("/dev/zero"))
     source.write_text("\n")
     with pytest.raises(ValueError, match="no prompts"):
         read_prompts(None, source)
@@ -139,6 +161,20 @@ def test_one_bad_prompt_stops_no_other(capsys: Any, tmp_path: Path) -> None:
     assert ["error" in json.loads(line) for line in out.splitlines()] == [0, 1, 0, 0, 1]
 
 
+@pytest.mark.parametrize(
+    "option",
+    [["--top-k", "0"], ["--seed", str(2**64)], ["--max-new-tokens", "99999"], ["--stop", ""]],
+)
+def test_a_wrong_option_is_no_prompts_fault(capsys: Any, tmp_path: Path, option: list[str]) -> None:
+    """One sentence, and not one for each of ten thousand prompts."""
+    output = tmp_path / "o.jsonl"
+    search = ["search", "--model", "demo", "--reward", "json", "--n", "2", "--iterations", "1"]
+    for command in (["generate"], *([] if option[0] == "--top-k" else [search])):
+        status, _, errors = call(capsys, *command, "Q:", *option, "--output", str(output))
+        assert (status, "not answered" in errors, "Q:" in errors) == (1, False, False)
+        assert output.read_bytes() == b""
+
+
 def test_a_record_says_what_made_it(capsys: Any, tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
     words = [*GENERATE, "--rule", "knapsack", "--output", str(output), "Q: a"]
@@ -171,6 +207,94 @@ def test_a_bad_problem_counts_as_wrong(capsys: Any, tmp_path: Path) -> None:
     assert call(capsys, *words)[0] == 1
 
 
+REPORTS = [
+    ["eval", "base", "--n", "1", "--mode", "greedy", "--max-new-tokens", "1", "--output"],
+    ["trace", "Q:", "--max-new-tokens", "1", "--output"],
+    ["compare", "--model", "demo", "--reward", "json", "--samples", "1", "--method",
+     "best_of_n:group=1", "--max-new-tokens", "1", "Q:", "--output"],
+]  # fmt: skip
+JOURNALS = [
+    [*GENERATE, "Q:", "--output"],
+    [*REPORTS[0][:-1], "--journal"],
+]
+
+
+@pytest.mark.parametrize("words", REPORTS)
+def test_a_report_replaces_reports_alone(capsys: Any, tmp_path: Path, words: list[str]) -> None:
+    """Neither the finished work of another command, nor a file that names this library."""
+    contents = [b'{"uses": "tta_ext", "run": {"tta": 1}}', b'[{"a": {"run": {"tta_ext": "0"}}}]']
+    for journal in JOURNALS:
+        path = tmp_path / "journal.jsonl"
+        assert call(capsys, *journal, str(path))[0] == 0
+        contents.append(path.read_bytes())
+        path.unlink()
+    path = tmp_path / "r.json"
+    for content in contents:
+        path.write_bytes(content)
+        status, _, errors = call(capsys, *words, str(path))
+        assert (status, "kept" in errors) == (1, True)
+        assert path.read_bytes() == content
+    path.unlink()
+    for _ in range(2):  # its own is replaced
+        assert call(capsys, *words, str(path))[0] == 0
+    # And no run goes on from it.
+    content = path.read_bytes()
+    assert "kept" in call(capsys, *JOURNALS[0], str(path))[2]
+    assert path.read_bytes() == content
+
+
+def test_a_plot_replaces_plots_alone(capsys: Any, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from tta_ext.decoding.search.plots import MARK, check_plot, new_figure, save
+
+    for ending in ("pdf", "png", "svg"):
+        path = tmp_path / f"p.{ending}"
+        figure = new_figure()
+        figure.savefig(path)  # somebody's own
+        for content in (path.read_bytes(), b"tta_ext by matplotlib"):
+            path.write_bytes(content)
+            with pytest.raises(ValueError, match="it is kept"):
+                common.check_output(path, MARK)
+        save(figure, path)
+        common.check_output(path, MARK)
+    for name in ("p", "p.jpg", "p.txt"):
+        with pytest.raises(
+            ValueError, match=r"no ending of a picture, expected \.pdf, \.png, \.svg"
+        ):
+            check_plot(tmp_path / name)
+
+
+@pytest.mark.parametrize("words", [["eval", "base", "argmax"], ["sweep", "--params", "0.2,0.4"]])
+def test_pictures_of_evaluations(capsys: Any, tmp_path: Path, words: list[str]) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "p.svg"
+    words = [*words, "--n", "2", "--max-new-tokens", "1", "--plot", str(path)]
+    for _ in range(2):  # the second replaces the first
+        status, _, errors = call(capsys, *words)
+        assert (status, f"written: {path}" in errors) == (0, True)
+    assert path.read_text().startswith("<?xml")
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        ([*REPORTS[0][:-1], "--journal", "{0}", "--output", "{0}"], "--journal --output"),
+        ([*REPORTS[0][:-1], "--journal", "{0}", "--output", "{1}"], "--journal --output"),
+        ([*GENERATE, "--input", "{0}", "--output", "{0}"], "--input --output"),
+        (["merge", "{0}", "--output", "{0}"], "shards --output"),
+        (["generate", "Q:", "--config", "{0}", "--output", "{0}"], "--output --config"),
+    ],
+)
+def test_one_file_has_one_use(capsys: Any, tmp_path: Path, words: list[str], names: str) -> None:
+    (tmp_path / "same").touch()
+    (tmp_path / "link").symlink_to("same")
+    paths = [str(tmp_path / name) for name in ("same", "link")]
+    status, _, errors = call(capsys, *(word.format(*paths) for word in words))
+    assert (status, "are one file" in errors) == (1, True)
+    assert all(name in errors for name in names.split())
+    assert (tmp_path / "same").read_bytes() == b""
+
+
 @pytest.mark.parametrize(
     "words",
     [
@@ -190,6 +314,43 @@ def test_what_is_not_ours_is_kept(capsys: Any, tmp_path: Path, words: list[str])
         assert status == 1
         assert "kept" in errors
         assert path.read_text() == content
+
+
+def test_a_record_that_was_changed_by_hand(capsys: Any, tmp_path: Path) -> None:
+    """A sentence that names the file; nothing is decoded over it."""
+    path = tmp_path / "j.jsonl"
+    evaluation = [*JOURNALS[1], str(path)]
+    comparison = [*REPORTS[2][:-1], "--journal", str(path)]
+    for words, changes in (
+        (evaluation, [{"stats": None}, {"stats": {"x": 1}}, {"texts": 5}, {"texts": []},
+                      {"texts": [5]}]),
+        (comparison, [{"reward": None}, {"curve": 3}, {"timing": ...}, {"index": ...}]),
+        (["merge", str(path), "--output", str(tmp_path / "m")], [{"of": ...}, {"index": ...}]),
+    ):  # fmt: skip
+        path.unlink(missing_ok=True)
+        assert call(capsys, *(comparison if words[0] == "merge" else words))[0] == 0
+        record = lines(path)[0]
+        for change in changes:
+            kept = {key: value for key, value in (record | change).items() if value is not ...}
+            path.write_text(json.dumps(kept) + "\n")
+            status, _, errors = call(capsys, *words)
+            assert (status, "j.jsonl has a record that is not whole" in errors) == (1, True)
+
+
+def test_a_prompt_of_a_file_is_one_prompt(capsys: Any, tmp_path: Path) -> None:
+    """A number is no token id, an object no message, alone as among others."""
+    path = tmp_path / "in.jsonl"
+    for text in ("5", '{"role": "user", "content": "a"}', "[5, true]"):
+        path.write_text(f'{{"prompt": {text}}}\n')
+        status, out, errors = call(
+            capsys, *GENERATE, "--seed", "0", "--jsonl", "--input", str(path)
+        )
+        assert (status, "line 1, prompt 0: the prompt " in errors) == (1, True)
+        assert "error" in json.loads(out)
+    for text in ('{"answer": "a"}', '{"prompt": "a", "answer": null}'):
+        path.write_text(f"\n{text}\n")
+        status, _, errors = call(capsys, "eval", "base", "--data", str(path))
+        assert (status, f"line 2 of {path}" in errors) == (1, True)
 
 
 def test_outputs_are_tried_before_the_work(tmp_path: Path) -> None:
@@ -241,6 +402,16 @@ def test_config(capsys: Any, tmp_path: Path) -> None:
     assert config.read(file, "bench", {"bench": 0, "eval": 0}) == {"a": 1, "b": 2}
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_takes_a_config(name: str, capsys: Any, tmp_path: Path) -> None:
+    """What is wrong in the file is said before anything is done."""
+    file = tmp_path / "c.toml"
+    file.write_text("no-such-option = 1\n")
+    status, _, errors = call(capsys, name, "--config", str(file))
+    said = "unrecognized arguments" if name == "bench" else f"tta {name} has no option 'no-such-op"
+    assert (status > 0, said in errors) == (True, True)
+
+
 def test_config_of_the_benchmarks(capsys: Any, tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("stems: [nothing]\nquick: true\nrecord: false\n")
@@ -270,18 +441,30 @@ def test_a_terminal_is_not_commanded(capsys: Any, monkeypatch: Any) -> None:
 
 
 def test_progress_in_a_log(capsys: Any, monkeypatch: Any) -> None:
-    seconds = iter(range(0, 1000, 4))
+    """Lines come by the clock, whether or not anything was finished."""
+    seconds = iter(range(0, 1000, 10))
     monkeypatch.setattr(progress, "monotonic", lambda: float(next(seconds)))
-    with progress.progress("answers", 10, done=2) as advance:
-        advance(1)
-        for _ in range(7):
-            advance(1, 40)
-    told = capsys.readouterr().err.splitlines()
-    assert told[-1].startswith("answers 10/10, ")
-    assert "tokens/s" in told[-1]
-    assert "left" not in told[-1]
-    assert len(told) > 2
-    assert all("tokens/s, " in line and line.endswith(" left") for line in told[1:-1])
+    meter = progress.Meter("answers", 6, done=2)
+    happens = iter([lambda: None, lambda: meter(1), lambda: meter(1, 600), lambda: meter(2, 600)])
+
+    class Clock:
+        def wait(self, seconds: float) -> bool:
+            assert seconds == progress.SECONDS_A_LINE
+            step = next(happens, None)
+            return step is None or bool(step())
+
+    progress.tell(meter, Clock())  # type: ignore[arg-type]
+    assert capsys.readouterr().err.splitlines() == [
+        "answers 2/6, 0:00:10",
+        "answers 3/6, 0:00:20",
+        "answers 4/6, 0:00:30, 20 tokens/s, 0:01:00 left",
+    ]
+    with progress.progress("answers", 2) as advance:
+        advance(2, 40)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("answers 2/2, ")
+    assert "tokens/s" in line
+    assert "left" not in line
 
 
 def test_a_bar_leaves_stdout_alone(monkeypatch: Any, capfd: Any) -> None:

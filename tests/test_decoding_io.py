@@ -166,6 +166,22 @@ def test_each_model_reads_its_own_template() -> None:
         encode_prompts([talk], base_tokenizer)
 
 
+@pytest.mark.parametrize("strict", ["base", "proxy"])
+def test_a_template_that_refuses_a_role_says_whose_it_is(strict: str) -> None:
+    refusing = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    )
+    templates = {"base": TEMPLATE, "proxy": TEMPLATE} | {strict: refusing + TEMPLATE}
+    own, theirs = (make_tokenizer(template=templates[name]) for name in ("base", "proxy"))
+    kad = KnapsackDeferral(base_model(), proxy_model(), own, proxy_tokenizer=theirs)
+    said = f"^prompt 0 is refused by the chat template for the {strict}: no system role$"
+    with pytest.raises(ValueError, match=said):
+        kad.chat(system="be brief", max_new_tokens=2, seed=0).send("hi")
+    talks = [[{"role": role, "content": "hi"}] for role in ("user", "system")]
+    with pytest.raises(ValueError, match=said.replace("prompt 0", "prompt 1")):
+        kad.generate(talks, max_new_tokens=2, seed=0)
+
+
 def test_conversations_reuse_both_caches() -> None:
     tokenizer = make_tokenizer(template=TEMPLATE)
     kad = KnapsackDeferral(base_model(), proxy_model(), tokenizer, rule="knapsack", param=0.4)

@@ -373,3 +373,13 @@ def test_empty_batches(backend: str) -> None:
     assert ops.categorical_sample(none, **key).shape == (0,)
     assert ops.greedy_knapsack(none, none, 1.0).selected.shape == (0, V)
     assert perturb(hidden=none).shape == (0, V)
+
+
+def test_the_reference_sums_no_more_rollouts_than_there_are() -> None:
+    """Of the raw operator: it would go on for centuries."""
+    mean, weights = torch.zeros(1, 2, 4), torch.ones(1, 2)
+    key = torch.zeros((), dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    raw = torch.ops.tta_ext.control_update
+    for start, stop in ((0, 1 << 62), (-1, 1), (2, 2)):
+        with dispatch.use_backend("reference"), pytest.raises(ValueError, match="none of 65536"):
+            raw(mean, weights, None, *key, 1, 0.5, start, stop, True, True)

@@ -71,6 +71,16 @@ def test_a_last_line_is_dropped_wherever_it_was_cut(tmp_path: Path) -> None:
     assert path.read_bytes() == content
 
 
+def test_a_power_cut_leaves_nothing_but_zeros_behind(tmp_path: Path) -> None:
+    path = tmp_path / "j.jsonl"
+    content = filled(path)
+    whole = content.rindex(b"\n", 0, -1) + 1
+    for kept, found in ((len(content), 3), (len(content) - 1, 3), (whole + 9, 2), (whole, 2)):
+        path.write_bytes(content[:kept] + b"\0" * 99)
+        assert list(Journal(path).records) == KEYS[:found]
+        assert path.read_bytes() == (content if found == 3 else content[:whole])
+
+
 @pytest.mark.parametrize(
     "foreign",
     [
@@ -80,6 +90,7 @@ def test_a_last_line_is_dropped_wherever_it_was_cut(tmp_path: Path) -> None:
         b'{"key": "mine"}\n',
         b'{"key": "' + b"0" * 32 + b'", "index": 0}\nthen notes',
         b"\x00\xff\n",
+        b"\x00" * 99,
         b"\n\n\n[",
     ],
 )
@@ -244,6 +255,16 @@ def test_a_changed_model_has_another_fingerprint(tmp_path: Path, monkeypatch: An
         assert found != fingerprint(str(folder))
         (folder / name).write_bytes(content)
     assert fingerprint(str(folder / "config.json")) not in ("", found)
+    # An adapter's base belongs to it.
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(
+        json.dumps({"base_model_name_or_path": str(folder)})
+    )
+    adapted, content = fingerprint(str(adapter)), (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[:-1] + b" ")
+    assert adapted not in ("", found, fingerprint(str(adapter)))
+    (folder / "model.safetensors").write_bytes(content)
     assert fingerprint("nobody/nothing") == ""
     # Large files by their times.
     monkeypatch.setattr(module, "HASHED_BYTES", 1000)

@@ -19,7 +19,7 @@ from models import base_model, make_model, make_tokenizer
 from safetensors.torch import load_file, save_file
 
 import tta_ext
-from tta_ext.decoding import BestOfN, KnapsackDeferral
+from tta_ext.decoding import AdaptiveImportanceSampling, BestOfN, KnapsackDeferral
 from tta_ext.decoding.rewards import ClassifierReward
 from tta_ext.decoding.runtime.loading import (
     LoadingOptions,
@@ -101,6 +101,56 @@ def test_options_reach_transformers(folder: Path, classifier: Path) -> None:
         load_model(str(folder), use_cache=False)  # type: ignore[call-arg]
     with pytest.raises(ValueError, match="Unknown quantization type"):
         load_model(str(folder), quantization_config={"quant_method": "of no kind"})
+
+
+ROWS = [[5, 6, 7], [8, 9]]
+
+
+def answers(model: Any) -> list[Any]:
+    """Of deferral and of a search on one model."""
+    options: dict[str, Any] = {"max_new_tokens": 4, "eos_token_id": [], "seed": 0}
+    kad = KnapsackDeferral(model, model, rule="knapsack", param=0.5)
+    search = AdaptiveImportanceSampling(
+        model, lambda p, r: [float(len(set(ids))) for ids in r], n=2, iterations=2
+    )
+    best = search.generate(ROWS, **options).best
+    return [kad.generate(ROWS, **options).tokens, [one.tokens for one in best]]
+
+
+@pytest.mark.parametrize("away", ["", "model.layers.1", "lm_head", "model.embed_tokens"])
+def test_a_device_map_puts_layers_where_it_says(away: str, folder: Path, tmp_path: Path) -> None:
+    """On the disk too, from where accelerate fetches them for each forward."""
+    pytest.importorskip("accelerate")
+    parts = ["embed_tokens", "layers.0", "layers.1", "norm", "rotary_emb"]
+    device_map = dict.fromkeys([f"model.{part}" for part in parts] + ["lm_head"], "cpu")
+    device_map |= {away: "disk"} if away else {}
+    model = load_model(str(folder), device_map=device_map, offload_folder=str(tmp_path / "off"))
+    assert getattr(model, "hf_device_map", device_map) == device_map  # none without accelerate
+    assert bool(away) == any(weight.is_meta for weight in model.parameters())
+    assert answers(model) == answers(load_model(str(folder)))
+
+
+def test_a_model_offloaded_by_its_owner(folder: Path) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = load_model(str(folder))
+    expected = answers(model)
+    accelerate.cpu_offload(model, execution_device="cpu")
+    assert all(weight.is_meta for weight in model.parameters())
+    assert answers(model) == expected
+
+
+def test_quantized_weights(folder: Path) -> None:
+    """Deferral that keeps every token writes what ``generate`` does on the same weights."""
+    torchao = pytest.importorskip("torchao.quantization")
+    config = transformers.TorchAoConfig(torchao.Int8WeightOnlyConfig())
+    kad = KnapsackDeferral.from_pretrained(
+        str(folder), str(folder), quantization_config=config, rule="threshold", param=0.0
+    )
+    assert type(kad.base.model.layers[0].mlp.up_proj.weight) is not torch.nn.Parameter
+    ids = torch.tensor(ROWS[:1])
+    expected = kad.base.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=None)
+    found = kad.generate(ROWS[:1], do_sample=False, max_new_tokens=6, eos_token_id=[])
+    assert found.tokens[0] == expected[0, 3:].tolist()
 
 
 def test_revisions_of_the_hub(folder: Path, tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def test_parse_reward() -> None:
 @pytest.mark.parametrize(
     "name",
     ["sentiment:neg", "sentiment:Negative", "json:x", "words:ten", "words:-3", "classifier:",
-     "python:no_such_module:f", "python::f"],
+     "python:no_such_module:f", "python::f", "python:..:f"],
 )  # fmt: skip
 def test_names_that_are_nearly_right_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=r", expected |there is no module"):
@@ -98,7 +98,8 @@ def test_what_a_reward_may_return(given: Any) -> None:
     [
         None, 3.0, {"a": 1.0, "b": 2.0}, {1.0, 2.0}, "12", b"12", ["1", "2"], [None, 1.0],
         [[1.0, 2.0], [3.0, 4.0]], torch.ones(1, 2), np.ones((1, 2)), torch.ones(2, device="meta"),
-        [1j, 2j], [1.0, b"2"],
+        [1j, 2j], [1.0, b"2"], np.array([1j, 2j]), bytearray(b"12"), memoryview(b"12"),
+        torch.tensor(3.0), np.float64(3), torch.tensor([1.0, 2.0]).to_sparse(),
     ],
 )  # fmt: skip
 def test_what_a_reward_may_not_return(given: Any) -> None:
@@ -306,5 +307,6 @@ def test_prompts_of_ids_are_no_text(template: str | None) -> None:
     with pytest.raises(ValueError, match="the prompt is token ids, and this reward reads text"):
         reward([[5, 6]], ["a"])
     refusing = "{{ raise_exception('no such role') }}"
-    with pytest.raises(ValueError, match="the chat template refuses the conversation: no such"):
+    said = "an answer is refused by the chat template for the reward model: no such role"
+    with pytest.raises(ValueError, match=said):
         rewards.ClassifierReward(classifier("llama"), words(), template=refusing)(["a"], ["b"])

@@ -15,7 +15,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tta_ext import rules
+from tta_ext import rng, rules
 from tta_ext.intervals import difference, difference_interval, wilson_interval
 from tta_ext.jobs import Crew, Here, Job
 from tta_ext.journal import (
@@ -71,6 +71,13 @@ class Setting:
     param: float | None = None
     critical: str = "exclude"
 
+    def __post_init__(self) -> None:
+        """``ValueError`` for a parameter that the rule cannot have, before anything is decoded."""
+        if self.rule not in (BASE_ALONE, PROXY_ALONE, IMPLICIT_REWARD):
+            rules.Rule(self.rule, self.param, self.critical)
+        elif self.param is not None and not math.isfinite(self.param):
+            raise ValueError(f"param is {self.param}, expected a finite number for {self.rule}")
+
     @property
     def label(self) -> str:
         """``threshold 0.4``, ``knapsack 0.9 split``, ``base``."""
@@ -99,9 +106,10 @@ class Setting:
         if critical and rule != "knapsack":
             raise ValueError(f"{rule} has no critical item, got {text!r}")
         try:
-            return cls(rule, float(param), critical or "exclude")
+            value = float(param)
         except ValueError:
             raise ValueError(f"{text!r} has no parameter; expected e.g. '{rule}:0.4'") from None
+        return cls(rule, value, critical or "exclude")
 
 
 SHORT = (
@@ -204,9 +212,13 @@ def data_task(path: str | Path, n: int | None = None, pattern: str | None = None
         raise ValueError(f"{path} has no problems")
     prompts = []
     for number, record in numbered:
-        if not isinstance(record, dict) or "answer" not in record:
-            raise ValueError(f"line {number} of {path} has no 'answer'")
-        prompts.append(record_prompt(record))
+        answer = record.get("answer") if isinstance(record, dict) else None
+        if not isinstance(answer, (str, int, float)):
+            raise ValueError(f"line {number} of {path} has no 'answer', a text or a number")
+        try:
+            prompts.append(record_prompt(record))
+        except ValueError as error:
+            raise ValueError(f"line {number} of {path}: {error}") from None
     try:
         expression = None if pattern is None else re.compile(pattern)
     except re.error as error:
@@ -343,7 +355,7 @@ def evaluate(
     for mode in modes:
         if mode not in MODES:
             raise ValueError(f"mode is {mode!r}, expected one of {', '.join(MODES)}")
-    options: dict[str, Any] = {"seed": seed}
+    options: dict[str, Any] = {"seed": rng.resolve_seed(seed)}
     options["max_new_tokens"] = max_new_tokens or task.max_new_tokens
     if crew is None:
         if models is None:
@@ -367,6 +379,8 @@ def evaluate(
 
     def take(kind: int, places: list[int], record: dict[str, Any], new: bool) -> None:
         spent = DecodeStats(**record["stats"])
+        if not all(isinstance(text, str) for text in record["texts"]):
+            raise TypeError("texts are no texts")
         texts[kind] |= zip(places, record["texts"], strict=True)
         stats[kind] += spent
         waiting[kind] -= len(places)
@@ -376,7 +390,8 @@ def evaluate(
         for (kind, what), batch in product(enumerate(kinds), batches):
             for places in decoded_parts(batch, lambda part: key(kind, part) in known):  # noqa: B023
                 if record := known.get(key(kind, places)):
-                    take(kind, places, record, False)
+                    with journal.reading():
+                        take(kind, places, record, False)
                 else:
                     yield (kind, *what, options), places
 
@@ -415,7 +430,9 @@ class Answering:
         _, setting, mode, options = what
         if setting != self._setting:
             self._decoder, self._setting = self.models.decoder(setting), setting
-        chosen = [self.prompts[place] for place in places]
+        from tta_ext.decoding.runtime.prompts import PromptList
+
+        chosen = PromptList(self.prompts[place] for place in places)
         made = self._decoder.generate(chosen, do_sample=mode == SAMPLED, sequence=places, **options)
         return {"texts": made.texts, "stats": vars(made.stats)}
 

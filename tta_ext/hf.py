@@ -38,6 +38,7 @@ from tta_ext.decoding.runtime.models import logit_count
 from tta_ext.decoding.runtime.processors import AtTemperature
 from tta_ext.decoding.runtime.prompts import unpad
 from tta_ext.decoding.runtime.signatures import keywords_of
+from tta_ext.decoding.runtime.streaming import check_streamer
 from tta_ext.decoding.search.aisp import AdaptiveImportanceSampling, AISPSettings
 
 __all__ = ["MethodOutput", "aisp", "kad"]
@@ -343,7 +344,7 @@ class _Answers:
     """A streamer that has the prompts already, from ``generate`` itself."""
 
     def __init__(self, streamer: Any) -> None:
-        check_processors([streamer])
+        check_streamer(streamer)
         self.streamer, self.first = streamer, True
 
     def put(self, value: Tensor) -> None:

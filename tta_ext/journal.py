@@ -11,15 +11,18 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+import stat
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import cache
-from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
-
-from filelock import FileLock, Timeout
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from tta_ext._version import __version__
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
 
 __all__ = [
     "WHOLE",
@@ -98,9 +101,9 @@ WHOLE = Shard(1, 1)
 class Journal:
     """A JSONL file of finished items, of one process at a time (``.NAME.lock`` beside it says so).
 
-    A last line that a kill cut short is dropped, and one that lacks only its end gets it. Nothing
-    else in the file is ever changed. Closing lets another process have it; so does the end of this
-    one, however it comes.
+    A last line that a kill or a power cut left unfinished is dropped, and one that lacks only its
+    end gets it. Nothing else in the file is ever changed. Closing lets another process have it; so
+    does the end of this one, however it comes.
 
     Args:
         path: the file, made if missing; None keeps nothing.
@@ -116,9 +119,11 @@ class Journal:
     def __init__(self, path: str | Path | None) -> None:
         self.records: dict[str, dict[str, Any]] = {}
         self.path = None if path is None else Path(path)
-        self._lock: FileLock | None = None
+        self._lock: BaseFileLock | None = None
         if self.path is None:
             return
+        from filelock import FileLock, Timeout  # not before a file is asked for
+
         if self.path.exists() and not self.path.is_file():
             raise ValueError(f"{self.path} is not a regular file, so no run can go on from it")
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -141,23 +146,37 @@ class Journal:
     def _read(self, path: Path) -> None:
         with path.open("ab"):  # made if missing, and told now if it cannot be written
             pass
-        content = path.read_bytes()
+        whole = path.read_bytes()
+        # A power cut may leave NUL bytes for what it kept from the disk; no line of ours has any.
+        content = whole.rstrip(b"\0") or whole
         for number, line in enumerate(content.split(b"\n"), 1):
             text = line.decode("utf-8", "replace")
             # A line cut short is ours as far as it goes.
             if text and not _OURS.match(text + _START[len(text) :]):
                 raise ValueError(f"line {number} of {path} is not a journal's: it is kept")
-        end = content.rfind(b"\n") + 1
-        records = parse_jsonl(content[:end].decode(), path)
-        if end < len(content):
-            try:
-                records.append(json.loads(content[end:]))
-            except ValueError:
-                os.truncate(path, end)
-            else:
-                with path.open("ab") as file:
-                    file.write(b"\n")
+        end = kept = content.rfind(b"\n") + 1
+        records = parse_jsonl(_decoded(content[:end], path), path)
+        with suppress(ValueError):
+            records += [json.loads(content[end:])]
+            kept = len(content)
+        if kept < len(whole):
+            os.truncate(path, kept)
+        if kept > end:
+            with path.open("ab") as file:
+                file.write(b"\n")
         self.records = {record["key"]: record for record in records}
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Turns whatever a record makes its reader raise into a ``ValueError`` of one line.
+
+        A record with a key of ours may still have been changed by hand.
+        """
+        try:
+            yield
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            what = f"{type(error).__name__} {error}"
+            raise ValueError(f"{self.path} has a record that is not whole: {what}") from error
 
     def close(self) -> None:
         """Let others have the file."""
@@ -241,11 +260,27 @@ def json_line(value: Any) -> str:
 def read_text(path: str | Path) -> str:
     """A file's text, its byte order mark and nothing else left out.
 
+    Args:
+        path: a file or a pipe; "-" is standard input.
+
     Raises:
-        ValueError: it is not UTF-8.
+        ValueError: it is not UTF-8, or a device, whose end may never come.
     """
+    if str(path) == "-":
+        path = "standard input"
+        # Not its text layer, which would end lines at carriage returns too.
+        content = sys.stdin.buffer.read()
+    else:
+        with Path(path).open("rb") as file:
+            if stat.S_ISCHR(os.fstat(file.fileno()).st_mode):
+                raise ValueError(f"{path} is a device, expected a file; - is standard input")
+            content = file.read()
+    return _decoded(content, path).removeprefix("\ufeff")
+
+
+def _decoded(content: bytes, path: str | Path) -> str:
     try:
-        return Path(path).read_bytes().decode("utf-8-sig")
+        return content.decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8: {error.reason} at byte {error.start}") from None
 
@@ -293,6 +328,8 @@ def run_facts(**facts: Any) -> dict[str, Any]:
 
 @cache
 def _versions() -> dict[str, str]:
+    from importlib import metadata
+
     found = {}
     for name in ("torch", "transformers"):
         try:
@@ -329,7 +366,9 @@ def model_facts(model: Any, source: str | None = None) -> dict[str, str]:
 
 
 def fingerprint(source: str, revision: str | None = None) -> str:
-    """A hash over the files that make up a model, its tokenizer included; "" if there are none.
+    """A hash over the files that make up a model; "" if there are none.
+
+    Its tokenizer's are among them, and those of an adapter's base.
 
     Contents are hashed up to 64 MiB a file; larger files stand for themselves by size and time of
     last change. A copy of large weights made at another time therefore counts as another model.
@@ -357,4 +396,10 @@ def _files(path: Path, revision: str | None) -> list[Path]:
         if not isinstance(config, str):
             return []
         path = Path(config).parent
-    return sorted(file for file in path.iterdir() if file.suffix in _MODEL_FILES and file.is_file())
+    found = sorted(p for p in path.iterdir() if p.suffix in _MODEL_FILES and p.is_file())
+    names = {file.name: file for file in found}
+    if "config.json" not in names:
+        with suppress(KeyError, TypeError, ValueError):  # else it is no adapter that can be loaded
+            adapter = json.loads(names["adapter_config.json"].read_bytes())
+            found += _files(Path(adapter["base_model_name_or_path"]), None)
+    return found

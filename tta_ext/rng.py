@@ -170,6 +170,8 @@ def resolve_seed(seed: int | torch.Generator | None) -> int:
     if isinstance(seed, torch.Generator):
         return seed_from_generator(seed)
     try:
+        if isinstance(seed, bool):
+            raise TypeError
         return as_seed(operator.index(seed))
     except TypeError:
         raise TypeError(

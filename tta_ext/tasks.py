@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tta_ext.evaluation import PROXY_ALONE, Models, Setting
-from tta_ext.journal import parse_jsonl
+from tta_ext.journal import parse_jsonl, read_text
 
 __all__ = ["MAX_NEW_TOKENS", "TASKS", "WINDOW", "Problem", "Scores", "TaskRow", "load_task", "run"]
 
@@ -210,7 +210,7 @@ def load_task(name: str, path: str | Path, n: int | None = None) -> list[Problem
     """
     if name not in TASKS:
         raise ValueError(f"task is {name!r}, expected one of {', '.join(TASKS)}")
-    text = Path(path).read_bytes().decode("utf-8-sig")
+    text = read_text(path)
     records = json.loads(text) if text.lstrip().startswith("[") else parse_jsonl(text, path)
     if not records:
         raise ValueError(f"{path} has no problems")

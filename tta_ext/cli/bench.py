@@ -49,9 +49,10 @@ def _arguments(config: Path | None, context: typer.Context) -> list[str]:
     """Arguments from a file: `stems` stands for the benchmarks' names."""
     if config is None:
         return []
-    commands = getattr(context.parent.command, "commands", {}) if context.parent else {}
     found: list[str] = []
-    for name, value in config_file.read(config, "bench", commands).items():
+    for name, value in config_file.read(
+        config, "bench", config_file.commands_beside(context)
+    ).items():
         values = value if isinstance(value, list) else [] if value is True else [value]
         if value is not None and value is not False:
             option = [] if name == "stems" else [f"--{name}"]

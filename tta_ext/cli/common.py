@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sysconfig
 import traceback
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from tta_ext.jobs import Crew, Here, Machine
 from tta_ext.journal import WHOLE, Shard, strict
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from tta_ext.evaluation import Models, Setting
 
 __all__ = ["console", "errors"]
@@ -29,8 +31,11 @@ errors = Console(stderr=True, markup=False, highlight=False, emoji=False, soft_w
 # What a terminal may take for a command to itself, ends of lines and tabs apart.
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
-# What every report holds near its beginning: the version that wrote it.
-REPORT_MARK = b'"tta_ext"'
+# How every report begins: its first object, not an inner one, has the version that wrote it. No
+# journal does, whose lines begin with a key.
+REPORT_MARK = re.compile(
+    rb'\s*\[?\s*\{(?!"key")(?:"(?:[^"\\]|\\.)*"|[^"{}])*?"run":\s*\{\s*"tta_ext":'
+)
 _HERE = Path(__file__).resolve().parent.parent
 
 PROXY_STYLE = "magenta"
@@ -201,12 +206,38 @@ def chosen_crew(context: typer.Context, make: Callable[[], Machine]) -> Crew:
     return crew
 
 
-def check_output(path: Path | None, mark: bytes = REPORT_MARK) -> None:
+def at_home(options: MutableMapping[str, Any]) -> None:
+    """Let ``~`` be the home folder in a command's files, as no shell does in a config or behind
+    an equals sign; else a folder of that name would be made.
+    """
+    for name, value in options.items():
+        if isinstance(value, Path):
+            options[name] = value.expanduser()
+
+
+def refuse_one_file_twice(options: Mapping[str, Any]) -> None:
+    """``ValueError`` if two options name one file: what one reads or writes, the other would lose.
+
+    Args:
+        options: a command's, by their names. Devices, pipes and "-" may have two uses.
+    """
+    known: dict[str, str] = {}
+    for name, value in options.items():
+        for path in value if isinstance(value, (list, tuple)) else [value]:
+            if not isinstance(path, Path) or str(path) == "-":
+                continue
+            if path.is_file() or not path.exists():
+                other = known.setdefault(os.path.realpath(path), name)
+                if other != name:
+                    raise ValueError(f"{other} and {name} are one file, {path}; name two")
+
+
+def check_output(path: Path | None, mark: re.Pattern[bytes] = REPORT_MARK) -> None:
     """An error before the work if a file cannot be written after it, or should not be.
 
     Args:
         path: the file; None: none was asked for. Only a regular file is looked into.
-        mark: what a file of ours holds near its beginning or its end.
+        mark: how a file of ours begins, its last 64 KiB put behind the first.
 
     Raises:
         ValueError: it is there, and holds something of others.
@@ -215,12 +246,14 @@ def check_output(path: Path | None, mark: bytes = REPORT_MARK) -> None:
     if path is None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_fifo():
+        return  # whoever reads may not have come yet
     there = path.exists()
     if there and path.is_file() and path.stat().st_size:
         with path.open("rb") as file:
-            start = file.read(1 << 16)
-            file.seek(max(0, path.stat().st_size - (1 << 16)))
-            if mark not in start and mark not in file.read():
+            ends = file.read(1 << 16)
+            file.seek(max(len(ends), path.stat().st_size - (1 << 16)))
+            if not mark.match(ends + file.read()):
                 raise ValueError(f"{path} is no earlier result of this command: it is kept")
     with path.open("ab"):
         pass
@@ -232,7 +265,10 @@ def write_report(path: Path | None, value: Any) -> None:
     """Write a JSON file if one was asked for."""
     if path is not None:
         text = json.dumps(strict(value), indent=1, allow_nan=False, default=str) + "\n"
-        path.write_text(text, encoding="utf-8")
+        try:
+            path.write_text(text, encoding="utf-8")
+        except OSError as error:  # of a full disk it names no file
+            raise OSError(error.errno, error.strerror, str(path)) from error
         errors.print(f"written: {path}")
 
 
@@ -352,6 +388,8 @@ def echo_coloured(spans: Iterable[tuple[str, bool]]) -> None:
 
 def table(name: str, *numbers: str) -> Table:
     """A table whose first column is text and the others right-aligned."""
+    from rich.table import Table
+
     made = Table(box=None, pad_edge=False)
     made.add_column(name, no_wrap=True)
     for number in numbers:

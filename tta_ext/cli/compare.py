@@ -23,6 +23,7 @@ from tta_ext.cli.search import (
     RewardName,
     Settings,
     chosen_reward,
+    given_settings,
     load_model_and_tokenizer,
     reward_facts,
 )
@@ -104,7 +105,7 @@ def compare(
         baseline = next((c.label for c in contestants if c.method == "best_of_n"), labels[-1])
     if baseline not in labels:
         raise ValueError(f"--baseline is {baseline!r}, expected one of {', '.join(labels)}")
-    shared = {"max_new_tokens": max_new_tokens} | comparison.parse_settings(settings or ())
+    shared = {"max_new_tokens": max_new_tokens} | given_settings(context)
     for one in contestants:  # before any model is loaded
         one.resolved(shared, samples, seconds)
     part = common.chosen_shard(context, "journal")

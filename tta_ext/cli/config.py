@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,10 +13,10 @@ import typer
 
 from tta_ext.journal import read_text
 
-__all__ = ["Config", "load", "read"]
+__all__ = ["Config", "commands_beside", "load", "read"]
 
 
-def read(path: Path, command: str, commands: Mapping[str, Any]) -> dict[str, Any]:
+def read(path: Path, command: str, commands: Collection[str]) -> dict[str, Any]:
     """A file's values for a command: those at its top, then those under the command's own name.
 
     Raises:
@@ -52,9 +52,10 @@ def load(context: typer.Context, path: Path | None) -> Path | None:
     """
     if path is None or context.resilient_parsing:
         return path
-    commands = getattr(context.parent.command, "commands", {}) if context.parent else {}
+    commands = commands_beside(context)
     known = {name: one for one in context.command.params for name in _names(one)}
     context.default_map = {}
+    path = path.expanduser()
     for key, value in read(path, context.info_name or "", commands).items():
         parameter = known.get(key)
         if parameter is None or parameter.name == "config":
@@ -75,6 +76,12 @@ Config = Annotated[
         help="YAML or TOML file of options; what is on the command line goes first.",
     ),
 ]
+
+
+def commands_beside(context: typer.Context) -> list[str]:
+    """The names of all commands, that of the context's own among them."""
+    group: Any = context.parent
+    return [] if group is None else group.command.list_commands(group)
 
 
 def _option(parameter: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from statistics import fmean as mean
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -19,6 +20,8 @@ from tta_ext.cli.search import SMOLLM2, load_model_and_tokenizer
 
 if TYPE_CHECKING:
     from tta_ext.decoding import KnapsackDeferral
+    from tta_ext.decoding.rewards import Reward
+    from tta_ext.evaluation import Models
 
 __all__ = ["demo"]
 
@@ -71,7 +74,7 @@ def demo(
             console.print(problem.question, style="dim")
             console.print(Panel(text, expand=False))
     _where_time_went(kad, prompts, seed)
-    _show_aisp(seed)
+    _show_aisp(models, seed)
     console.print(f"whole demo: {time.perf_counter() - start:.1f} s")
 
 
@@ -144,36 +147,61 @@ def _time_ops(kad: KnapsackDeferral, prompts: list[str], seed: int) -> None:
     common.show_table(table)
 
 
-def _show_aisp(seed: int, prompt: str = "Tell me about the sea.", words: int = 10) -> None:
-    """AISP on one prompt against best-of-n, if SmolLM2 is installed.
+def _show_aisp(models: Models, seed: int) -> None:
+    """AISP against best-of-n, on the pair's base, and on SmolLM2 if that is installed.
 
-    The reward is a length, which leaves the language to the model. One that pays for words or
-    letters is won by answers that are nothing else.
+    The rewards are the right number and a length, which leave the language to the model. One that
+    pays for words or letters is won by answers that are nothing else.
     """
-    from tta_ext.decoding import AdaptiveImportanceSampling, BestOfN
     from tta_ext.decoding.rewards import LengthReward
     from tta_ext.demo import smollm2
+    from tta_ext.demo.task import evaluation_problems, lenient_answer
 
+    problems = evaluation_problems(8)
+    answers = {problem.prompt: problem.answer for problem in problems}
+
+    def right(prompts: list[Any], responses: list[Any]) -> list[float]:
+        pairs = zip(prompts, responses, strict=True)
+        return [float(lenient_answer(text) == answers[prompt]) for prompt, text in pairs]
+
+    console.print(
+        f"\nAISP on the base alone: noise on the pre-logits learns the right number, for "
+        f"{len(problems)} problems; {problems[0].question!r}",
+        soft_wrap=True,
+    )
+    _search(models.base, models.tokenizer, list(answers), right, 48, seed)
     if not smollm2.available():
         return
-    model, tokenizer = load_model_and_tokenizer(SMOLLM2)
-    reward, tokens = LengthReward(words), 24
-    asked = [[{"role": "user", "content": prompt}]]
+    asked = "Tell me about the sea."
     console.print(
-        f"\nAISP on {smollm2.NAME}: noise on the pre-logits learns to answer in {words} words; "
-        f"{prompt!r}"
+        f"\nAISP on {smollm2.NAME}: noise on the pre-logits learns to use 10 words; {asked!r}",
+        soft_wrap=True,
     )
-    steered = AdaptiveImportanceSampling(
-        model, reward, tokenizer, n=8, iterations=4, max_new_tokens=tokens
-    ).generate(asked, seed=seed)
-    plain = BestOfN(
-        model, reward, tokenizer, n=32, group=8, max_new_tokens=tokens, probe=False
-    ).generate(asked, seed=seed)
-    for result in (steered, plain):
-        means = " ".join(f"{record.mean:.2f}" for record in result.curves[0])
+    chat = [[{"role": "user", "content": asked}]]
+    _search(*load_model_and_tokenizer(SMOLLM2), chat, LengthReward(10), 24, seed)
+
+
+def _search(
+    model: Any, tokenizer: Any, prompts: list[Any], reward: Reward, tokens: int, seed: int
+) -> None:
+    """Show the rewards of AISP and of best-of-n, and of the first prompt two answers each."""
+    from tta_ext.decoding import AdaptiveImportanceSampling, BestOfN
+
+    parts = model, reward, tokenizer
+    options: dict[str, Any] = {"max_new_tokens": tokens}
+    steered = AdaptiveImportanceSampling(*parts, n=8, iterations=4, **options)
+    plain = BestOfN(*parts, n=32, group=8, probe=False, **options)
+    for method in (steered, plain):
+        result = method.generate(prompts, seed=seed)
+        means = [
+            mean([record.mean for record in records])
+            for records in zip(*result.curves, strict=True)
+        ]
         best, last = result.best[0], result.candidates[0][-1]
+        found = mean([one.reward for one in result.best])
         common.echo(
-            f"{result.method}: mean reward by iteration {means}, in {result.timing.total:.1f} s\n"
+            f"{result.method}: mean reward by iteration {' '.join(f'{one:.2f}' for one in means)}, "
+            f"of the best answers {found:.2f}, in {result.timing.total:.1f} s\n"
             f"  best, {best.reward:.2f}: {best.text!r}\n"
             f"  the last, {last.reward:.2f}: {last.text!r}"
         )

@@ -55,6 +55,9 @@ MaxNewTokens = Annotated[
 ]
 Seed = Annotated[int, typer.Option(help="Seed of sampled rows.")]
 Report = Annotated[Path | None, typer.Option(help="JSON file for the rows.")]
+Plot = Annotated[
+    Path | None, typer.Option(help="Image (pdf, png, svg) of accuracy and proxy calls.")
+]
 # Options of a --task alone.
 TASK_ONLY = {"samples", "window"}
 
@@ -87,6 +90,7 @@ def evaluate(
     batch_size: common.BatchSize = 50,
     journal: JournalFile = None,
     output: Report = None,
+    plot: Plot = None,
     dtype: common.Dtype = "auto",
     device: common.Device = None,
     device_map: common.DeviceMap = None,
@@ -141,9 +145,7 @@ def sweep(
     batch_size: common.BatchSize = 50,
     journal: JournalFile = None,
     output: Report = None,
-    plot: Annotated[
-        Path | None, typer.Option(help="Image of accuracy and proxy calls against the parameter.")
-    ] = None,
+    plot: Plot = None,
     dtype: common.Dtype = "auto",
     device: common.Device = None,
     device_map: common.DeviceMap = None,
@@ -186,7 +188,7 @@ def _run(context: typer.Context, settings: Sequence[Setting]) -> None:
     part = common.chosen_shard(context, "journal")
     modes = tuple(options["mode"] or MODES)
     common.check_output(options["output"])
-    picture: Path | None = options.get("plot")
+    picture: Path | None = options["plot"]
     if picture is not None:
         check_plot(picture)
         common.check_output(picture, MARK)
@@ -214,10 +216,10 @@ def _run(context: typer.Context, settings: Sequence[Setting]) -> None:
     for table in best_tables(rows):
         common.show_table(table)
     if picture is not None:
-        title = f"{rows[0].setting.rule}, {rows[0].n} problems, seed {options['seed']}"
+        title = f"{rows[0].n} problems, seed {options['seed']}"
         if options["base"] is not None:
             title += f"\n{options['base']} and {options['proxy']}"
-        plot_sweep(rows, picture, title)
+        plot_rows(rows, picture, title, along=rows[0].setting.rule if "params" in options else None)
         errors.print(f"written: {picture}")
     if options["output"] is not None:
         facts = run_facts(models=crew.facts(), data=data or "demo", pattern=options["pattern"])
@@ -310,26 +312,43 @@ def interval(bounds: tuple[float, float], sign: bool = False, digits: int = 3) -
     return f"[{low}, {high}]"
 
 
-def plot_sweep(rows: Sequence[Row], path: Path, title: str) -> None:
-    """Draw exact match and proxy calls against the parameter, with 95% Wilson bands."""
-    from tta_ext.decoding.search.plots import new_figure
+def plot_rows(rows: Sequence[Row], path: Path, title: str, along: str | None = None) -> None:
+    """Draw exact match with 95% Wilson intervals, and proxy calls.
+
+    Args:
+        rows: of an evaluation.
+        path: the picture.
+        title: of it.
+        along: the rule whose parameter is the x axis; None: the settings stand side by side.
+    """
+    from tta_ext.decoding.search.plots import new_figure, save
 
     figure = new_figure()
     axes = figure.subplots()
+    labels = list(dict.fromkeys(row.setting.label for row in rows))
     for mode in dict.fromkeys(row.mode for row in rows):
-        chosen = sorted((r for r in rows if r.mode == mode), key=lambda r: r.setting.param or 0.0)
-        xs = [row.setting.param for row in chosen]
-        (line,) = axes.plot(xs, [row.exact for row in chosen], marker="o", label=f"{mode}: exact")
+        chosen = [row for row in rows if row.mode == mode]
+        xs = [float(labels.index(row.setting.label)) for row in chosen]
+        if along is not None:
+            chosen.sort(key=lambda row: row.setting.param or 0.0)
+            xs = [row.setting.param or 0.0 for row in chosen]
+        exact = [row.exact for row in chosen]
         low, high = zip(*(row.exact_interval for row in chosen), strict=True)
-        axes.fill_between(xs, low, high, color=line.get_color(), alpha=0.2)
+        form = {"marker": "o", "linestyle": "none" if along is None else "-"}
+        (line,) = axes.plot(xs, exact, label=f"{mode}: exact", **form)
+        axes.vlines(xs, low, high, color=line.get_color(), alpha=0.5)
         calls = [row.proxy_call_rate for row in chosen]
-        axes.plot(xs, calls, "--", color=line.get_color(), label=f"{mode}: proxy calls a token")
-    axes.set_xlabel("parameter")
+        form |= {"marker": "x"} | ({} if along is None else {"linestyle": "--"})
+        axes.plot(xs, calls, color=line.get_color(), label=f"{mode}: proxy calls a token", **form)
+    if along is None:
+        axes.set_xticks(range(len(labels)), labels, rotation=30, ha="right")
+    else:
+        axes.set_xlabel(f"parameter of {along}")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     axes.set_title(title, fontsize="medium")
-    figure.savefig(path, dpi=150)
+    save(figure, path)
 
 
 def _by_setting(rows: Sequence[Row]) -> dict[Setting, dict[str, Row]]:

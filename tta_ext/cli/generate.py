@@ -26,8 +26,8 @@ __all__ = ["generate"]
 KAD, IMPLICIT = "kad", "implicit-reward"
 # Options of this library's own loop.
 NOT_IN_VLLM = {
-    "anti", "runner", "top_k", "top_p", "min_p", "speculative", "draft", "stream", "colour", "device",
-    "device_map", "attn_implementation", "quantization_config", "revision", "proxy_revision",
+    "anti", "runner", "top_k", "top_p", "min_p", "speculative", "draft", "stream", "colour",
+    "device", "device_map", "attn_implementation", "quantization_config", "revision", "proxy_revision",
 }  # fmt: skip
 
 
@@ -205,13 +205,16 @@ class _Pair:
         models = common.load_models(**loading)
         self.facts: Callable[[], dict[str, Any]] = models.facts
         self.kad: Any = models.decoder(setting, **pair_options)
+        self.kad.request([[0]], **options)  # what is wrong with them is no prompt's fault
         self.asked, self.options = asked, options
 
     def arguments(self, places: list[int]) -> dict[str, Any]:
         """Of the call that answers some places."""
         samples = self.options["num_return_sequences"]
         sequence = [place * samples + j for place in places for j in range(samples)]
-        prompts = [self.asked[place].prompt for place in places]
+        from tta_ext.decoding.runtime.prompts import PromptList
+
+        prompts = PromptList(self.asked[place].prompt for place in places)
         return {"prompts": prompts, "sequence": sequence, **self.options}
 
     def decode(self, what: None, places: list[int]) -> Generation | None:

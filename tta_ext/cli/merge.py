@@ -29,8 +29,9 @@ def merge(
     for path in shards:
         if not path.is_file():
             raise ValueError(f"there is no file {path}")
-        with Journal(path) as journal:
+        with Journal(path) as journal, journal.reading():
             for key, record in journal.records.items():
+                _first(record), record["of"]
                 if key not in found or "error" in found[key]:
                     found[key] = record
     groups: dict[str, list[dict[str, Any]]] = {}

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from threading import Event, Thread
 from time import monotonic
-
-from rich.progress import BarColumn, Progress, TextColumn
 
 from tta_ext.cli.common import console, errors
 
-__all__ = ["Meter", "progress"]
+__all__ = ["Meter", "progress", "tell"]
 
 # Between lines where stderr is no terminal.
 SECONDS_A_LINE = 10.0
@@ -27,7 +26,11 @@ class Meter:
     """
 
     def __init__(
-        self, unit: str, total: int, done: int = 0, show: Callable[[Meter], object] = str
+        self,
+        unit: str,
+        total: int,
+        done: int = 0,
+        show: Callable[[Meter], object] = lambda meter: None,
     ) -> None:
         self.unit, self.total, self.done, self.tokens = unit, total, done, 0
         self._new, self._show, self._start = 0, show, monotonic()
@@ -53,6 +56,13 @@ def _clock(seconds: float) -> str:
     return str(timedelta(seconds=round(seconds)))
 
 
+def tell(meter: Meter, over: Event) -> None:
+    """A line every few seconds, also while the first batch of a night is not yet done."""
+    while not over.wait(SECONDS_A_LINE):
+        if meter.done < meter.total:
+            errors.print(str(meter))
+
+
 @contextmanager
 def progress(unit: str, total: int, done: int = 0, text: bool = False) -> Iterator[Meter]:
     """Show on stderr, so that stdout keeps only results, how far a block is.
@@ -62,19 +72,19 @@ def progress(unit: str, total: int, done: int = 0, text: bool = False) -> Iterat
         text: the block prints results as it goes, on a terminal progress enough.
     """
     if not errors.is_terminal:
-        written = monotonic()
-
-        def line(meter: Meter) -> None:
-            nonlocal written
-            if monotonic() - written >= SECONDS_A_LINE and meter.done < meter.total:
-                written = monotonic()
-                errors.print(str(meter))
-
-        meter = Meter(unit, total, done, line)
-        yield meter
+        meter, over = Meter(unit, total, done), Event()
+        log = Thread(target=tell, args=(meter, over), daemon=True)
+        log.start()
+        try:
+            yield meter
+        finally:
+            over.set()
+            log.join()
         if total > 1:
             errors.print(str(meter))
         return
+    from rich.progress import BarColumn, Progress, TextColumn
+
     columns = BarColumn(), TextColumn("{task.description}")
     # Redirected, what goes to stdout would be put on stderr, as that is the bar's console.
     with Progress(

@@ -76,12 +76,9 @@ def read_prompts(
 
 
 def _read(source: Path | None) -> str:
-    if source is not None and str(source) != "-":
-        return read_text(source)
     if source is None and sys.stdin.isatty():
         raise ValueError("there are no prompts: pass them as arguments, by --input or on stdin")
-    # Not the text layer, which would end lines at carriage returns too.
-    return sys.stdin.buffer.read().decode("utf-8-sig")
+    return read_text("-" if source is None else source)
 
 
 def _rows(source: Path) -> list[Asked]:

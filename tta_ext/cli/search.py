@@ -24,7 +24,15 @@ if TYPE_CHECKING:
     from tta_ext.decoding.search.base import SearchMethod
     from tta_ext.decoding.search.outcome import SearchResult
 
-__all__ = ["Model", "RewardName", "Settings", "load_model_and_tokenizer", "reward_facts", "search"]
+__all__ = [
+    "Model",
+    "RewardName",
+    "Settings",
+    "given_settings",
+    "load_model_and_tokenizer",
+    "reward_facts",
+    "search",
+]
 
 SMOLLM2 = "smollm2"
 
@@ -105,7 +113,7 @@ def search(
 
     Prompts are arguments, lines of --input or stdin, or JSONL records with "prompt" or "messages".
     """
-    from tta_ext.decoding.search.compare import method_class, parse_settings, typed
+    from tta_ext.decoding.search.compare import method_class, typed
 
     kind = method_class(method)
     used = {field.name for field in fields(kind.settings_type)}
@@ -119,7 +127,7 @@ def search(
     chosen: dict[str, Any] = {"temperature": temperature, "max_new_tokens": max_new_tokens}
     chosen |= {"stop_strings": stop or None} | ({"decoding": "greedy"} if greedy else {})
     chosen |= {k: context.params[k] for k in OPTIONS if context.params[k] is not None}
-    chosen = typed(kind, chosen | parse_settings(settings or ()))
+    chosen = typed(kind, chosen | given_settings(context))
     part = common.chosen_shard(context, "seed")
     asked = read_prompts(prompts, source, chat, system)
     with Journal(part.file(output)) as journal:
@@ -164,17 +172,35 @@ def search(
         )
 
 
+def given_settings(context: typer.Context) -> dict[str, Any]:
+    """What ``--set`` says.
+
+    Raises:
+        ValueError: something that an option says too, or twice.
+    """
+    from tta_ext.decoding.search.compare import parse_settings
+
+    found = parse_settings(context.params["settings"] or ())
+    options = {"stop_strings": "stop", "decoding": "greedy"}
+    for name in found:
+        common.refuse_unused(context, f"--set {name}=...", {options.get(name, name)})
+    return found
+
+
 class _Searching:
     """A method over prompts: a :class:`tta_ext.jobs.Machine`."""
 
     def __init__(self, method: SearchMethod[Any], asked: Sequence[Asked], seed: int) -> None:
         self.method, self.asked, self.seed = method, asked, seed
+        method.start([[0]], seed=seed)  # what is wrong with the settings is no prompt's fault
 
     def facts(self) -> dict[str, Any]:
         return {"model": model_facts(self.method.model)}
 
     def decode(self, what: None, places: list[int]) -> SearchResult:
-        prompts = [self.asked[place].prompt for place in places]
+        from tta_ext.decoding.runtime.prompts import PromptList
+
+        prompts = PromptList(self.asked[place].prompt for place in places)
         return self.method.generate(prompts, seed=self.seed, sequence=places)
 
 

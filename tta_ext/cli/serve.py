@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from tta_ext.cli import common
+from tta_ext.cli.config import Config
 
 if TYPE_CHECKING:
     from tta_ext.evaluation import Setting
@@ -38,6 +39,7 @@ def serve(
     port: Annotated[int, typer.Option(help="Where to listen.")] = 8000,
     dtype: common.Dtype = "auto",
     device: common.Device = None,
+    config: Config = None,
 ) -> None:
     """Serve a base that defers to a proxy over the OpenAI interface.
 

@@ -134,7 +134,10 @@ class ClassifierReward:
         template = self.template or getattr(self.tokenizer, "chat_template", None)
         if template and not self.single:
             messages = [*_messages(prompt), {"role": "assistant", "content": response}]
-            found = render(self.tokenizer, messages, template, add_generation_prompt=False)
+            found = render(
+                self.tokenizer, messages, template, add_generation_prompt=False,
+                named=("an answer", "the reward model"),
+            )  # fmt: skip
             if self.max_length:
                 found = {name: list(row)[-self.max_length :] for name, row in found.items()}
         else:

@@ -24,6 +24,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from itertools import islice
+from numbers import Complex, Real
 from time import perf_counter
 from typing import Any, TypeAlias
 
@@ -78,17 +79,18 @@ def call_reward(reward: Reward, prompts: Sequence[Any], responses: Sequence[Any]
     with torch.inference_mode(False), torch.enable_grad():
         values: Any = reward(list(prompts), list(responses))
     if isinstance(values, torch.Tensor):
-        if values.is_meta:
-            raise TypeError("the reward returned a meta tensor, expected one with numbers")
+        if values.is_meta or values.layout is not torch.strided:
+            raise TypeError("the reward returned a sparse or meta tensor, expected plain numbers")
         values = values.detach().cpu()
-    shape = getattr(values, "shape", ())
+    shape = getattr(values, "shape", (0,))
     if math.prod(shape[1:]) > 1:
         raise TypeError(
             f"the reward returned values of shape {list(shape)}, expected [{len(responses)}]"
         )
     if len(shape) > 1:
         values = values.reshape(-1)
-    if isinstance(values, (Mapping, Set, str, bytes)) or not isinstance(values, Iterable):
+    other = isinstance(values, (Mapping, Set, str, bytes, bytearray, memoryview))
+    if other or shape == () or not isinstance(values, Iterable):
         raise TypeError(
             f"the reward returned {type(values).__name__}, expected a number for each response"
         )
@@ -105,7 +107,8 @@ def call_reward(reward: Reward, prompts: Sequence[Any], responses: Sequence[Any]
 
 def _number(value: Any) -> float:
     """One value of a reward."""
-    if not isinstance(value, (str, bytes)):
+    imaginary = isinstance(value, Complex) and not isinstance(value, Real)
+    if not imaginary and not isinstance(value, (str, bytes)):
         try:
             return float(value)
         except OverflowError:
@@ -282,7 +285,7 @@ class WeightedReward:
 
 def _named(text: str) -> Reward:
     module, _, name = text.partition(":")
-    if not module or not name:
+    if not module or not name or module.startswith("."):
         raise ValueError(f"python:{text} names no function, expected python:MODULE:NAME")
     try:
         found = getattr(importlib.import_module(module), name, None)

@@ -42,6 +42,7 @@ EVALUATION_STEPS = (2, 3)
 ANSWER_MARK = "####"
 EQUATION_SEPARATOR = "; "
 HELD_OUT_EVERY = 8  # one chain in eight is kept for evaluation
+MOST_PROBLEMS = 10_000  # there are more, but not without end
 
 
 @dataclass(frozen=True)
@@ -199,10 +200,10 @@ def evaluation_task(n: int) -> Task:
     """The first ``n`` held-out problems, to be evaluated.
 
     Raises:
-        ValueError: if ``n`` is less than 1.
+        ValueError: ``n`` is less than 1, or more than :data:`MOST_PROBLEMS`.
     """
-    if n < 1:
-        raise ValueError(f"n is {n}, expected at least 1")
+    if not 1 <= n <= MOST_PROBLEMS:
+        raise ValueError(f"n is {n}, expected 1 to {MOST_PROBLEMS} of the demo's problems")
     problems = evaluation_problems(n)
     return Task(
         [problem.prompt for problem in problems],

@@ -117,6 +117,8 @@ def control_update(
     The sum over rollouts is a pairwise tree over the rollout index padded to a power of two, so an
     aligned range of rollouts is a subtree, and its sum can be computed elsewhere.
     """
+    if not 0 <= start < stop <= ROLLOUTS:  # the tree below would have no end
+        raise ValueError(f"rollouts {start} to {stop} are none of {ROLLOUTS}")
     prompts, horizon, dimensions = mean.shape
     count = weights.shape[1]
     common.check_indices("sequence", sequence, 1 << 32, check)

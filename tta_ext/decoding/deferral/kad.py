@@ -21,11 +21,10 @@ from tta_ext.decoding.deferral.request import Models, Request
 from tta_ext.decoding.deferral.result import Generation
 from tta_ext.decoding.runtime.attention import check_model
 from tta_ext.decoding.runtime.fit import fit_model
-from tta_ext.decoding.runtime.generate_options import check_processors
 from tta_ext.decoding.runtime.loading import LoadingOptions, load_model, load_tokenizer
 from tta_ext.decoding.runtime.models import class_name, device_of, logit_count, refuse_path
 from tta_ext.decoding.runtime.signatures import keywords_of
-from tta_ext.decoding.runtime.streaming import StreamEvent
+from tta_ext.decoding.runtime.streaming import StreamEvent, check_streamer
 from tta_ext.decoding.runtime.views import adapter_pair, as_model, share_weights
 from tta_ext.decoding.runtime.vocabulary import align_vocabularies
 from tta_ext.rules import ARGMAX, IMPLICIT_REWARD, Rule, rule_code
@@ -326,7 +325,7 @@ class KnapsackDeferral:
         """
         request = self.request(prompts, **options)
         if streamer is not None:
-            check_processors([streamer])
+            check_streamer(streamer)
             if batch_size is not None and batch_size < len(request.base) // request.repeats:
                 raise ValueError("a streamer takes one batch; leave batch_size out")
         parts: list[Generation] = []

@@ -34,6 +34,7 @@ from tta_ext.decoding.runtime.processors import (
 from tta_ext.decoding.runtime.prompts import (
     check_prompts,
     encode_prompts,
+    flag,
     id_rows,
     normalise_prompts,
     sequence_ids,
@@ -80,11 +81,12 @@ class Models:
     ) -> tuple[list[list[int]], list[list[int]]]:
         """Token ids for the base and for the others."""
         own, theirs = self.chat_template, self.proxy_chat_template or self.chat_template
-        base = encode_prompts(prompts, self.tokenizer, template=own, fallback=self.proxy_tokenizer)
+        mine, others = self.tokenizer, self.proxy_tokenizer
+        base = encode_prompts(prompts, mine, name="the base", template=own, fallback=others)
         if proxy_prompts is None:
             proxy_prompts = prompts
         proxy = encode_prompts(
-            proxy_prompts, self.proxy_tokenizer, template=theirs, fallback=self.tokenizer
+            proxy_prompts, others, name="the proxy", template=theirs, fallback=mine
         )
         return base, proxy
 
@@ -142,8 +144,9 @@ class Request:
         draft: str | None = None,
         errors: str = "raise",
     ) -> None:
-        self.models, self.do_sample, self.errors = models, do_sample, errors
-        self.lazy = lazy and not rule.needs_proxy
+        self.models, self.errors = models, errors
+        self.do_sample = do_sample = flag("do_sample", do_sample)
+        self.lazy = flag("lazy", lazy) and not rule.needs_proxy
         if trace not in (False, True, "lazy", "full"):
             raise ValueError(f"trace is {trace!r}, expected False, True, 'full' or 'lazy'")
         if trace and isinstance(rule, ImplicitReward):
@@ -173,11 +176,9 @@ class Request:
             [prompt for prompt in each for _ in range(num_return_sequences)]
             for each in (base, proxy, context)
         )
-        pad = (
-            getattr(models.tokenizer, "pad_token_id", None)
-            if pad_token_id is None
-            else pad_token_id
-        )
+        pad = getattr(models.tokenizer, "pad_token_id", None)
+        if pad_token_id is not None:
+            pad = whole_number("pad_token_id", pad_token_id, 0)
         self.pad: int = min(ends, default=0) if pad is None else pad
         self.padding = pad_token_id  # of models that look at it
         self.sequence = sequence_ids(sequence, len(self.base))
@@ -375,7 +376,7 @@ class Request:
     def feed(self, streamer: Any, loop: Loop, prompts: Sequence[Sequence[int]] | None) -> None:
         """Run a loop into a transformers streamer: prompts, if any, then a token a row at most."""
         pad, count = self.pad, len(loop.rows.active)
-        if prompts is not None:
+        if prompts:
             # Padded where lengths differ, as generate() of transformers would have them.
             rows = [torch.tensor(prompt) for prompt in prompts]
             streamer.put(pad_sequence(rows, True, pad, padding_side="left"))

@@ -15,6 +15,7 @@ the call at their places, where answers that have ended go on as padding.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from transformers import (
 
 from tta_ext.decoding.runtime.compat import of_one_row
 from tta_ext.decoding.runtime.generate_options import PROCESSORS, check_processors, kind_of
+from tta_ext.decoding.runtime.prompts import is_id
 
 __all__ = ["AtTemperature", "SequenceView", "TopP", "as_criteria", "as_processors", "warpers"]
 
@@ -96,20 +98,24 @@ def warpers(
     Raises:
         ValueError: a value out of range.
     """
-    if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
+    if top_k is not None and not (is_id(top_k) and top_k >= 1):
         raise ValueError(f"top_k is {top_k!r}, expected an integer of at least 1")
-    if top_p is not None and not 0.0 < top_p <= 1.0:
+    if top_p is not None and not (_is_real(top_p) and 0.0 < top_p <= 1.0):
         raise ValueError(f"top_p is {top_p!r}, expected 0 < top_p <= 1")
-    if min_p is not None and not 0.0 <= min_p <= 1.0:
+    if min_p is not None and not (_is_real(min_p) and 0.0 <= min_p <= 1.0):
         raise ValueError(f"min_p is {min_p!r}, expected 0 to 1")
     found: list[LogitsProcessor] = []
     if top_k is not None:
-        found.append(TopKLogitsWarper(top_k))
+        found.append(TopKLogitsWarper(int(top_k)))
     if top_p is not None:
-        found.append(TopP(top_p, temperature))
+        found.append(TopP(float(top_p), temperature))
     if min_p is not None:
-        found.append(AtTemperature(temperature, [MinPLogitsWarper(min_p)]))
+        found.append(AtTemperature(temperature, [MinPLogitsWarper(float(min_p))]))
     return found
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 class SequenceView:
@@ -216,11 +222,11 @@ class SequenceView:
                 ]
                 scores = torch.cat(parts)
             elif total == len(members) or self._by_row(one):
-                scores = one(ids, scores)
+                scores = _checked(one, one(ids, scores), scores)
             else:
                 every = scores.new_zeros(total, scores.shape[1])
                 every[members] = scores
-                scores = one(self._everyone(length), every)[members]
+                scores = _checked(one, one(self._everyone(length), every), every)[members]
         return scores
 
     def _by_row(self, processor: Any) -> bool:
@@ -255,6 +261,17 @@ class SequenceView:
         return done
 
 
+def _checked(processor: Any, found: Any, given: Tensor) -> Tensor:
+    """A processor's scores, if that is what it returned."""
+    if not isinstance(found, Tensor) or found.shape != given.shape or found.dtype.is_complex:
+        what = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise TypeError(
+            f"logits processor {type(processor).__name__} returned {what}, expected scores "
+            f"{list(given.shape)}"
+        )
+    return found.to(given.dtype)
+
+
 def as_processors(processors: Any) -> LogitsProcessorList | None:
     """A processor list from one processor, several, or none.
 
@@ -273,8 +290,10 @@ def as_criteria(criteria: Any) -> StoppingCriteriaList | None:
 def _as_list(given: Any, kind: Any, name: str) -> Any:
     items = [] if given is None else given if isinstance(given, Sequence) else [given]
     for one in items:
-        if not callable(one):
-            raise TypeError(f"{name} has a {type(one).__name__}, expected callables (ids, scores)")
+        if isinstance(one, type) or not callable(one):
+            kind = isinstance(one, type)
+            what = f"the class {one.__name__}" if kind else f"a {type(one).__name__}"
+            raise TypeError(f"{name} has {what}, expected callables (ids, scores)")
     check_processors(items)
     if not items:
         return None

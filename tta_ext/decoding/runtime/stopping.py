@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from tta_ext.decoding.runtime.prompts import integers, is_id
+
 __all__ = ["StopStrings", "end_ids"]
 
 
@@ -18,9 +20,12 @@ def end_ids(
         models: models whose generation configurations say what ends an answer, in union, since
             either model may end it in its own way.
         tokenizers: tokenizers that are asked where no model knows.
+
+    Raises:
+        TypeError: the caller's are no integers.
     """
     if given is not None:
-        return frozenset([given] if isinstance(given, int) else (int(i) for i in given))
+        return frozenset(integers([given] if is_id(given) else given, "eos_token_id"))
     found: set[int] = set()
     for model in models:
         config = getattr(model, "generation_config", None)

@@ -7,9 +7,23 @@ from typing import Any
 
 from tokenizers.decoders import DecodeStream
 
+from tta_ext.decoding.runtime.generate_options import check_processors
 from tta_ext.decoding.runtime.stopping import StopStrings
 
-__all__ = ["StreamEvent", "TextDeltas"]
+__all__ = ["StreamEvent", "TextDeltas", "check_streamer"]
+
+
+def check_streamer(streamer: Any) -> None:
+    """Refuse what is no streamer, or one that cannot be used here.
+
+    Raises:
+        TypeError: it has not the methods ``put`` and ``end``, or is a class.
+        ValueError: a streamer of transformers for another kind of model.
+    """
+    methods = (getattr(streamer, name, None) for name in ("put", "end"))
+    if isinstance(streamer, type) or not all(map(callable, methods)):
+        raise TypeError(f"streamer is {streamer!r}, expected an object with put and end")
+    check_processors([streamer])
 
 
 @dataclass(frozen=True)

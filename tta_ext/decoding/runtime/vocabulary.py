@@ -28,6 +28,9 @@ class Vocabulary:
 
 
 def _by_id(tokenizer: Any) -> dict[int, str]:
+    if not hasattr(tokenizer, "get_vocab"):
+        kind = type(tokenizer).__name__
+        raise TypeError(f"a tokenizer is a {kind}, expected a tokenizer of transformers")
     return {index: token for token, index in tokenizer.get_vocab().items()}
 
 

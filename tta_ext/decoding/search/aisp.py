@@ -281,14 +281,14 @@ class AISPSearch(Search[AISPSettings]):
             "curves": [[one.as_dict() for one in curve] for curve in self.curves],
             "timing": {k: v for k, v in self.timing.as_dict().items() if k != "other"},
         }
-        checkpoint.write(Path(path), self.mean, state)
+        checkpoint.write(Path(path), self.mean, state, self.method.model)
 
     @classmethod
     def load(cls, method: AdaptiveImportanceSampling, path: Path, **changes: Any) -> AISPSearch:
         """A run from a file, with some of its settings changed; see
         :meth:`AdaptiveImportanceSampling.resume`.
         """
-        mean, state = checkpoint.read(path)
+        mean, state = checkpoint.read(path, method.model)
         settings = replace(AISPSettings(**state["settings"]), **changes)
         if settings.iterations < state["iteration"]:
             raise ValueError(
@@ -401,6 +401,7 @@ class AdaptiveImportanceSampling(SearchMethod[AISPSettings]):
             search = self._resumed(path, prompts, seed, sequence, settings)
         else:
             search = self.start(prompts, seed=seed, sequence=sequence, **settings)
+            search.save(path)  # not after hours is it time to learn that it cannot be written
         search.run(lambda current: search.save(path))
         if progress is not None:
             progress(len(search.prompts))

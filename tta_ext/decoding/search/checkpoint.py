@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -20,26 +21,50 @@ from tta_ext.decoding.search.outcome import Candidate, IterationRecord, Timing
 __all__ = ["read", "write"]
 
 _KEY = "tta_ext.aisp"
-_FORMAT = 2
+_FORMAT = 3
 
 
-def write(path: Path, mean: Tensor, state: dict[str, Any]) -> None:
-    """Write u and a JSON-able state; the file appears whole, or not at all."""
+def write(path: Path, mean: Tensor, state: dict[str, Any], model: Any) -> None:
+    """Write u and a JSON-able state of a run of a model; the file appears whole, or not at all.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     partial = path.with_name(f"{path.name}.{os.getpid()}.part")
-    metadata = {_KEY: json.dumps(state | {"format": _FORMAT})}
-    save_file({"mean": mean.cpu().contiguous()}, partial, metadata=metadata)
-    with partial.open("rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    metadata = {_KEY: json.dumps(state | {"format": _FORMAT, "model": weights_mark(model)})}
+    try:
+        save_file({"mean": mean.cpu().contiguous()}, partial, metadata=metadata)
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(f"cannot write the checkpoint {path}: {error}") from error
 
 
-def read(path: Path) -> tuple[Tensor, dict[str, Any]]:
+def weights_mark(model: Any) -> str:
+    """Tells a model from others: a hash over name, shape, dtype and a few numbers of each weight.
+
+    Weights that accelerate keeps elsewhere, or that are packed, count without their numbers.
+    """
+    found = []
+    for name, weight in model.named_parameters():
+        plain = type(weight) is torch.nn.Parameter and not weight.is_meta
+        few = weight.detach().flatten()[:: max(1, weight.numel() // 16)] if plain else None
+        numbers = None if few is None else few.double().tolist()
+        found.append([name, list(weight.shape), str(weight.dtype), numbers])
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()
+
+
+def read(path: Path, model: Any) -> tuple[Tensor, dict[str, Any]]:
     """u and the state.
 
     Raises:
-        ValueError: no such file, one of another kind or version, or one whose state is not whole.
+        ValueError: no such file, one of another kind or version, one whose state is not whole, or
+            one of a run of another model.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -50,12 +75,15 @@ def read(path: Path) -> tuple[Tensor, dict[str, Any]]:
     except (OSError, SafetensorError, KeyError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} holds no AISP run ({error})") from error
     _check(state, mean, path)
+    if state["model"] != weights_mark(model):
+        raise ValueError(f"{path} holds a run of another model; remove it or name another")
     return mean, state
 
 
 # What a state holds; see :meth:`AISPSearch.save`.
 _STATE: dict[str, Any] = {
     "format": int,
+    "model": str,
     "settings": dict[str, Any],
     "sigma": float,
     "seed": int,

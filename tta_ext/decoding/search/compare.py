@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from tta_ext.decoding.rewards import Reward
+from tta_ext.decoding.runtime.prompts import PromptList
 from tta_ext.decoding.search.aisp import AdaptiveImportanceSampling
 from tta_ext.decoding.search.base import SearchMethod
 from tta_ext.decoding.search.best_of_n import BestOfN
@@ -67,12 +68,17 @@ def parse_settings(items: Iterable[str]) -> dict[str, Any]:
     Example:
         >>> parse_settings(["n=16", "sigma_unit=logit", "lam=None"])
         {'n': 16, 'sigma_unit': 'logit', 'lam': None}
+
+    Raises:
+        ValueError: an item that is no such text, or of a name that was there already.
     """
     found: dict[str, Any] = {}
     for item in items:
         name, equals, value = item.partition("=")
         if not equals or not name.strip():
             raise ValueError(f"setting is {item!r}, expected name=value")
+        if name.strip() in found:
+            raise ValueError(f"setting {name.strip()} is given twice")
         try:
             found[name.strip()] = ast.literal_eval(value.strip())
         except (ValueError, SyntaxError):
@@ -117,9 +123,15 @@ class Contestant:
 
     @classmethod
     def parse(cls, text: str) -> Contestant:
-        """From ``method``, ``method:name=value,...`` or ``label=method:name=value,...``."""
+        """From ``method``, ``method:name=value,...`` or ``label=method:name=value,...``.
+
+        Raises:
+            ValueError: it is none of these.
+        """
         head, _, rest = text.partition(":")
         label, equals, method = head.rpartition("=")
+        if equals and not label.strip():
+            raise ValueError(f"method is {text!r}, whose label is empty")
         settings = parse_settings(filter(None, rest.split(",")))
         return cls(label if equals else text, method_class(method).name, settings)
 
@@ -236,12 +248,13 @@ def compare(
         )
         counted(len(done), tokens)
     # A label is only a name: it may have changed since the journal was written.
-    return [
-        _numbers(journal.records[keys[place, label]]) | {"label": label}
-        for place in places
-        if not (failures and place in failures)
-        for label in labels
-    ]
+    with journal.reading():
+        return [
+            _numbers(journal.records[keys[place, label]]) | {"label": label}
+            for place in places
+            if not (failures and place in failures)
+            for label in labels
+        ]
 
 
 def resolved(
@@ -279,13 +292,16 @@ class Comparing:
 
     def decode(self, what: tuple[str, int], places: list[int]) -> tuple[list[dict[str, Any]], int]:
         label, seed = what
-        chosen = [self.prompts[place] for place in places]
+        chosen = PromptList(self.prompts[place] for place in places)
         result = self.methods[label].generate(chosen, seed=seed, sequence=places)
         return [record_of(result, at) for at in range(len(places))], result.timing.tokens
 
 
 def _numbers(record: dict[str, Any]) -> dict[str, Any]:
-    """A record with the infinite rewards that JSON had to write as texts."""
+    """A record, if it is whole, with the infinite rewards that JSON had to write as texts."""
+    for name in ("index", "prompt", "text", "timing"):
+        if name not in record:
+            raise KeyError(name)
     curve = [
         {name: float(x) if isinstance(x, str) else x for name, x in point.items()}
         for point in record["curve"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import stdev
@@ -19,10 +20,13 @@ __all__ = [
     "mean_and_error",
     "new_figure",
     "plot",
+    "save",
 ]
 
-# What matplotlib writes near the beginning or the end of its files (Software, Creator).
-MARK = b"atplotlib"
+# Kinds of pictures, and what each calls the program that made it: a plot of ours is known by that.
+_MADE_BY = {".pdf": "Creator", ".png": "Software", ".svg": "Creator"}
+_MAKER = "tta_ext"
+MARK = re.compile(rb"(?s)(?:%PDF|\x89PNG|<\?xml).*" + _MAKER.encode())
 
 
 def by_label(records: Iterable[dict[str, Any]]) -> dict[str, dict[int, dict[str, Any]]]:
@@ -101,9 +105,22 @@ def check_plot(path: Path) -> None:
         ImportError: matplotlib is missing; the message has the command.
         ValueError: the file's name has no ending of a picture.
     """
-    known = new_figure().canvas.get_supported_filetypes()
-    if path.suffix[1:].lower() not in known:
-        raise ValueError(f"{path} has no ending of a picture, expected {', '.join(sorted(known))}")
+    new_figure()
+    _kind(path)
+
+
+def _kind(path: str | Path) -> str:
+    """What kind of picture a file is, by its name's ending."""
+    kind = Path(path).suffix.lower()
+    if kind not in _MADE_BY:
+        raise ValueError(f"{path} has no ending of a picture, expected {', '.join(_MADE_BY)}")
+    return kind
+
+
+def save(figure: Any, path: str | Path) -> None:
+    """Write a figure, marked as ours, as what its file's ending says."""
+    kind = _kind(path)
+    figure.savefig(path, dpi=150, format=kind[1:], metadata={_MADE_BY[kind]: _MAKER})
 
 
 def plot(records: Sequence[dict[str, Any]], path: str | Path, title: str = "") -> None:
@@ -136,7 +153,7 @@ def plot(records: Sequence[dict[str, Any]], path: str | Path, title: str = "") -
         if at.lines:
             at.legend(fontsize="small")
     figure.suptitle(title, fontsize="medium")
-    figure.savefig(path, dpi=150)
+    save(figure, path)
 
 
 def _curve(
