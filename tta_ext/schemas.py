@@ -90,6 +90,8 @@ class OpSpec:
             shape: tuple[int, ...] = like.shape
         else:  # a number of elements, and then a tensor
             shape, like = (like,), args[1]
+        if not shape:
+            raise ValueError(f"{self.inputs[0]} has no dimension, expected at least one")
         new, rows, accumulated = like.new_empty, shape[0], self.accumulated
         return tuple(
             [
