@@ -98,17 +98,20 @@ def _bounds(a: Any, base: Tensor, proxy: Tensor | None, param: float) -> tuple[A
         mu = s.mask[0].numpy().astype(float)
         return np.where(sure, mu, 0), np.where(sure, mu, 1), -1
     order = np.argsort((base.float() + 0.0).numpy(), kind="stable")
-    weight = np.where(p < 2.0**-126, 0.0, p)[order]
+    weight = p[order]
     used = np.cumsum(weight)
     edge = np.minimum(EDGE, CLOSE * used)
     before, slack = np.append(0.0, used[:-1]), np.append(0.0, edge[:-1])
     everything = param >= 1
-    taken = (used <= param - edge) | everything | ((used == 0) & (param >= 0))
+    # Weights below the smallest normal float32 of their tile's are none.
+    doubt = param < TINY and bool(((weight > 0) & (weight < 2.0**-125 * p.max())).any())
+    small = doubt & (used <= TINY)
+    taken = ((used <= param - edge) | everything | (used == 0)) & ~small
     # What may be the first item not taken: it may not fit, and all before it may.
-    may = ~taken & (before <= param + slack)
+    may = ~taken & ((before <= param + slack) | small)
     fill = np.clip((param - before) / np.maximum(weight, 1e-300), 0, 1)
     blur = (edge + slack) / np.maximum(weight, 1e-300)
-    sure = may.sum() == 1 and (used > param + edge)[may].all()
+    sure = not doubt and may.sum() == 1 and (used > param + edge)[may].all()
     low, high = taken.astype(float), taken | may
     if sure:
         policy = ("exclude", "include", "split")[a.critical]
@@ -117,7 +120,7 @@ def _bounds(a: Any, base: Tensor, proxy: Tensor | None, param: float) -> tuple[A
         high[may] = {"exclude": 0, "include": 1, "split": np.clip(fill + blur, 0, 1)[may]}[policy]
     lo, hi = np.empty_like(p), np.empty_like(p)
     lo[order], hi[order] = low, high
-    critical = int(order[may][0]) if sure else -1 if not may.any() else None
+    critical = int(order[may][0]) if sure else None if may.any() else -1
     return lo, hi, critical
 
 
@@ -400,6 +403,10 @@ def deferral_verify(
 # ---------------------------------------------------------------------------- other draws
 
 
+# Whether an expert that is off or rules everything out spoils its row: backends differ.
+NOBODY_KNOWS = torch.full((1,), torch.nan)
+
+
 def _scores(a: Any, b: int) -> Tensor | None:
     """log p + sum of beta (log q - log q0), up to a constant; None without a law."""
     base = a.base_logits[b].double()
@@ -413,11 +420,12 @@ def _scores(a: Any, b: int) -> Tensor | None:
             models.append(a.anti_logits[e, b])
             term = torch.where(torch.isneginf(term) & torch.isneginf(anti), 0.0, term - anti)
         if not all(map(usable, models)):
-            return None
+            return NOBODY_KNOWS
         if beta:
             total = total + beta * term
     total[torch.isneginf(base)] = -torch.inf
-    return total if usable(total) else None
+    known = not total.isnan().any() and (total < torch.inf).all() and (total > -torch.inf).any()
+    return total if known else None
 
 
 def _mixed(a: Any) -> Iterator[tuple[int, Tensor | None, float]]:
@@ -428,7 +436,8 @@ def _mixed(a: Any) -> Iterator[tuple[int, Tensor | None, float]]:
         parts += [] if a.anti_logits is None else [*a.anti_logits[:, b]]
         sizes = [float(x.float().nan_to_num(0, 0, 0).abs().max()) for x in parts]
         scale = sum(sizes) * (1 + float(a.beta.abs().sum()))
-        yield b, total, scale * 2.0**-22 / a.temperature
+        if scale < 1e37 and total is not NOBODY_KNOWS:  # else float32 overflows where float64 does not
+            yield b, total, scale * 2.0**-22 / a.temperature
 
 
 def implicit_reward_probs(a: Any, out: Tensor) -> Faults:
@@ -544,7 +553,7 @@ def prelogit_perturb(a: Any, out: Tensor, dot: Tensor) -> Faults:
                 yield f"row {b} is not hidden + mean + sigma eps"
             terms = u * eps
             if np.isfinite(terms).all() and np.abs(terms).sum() < 1e37:
-                if abs(float(dot[b]) - terms.sum()) > 2.0**-18 * np.abs(terms).sum() + 1e-37:
+                if abs(float(dot[b]) - terms.sum()) > 2.0**-18 * (np.abs(terms) + np.abs(u)).sum() + 1e-37:
                     yield f"row {b} has dot {float(dot[b])}, expected {terms.sum()}"
 
 
@@ -601,6 +610,7 @@ def control_update(a: Any, out: Tensor) -> Faults:
                 size[t] += np.abs(term)
         scale = 1.0 if a.partial else a.sigma
         want = scale * total + (0 if a.partial else u)
+        size += np.abs(w).sum() * 0.25  # normals near 0 are as exact as others, not as themselves
         near = 2.0**-18 * (scale * size + (0 if a.partial else np.abs(u))) + 1e-36
         fine = np.isfinite(want) & (np.abs(want) < 1e37) & (size < 1e37)
         if (np.abs(out[b].double().numpy() - want)[fine] > near[fine]).any():
@@ -622,7 +632,7 @@ def control_merge(a: Any, out: Tensor) -> Faults:
 
 
 def philox(a: Any, out: Tensor) -> Faults:
-    key = tuple(a.key.tolist())
+    key = tuple(a.key.reshape(-1).tolist())
     want = philox4x32(a.counter.numpy(), key)
     if (out.numpy().astype(np.uint64) != want).any():
         yield "other words"
