@@ -41,11 +41,40 @@ import tta_ext
 from tta_ext import dispatch, ops, rng, rules, schemas
 
 REFUSALS = (ValueError, TypeError, RuntimeError)
-REALS = (np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-45, -1e-39, 1e-30, 0.5, 1.0, -1.0, 88.8, 3e38, -3e38)
+REALS = (
+    np.nan,
+    np.inf,
+    -np.inf,
+    0.0,
+    -0.0,
+    1e-45,
+    -1e-39,
+    1e-30,
+    0.5,
+    1.0,
+    -1.0,
+    88.8,
+    3e38,
+    -3e38,
+)
 NUMBERS = (*REALS, 1e-320, 1e308, 1e-38)
 WHOLES = (0, 1, -1, 2, 15, 16, 4095, 4096, 65535, 65536, 2**31, 2**32 - 1, 2**32, 2**62,
           2**63 - 1, -(2**63))  # fmt: skip
-OTHERS = (None, "0.3", b"", [], [1.0], {}, True, 1.5, 2**64, -(2**64), 10**400, object(), np.float64(0.5))
+OTHERS = (
+    None,
+    "0.3",
+    b"",
+    [],
+    [1.0],
+    {},
+    True,
+    1.5,
+    2**64,
+    -(2**64),
+    10**400,
+    object(),
+    np.float64(0.5),
+)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int32,
           torch.bool, torch.complex64, torch.uint8)  # fmt: skip
 GUARD = 64
@@ -332,7 +361,7 @@ def _refused(case: Case, error: Exception) -> None:
 
 
 def run(case: Case) -> str:
-    """"judged" or "refused"; AssertionError with what is wrong."""
+    """ "judged" or "refused"; AssertionError with what is wrong."""
     spec, arguments = case.spec, case.arguments
     inputs = {
         name: (x, flat(x.detach()).clone())
@@ -390,8 +419,11 @@ def _meant(case: Case, rows: tuple[int, ...]) -> SimpleNamespace:
         if isinstance(x, Tensor):
             given[name] = x.detach()
         elif name in tensors:
-            x = rng.as_seed(x) if name == "seed" else x
-            given[name] = torch.tensor(x, dtype=torch.float64 if isinstance(x, float) else None)
+            x = rng.as_seed(x) if name == "seed" and isinstance(x, int) else x
+            real = isinstance(x, float) or name in ("param", "capacity")
+            given[name] = torch.tensor(
+                float(x) if real else x, dtype=torch.float64 if real else None
+            )
     return SimpleNamespace(**given)
 
 

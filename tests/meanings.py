@@ -105,10 +105,10 @@ def _bounds(a: Any, base: Tensor, proxy: Tensor | None, param: float) -> tuple[A
     everything = param >= 1
     # Weights below the smallest normal float32 of their tile's are none.
     doubt = param < TINY and bool(((weight > 0) & (weight < 2.0**-125 * p.max())).any())
-    small = doubt & (used <= TINY)
-    taken = ((used <= param - edge) | everything | (used == 0)) & ~small
+    taken = (used <= param - edge) | everything | (used == 0)
+    taken &= ~(doubt & (used <= TINY))
     # What may be the first item not taken: it may not fit, and all before it may.
-    may = ~taken & ((before <= param + slack) | small)
+    may = ~taken & ((before <= param + slack) | (doubt & (before <= TINY)))
     fill = np.clip((param - before) / np.maximum(weight, 1e-300), 0, 1)
     blur = (edge + slack) / np.maximum(weight, 1e-300)
     sure = not doubt and may.sum() == 1 and (used > param + edge)[may].all()
@@ -261,7 +261,7 @@ def _choice(a: Any, it: Law, key: Key, stream: int, further: int = 0) -> tuple[A
         final, asked = top.copy(), top | (high.max() <= 1e-36) | (low.max() <= 1e-36)
         at = np.flatnonzero(top)
         final[at] = (high[at] * (1 + CLOSE) >= (second + it.mass[0]) * (1 - CLOSE)) & (high[at] > 0)
-        asked[at] &= (low[at] * (1 - CLOSE) <= (third + it.mass[1]) * (1 + CLOSE) + EDGE)
+        asked[at] &= low[at] * (1 - CLOSE) <= (third + it.mass[1]) * (1 + CLOSE) + EDGE
         return final, asked
     may, s = drawn(it.p, key.uniform(stream, further)), key.uniform(rng.SPLIT, further)
     return may & ((it.lo < 1) & (s >= it.lo)), may & ((it.hi > 0) & (s < it.hi))
@@ -436,7 +436,9 @@ def _mixed(a: Any) -> Iterator[tuple[int, Tensor | None, float]]:
         parts += [] if a.anti_logits is None else [*a.anti_logits[:, b]]
         sizes = [float(x.float().nan_to_num(0, 0, 0).abs().max()) for x in parts]
         scale = sum(sizes) * (1 + float(a.beta.abs().sum()))
-        if scale < 1e37 and total is not NOBODY_KNOWS:  # else float32 overflows where float64 does not
+        if (
+            scale < 1e37 and total is not NOBODY_KNOWS
+        ):  # else float32 overflows where float64 does not
             yield b, total, scale * 2.0**-22 / a.temperature
 
 
@@ -528,9 +530,7 @@ def greedy_knapsack(
 def prelogit_perturb(a: Any, out: Tensor, dot: Tensor) -> Faults:
     prompts, horizon, d = a.mean.shape
     for b in range(a.hidden.shape[0]):
-        step, row, sequence, rollout = (
-            each(x, b) for x in (a.step, a.row, a.sequence, a.rollout)
-        )
+        step, row, sequence, rollout = (each(x, b) for x in (a.step, a.row, a.sequence, a.rollout))
         if not (0 <= step < 2**32 and 0 <= row < prompts and 0 <= sequence < 2**32
                 and 0 <= rollout < 2**16):  # fmt: skip
             continue
@@ -553,7 +553,10 @@ def prelogit_perturb(a: Any, out: Tensor, dot: Tensor) -> Faults:
                 yield f"row {b} is not hidden + mean + sigma eps"
             terms = u * eps
             if np.isfinite(terms).all() and np.abs(terms).sum() < 1e37:
-                if abs(float(dot[b]) - terms.sum()) > 2.0**-18 * (np.abs(terms) + np.abs(u)).sum() + 1e-37:
+                if (
+                    abs(float(dot[b]) - terms.sum())
+                    > 2.0**-18 * (np.abs(terms) + np.abs(u)).sum() + 1e-37
+                ):
                     yield f"row {b} has dot {float(dot[b])}, expected {terms.sum()}"
 
 

@@ -43,9 +43,11 @@ def changed(name: str, given: dict[str, Any]) -> dict[str, Any]:
     if name == "implicit_reward_probs":
         return given | {"temperature": given["temperature"] * 1.001}
     if name in ("importance_weights", "control_merge"):
-        return given | {"sigma": given["sigma"] * 1.001, "lam": given["lam"] * 1.001} if (
-            "lam" in given
-        ) else given | {"sigma": given["sigma"] * 1.001}
+        return (
+            given | {"sigma": given["sigma"] * 1.001, "lam": given["lam"] * 1.001}
+            if ("lam" in given)
+            else given | {"sigma": given["sigma"] * 1.001}
+        )
     return given | {"seed": given["seed"] ^ 1}
 
 
