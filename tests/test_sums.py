@@ -117,8 +117,8 @@ def triples(count: int, number: int, tile: int = TILE, seed: int = 0) -> list[Tr
     while len(found) < number:
         begin = tile * int(r.integers(-(-count // tile)))
         size = min(tile, count - begin)
-        step = (1, 1, 2, LANES // 2, LANES)[len(found) % 5]
-        if len(found) % 2:
+        step = (1, 1, 2, LANES // 2, LANES)[int(r.integers(5))]
+        if r.random() < 0.5:
             three = begin + r.integers(size, size=3)
         else:
             three = begin + (int(r.integers(size)) + step * r.permutation(3)) % size
