@@ -274,7 +274,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "tiles of 2048": {"tile": 2048},
     "64 lanes": {"lanes": 64},
     "256 lanes": {"lanes": 256},
-    "one lane": {"lanes": 1},
+    "16 lanes": {"lanes": 16},
     "a lane is a run": {"strided": False},
     "lanes fold in pairs": {"fold": neighbours},
     "lanes fold from left to right": {"fold": lambda x: chain([y for y in x if y is not None], "float32")},
