@@ -102,8 +102,8 @@ def test_builds_once_then_serves_from_the_cache(tiny: Library) -> None:
 
 def test_many_processes_compile_once(slow: tuple[Library, Path, Path]) -> None:
     library, calls, gate = slow
-    processes = [Process(library) for _ in range(4)]
-    wait_for(lambda: sum("waiting for process" in p.log.read_text() for p in processes) == 3)
+    processes = [Process(library) for _ in range(8)]
+    wait_for(lambda: sum("waiting for process" in p.log.read_text() for p in processes) == 7)
     gate.unlink()
     results = [process.finish() for process in processes]
     assert all(result["answer"] == 42 for result in results)

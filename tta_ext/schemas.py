@@ -88,8 +88,12 @@ class OpSpec:
         like = args[0]
         if isinstance(like, Tensor):
             shape: tuple[int, ...] = like.shape
+            if not shape:
+                raise ValueError(f"{self.inputs[0]} has no dimension, expected at least one")
         else:  # a number of elements, and then a tensor
             shape, like = (like,), args[1]
+            if like is None:  # torch lets it through where a tensor belongs
+                raise TypeError(f"{self.inputs[1]} is None, expected a tensor")
         new, rows, accumulated = like.new_empty, shape[0], self.accumulated
         return tuple(
             [

@@ -222,7 +222,7 @@ def draw(logits: Tensor, groups: Sequence[Group], position: Tensor, proxy: Proxy
             sequence=one.sequence,
             do_sample=asked.do_sample,
         )
-        tokens = drawn.token.tolist()
+        tokens = drawn.tokens
         if min(tokens) < 0:
             wrong = next(i for i, token in enumerate(tokens) if token < 0)
             raise ValueError(

@@ -56,8 +56,10 @@ def check_logits(
     try:
         shape, packed = logits.shape, logits.is_contiguous()
     except RuntimeError:  # no strides, so no plain tensor
+        packed = False
+    if not packed:
         check_dense(name, logits)
-        raise
+        shape = logits.shape
     if len(shape) != dims:
         raise ValueError(f"{name} has shape {list(shape)}, expected {form}")
     if not 1 <= shape[-1] <= MAX_VOCABULARY:
@@ -65,7 +67,6 @@ def check_logits(
             f"{name} has a last dimension of {shape[-1]}, expected 1 to {MAX_VOCABULARY}"
         )
     if unit_stride and not packed and logits.stride(-1) != 1 and shape[-1] != 1 and logits.numel():
-        check_dense(name, logits)
         raise ValueError(
             f"{name} has stride {logits.stride(-1)} over its last dimension, expected 1; "
             "call .contiguous() on it"

@@ -50,10 +50,10 @@ _UPDATE = OPS["control_update"]
 _MERGE = OPS["control_merge"]
 
 
-def _check_mean(mean: Tensor, device: torch.device) -> None:
+def _check_mean(mean: Tensor, device: torch.device | None = None) -> None:
     if not isinstance(mean, Tensor):
         raise TypeError(f"mean is {type(mean).__name__}, expected a tensor [P, tau, d]")
-    args.check_kind("mean", mean, torch.float32, device)
+    args.check_kind("mean", mean, torch.float32, mean.device if device is None else device)
     if mean.dim() != 3:
         raise ValueError(f"mean has shape {list(mean.shape)}, expected [P, tau, d]")
 
@@ -251,7 +251,7 @@ def control_update(
         >>> torch.equal(v[0, 1], 2.0 * tta_ext.ops.normal(4, seed=7, step=1))
         True
     """
-    _check_mean(mean, mean.device)
+    _check_mean(mean)
     prompts, device = mean.shape[0], mean.device
     args.check_kind("weights", weights, torch.float32, device)
     if weights.dim() != 2 or weights.shape[0] != prompts or weights.shape[1] < 1:
@@ -297,7 +297,7 @@ def control_merge(
         >>> torch.equal(control_merge(u, torch.stack(parts), 1.0), whole)
         True
     """
-    _check_mean(mean, mean.device)
+    _check_mean(mean)
     if not isinstance(partials, Tensor):
         raise TypeError(f"partials is {type(partials).__name__}, expected a tensor [S, P, tau, d]")
     shards = partials.shape[0] if partials.dim() else 0

@@ -75,11 +75,12 @@ class ImplicitRewardLoop(Loop):
     rule: ImplicitReward
     processed = False
 
-    def draw(self) -> tuple[Tensor, list[bool], Seen]:
+    def draw(self) -> tuple[Drawn, Seen]:
         logits, *others = [self.logits(runner) for runner in self.runners]
-        token, flags = self.drawn(logits, others)
         named = zip(self.followers, others, strict=True)
-        return token, flags, Seen(logits, [(runner.name, row, None) for runner, row in named])
+        return self.drawn(logits, others), Seen(
+            logits, [(runner.name, row, None) for runner, row in named]
+        )
 
     def drawn(
         self,
@@ -104,4 +105,4 @@ class ImplicitRewardLoop(Loop):
                 check=False,
                 out=self._token if position is None else None,
             )
-        return Drawn(token, [False] * len(token))
+        return Drawn(token, token.tolist(), [False] * len(token))

@@ -7,7 +7,8 @@ sources, traces, events, time. How a step's tokens come about is a subclass's :m
 * :class:`DenseDeferral`: rules that compare both models; the proxy runs at every step.
 * :class:`~tta_ext.decoding.deferral.implicit_reward.ImplicitRewardLoop`: tilting by experts.
 
-The step is kept thin: outputs are preallocated, and the host waits for the device once or twice.
+The step is kept thin: outputs are preallocated, and the host waits for the device once; twice where
+a lazy proxy replaced a token.
 """
 
 from __future__ import annotations
@@ -167,8 +168,7 @@ class Loop(ABC):
         start = perf_counter()
         self.stats.row_steps += len(self.rows.active)
         self.events = []
-        token, flags, seen = self.draw()
-        tokens = token.tolist()
+        (token, tokens, flags), seen = self.draw()
         ended = self.emit(range(len(tokens)), tokens, flags, lambda: seen)
         # Only the base may take the token from the op's output: by the time a lazy proxy runs, the
         # next proposal has overwritten it.
@@ -181,10 +181,8 @@ class Loop(ABC):
         self.stats.seconds += perf_counter() - start
 
     @abstractmethod
-    def draw(self) -> tuple[Tensor, list[bool], Seen]:
-        """A token for every active row: int64 ``[rows]``, which came from a follower, and what they
-        were drawn from.
-        """
+    def draw(self) -> tuple[Drawn, Seen]:
+        """A token for every active row, and what they were drawn from."""
 
     @abstractmethod
     def drawn(
@@ -366,7 +364,7 @@ class LazyDeferral(Deferral):
 
     _warm = False
 
-    def draw(self) -> tuple[Tensor, list[bool], Seen]:
+    def draw(self) -> tuple[Drawn, Seen]:
         options, logits, stats = self.options, self.logits(self.base), self.stats
         if not self.proxy.lags:
             self.proxy.catch_up()  # its rows are fed at every step, whatever the rule asks
@@ -383,13 +381,13 @@ class LazyDeferral(Deferral):
             asked.append(("proxy", found, rows))
             return found
 
-        token, flags = self.drawn(logits, [ask])
+        drawn = self.drawn(logits, [ask])
         if self.proxy.lags:
             stats.proxy_rows_saved += saved
             stats.proxy_calls_saved += everyone is None and not asked
         if everyone is not None:
             asked = [("proxy", everyone, None)]
-        return token, flags, Seen(logits, asked)
+        return drawn, Seen(logits, asked)
 
     def _proxy_logits(self, rows: list[int] | None, index: Tensor | None) -> Tensor:
         if not self._warm:
@@ -403,7 +401,7 @@ class LazyDeferral(Deferral):
 class DenseDeferral(Deferral):
     """Rules that compare both models: the proxy runs for every row at every step."""
 
-    def draw(self) -> tuple[Tensor, list[bool], Seen]:
+    def draw(self) -> tuple[Drawn, Seen]:
         logits, proxy_logits = self.logits(self.base), self.logits(self.proxy)
-        token, flags = self.drawn(logits, [proxy_logits])
-        return token, flags, Seen(logits, [("proxy", proxy_logits, None)])
+        seen = Seen(logits, [("proxy", proxy_logits, None)])
+        return self.drawn(logits, [proxy_logits]), seen

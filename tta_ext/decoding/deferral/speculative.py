@@ -171,7 +171,7 @@ class Speculative(Loop):
             behind = []
         if behind:
             drawn, seen = self._behind(behind, position)
-            more = drawn.token.tolist()
+            more = drawn.tokens
             unknown |= {i for i, token in zip(behind, more, strict=True) if token < 0}
             known = [j for j, i in enumerate(behind) if i not in unknown]
             if self._even and len(known) < len(behind):
@@ -300,8 +300,8 @@ class Speculative(Loop):
         if not self.asks:
             others = [self._over(runner).flatten(0, 1) for runner in self.followers]
         drawn = self.drawn(self._over(self.base).flatten(0, 1), others, index, places.flatten())
-        tokens = drawn.token.view(rows, columns).tolist()
-        return tokens, [drawn.from_proxy[i * columns : (i + 1) * columns] for i in range(rows)]
+        parts = [slice(i * columns, (i + 1) * columns) for i in range(rows)]
+        return [drawn.tokens[part] for part in parts], [drawn.from_proxy[part] for part in parts]
 
     def _emit_drafts(
         self, tokens: list[list[int]], flags: list[list[bool]]

@@ -28,11 +28,21 @@ class Drawn(NamedTuple):
 
     Attributes:
         token: int64 ``[B]``; -1 where a model's logits have NaN or +inf, or no finite value.
+        tokens: the same on the host.
         from_proxy: for each row, whether the proxy wrote its token.
     """
 
     token: Tensor
+    tokens: list[int]
     from_proxy: list[bool]
+
+    @classmethod
+    def fetch(cls, token: Tensor, deferred: Tensor) -> Drawn:
+        """Tokens and flags, brought to the host in one copy: it waits for the device once."""
+        if token.is_cpu:
+            return cls(token, token.tolist(), deferred.tolist())
+        tokens, flags = torch.stack((token, deferred.to(token.dtype))).tolist()
+        return cls(token, tokens, [flag == 1 for flag in flags])
 
 
 def deferral_step(
@@ -47,6 +57,9 @@ def deferral_step(
     out: ops.Proposal | None = None,
 ) -> Drawn:
     """Draw a token a row from the rule's mixture of base and proxy.
+
+    The host waits for the device once; and once more if a function was asked for the proxy, whose
+    tokens are known no sooner.
 
     Args:
         base_logits: float32, float16 or bfloat16 ``[B, V]``, after processors and masks.
@@ -76,7 +89,7 @@ def deferral_step(
                 check=False,
                 out=out,
             )
-        return Drawn(drawn.token, drawn.deferred.tolist())
+        return Drawn.fetch(*drawn)
     with span("propose"):
         drawn = ops.deferral_propose(
             base_logits,
@@ -88,10 +101,11 @@ def deferral_step(
             check=False,
             out=out,
         )
-    flags = drawn.deferred.tolist()
+    found = Drawn.fetch(*drawn)
+    tokens, flags = found.tokens, found.from_proxy
     rows = [row for row, flag in enumerate(flags) if flag]
     if not rows:
-        return Drawn(drawn.token, flags)
+        return found
     if len(rows) == len(flags):
         index, proxy_logits = None, proxy(None, None)
     else:
@@ -110,17 +124,22 @@ def deferral_step(
                 check=False,
                 out=drawn.token if index is None else None,
             )
+            replaced = token.tolist()
         else:
             # "Deferred" said that the base alone cannot tell.
             if index is not None:
                 base_logits, rule = base_logits.index_select(0, index), rule.select(index)
-            token, deferred = ops.deferral_sample(
-                base_logits, proxy_logits, rule=rule, do_sample=False, check=False
+            token, replaced, decided = Drawn.fetch(
+                *ops.deferral_sample(
+                    base_logits, proxy_logits, rule=rule, do_sample=False, check=False
+                )
             )
-            for row, flag in zip(rows, deferred.tolist(), strict=True):
+            for row, flag in zip(rows, decided, strict=True):
                 flags[row] = flag
+        for row, one in zip(rows, replaced, strict=True):
+            tokens[row] = one
         if index is not None:
             drawn.token.index_copy_(0, index, token)
         elif token is not drawn.token:
             drawn.token.copy_(token)
-    return Drawn(drawn.token, flags)
+    return found
