@@ -168,10 +168,10 @@ def sweep(
 
 def _run(context: typer.Context, settings: Sequence[Setting]) -> None:
     """Evaluate settings as the command's other options say, and show the rows."""
-    from tta_ext.decoding.search.plots import MARK, check_plot
     from tta_ext.demo.task import evaluation_task
     from tta_ext.evaluation import IMPLICIT_REWARD, MODES, Answering, data_task
     from tta_ext.evaluation import evaluate as evaluate_rows
+    from tta_ext.plots import MARK, check_plot, plot_sweep
 
     options: dict[str, Any] = context.params
     implicit = any(setting.rule == IMPLICIT_REWARD for setting in settings)
@@ -308,28 +308,6 @@ def interval(bounds: tuple[float, float], sign: bool = False, digits: int = 3) -
     form = f"{'+' if sign else ''}.{digits}f"
     low, high = (f"{x:{form}}".removeprefix("0") for x in bounds)
     return f"[{low}, {high}]"
-
-
-def plot_sweep(rows: Sequence[Row], path: Path, title: str) -> None:
-    """Draw exact match and proxy calls against the parameter, with 95% Wilson bands."""
-    from tta_ext.decoding.search.plots import new_figure
-
-    figure = new_figure()
-    axes = figure.subplots()
-    for mode in dict.fromkeys(row.mode for row in rows):
-        chosen = sorted((r for r in rows if r.mode == mode), key=lambda r: r.setting.param or 0.0)
-        xs = [row.setting.param for row in chosen]
-        (line,) = axes.plot(xs, [row.exact for row in chosen], marker="o", label=f"{mode}: exact")
-        low, high = zip(*(row.exact_interval for row in chosen), strict=True)
-        axes.fill_between(xs, low, high, color=line.get_color(), alpha=0.2)
-        calls = [row.proxy_call_rate for row in chosen]
-        axes.plot(xs, calls, "--", color=line.get_color(), label=f"{mode}: proxy calls a token")
-    axes.set_xlabel("parameter")
-    axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
-    axes.set_title(title, fontsize="medium")
-    figure.savefig(path, dpi=150)
 
 
 def _by_setting(rows: Sequence[Row]) -> dict[Setting, dict[str, Row]]:

@@ -138,6 +138,9 @@ class RewardStream:
         self._waiting: list[tuple[Any, Any, Any]] = []
         self._known: dict[Any, float] = {}
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of {self.reward!r}: {self.items} answers scored>"
+
     def put(self, key: Any, prompt: Any, response: Any) -> None:
         """Add a finished answer under a key."""
         self._waiting.append((key, prompt, response))
@@ -189,6 +192,9 @@ class SentimentReward:
         self.sign = sign
         self._analyzer = SentimentIntensityAnalyzer()
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(sign={self.sign:g})"
+
     def __call__(self, prompts: Sequence[Any], responses: Sequence[str]) -> list[float]:
         return [self.sign * self._analyzer.polarity_scores(text)["compound"] for text in responses]
 
@@ -207,6 +213,9 @@ class LetterReward:
             raise ValueError(f"letter is {letter!r}, expected a single letter")
         self.letter, self.distinct = letter.casefold(), distinct
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.letter!r}, distinct={self.distinct})"
+
     def __call__(self, prompts: Sequence[Any], responses: Sequence[str]) -> list[float]:
         rewards = []
         for text in responses:
@@ -224,6 +233,9 @@ class JsonReward:
 
     Parts are sought at the first 32 brackets only, so that no answer takes long to judge.
     """
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
 
     def __call__(self, prompts: Sequence[Any], responses: Sequence[str]) -> list[float]:
         return [self._score(text) for text in responses]
@@ -256,6 +268,9 @@ class LengthReward:
             raise ValueError(f"target is {target}, expected at least 1")
         self.target = target
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.target})"
+
     def __call__(self, prompts: Sequence[Any], responses: Sequence[str]) -> list[float]:
         return [-abs(len(_WORD.findall(text)) - self.target) / self.target for text in responses]
 
@@ -271,6 +286,9 @@ class WeightedReward:
         if not parts:
             raise ValueError("parts is empty, expected (weight, reward) pairs")
         self.parts = list(parts)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.parts!r})"
 
     def __call__(self, prompts: Sequence[Any], responses: Sequence[str]) -> list[float]:
         total = [0.0] * len(responses)

@@ -1,4 +1,4 @@
-"""Curves of a comparison of search methods, and their picture."""
+"""Pictures by matplotlib of comparisons, sweeps and benchmarks, and the curves in them."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ __all__ = [
     "curve_means",
     "mean",
     "mean_and_error",
-    "new_figure",
     "plot",
+    "plot_bench",
+    "plot_sweep",
 ]
 
 # What matplotlib writes near the beginning or the end of its files (Software, Creator).
@@ -101,7 +102,7 @@ def check_plot(path: Path) -> None:
         ImportError: matplotlib is missing; the message has the command.
         ValueError: the file's name has no ending of a picture.
     """
-    known = new_figure().canvas.get_supported_filetypes()
+    known = _figure().canvas.get_supported_filetypes()
     if path.suffix[1:].lower() not in known:
         raise ValueError(f"{path} has no ending of a picture, expected {', '.join(sorted(known))}")
 
@@ -115,7 +116,7 @@ def plot(records: Sequence[dict[str, Any]], path: str | Path, title: str = "") -
     Raises:
         ImportError: matplotlib is missing; the message has the command.
     """
-    figure = new_figure()
+    figure = _figure()
     figure.set_size_inches(9, 7)
     axes = figure.subplots(2, 2)
     for label, table in by_label(records).items():
@@ -157,7 +158,79 @@ def _curve(
     )
 
 
-def new_figure() -> Any:
+def plot_sweep(rows: Sequence[Any], path: str | Path, title: str = "") -> None:
+    """Draw exact match and proxy calls against the parameter, with 95% Wilson bands.
+
+    Args:
+        rows: of :func:`tta_ext.evaluation.evaluate`, one rule at several parameters.
+        path: the picture; its ending says of which kind.
+        title: stands above.
+
+    Raises:
+        ImportError: matplotlib is missing; the message has the command.
+    """
+    figure = _figure()
+    axes = figure.subplots()
+    for mode in dict.fromkeys(row.mode for row in rows):
+        chosen = sorted((r for r in rows if r.mode == mode), key=lambda r: r.setting.param or 0.0)
+        xs = [row.setting.param for row in chosen]
+        (line,) = axes.plot(xs, [row.exact for row in chosen], marker="o", label=f"{mode}: exact")
+        low, high = zip(*(row.exact_interval for row in chosen), strict=True)
+        axes.fill_between(xs, low, high, color=line.get_color(), alpha=0.2)
+        calls = [row.proxy_call_rate for row in chosen]
+        axes.plot(xs, calls, "--", color=line.get_color(), label=f"{mode}: proxy calls a token")
+    axes.set_xlabel("parameter")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    axes.set_title(title, fontsize="medium")
+    figure.savefig(path, dpi=150)
+
+
+def plot_bench(rows: Sequence[Any], path: str | Path, title: str = "") -> None:
+    """Draw times against the vocabulary: a panel for each operator and dtype, a line a provider.
+
+    Args:
+        rows: of ``benchmarks.harness.run_case``; those that failed their check are left out.
+        path: the picture; its ending says of which kind.
+        title: stands above.
+
+    Raises:
+        ImportError: matplotlib is missing; the message has the command.
+        ValueError: no row passed its check.
+    """
+    panels: dict[str, dict[str, dict[int, float]]] = {}
+    for row in rows:
+        if not row.error:
+            panel = panels.setdefault(f"{row.op}, {row.dtype}", {})
+            # Rules and batches beside each other: a line each.
+            line = panel.setdefault(f"{row.provider}: {row.variant}, {row.batch} rows", {})
+            line[row.vocab] = row.us["q50"]
+    if not panels:
+        raise ValueError("no row passed its check, so there is nothing to draw")
+    figure = _figure()
+    columns = min(2, len(panels))
+    lines = -(-len(panels) // columns)
+    figure.set_size_inches(7 * columns, 4 * lines)
+    axes = figure.subplots(lines, columns, squeeze=False).flat
+    for at, (name, panel) in zip(axes, panels.items(), strict=False):
+        for label, points in panel.items():
+            xs = sorted(points)
+            at.plot(xs, [points[x] for x in xs], marker="o", markersize=3, label=label)
+        at.set_title(name, fontsize="medium")
+        at.set_xscale("log")
+        at.set_yscale("log")
+        at.set_xlabel("vocabulary")
+        at.set_ylabel("µs a call, median")
+        at.grid(alpha=0.3)
+        at.legend(fontsize="x-small")
+    for at in list(axes)[len(panels) :]:
+        at.set_axis_off()
+    figure.suptitle(title, fontsize="medium")
+    figure.savefig(path, dpi=150)
+
+
+def _figure() -> Any:
     """An empty figure of matplotlib.
 
     Raises:
