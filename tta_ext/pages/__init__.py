@@ -138,10 +138,14 @@ def _pieces(tokens: Sequence[int], tokenizer: Any) -> list[str]:
 def _chart(curve: Sequence[IterationRecord], title: str) -> dict[str, Any] | None:
     """Points of a chart in the picture's units; None if the method has none of its fields."""
     values = {
-        name: [(one.iteration, float(y)) for one in curve if (y := getattr(one, field)) is not None]
+        name: [
+            (one.iteration, float(getattr(one, field)))
+            for one in curve
+            if getattr(one, field) is not None
+        ]
         for field, name in CHARTS[title].items()
     }
-    finite = [y for points in values.values() for _, y in points if math.isfinite(y)]
+    finite = [value for points in values.values() for _, value in points if math.isfinite(value)]
     if not finite:
         return None
     low, high = min(finite), max(finite)
