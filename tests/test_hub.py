@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,11 @@ from generates import plain
 from models import proxy_model
 
 import tta_ext
+
+try:
+    importlib.metadata.version("tta-ext")
+except importlib.metadata.PackageNotFoundError:
+    pytest.skip("the folders require tta-ext, which is not installed", allow_module_level=True)
 
 HUB = Path(__file__).resolve().parent.parent / "hub"
 METHODS: dict[str, dict[str, Any]] = {

@@ -170,6 +170,12 @@ def colours(locator: Any) -> tuple[str, str]:
     return text, ground
 
 
+def colours_of_line(locator: Any) -> tuple[str, str]:
+    """Fill and stroke of a line in a picture."""
+    fill, stroke = locator.evaluate("e => [getComputedStyle(e).fill, getComputedStyle(e).stroke]")
+    return fill, stroke
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_chromium_shows_the_tokens(chromium: Any, tmp_path: Path, scheme: str) -> None:
     html = deferral_page(generation(), Tokenizer(), facts={"rule": "threshold 0.4"})
@@ -229,6 +235,10 @@ def test_chromium_shows_a_search(chromium: Any, tmp_path: Path) -> None:
     # Three lines of the reward, two of the divergence, a point for each round.
     assert page.locator("polyline").count() == 3 + 1 + 1 + 2
     assert page.locator("circle").count() == 5 * 7
+    for line in page.locator("polyline").all():
+        fill, stroke = colours_of_line(line)
+        assert fill == "none"
+        assert contrast(stroke, colours(page.locator("body"))[1]) > 3
     rises = page.locator("svg").nth(2).locator("circle")
     heights = [rises.nth(i).bounding_box()["y"] for i in range(5)]
     assert heights == sorted(heights, reverse=True)

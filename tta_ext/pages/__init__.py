@@ -149,6 +149,8 @@ def _chart(curve: Sequence[IterationRecord], title: str) -> dict[str, Any] | Non
     if not finite:
         return None
     low, high = min(finite), max(finite)
+    if _number(low) == _number(high):
+        high = low  # what rounding differs by is no curve
     first, last = curve[0].iteration, curve[-1].iteration
 
     def x(iteration: int) -> float:
