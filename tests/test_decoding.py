@@ -221,7 +221,7 @@ def test_trace_accounts_for_every_token(kad: KnapsackDeferral) -> None:
         limit = max(c.q for c in one.candidates if c.q is not None) - 0.1
         assert all(c.mu == (c.p < limit) for c in one.candidates if abs(c.p - limit) > 1e-6)
         assert one.cut is None or one.cut >= limit - 1e-6
-    split = answer(kad, [prompt], trace=True, **options, critical="split")
+    split = answer(kad, [prompt], trace=True, rule="knapsack", param=0.98, critical="split")
     assert split.trace is not None
     shares = [c.mu for one in split.trace[0] for c in one.candidates if c.token == one.critical]
     assert shares

@@ -98,6 +98,9 @@ def by_iteration(answers: Iterable[dict[str, Any]], *names: str) -> dict[str, li
 def check_plot(path: Path) -> None:
     """An error before the work if a picture cannot be drawn after it.
 
+    Args:
+        path: the picture; its ending says of which kind.
+
     Raises:
         ImportError: matplotlib is missing; the message has the command.
         ValueError: the file's name has no ending of a picture.
@@ -112,6 +115,11 @@ def plot(records: Sequence[dict[str, Any]], path: str | Path, title: str = "") -
 
     Best reward so far against answers scored and against seconds; the mean reward of each iteration
     against answers scored and, of methods that measure it, against the KL divergence.
+
+    Args:
+        records: of :func:`tta_ext.decoding.search.compare.compare`.
+        path: the picture; its ending says of which kind.
+        title: stands above.
 
     Raises:
         ImportError: matplotlib is missing; the message has the command.

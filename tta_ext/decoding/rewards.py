@@ -67,6 +67,10 @@ def call_reward(reward: Reward, prompts: Sequence[Any], responses: Sequence[Any]
     The reward may differentiate: it runs outside of the inference mode that searches run in. Finite
     values that no float can hold become the nearest one.
 
+    Args:
+        reward: the reward.
+        prompts, responses: as many prompts as answers; texts, or token ids without a tokenizer.
+
     Returns:
         A float for each response, finite or -inf.
 
@@ -360,9 +364,10 @@ _KINDS: dict[str, Callable[[str], Reward]] = {
 def parse_reward(text: str) -> Reward:
     """A reward from its name on the command line.
 
-    ``letter:s``, ``letter:s:distinct``, ``sentiment``, ``sentiment:negative``, ``json``,
-    ``words:20``, ``classifier:PATH`` or ``classifier:PATH#LABEL`` (a sequence-classification
-    model), ``python:MODULE:NAME`` (any callable).
+    Args:
+        text: ``letter:s``, ``letter:s:distinct``, ``sentiment``, ``sentiment:negative``, ``json``,
+            ``words:20``, ``classifier:PATH`` or ``classifier:PATH#LABEL`` (a
+            sequence-classification model), ``python:MODULE:NAME`` (any callable).
 
     Raises:
         ValueError: there is no such reward.

@@ -183,6 +183,9 @@ class Generation:
     def sequences(self, pad_token_id: int = 0) -> Tensor:
         """Prompt and answer of each row, as transformers' ``generate`` lays them out.
 
+        Args:
+            pad_token_id: id that fills what is no token.
+
         Returns:
             int64 ``[rows, longest prompt + longest answer]``: prompts end in one column (padding on
             the left), answers are padded on the right.
@@ -198,6 +201,10 @@ class Generation:
         """An answer as pieces of text, each with whether the proxy wrote it; for colouring.
 
         Borders lie where the text allows: bytes of one character stay together.
+
+        Args:
+            row: number of the answer.
+            tokenizer: makes text of its ids.
         """
         return source_spans(self.tokens[row], self.deferred[row], tokenizer)
 
