@@ -71,7 +71,8 @@ class TokenTrace:
 
 
 def _probabilities(logits: Tensor, temperature: float) -> Tensor:
-    return torch.softmax(logits.float() / temperature, dim=-1)
+    # To the CPU at once: a trace reads single numbers.
+    return torch.softmax(logits.float() / temperature, dim=-1).cpu()
 
 
 def trace_step(
@@ -95,7 +96,8 @@ def trace_step(
     """
     q_rows = proxy_logits if rule.needs_proxy else None
     stats = ops.deferral_stats(base_logits, q_rows, rule=rule, check=False)
-    mask, critical, fraction = ops.deferral_mask(base_logits, q_rows, rule=rule, check=False)
+    deferred_set = ops.deferral_mask(base_logits, q_rows, rule=rule, check=False)
+    mask, critical, fraction = (one.cpu() for one in deferred_set)
     at = rule.codes[3]  # the rule's own temperature
     cut = (stats.cut_logit / at - torch.logsumexp(base_logits.float() / at, dim=-1)).exp().tolist()
     p = _probabilities(base_logits, rule.temperature)
