@@ -67,7 +67,7 @@ def trace(
     threads: common.Threads = None,
     config: Config = None,
 ) -> None:
-    """Answer one prompt and show who wrote each token, and with which probabilities.
+    """Answer one prompt and show, for each token, who wrote it and with which probabilities.
 
     With --reward the prompt is answered by a search, whose iterations are shown.
     """
