@@ -129,6 +129,7 @@ setup(
     include_package_data=False,
     package_data={
         "tta_ext": ["py.typed", "assets/**/*"],
+        "tta_ext.pages": ["templates/*.j2"],
         **{package: sorted({f"*{path.suffix}" for path in _FILES}) for package in _PACKAGES},
     },
     ext_modules=extensions(),

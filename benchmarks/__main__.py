@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from tta_ext import plots
+
 from . import (
     bench_deferral,
     bench_implicit_reward,
@@ -61,6 +63,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seconds", type=float, default=0.3, help="spent on each line, about (0.3)")
     p.add_argument("--output", type=Path, help="also write the table to this file")
     p.add_argument("--record", action="store_true", help=f"write {RESULTS}/STEM.md, in a checkout")
+    p.add_argument("--plot", type=Path, help="image of the times against the vocabulary")
     p.add_argument("--seed", type=int, default=0)
     return p
 
@@ -93,6 +96,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     unknown = set(args.stems) - set(STEMS)
     if unknown:
         parser().error(f"unknown stem {unknown.pop()!r}, expected one of {', '.join(STEMS)}")
+    if args.plot is not None:
+        plots.check_plot(args.plot)
     torch.set_num_threads(args.threads)
     command = ["python", "-m", "benchmarks", *arguments]
     every = []
@@ -106,6 +111,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         every += rows
     if args.output:
         harness.report(command, harness.table_of(every), args.output)
+    if args.plot is not None:
+        plots.plot_bench(every, args.plot, f"{args.threads} threads")
+        print(f"written: {args.plot}")
     return int(any(row.error for row in every))
 
 

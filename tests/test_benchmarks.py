@@ -87,7 +87,11 @@ def test_the_file_says_what_was_run(tmp_path: Path) -> None:
     path = tmp_path / "new" / "deferral.md"
     arguments = "deferral --vocab 700 --batch 3 --seconds 0.001 --provider ours".split()
     arguments += "--rule threshold --dtype bfloat16".split()
-    assert main([*arguments, "--output", str(path)]) == 0
+    picture = tmp_path / "times.svg"
+    assert main([*arguments, "--output", str(path), "--plot", str(picture)]) == 0
+    assert all(text in picture.read_text() for text in ("Matplotlib", "vocabulary"))
+    with pytest.raises(ValueError, match="has no ending of a picture"):
+        main([*arguments, "--plot", str(tmp_path / "times.txt")])
     head, _, table = path.read_text().partition("\n| op ")
     assert head.startswith(f"# deferral\n\n`python -m benchmarks {' '.join(arguments)}")
     for fact in ("torch", "threads", "instruction set in use", "processor"):

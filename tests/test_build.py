@@ -331,21 +331,3 @@ def test_readme_opens_with_two_one_line_commands() -> None:
     assert "tta demo" in demo
     assert "pytest" in tests
     assert "ci_readme_command 2" in (ROOT / ".ci" / "run").read_text()
-
-
-def examples(page: Path) -> str:
-    """The Python blocks of a page, one after another."""
-    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
-    return "\n".join(blocks)
-
-
-def test_examples_run_anywhere(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    pytest.importorskip("transformers")
-    code = {str(page): examples(page) for page in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"))}
-    assert code[str(ROOT / "README.md")]
-    monkeypatch.chdir(tmp_path)
-    for page, text in code.items():
-        exec(compile(text, page, "exec"), {"__name__": "__main__"})
-    assert capsys.readouterr().out.strip()

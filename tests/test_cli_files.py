@@ -245,7 +245,7 @@ def test_a_report_replaces_reports_alone(capsys: Any, tmp_path: Path, words: lis
 
 def test_a_plot_replaces_plots_alone(capsys: Any, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    from tta_ext.decoding.search.plots import MARK, check_plot, new_figure, save
+    from tta_ext.plots import MARK, check_plot, new_figure, save
 
     for ending in ("pdf", "png", "svg"):
         path = tmp_path / f"p.{ending}"

@@ -201,6 +201,14 @@ def test_trace_accounts_for_every_token(kad: KnapsackDeferral) -> None:
         assert one.deferred_mass == pytest.approx(float(stats.deferred_mass), rel=1e-3)
         assert one.deferred_mass <= 0.3
         assert one.critical == int(stats.critical)
+        p = torch.softmax(base / 0.9, -1)[0]
+        assert one.cut == pytest.approx(float(p[one.critical]), rel=1e-3)
+        mask = ops.deferral_mask(base, **options).mask[0]
+        best = [law.topk(5).indices.tolist() for law in (p, torch.softmax(proxy / 0.9, -1)[0])]
+        assert [c.token for c in one.candidates] == list(dict.fromkeys(best[0] + best[1]))
+        assert [c.mu for c in one.candidates] == [float(mask[c.token]) for c in one.candidates]
+        for choice in one.candidates:
+            assert choice.p == pytest.approx(float(p[choice.token]), rel=1e-3)
         tokens.append(one.token)
     lazy = answer(kad, [prompt], trace="lazy", **options)
     assert lazy.trace is not None
@@ -208,6 +216,16 @@ def test_trace_accounts_for_every_token(kad: KnapsackDeferral) -> None:
     assert answer(kad, [prompt]).trace is None
     dense = answer(kad, rule="confidence_bet", param=0.1, trace=True)
     assert all(t.q is not None and t.critical is None for t in dense.trace[2])
+    for one in dense.trace[2]:
+        # p(v) < max q - margin: the cut is the least likely token that is kept.
+        limit = max(c.q for c in one.candidates if c.q is not None) - 0.1
+        assert all(c.mu == (c.p < limit) for c in one.candidates if abs(c.p - limit) > 1e-6)
+        assert one.cut is None or one.cut >= limit - 1e-6
+    split = answer(kad, [prompt], trace=True, rule="knapsack", param=0.98, critical="split")
+    assert split.trace is not None
+    shares = [c.mu for one in split.trace[0] for c in one.candidates if c.token == one.critical]
+    assert shares
+    assert all(0 <= share <= 1 for share in shares)
 
 
 def test_implicit_reward() -> None:

@@ -12,14 +12,25 @@ PACKAGE = Path(__file__).resolve().parent.parent / "tta_ext"
 # A room may import those above it in this list, and nothing below; rooms of one line are
 # neighbours that do not know each other.
 FLOORS = [
-    {"_version", "rules", "rng", "build", "env", "journal", "jobs", "intervals"},
+    {
+        "_version",
+        "rules",
+        "rng",
+        "build",
+        "env",
+        "journal",
+        "jobs",
+        "intervals",
+        "frames",
+        "plots",
+    },
     {"schemas"},
     {"dispatch"},
     {"backends", "ops"},
     {"doctor", "decoding.runtime", "decoding.classifier", "decoding.rewards"},
     {"decoding.deferral", "decoding.search"},
     {"decoding"},
-    {"hf", "evaluation", "demo", "engines", "lm_eval", "tasks"},
+    {"hf", "evaluation", "demo", "engines", "lm_eval", "tasks", "pages"},
     {"serving"},
     {"cli"},
     {""},

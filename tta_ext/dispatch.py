@@ -313,6 +313,9 @@ class use_backend:
             raise ValueError(f"backend is {backend!r}, expected one of {', '.join(BACKENDS)}")
         self._backend = backend
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._backend!r})"
+
     def __enter__(self) -> use_backend:
         global _forced
         reason = unavailable(self._backend)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tta_ext import rng, rules
 from tta_ext.intervals import difference, difference_interval, wilson_interval
-from tta_ext.jobs import Crew, Here, Job
+from tta_ext.jobs import Crew, Here, Job, described
 from tta_ext.journal import (
     WHOLE,
     Journal,
@@ -364,8 +364,7 @@ def evaluate(
     facts = {"method": "evaluate", "models": journal and crew.facts(), **options}
     journal = Journal(None) if journal is None else journal
     counted = progress or (lambda problems, tokens: None)
-    total = len(task.prompts)
-    whole = list(range(total))
+    total, whole = len(task.prompts), list(range(len(task.prompts)))
     batches = shard.of([whole[at : at + batch_size] for at in range(0, total, batch_size)])
     kinds = [(setting, mode) for setting, mode in product(chosen, modes) if batches]
     how = [facts | asdict(setting) | {"mode": mode} for setting, mode in kinds]
@@ -425,6 +424,8 @@ class Answering:
     def __init__(self, models: Models, prompts: Sequence[Any]) -> None:
         self.models, self.prompts, self.facts = models, prompts, models.facts
         self._setting: Setting | None = None
+
+    __repr__ = described
 
     def decode(self, what: Any, places: list[int]) -> dict[str, Any]:
         _, setting, mode, options = what

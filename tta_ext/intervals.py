@@ -32,6 +32,9 @@ def difference_interval(one: Any, other: Any) -> tuple[float, float]:
     Percentiles of 9,999 resamples of a fixed seed; nan for fewer than two problems. Source: Efron
     and Tibshirani, "An Introduction to the Bootstrap", 1993.
 
+    Args:
+        one, other: rows of an evaluation, or their outcomes, problem by problem.
+
     Raises:
         ValueError: the rows answered different numbers of problems.
         ImportError: scipy is missing; the message has the command.
@@ -50,6 +53,9 @@ def difference_interval(one: Any, other: Any) -> tuple[float, float]:
 
 def wilson_interval(hits: int, n: int) -> tuple[float, float]:
     """95% interval of a share.
+
+    Args:
+        hits, n: how many of how many; ``0 <= hits <= n``, ``n >= 1``.
 
     Source: Wilson, "Probable inference, the law of succession, and statistical inference", 1927.
 

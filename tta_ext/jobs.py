@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeAlias
 
 from tta_ext.journal import decode_all
 
-__all__ = ["Crew", "Done", "Here", "Job", "Machine"]
+__all__ = ["Crew", "Done", "Here", "Job", "Machine", "described"]
 
 # What to do, and the places that are decoded together.
 Job: TypeAlias = "tuple[Any, list[int]]"
@@ -30,6 +30,11 @@ class Machine(Protocol):
 
     def decode(self, what: Any, places: list[int]) -> Any:
         """The answers to some places of the list."""
+
+
+def described(machine: Any) -> str:
+    """The ``repr`` of a machine that has its list as ``prompts``."""
+    return f"<{type(machine).__name__}: {len(machine.prompts)} prompts>"
 
 
 class Crew(Protocol):
@@ -51,6 +56,9 @@ class Here:
 
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.machine!r})"
 
     def facts(self) -> dict[str, Any]:
         return self.machine.facts()

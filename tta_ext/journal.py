@@ -143,6 +143,9 @@ class Journal:
             self.close()
             raise
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.path}: {len(self.records)} items>"
+
     def _read(self, path: Path) -> None:
         with path.open("ab"):  # made if missing, and told now if it cannot be written
             pass

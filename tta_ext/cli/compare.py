@@ -93,8 +93,8 @@ def compare(
     Prints each method's reward and cost, and its paired difference to the baseline with its
     bootstrap interval and win rate.
     """
+    from tta_ext import plots
     from tta_ext.decoding.search import compare as comparison
-    from tta_ext.decoding.search import plots
 
     if samples is None and seconds is None:
         samples = DEFAULT_SAMPLES

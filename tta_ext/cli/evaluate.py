@@ -170,10 +170,10 @@ def sweep(
 
 def _run(context: typer.Context, settings: Sequence[Setting]) -> None:
     """Evaluate settings as the command's other options say, and show the rows."""
-    from tta_ext.decoding.search.plots import MARK, check_plot
     from tta_ext.demo.task import evaluation_task
     from tta_ext.evaluation import IMPLICIT_REWARD, MODES, Answering, data_task
     from tta_ext.evaluation import evaluate as evaluate_rows
+    from tta_ext.plots import MARK, check_plot, plot_rows
 
     options: dict[str, Any] = context.params
     implicit = any(setting.rule == IMPLICIT_REWARD for setting in settings)
@@ -310,45 +310,6 @@ def interval(bounds: tuple[float, float], sign: bool = False, digits: int = 3) -
     form = f"{'+' if sign else ''}.{digits}f"
     low, high = (f"{x:{form}}".removeprefix("0") for x in bounds)
     return f"[{low}, {high}]"
-
-
-def plot_rows(rows: Sequence[Row], path: Path, title: str, along: str | None = None) -> None:
-    """Draw exact match with 95% Wilson intervals, and proxy calls.
-
-    Args:
-        rows: of an evaluation.
-        path: the picture.
-        title: of it.
-        along: the rule whose parameter is the x axis; None: the settings stand side by side.
-    """
-    from tta_ext.decoding.search.plots import new_figure, save
-
-    figure = new_figure()
-    axes = figure.subplots()
-    labels = list(dict.fromkeys(row.setting.label for row in rows))
-    for mode in dict.fromkeys(row.mode for row in rows):
-        chosen = [row for row in rows if row.mode == mode]
-        xs = [float(labels.index(row.setting.label)) for row in chosen]
-        if along is not None:
-            chosen.sort(key=lambda row: row.setting.param or 0.0)
-            xs = [row.setting.param or 0.0 for row in chosen]
-        exact = [row.exact for row in chosen]
-        low, high = zip(*(row.exact_interval for row in chosen), strict=True)
-        form = {"marker": "o", "linestyle": "none" if along is None else "-"}
-        (line,) = axes.plot(xs, exact, label=f"{mode}: exact", **form)
-        axes.vlines(xs, low, high, color=line.get_color(), alpha=0.5)
-        calls = [row.proxy_call_rate for row in chosen]
-        form |= {"marker": "x"} | ({} if along is None else {"linestyle": "--"})
-        axes.plot(xs, calls, color=line.get_color(), label=f"{mode}: proxy calls a token", **form)
-    if along is None:
-        axes.set_xticks(range(len(labels)), labels, rotation=30, ha="right")
-    else:
-        axes.set_xlabel(f"parameter of {along}")
-    axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
-    axes.set_title(title, fontsize="medium")
-    save(figure, path)
 
 
 def _by_setting(rows: Sequence[Row]) -> dict[Setting, dict[str, Row]]:

@@ -27,7 +27,8 @@ KAD, IMPLICIT = "kad", "implicit-reward"
 # Options of this library's own loop.
 NOT_IN_VLLM = {
     "anti", "runner", "top_k", "top_p", "min_p", "speculative", "draft", "stream", "colour",
-    "device", "device_map", "attn_implementation", "quantization_config", "revision", "proxy_revision",
+    "device", "device_map", "attn_implementation", "quantization_config", "revision",
+    "proxy_revision",
 }  # fmt: skip
 
 

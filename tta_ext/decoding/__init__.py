@@ -3,7 +3,7 @@
 from tta_ext.decoding.deferral.chat import Chat
 from tta_ext.decoding.deferral.kad import KnapsackDeferral
 from tta_ext.decoding.deferral.result import DecodeStats, Generation
-from tta_ext.decoding.deferral.trace import TokenTrace
+from tta_ext.decoding.deferral.trace import TokenChoice, TokenTrace
 from tta_ext.decoding.runtime.loading import load_model, load_tokenizer
 from tta_ext.decoding.runtime.streaming import StreamEvent
 from tta_ext.decoding.runtime.vocabulary import Vocabulary, align_vocabularies
@@ -29,6 +29,7 @@ __all__ = [
     "SearchResult",
     "StreamEvent",
     "Timing",
+    "TokenChoice",
     "TokenTrace",
     "Vocabulary",
     "align_vocabularies",

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from tta_ext.decoding.runtime.compat import accepts
 from tta_ext.decoding.runtime.loading import LoadingOptions, load_classifier, load_tokenizer
-from tta_ext.decoding.runtime.models import device_of
+from tta_ext.decoding.runtime.models import class_name, device_of
 from tta_ext.decoding.runtime.prompts import render
 
 __all__ = ["ClassifierReward", "prompt_text"]
@@ -87,6 +87,9 @@ class ClassifierReward:
         self._cutter = copy.deepcopy(tokenizer)
         self._cutter.truncation_side = "left"
         self._lock = Lock()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({class_name(self.model)}, label={self.label})"
 
     @classmethod
     def from_pretrained(

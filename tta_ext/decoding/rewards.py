@@ -68,6 +68,10 @@ def call_reward(reward: Reward, prompts: Sequence[Any], responses: Sequence[Any]
     The reward may differentiate: it runs outside of the inference mode that searches run in. Finite
     values that no float can hold become the nearest one.
 
+    Args:
+        reward: the reward.
+        prompts, responses: as many prompts as answers; texts, or token ids without a tokenizer.
+
     Returns:
         A float for each response, finite or -inf.
 
@@ -141,6 +145,9 @@ class RewardStream:
         self._waiting: list[tuple[Any, Any, Any]] = []
         self._known: dict[Any, float] = {}
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of {self.reward!r}: {self.items} answers scored>"
+
     def put(self, key: Any, prompt: Any, response: Any) -> None:
         """Add a finished answer under a key."""
         self._waiting.append((key, prompt, response))
@@ -192,6 +199,9 @@ class SentimentReward:
         self.sign = sign
         self._analyzer = SentimentIntensityAnalyzer()
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(sign={self.sign:g})"
+
     def __call__(self, prompts: Sequence[Any], responses: Sequence[str]) -> list[float]:
         return [self.sign * self._analyzer.polarity_scores(text)["compound"] for text in responses]
 
@@ -210,6 +220,9 @@ class LetterReward:
             raise ValueError(f"letter is {letter!r}, expected a single letter")
         self.letter, self.distinct = letter.casefold(), distinct
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.letter!r}, distinct={self.distinct})"
+
     def __call__(self, prompts: Sequence[Any], responses: Sequence[str]) -> list[float]:
         rewards = []
         for text in responses:
@@ -227,6 +240,9 @@ class JsonReward:
 
     Parts are sought at the first 32 brackets only, so that no answer takes long to judge.
     """
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
 
     def __call__(self, prompts: Sequence[Any], responses: Sequence[str]) -> list[float]:
         return [self._score(text) for text in responses]
@@ -259,6 +275,9 @@ class LengthReward:
             raise ValueError(f"target is {target}, expected at least 1")
         self.target = target
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.target})"
+
     def __call__(self, prompts: Sequence[Any], responses: Sequence[str]) -> list[float]:
         return [-abs(len(_WORD.findall(text)) - self.target) / self.target for text in responses]
 
@@ -274,6 +293,9 @@ class WeightedReward:
         if not parts:
             raise ValueError("parts is empty, expected (weight, reward) pairs")
         self.parts = list(parts)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.parts!r})"
 
     def __call__(self, prompts: Sequence[Any], responses: Sequence[str]) -> list[float]:
         total = [0.0] * len(responses)
@@ -345,9 +367,10 @@ _KINDS: dict[str, Callable[[str], Reward]] = {
 def parse_reward(text: str) -> Reward:
     """A reward from its name on the command line.
 
-    ``letter:s``, ``letter:s:distinct``, ``sentiment``, ``sentiment:negative``, ``json``,
-    ``words:20``, ``classifier:PATH`` or ``classifier:PATH#LABEL`` (a sequence-classification
-    model), ``python:MODULE:NAME`` (any callable).
+    Args:
+        text: ``letter:s``, ``letter:s:distinct``, ``sentiment``, ``sentiment:negative``, ``json``,
+            ``words:20``, ``classifier:PATH`` or ``classifier:PATH#LABEL`` (a
+            sequence-classification model), ``python:MODULE:NAME`` (any callable).
 
     Raises:
         ValueError: there is no such reward.

@@ -36,6 +36,9 @@ class ProxyPool:
         self._free = list(range(slots))
         self._slots: dict[Row, int] = {}
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {len(self._slots)} requests, {len(self._free)} free slots>"
+
     def forget(self, row: Row) -> None:
         """A request is gone."""
         slot = self._slots.pop(row, None)

@@ -279,6 +279,9 @@ class RowTable:
         self._rows: dict[int, Row] = {}
         self._groups: list[Group] | None = None
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {len(self)} requests with a rule>"
+
     def __len__(self) -> int:
         return len(self._rows)
 

@@ -20,7 +20,7 @@ no synchronisation) its token is -1, its masses NaN, its critical item -2 and it
 device, layout, range or rule; one sentence with the value and what is accepted.
 
 **Numerics**: sums over V have one order, whatever the vector width, the threads and the batch; the
-native kernels give the same bits on every instruction set (DESIGN, numerics contract). The gradient
+native kernels give the same bits on every instruction set (docs/numerics.md). The gradient
 of all outputs is undefined; they never require grad.
 """
 

@@ -49,6 +49,9 @@ class Chat:
         self.last: Generation | None = None
         self._runners: Sequence[ModelRunner] | None = None
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {len(self.messages)} messages>"
+
     def send(self, text: str, **options: Unpack[GenerationOptions]) -> str:
         """Say something and return the whole answer."""
         for _ in self.stream(text, **options):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tta_ext.decoding.deferral.trace import TokenTrace
 from tta_ext.decoding.runtime.rows import picked_rows
+from tta_ext.frames import to_pandas
 
 __all__ = ["DecodeStats", "Generation"]
 
@@ -182,6 +183,9 @@ class Generation:
     def sequences(self, pad_token_id: int = 0) -> Tensor:
         """Prompt and answer of each row, as transformers' ``generate`` lays them out.
 
+        Args:
+            pad_token_id: id that fills what is no token.
+
         Returns:
             int64 ``[rows, longest prompt + longest answer]``: prompts end in one column (padding on
             the left), answers are padded on the right.
@@ -197,8 +201,46 @@ class Generation:
         """An answer as pieces of text, each with whether the proxy wrote it; for colouring.
 
         Borders lie where the text allows: bytes of one character stay together.
+
+        Args:
+            row: number of the answer.
+            tokenizer: makes text of its ids.
         """
         return source_spans(self.tokens[row], self.deferred[row], tokenizer)
+
+    def to_pandas(self, of: str = "answers") -> Any:
+        """A ``pandas.DataFrame``.
+
+        Args:
+            of: ``"answers"``, a row for each (``text``, ``tokens`` and ``deferred_tokens`` as
+                counts, ``finish``, ``sequence``, ``error``), or ``"tokens"``, a row for each token
+                (``answer``, ``place``, ``token``, ``deferred``, and with a trace the fields of
+                :class:`TokenTrace`).
+
+        Raises:
+            ValueError: another ``of``.
+            ImportError: pandas is missing; the message has the command.
+        """
+        if of == "answers":
+            return to_pandas(
+                {
+                    "text": None if self.texts is None else self.texts[row],
+                    "tokens": len(self.tokens[row]),
+                    "deferred_tokens": sum(self.deferred[row]),
+                    "finish": self.finish[row],
+                    "sequence": self.sequence[row],
+                    "error": self.errors.get(row),
+                }
+                for row in range(len(self))
+            )
+        if of != "tokens":
+            raise ValueError(f"of is {of!r}, expected answers or tokens")
+        return to_pandas(
+            {"answer": row, "place": place, "token": token, "deferred": self.deferred[row][place]}
+            | ({} if self.trace is None else self.trace[row][place].as_dict())
+            for row, tokens in enumerate(self.tokens)
+            for place, token in enumerate(tokens)
+        )
 
     @staticmethod
     def concatenate(parts: Sequence[Generation]) -> Generation:

@@ -80,7 +80,11 @@ def load_classifier(
 
 
 def load_tokenizer(path: str, **options: Unpack[LoadingOptions]) -> Any:
-    """The tokenizer that belongs to a model; of the options, those count that name its files.
+    """The tokenizer that belongs to a model.
+
+    Args:
+        path: as :func:`load_model`'s.
+        options: as :func:`load_model`'s; those count that name the tokenizer's files.
 
     Raises:
         ValueError: there is none.

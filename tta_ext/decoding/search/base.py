@@ -310,6 +310,12 @@ class Search(Generic[S]):
         self._before = Timing()
         self._seconds = perf_counter() - begin
 
+    def __repr__(self) -> str:
+        return (
+            f"<{type(self).__name__}: {len(self.prompts)} prompts, {len(self.active)} active, "
+            f"iteration {self.iteration} of {len(self.schedule)}, {sum(self.asked)} answers scored>"
+        )
+
     def open(self, task: RolloutTask) -> RolloutEngine:
         """What draws this run's rollouts."""
         return self.method.engine(self.method.model, task)

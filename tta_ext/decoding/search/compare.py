@@ -24,12 +24,12 @@ from tta_ext.decoding.search.base import SearchMethod
 from tta_ext.decoding.search.best_of_n import BestOfN
 from tta_ext.decoding.search.chunk_beam import ChunkBeamSearch
 from tta_ext.decoding.search.outcome import SearchResult
-from tta_ext.decoding.search.plots import by_label, curve_means, mean, mean_and_error, plot
 from tta_ext.decoding.search.reward_guided import RewardGuidedSearch
 from tta_ext.decoding.search.settings import SearchSettings
 from tta_ext.intervals import difference_interval
-from tta_ext.jobs import Crew, Here, Job
+from tta_ext.jobs import Crew, Here, Job, described
 from tta_ext.journal import WHOLE, Journal, Shard, model_facts, resume_key, run_facts
+from tta_ext.plots import by_label, curve_means, mean, mean_and_error, plot
 
 __all__ = [
     "METHODS",
@@ -286,6 +286,8 @@ class Comparing:
             self.methods[label] = METHODS[name](
                 model, reward, tokenizer, probe=not self.methods, **asdict(chosen)
             )
+
+    __repr__ = described
 
     def facts(self) -> dict[str, Any]:
         return {"model": model_facts(self.model)}

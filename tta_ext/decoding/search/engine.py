@@ -220,6 +220,9 @@ class LocalEngine:
         self.device, self.dimensions = self.prompts.device, self.prompts.dimensions
         self._seed = torch.tensor([task.seed], dtype=torch.int64, device=self.device)
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: rollouts of {len(self.task.prompts)} prompts>"
+
     @property
     def seconds(self) -> float:
         return self.prompts.seconds

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from tta_ext.decoding.runtime.rows import picked_rows
+from tta_ext.frames import to_pandas
 
 __all__ = ["Candidate", "IterationRecord", "SearchResult", "Timing"]
 
@@ -204,6 +205,31 @@ class SearchResult:
             "sequence": self.sequence,
             "timing": self.timing.as_dict(),
         }
+
+    def to_pandas(self, of: str = "best") -> Any:
+        """A ``pandas.DataFrame``, each row with the number of its ``prompt``.
+
+        Args:
+            of: ``"best"``, the best answer to each prompt; ``"candidates"``, all scored answers
+                (fields of :class:`Candidate`); ``"iterations"``, the curves (fields of
+                :class:`IterationRecord`).
+
+        Raises:
+            ValueError: another ``of``.
+            ImportError: pandas is missing; the message has the command.
+        """
+        kinds: dict[str, Sequence[Sequence[Any]]] = {
+            "best": [[one] for one in self.best],
+            "candidates": self.candidates,
+            "iterations": self.curves,
+        }
+        if of not in kinds:
+            raise ValueError(f"of is {of!r}, expected one of {', '.join(kinds)}")
+        return to_pandas(
+            {"prompt": prompt} | asdict(one)
+            for prompt, found in enumerate(kinds[of])
+            for one in found
+        )
 
     @staticmethod
     def concatenate(parts: Sequence[SearchResult]) -> SearchResult:

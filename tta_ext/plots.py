@@ -1,4 +1,4 @@
-"""Curves of a comparison of search methods, and their picture."""
+"""Pictures by matplotlib of comparisons, sweeps and benchmarks, and the curves in them."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ __all__ = [
     "mean_and_error",
     "new_figure",
     "plot",
+    "plot_bench",
+    "plot_rows",
     "save",
 ]
 
@@ -101,6 +103,9 @@ def by_iteration(answers: Iterable[dict[str, Any]], *names: str) -> dict[str, li
 def check_plot(path: Path) -> None:
     """An error before the work if a picture cannot be drawn after it.
 
+    Args:
+        path: the picture; its ending says of which kind.
+
     Raises:
         ImportError: matplotlib is missing; the message has the command.
         ValueError: the file's name has no ending of a picture.
@@ -128,6 +133,11 @@ def plot(records: Sequence[dict[str, Any]], path: str | Path, title: str = "") -
 
     Best reward so far against answers scored and against seconds; the mean reward of each iteration
     against answers scored and, of methods that measure it, against the KL divergence.
+
+    Args:
+        records: of :func:`tta_ext.decoding.search.compare.compare`.
+        path: the picture; its ending says of which kind.
+        title: stands above.
 
     Raises:
         ImportError: matplotlib is missing; the message has the command.
@@ -172,6 +182,91 @@ def _curve(
     axes.fill_between(
         xs, low, high, step="post" if steps else None, color=drawn[0].get_color(), alpha=0.2
     )
+
+
+def plot_rows(
+    rows: Sequence[Any], path: str | Path, title: str = "", along: str | None = None
+) -> None:
+    """Draw exact match with 95% Wilson intervals, and proxy calls.
+
+    Args:
+        rows: of :func:`tta_ext.evaluation.evaluate`.
+        path: the picture; its ending says of which kind.
+        title: stands above.
+        along: the rule whose parameter is the x axis; None: the settings stand side by side.
+
+    Raises:
+        ImportError: matplotlib is missing; the message has the command.
+    """
+    figure = new_figure()
+    axes = figure.subplots()
+    labels = list(dict.fromkeys(row.setting.label for row in rows))
+    for mode in dict.fromkeys(row.mode for row in rows):
+        chosen = [row for row in rows if row.mode == mode]
+        xs = [float(labels.index(row.setting.label)) for row in chosen]
+        if along is not None:
+            chosen.sort(key=lambda row: row.setting.param or 0.0)
+            xs = [row.setting.param or 0.0 for row in chosen]
+        exact = [row.exact for row in chosen]
+        low, high = zip(*(row.exact_interval for row in chosen), strict=True)
+        form = {"marker": "o", "linestyle": "none" if along is None else "-"}
+        (line,) = axes.plot(xs, exact, label=f"{mode}: exact", **form)
+        axes.vlines(xs, low, high, color=line.get_color(), alpha=0.5)
+        calls = [row.proxy_call_rate for row in chosen]
+        form |= {"marker": "x"} | ({} if along is None else {"linestyle": "--"})
+        axes.plot(xs, calls, color=line.get_color(), label=f"{mode}: proxy calls a token", **form)
+    if along is None:
+        axes.set_xticks(range(len(labels)), labels, rotation=30, ha="right")
+    else:
+        axes.set_xlabel(f"parameter of {along}")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    axes.set_title(title, fontsize="medium")
+    save(figure, path)
+
+
+def plot_bench(rows: Sequence[Any], path: str | Path, title: str = "") -> None:
+    """Draw times against the vocabulary: a panel for each operator and dtype, a line a provider.
+
+    Args:
+        rows: of ``benchmarks.harness.run_case``; those that failed their check are left out.
+        path: the picture; its ending says of which kind.
+        title: stands above.
+
+    Raises:
+        ImportError: matplotlib is missing; the message has the command.
+        ValueError: no row passed its check.
+    """
+    panels: dict[str, dict[str, dict[int, float]]] = {}
+    for row in rows:
+        if not row.error:
+            panel = panels.setdefault(f"{row.op}, {row.dtype}", {})
+            # Rules and batches beside each other: a line each.
+            line = panel.setdefault(f"{row.provider}: {row.variant}, {row.batch} rows", {})
+            line[row.vocab] = row.us["q50"]
+    if not panels:
+        raise ValueError("no row passed its check, so there is nothing to draw")
+    figure = new_figure()
+    columns = min(2, len(panels))
+    lines = -(-len(panels) // columns)
+    figure.set_size_inches(7 * columns, 4 * lines)
+    axes = figure.subplots(lines, columns, squeeze=False).flat
+    for at, (name, panel) in zip(axes, panels.items(), strict=False):
+        for label, points in panel.items():
+            xs = sorted(points)
+            at.plot(xs, [points[x] for x in xs], marker="o", markersize=3, label=label)
+        at.set_title(name, fontsize="medium")
+        at.set_xscale("log")
+        at.set_yscale("log")
+        at.set_xlabel("vocabulary")
+        at.set_ylabel("µs a call, median")
+        at.grid(alpha=0.3)
+        at.legend(fontsize="x-small")
+    for at in list(axes)[len(panels) :]:
+        at.set_axis_off()
+    figure.suptitle(title, fontsize="medium")
+    save(figure, path)
 
 
 def new_figure() -> Any:
