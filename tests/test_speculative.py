@@ -38,6 +38,8 @@ RULES: list[dict[str, Any]] = [
     {"rule": "argmax", "param": None},
     {"rule": "proxy_below", "param": -0.2},
     {"rule": "proxy_above", "param": -0.1},
+    {"rule": "relative_ratio", "param": 0.4},
+    {"rule": "optimal", "param": -0.2, "rule_temperature": 0.8},
     {"rule": "implicit_reward", "param": 0.8},
     {"rule": "implicit_reward", "param": [0.5, 0.3], "temperature": 0.7},
 ]

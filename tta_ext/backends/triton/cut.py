@@ -18,6 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from tta_ext import rules
+from tta_ext.backends.reference._common import softmax
+from tta_ext.backends.reference.deferral import best, total_variation
 from tta_ext.backends.triton.launch import Rows, factor, jit, launch, per_row, scratch
 from tta_ext.backends.triton.numerics import (
     INFINITY,
@@ -57,6 +59,7 @@ KNAPSACK, CONFIDENCE_BET = tl.constexpr(rules.KNAPSACK), tl.constexpr(rules.CONF
 THRESHOLD, NUDGING = tl.constexpr(rules.THRESHOLD), tl.constexpr(rules.NUDGING)
 RELATIVE, ARGMAX = tl.constexpr(rules.RELATIVE), tl.constexpr(rules.ARGMAX)
 PROXY_BELOW, PROXY_ABOVE = tl.constexpr(rules.PROXY_BELOW), tl.constexpr(rules.PROXY_ABOVE)
+RELATIVE_RATIO = tl.constexpr(rules.RELATIVE_RATIO)
 INCLUDE, SPLIT = tl.constexpr(rules.INCLUDE), tl.constexpr(rules.SPLIT)
 
 
@@ -71,6 +74,16 @@ class RuleArguments(NamedTuple):
 
     def per_row(self) -> tuple[Any, int]:
         return per_row(self.param)
+
+
+def plain(base: Tensor, proxy: Tensor | None, rule: RuleArguments) -> RuleArguments:
+    """``optimal`` as the ``nudging`` that it is, by a number for each row: max q - a TV."""
+    if rule.code != rules.OPTIMAL or proxy is None:
+        return rule
+    p, q = (softmax(x, rule.rule_temperature, torch.float32) for x in (base, proxy))
+    param = rule.param if rule.param.dim() == base.dim() - 1 else rule.param.unsqueeze(-1)
+    limit = best(q) - param.unsqueeze(-1) * total_variation(p, q)
+    return rule._replace(code=rules.NUDGING, param=limit.squeeze(-1))
 
 
 @triton.constexpr_function
@@ -111,6 +124,8 @@ def rule_threshold(param, z, proxy_z, RULE: tl.constexpr):
         threshold = tl.where(max_p < param, INFINITY, -INFINITY).to(tl.float64)
     elif RULE == RELATIVE:
         threshold = max_p - param
+    elif RULE == RELATIVE_RATIO:
+        threshold = max_p * (1.0 - param)
     elif RULE == ARGMAX:
         threshold = max_p
     else:

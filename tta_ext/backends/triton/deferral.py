@@ -30,6 +30,7 @@ from tta_ext.backends.triton.cut import (
     is_upper,
     judges_proxy,
     loads_proxy,
+    plain,
     rule_threshold,
     split_fraction,
     valid_param,
@@ -259,7 +260,7 @@ def _greedy(base_logits: Tensor, proxy_logits: Tensor | None, rule: RuleArgument
 
 def _sampled(base_logits: Tensor, proxy_logits: Tensor | None, rule: RuleArguments,
              key: Key, token: Tensor, deferred: Tensor) -> None:  # fmt: skip
-    base = Rows.of(base_logits)
+    rule, base = plain(base_logits, proxy_logits, rule), Rows.of(base_logits)
     inverse, rule_inverse = factor(rule.temperature), factor(rule.rule_temperature)
     s = stats(base, inverse, rule_inverse)
     sample(base, s, inverse, key, True, rng.BASE, 0, token)

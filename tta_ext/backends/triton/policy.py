@@ -31,6 +31,7 @@ from tta_ext.backends.triton.cut import (
     canonical_weight,
     is_upper,
     judges_proxy,
+    plain,
     resolve,
 )
 from tta_ext.backends.triton.launch import (
@@ -177,6 +178,7 @@ class Resolved(NamedTuple):
 def resolved(base_logits: Tensor, proxy_logits: Tensor | None, rule: RuleArguments,
              reads_proxy: bool = False, both: bool = True) -> Resolved:  # fmt: skip
     """Statistics of the rows that are read, and the rule as a cut."""
+    rule = plain(base_logits, proxy_logits, rule)
     base = Rows.of(base_logits, base_logits.shape[1])
     inverses = factor(rule.temperature), factor(rule.rule_temperature)
     base_stats, proxy, proxy_stats = stats(base, *inverses), None, None

@@ -350,6 +350,7 @@ def deferral_verify(base_logits: Tensor, proxy_logits: Tensor, draft: Tensor, dr
     if not proxy_logits.shape[1]:  # no draft and no row for the token after it: nothing is read
         proxy_logits = base_logits[:, :0]
     r = resolved(base_logits, proxy_logits, rule, reads_proxy=True, both=False)
+    rule = r.rule
     r.sums()
     assert r.proxy is not None and r.proxy_stats is not None
     x, q, blocks = r.base, r.proxy, -(-vocab // BLOCK_SIZE)
