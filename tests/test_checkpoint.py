@@ -141,8 +141,8 @@ SPOILT: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     (lambda s: s["settings"].update(n=0), "n is 0"),
     (lambda s: s["settings"].update(alpha="much"), "alpha of settings is 'much'"),
     (lambda s: s["timing"].update(total="long"), "total of timing is 'long'"),
-    (lambda s: s.update(format=1), "has format 1, expected 2"),
-    (lambda s: s.pop("format"), "has format None, expected 2"),
+    (lambda s: s.update(format=1), "has format 1, expected 3"),
+    (lambda s: s.pop("format"), "has format None, expected 3"),
 ]
 
 

@@ -22,6 +22,7 @@ from tta_ext.cli import (
     search,
     serve,
     trace,
+    value,
     vllm_pair,
 )
 from tta_ext.cli.common import errors, sentence
@@ -53,6 +54,7 @@ _command("search", search.search)
 _command("eval", evaluate.evaluate)
 _command("sweep", evaluate.sweep)
 _command("compare", compare.compare)
+_command("value", value.value)
 _command("merge", merge.merge)
 _command("trace", trace.trace)
 _command(

@@ -6,7 +6,7 @@ logits where it has them, or with a function that is asked for the rows whose dr
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -45,6 +45,7 @@ def deferral_step(
     sequence: Tensor,
     do_sample: bool = True,
     out: ops.Proposal | None = None,
+    allowed: Sequence[bool] | None = None,
 ) -> Drawn:
     """Draw a token a row from the rule's mixture of base and proxy.
 
@@ -59,10 +60,33 @@ def deferral_step(
         sequence: int64 ``[B]``, 32-bit ids of the rows' random streams.
         do_sample: draw; False takes the mixture's most probable token, ties to the lowest id.
         out: tensors to write to.
+        allowed: for each row, whether the proxy may write; where not, the law is the base's. None:
+            everywhere.
 
     Raises:
         ValueError: a function for a rule that compares both models.
     """
+
+    def base_alone(flags: list[bool]) -> None:
+        """What becomes of the rows in which the proxy may not write."""
+        barred = [row for row, may in enumerate(allowed or ()) if not may]
+        if not barred:
+            return
+        index = torch.tensor(barred, device=base_logits.device)
+        token = ops.categorical_sample(
+            base_logits.index_select(0, index),
+            temperature=rule.temperature,
+            stream=rng.BASE,
+            seed=seed,
+            position=position.index_select(0, index),
+            sequence=sequence.index_select(0, index),
+            do_sample=do_sample,
+            check=False,
+        )
+        drawn.token.index_copy_(0, index, token)
+        for row in barred:
+            flags[row] = False
+
     if isinstance(proxy, Tensor):
         with span("sample"):
             drawn = ops.deferral_sample(
@@ -76,7 +100,9 @@ def deferral_step(
                 check=False,
                 out=out,
             )
-        return Drawn(drawn.token, drawn.deferred.tolist())
+        flags = drawn.deferred.tolist()
+        base_alone(flags)
+        return Drawn(drawn.token, flags)
     with span("propose"):
         drawn = ops.deferral_propose(
             base_logits,
@@ -89,6 +115,7 @@ def deferral_step(
             out=out,
         )
     flags = drawn.deferred.tolist()
+    base_alone(flags)
     rows = [row for row, flag in enumerate(flags) if flag]
     if not rows:
         return Drawn(drawn.token, flags)

@@ -309,6 +309,11 @@ class Search(Generic[S]):
         self._before = Timing()
         self._seconds = perf_counter() - begin
 
+    @property
+    def training(self) -> int:
+        """Answers that were drawn and scored to train what the search uses."""
+        return 0
+
     def open(self, task: RolloutTask) -> RolloutEngine:
         """What draws this run's rollouts."""
         return self.method.engine(self.method.model, task)
@@ -440,4 +445,5 @@ class Search(Generic[S]):
             seed=self.seed,
             sequence=self.sequence,
             timing=self.timing,
+            training=self.training,
         )

@@ -20,7 +20,7 @@ from tta_ext.decoding.search.outcome import Candidate, IterationRecord, Timing
 __all__ = ["read", "write"]
 
 _KEY = "tta_ext.aisp"
-_FORMAT = 2
+_FORMAT = 3
 
 
 def write(path: Path, mean: Tensor, state: dict[str, Any]) -> None:
