@@ -75,10 +75,10 @@ def test_law_token_by_token(kad: KnapsackDeferral, rule: str, param: float, way:
             key: dict[str, Any] = {"seed": found.seed, "position": len(tokens), "sequence": row}
             base, proxy = next_logits(kad.base, tokens), next_logits(kad.proxies[0], tokens)
             if budget.allows(spent, written, NEW):
-                drawn = ops.deferral_sample(base[None], proxy[None], rule=rule, param=param, **key)
+                drawn = ops.deferral_sample(base, proxy, rule=rule, param=param, **key)
                 want = int(drawn.token), bool(drawn.deferred)
             else:
-                want = int(ops.categorical_sample(base[None], stream=rng.BASE, **key)), False
+                want = int(ops.categorical_sample(base, stream=rng.BASE, **key)), False
             assert (token, flag) == want
             spent += flag
             tokens.append(token)

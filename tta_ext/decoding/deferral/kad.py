@@ -313,8 +313,8 @@ class KnapsackDeferral:
                 ``"raise"`` stops with a ``ValueError`` that names prompt, position and model;
                 ``"finish"`` ends that answer alone, with ``finish`` ``"error"`` and the sentence in
                 :attr:`Generation.errors`.
-            answer_budget: share of an answer's tokens, 0 to 1, that the proxy may write at most; what
-                the rule would have it write beyond that the base writes alone. None: no bound.
+            answer_budget: share of an answer's tokens, 0 to 1, that the proxy may write at most;
+                where it is spent the base writes alone, whatever the rule says. None: no bound.
             answer_spending: ``"greedy"`` (None too): the share of ``max_new_tokens``, first come,
                 first served; ``"running"``: the share of every beginning of the answer.
             batch_size: prompts in a batch at most; None takes all at once.
