@@ -19,7 +19,7 @@ FLOORS = [
     {"doctor", "decoding.runtime", "decoding.classifier", "decoding.rewards"},
     {"decoding.deferral", "decoding.search"},
     {"decoding"},
-    {"hf", "evaluation", "demo", "engines", "lm_eval", "tasks"},
+    {"hf", "evaluation", "problems", "sweep", "demo", "engines", "lm_eval", "tasks"},
     {"serving"},
     {"cli"},
     {""},

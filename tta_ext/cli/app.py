@@ -21,6 +21,7 @@ from tta_ext.cli import (
     merge,
     search,
     serve,
+    sweep,
     trace,
     value,
     vllm_pair,
@@ -52,7 +53,7 @@ _command("demo", demo.demo)
 _command("generate", generate.generate)
 _command("search", search.search)
 _command("eval", evaluate.evaluate)
-_command("sweep", evaluate.sweep)
+_command("sweep", sweep.sweep)
 _command("compare", compare.compare)
 _command("value", value.value)
 _command("merge", merge.merge)

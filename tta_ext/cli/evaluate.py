@@ -1,11 +1,9 @@
-"""``tta eval`` and ``tta sweep``: accuracy of rules and parameters, with standard errors."""
+"""``tta eval``: accuracy of rules and parameters, with standard errors."""
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,10 +22,7 @@ from tta_ext.journal import Journal, run_facts
 if TYPE_CHECKING:
     from tta_ext.evaluation import Row, Setting
 
-__all__ = ["evaluate", "row_table", "sweep"]
-
-# Of one sweep.
-MOST_PARAMS = 10_000
+__all__ = ["evaluate", "row_table", "run_settings"]
 
 Mode = Annotated[list[str] | None, typer.Option(help="sampled, greedy; both by default.")]
 JournalFile = Annotated[
@@ -119,55 +114,19 @@ def evaluate(
         run_task(context, settings)
         return
     common.refuse_unused(context, "an evaluation without --task", TASK_ONLY)
-    _run(context, settings)
+    run_settings(context, settings)
 
 
-def sweep(
+def run_settings(
     context: typer.Context,
-    rule: common.Rule = "threshold",
-    params: Annotated[
-        str, typer.Option(help="Parameters: a,b,c or start:stop:step (stop included).")
-    ] = "0.1:0.9:0.1",
-    critical: common.Critical = "exclude",
-    base: common.Base = None,
-    proxy: common.Proxy = None,
-    anti: common.Anti = None,
-    data: Data = None,
-    pattern: Pattern = None,
-    n: Count = None,
-    mode: Mode = None,
-    seed: Seed = 0,
-    max_new_tokens: MaxNewTokens = None,
-    batch_size: common.BatchSize = 50,
-    journal: JournalFile = None,
-    output: Report = None,
-    plot: Annotated[
-        Path | None, typer.Option(help="Image of accuracy and proxy calls against the parameter.")
-    ] = None,
-    dtype: common.Dtype = "auto",
-    device: common.Device = None,
-    device_map: common.DeviceMap = None,
-    attn_implementation: common.Attention = None,
-    quantization_config: common.Quantization = None,
-    revision: common.Revision = None,
-    proxy_revision: common.ProxyRevision = None,
-    shard: common.ShardOf = None,
-    engine: common.Engine = "here",
-    workers: common.WorkerCount = 1,
-    address: common.Address = None,
-    gpus_per_worker: common.GpusPerWorker = 0.0,
-    threads: common.Threads = None,
-    config: Config = None,
+    settings: Sequence[Setting],
+    picture: Callable[[Sequence[Row], Path, str], None] | None = None,
 ) -> None:
-    """Accuracy of one rule over a range of its parameter; otherwise as eval."""
-    setting = common.chosen_setting(context, rule, None, critical)
-    if setting.rule == "argmax":
-        raise ValueError("argmax has no parameter to sweep; see tta eval argmax")
-    _run(context, [replace(setting, param=value) for value in parse_range(params)])
+    """Evaluate settings as the command's other options say, and show the rows.
 
-
-def _run(context: typer.Context, settings: Sequence[Setting]) -> None:
-    """Evaluate settings as the command's other options say, and show the rows."""
+    Args:
+        picture: draws the rows into a file, with a title, where --plot names one.
+    """
     from tta_ext.decoding.search.plots import MARK, check_plot
     from tta_ext.demo.task import evaluation_task
     from tta_ext.evaluation import IMPLICIT_REWARD, MODES, Answering, data_task
@@ -186,10 +145,10 @@ def _run(context: typer.Context, settings: Sequence[Setting]) -> None:
     part = common.chosen_shard(context, "journal")
     modes = tuple(options["mode"] or MODES)
     common.check_output(options["output"])
-    picture: Path | None = options.get("plot")
-    if picture is not None:
-        check_plot(picture)
-        common.check_output(picture, MARK)
+    path: Path | None = options.get("plot")
+    if path is not None:
+        check_plot(path)
+        common.check_output(path, MARK)
     with Journal(part.file(options["journal"])) as journal:
         named = {key: options[key] for key in ("base", "proxy", "anti", "proxy_revision")}
         loading = {**named, "implicit": implicit, **common.loading_options(context)}
@@ -213,12 +172,12 @@ def _run(context: typer.Context, settings: Sequence[Setting]) -> None:
     common.show_table(row_table(rows))
     for table in best_tables(rows):
         common.show_table(table)
-    if picture is not None:
+    if picture is not None and path is not None:
         title = f"{rows[0].setting.rule}, {rows[0].n} problems, seed {options['seed']}"
         if options["base"] is not None:
             title += f"\n{options['base']} and {options['proxy']}"
-        plot_sweep(rows, picture, title)
-        errors.print(f"written: {picture}")
+        picture(rows, path, title)
+        errors.print(f"written: {path}")
     if options["output"] is not None:
         facts = run_facts(models=crew.facts(), data=data or "demo", pattern=options["pattern"])
         report = [
@@ -234,22 +193,6 @@ def _run(context: typer.Context, settings: Sequence[Setting]) -> None:
             tell(task.name(place), error, told)
         errors.print(f"{len(failures)} of {rows[0].n} not answered, counted as wrong", style="red")
         raise typer.Exit(1)
-
-
-def parse_range(text: str) -> list[float]:
-    """Numbers from ``a,b,c`` or ``start:stop:step``, stop included."""
-    try:
-        if ":" not in text:
-            return [float(part) for part in text.split(",")]
-        start, stop, step = (float(part) for part in text.split(":"))
-        count = math.floor((stop - start) / step + 1e-9) + 1
-        if not 1 <= count <= MOST_PARAMS:
-            raise ValueError
-    except (ValueError, ZeroDivisionError, OverflowError):
-        raise ValueError(
-            f"--params is {text!r}, expected a,b,c or start:stop:step, at most {MOST_PARAMS}"
-        ) from None
-    return [round(start + i * step, 10) for i in range(count)]
 
 
 def row_table(rows: Sequence[Row]) -> Table:
@@ -308,28 +251,6 @@ def interval(bounds: tuple[float, float], sign: bool = False, digits: int = 3) -
     form = f"{'+' if sign else ''}.{digits}f"
     low, high = (f"{x:{form}}".removeprefix("0") for x in bounds)
     return f"[{low}, {high}]"
-
-
-def plot_sweep(rows: Sequence[Row], path: Path, title: str) -> None:
-    """Draw exact match and proxy calls against the parameter, with 95% Wilson bands."""
-    from tta_ext.decoding.search.plots import new_figure
-
-    figure = new_figure()
-    axes = figure.subplots()
-    for mode in dict.fromkeys(row.mode for row in rows):
-        chosen = sorted((r for r in rows if r.mode == mode), key=lambda r: r.setting.param or 0.0)
-        xs = [row.setting.param for row in chosen]
-        (line,) = axes.plot(xs, [row.exact for row in chosen], marker="o", label=f"{mode}: exact")
-        low, high = zip(*(row.exact_interval for row in chosen), strict=True)
-        axes.fill_between(xs, low, high, color=line.get_color(), alpha=0.2)
-        calls = [row.proxy_call_rate for row in chosen]
-        axes.plot(xs, calls, "--", color=line.get_color(), label=f"{mode}: proxy calls a token")
-    axes.set_xlabel("parameter")
-    axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
-    axes.set_title(title, fontsize="medium")
-    figure.savefig(path, dpi=150)
 
 
 def _by_setting(rows: Sequence[Row]) -> dict[Setting, dict[str, Row]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -54,6 +53,12 @@ def generate(
     speculative: Annotated[
         str | None,
         typer.Option(help="Tokens that are drafted for the base to judge at once, or auto."),
+    ] = None,
+    answer_budget: Annotated[
+        float | None, typer.Option(help="Share of an answer's tokens that the proxy may write.")
+    ] = None,
+    answer_spending: Annotated[
+        str | None, typer.Option(help="How it is spent: greedy (default) or running.")
     ] = None,
     draft: Annotated[
         str | None, typer.Option(help="Who drafts: proxy (default), base or lookup.")
@@ -124,7 +129,8 @@ def generate(
             "num_return_sequences": samples,
             "stop_strings": stop or None,
         }
-        cuts = {"top_k": top_k, "top_p": top_p, "min_p": min_p}
+        cuts: dict[str, Any] = {"top_k": top_k, "top_p": top_p, "min_p": min_p}
+        cuts |= {"answer_budget": answer_budget, "answer_spending": answer_spending}
         options |= {name: cut for name, cut in cuts.items() if cut is not None}
 
         loading = {
@@ -140,7 +146,7 @@ def generate(
             {
                 "method": "generate",
                 "models": crew.facts(),
-                **asdict(setting),
+                **setting.facts(),
                 **pair_options,
                 **options,
             },

@@ -78,7 +78,7 @@ def _read(source: Path | None) -> str:
 
 
 def _parse(text: str, source: Path | None) -> list[Asked]:
-    from tta_ext.evaluation import PROMPT_FIELDS, record_prompt
+    from tta_ext.problems import PROMPT_FIELDS, record_prompt
 
     if not text.strip():
         raise ValueError("the input has no prompts")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -61,7 +60,7 @@ def trace(
     decode = kad.tokenizer.decode
     if output is not None:
         run = run_facts(
-            models=models.facts(), **asdict(setting), temperature=temperature,
+            models=models.facts(), **setting.facts(), temperature=temperature,
             rule_temperature=rule_temperature, greedy=greedy, seed=result.seed, prompt=prompt,
         )  # fmt: skip
         lines = [
