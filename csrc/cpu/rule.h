@@ -116,8 +116,8 @@ static double split_fraction(const Stats& s, double bound, double before, float 
 }
 
 // The total variation of p and q, sum max(p - q, 0), at the rule's temperature: p and q rounded to
-// float32, then their difference.
-static double total_variation(const RowPair& rows) {
+// float32, then their difference. Not inlined: its arrays would widen the frames of all rules.
+TTA_NOINLINE static double total_variation(const RowPair& rows) {
   alignas(64) float base_scratch[kTile], proxy_scratch[kTile], p[kTile], q[kTile];
   double total = 0.0;
   for (int t = 0; t < rows.base.tiles(); ++t) {

@@ -312,7 +312,13 @@ class Rollouts:
             pull = p * centred
             values = 0.5 * (pull * centred).sum(-1)
             if self.fisher:
-                weight = head.weight[: p.shape[1]]
+                weight = head.weight
+                if not (weight.is_floating_point() and weight.dim() == 2):
+                    raise ValueError(
+                        f"guard='fisher' needs a head with plain weights, {class_name(head)} has "
+                        f"{weight.dtype} {list(weight.shape)}"
+                    )
+                weight = weight[: p.shape[1]]
                 pull = (pull / self.sampling.temperature).to(weight.dtype) @ weight
         for place, value in enumerate(values.tolist()):
             cell = self.rows.active[self._meter[place]]
