@@ -45,6 +45,8 @@ RULES = {
     "argmax": None,
     "proxy_below": -1e-5,
     "proxy_above": -1e-5,
+    "relative_ratio": 0.9,
+    "optimal": -0.1,
 }
 KIND = ("language model", "float32", "knapsack .3")
 SEEDS = 8

@@ -49,6 +49,8 @@ SWEEP = (
     Setting("argmax"),
     *_settings("proxy_below", -0.5, -0.2, 0.0),
     *_settings("proxy_above", -0.2, 0.0, 0.3),
+    *_settings("relative_ratio", 0.3, 0.6, 0.9),
+    *_settings("optimal", -0.3, 0.0, 0.3),
     *_settings(IMPLICIT_REWARD, 0.5, 1.0, 1.5),
 )
 

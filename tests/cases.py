@@ -29,6 +29,8 @@ PARAMS: dict[str, tuple[float | None, ...]] = {
     "argmax": (None,),
     "proxy_below": (-0.3,),
     "proxy_above": (-0.2,),
+    "relative_ratio": (0.3, 0.9),
+    "optimal": (0.1, -0.2),
 }
 CRITICALS = ("exclude", "include", "split")
 P_ONLY = tuple(n for i, n in enumerate(RULE_NAMES) if i not in rules.NEEDS_PROXY)

@@ -49,6 +49,11 @@ def _near(values: Tensor, edge: Tensor | float, level: Tensor | float = 0.0) -> 
     return (values - edge).abs() <= 16 * EDGE * scale
 
 
+def variation(p: Tensor, q: Tensor) -> Tensor:
+    """Total variation, as half the absolute differences: where both sum to one, that is it."""
+    return (p - q).abs().sum(-1, keepdim=True) / 2
+
+
 def screen64(base: Tensor, proxy: Tensor | None, kwargs: dict[str, Any]) -> Screen64:
     """Apply a rule given by the keyword arguments of the public functions."""
     rule, param = kwargs["rule"], kwargs.get("param")
@@ -69,6 +74,13 @@ def screen64(base: Tensor, proxy: Tensor | None, kwargs: dict[str, Any]) -> Scre
             "argmax": lambda: (p, top, p < top, 0.0),
             "proxy_below": lambda: (q, top + param, q < top + param, top),
             "proxy_above": lambda: (q, top + param, q > top + param, top),
+            "relative_ratio": lambda: (p, top * (1 - param), p < top * (1 - param), top),
+            "optimal": lambda: (
+                top.expand_as(p),
+                top_q - param * variation(p, q),
+                (top < top_q - param * variation(p, q)).expand_as(p),
+                top_q,
+            ),
         }
         values, edge, mask, level = table[rule]()
         certain = ~_near(values, edge, level)

@@ -28,6 +28,8 @@ PARAM = {
     "argmax": None,
     "proxy_below": -0.2,
     "proxy_above": -0.2,
+    "relative_ratio": 0.6,
+    "optimal": -0.1,
 }
 
 

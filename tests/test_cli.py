@@ -16,7 +16,7 @@ from rich.console import Console
 from tta_ext.cli import app as app_module
 from tta_ext.cli import common
 from tta_ext.cli import demo as demo_command
-from tta_ext.cli.evaluate import parse_range
+from tta_ext.cli.sweep import parse_range
 from tta_ext.demo import smollm2
 from tta_ext.evaluation import data_task
 

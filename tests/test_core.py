@@ -168,15 +168,18 @@ def test_rules_are_those_of_python(core: ModuleType) -> None:
     ]
 
 
-# Whether a token is deferred, by its probabilities, the largest ones and the parameter.
-VERDICTS: dict[str, Callable[[float, float, float, float, float], bool]] = {
-    "threshold": lambda p, q, max_p, max_q, t: p < t,
-    "confidence_bet": lambda p, q, max_p, max_q, t: p < max_q - t,
-    "nudging": lambda p, q, max_p, max_q, t: max_p < t,
-    "relative": lambda p, q, max_p, max_q, t: p < max_p - t,
-    "argmax": lambda p, q, max_p, max_q, t: p < max_p,
-    "proxy_below": lambda p, q, max_p, max_q, t: q < max_p + t,
-    "proxy_above": lambda p, q, max_p, max_q, t: q > max_p + t,
+# Whether a token is deferred, by its probabilities, the largest ones, the parameter and the total
+# variation of p and q.
+VERDICTS: dict[str, Callable[[float, float, float, float, float, float], bool]] = {
+    "threshold": lambda p, q, max_p, max_q, t, tv: p < t,
+    "confidence_bet": lambda p, q, max_p, max_q, t, tv: p < max_q - t,
+    "nudging": lambda p, q, max_p, max_q, t, tv: max_p < t,
+    "relative": lambda p, q, max_p, max_q, t, tv: p < max_p - t,
+    "argmax": lambda p, q, max_p, max_q, t, tv: p < max_p,
+    "proxy_below": lambda p, q, max_p, max_q, t, tv: q < max_p + t,
+    "proxy_above": lambda p, q, max_p, max_q, t, tv: q > max_p + t,
+    "relative_ratio": lambda p, q, max_p, max_q, t, tv: p < max_p * (1 - t),
+    "optimal": lambda p, q, max_p, max_q, t, tv: max_p < max_q - t * tv,
 }
 
 
@@ -188,12 +191,12 @@ def test_verdict_of_a_rule(core: ModuleType, rule: str) -> None:
     tokens = [0.0, 2.0**-149, *map(float, around), 0.5, 0.75, 1.0]
     params = [0.0, -0.0, *map(float, around), -0.25, 0.5, 0.75, 1.0, 2.0, -2.0, np.inf, -np.inf]
     seen = set()
-    for p, q, max_p, max_q, param in itertools.product(
-        tokens, tokens, (0.25, 0.5, 1.0), (0.5, 0.75), params
+    for p, q, max_p, max_q, param, tv in itertools.product(
+        tokens, tokens, (0.25, 0.5, 1.0), (0.5, 0.75), params, (0.0, 0.25, 1.0)
     ):
-        want = verdict(p, q, max_p, max_q, param)
-        got = core.rule_defers(rules.rule_code(rule), param, max_p, max_q, p, q)
-        assert got is want, (p, q, max_p, max_q, param)
+        want = verdict(p, q, max_p, max_q, param, tv)
+        got = core.rule_defers(rules.rule_code(rule), param, max_p, max_q, p, q, tv)
+        assert got is want, (p, q, max_p, max_q, param, tv)
         seen.add(want)
     assert seen == ({False, True} if rule in VERDICTS else {False})
 

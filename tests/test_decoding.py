@@ -34,6 +34,8 @@ RULES = [
     ("confidence_bet", 0.05, "exclude"),
     ("proxy_below", 0.0, "exclude"),
     ("proxy_above", -0.05, "exclude"),
+    ("relative_ratio", 0.4, "exclude"),
+    ("optimal", -0.2, "exclude"),
 ]
 
 

@@ -30,7 +30,7 @@ FLOORS = [
     {"doctor", "decoding.runtime", "decoding.classifier", "decoding.rewards"},
     {"decoding.deferral", "decoding.search"},
     {"decoding"},
-    {"hf", "evaluation", "demo", "engines", "lm_eval", "tasks", "pages"},
+    {"hf", "evaluation", "problems", "sweep", "demo", "engines", "lm_eval", "tasks", "pages"},
     {"serving"},
     {"cli"},
     {""},

@@ -14,10 +14,17 @@ from tta_ext.decoding import (
     BestOfN,
     ChunkBeamSearch,
     KnapsackDeferral,
+    ReControlSearch,
     RewardGuidedSearch,
 )
 
-METHODS = (AdaptiveImportanceSampling, BestOfN, ChunkBeamSearch, RewardGuidedSearch)
+METHODS = (
+    AdaptiveImportanceSampling,
+    BestOfN,
+    ChunkBeamSearch,
+    ReControlSearch,
+    RewardGuidedSearch,
+)
 
 
 def test_signatures_name_every_argument() -> None:
@@ -47,7 +54,13 @@ def test_signatures_name_every_argument() -> None:
 def test_typed_keywords_are_the_real_ones() -> None:
     from tta_ext.decoding.deferral import options as deferral_options
     from tta_ext.decoding.deferral import request
-    from tta_ext.decoding.search import aisp_settings, best_of_n, chunk_beam, reward_guided
+    from tta_ext.decoding.search import (
+        aisp_settings,
+        best_of_n,
+        chunk_beam,
+        re_control,
+        reward_guided,
+    )
 
     known = set(inspect.signature(request.Request).parameters) - {
         "models", "rule", "memories", "prompts",
@@ -58,6 +71,7 @@ def test_typed_keywords_are_the_real_ones() -> None:
         (aisp_settings.AISPSettings, aisp_settings.AISPOptions),
         (best_of_n.BestOfNSettings, best_of_n.BestOfNOptions),
         (chunk_beam.ChunkBeamSettings, chunk_beam.ChunkBeamOptions),
+        (re_control.ReControlSettings, re_control.ReControlOptions),
         (reward_guided.RewardGuidedSettings, reward_guided.RewardGuidedOptions),
     ):
         fields = settings.__dataclass_fields__

@@ -38,6 +38,8 @@ RULES: list[dict[str, Any]] = [
     {"rule": "argmax", "param": None},
     {"rule": "proxy_below", "param": -0.2},
     {"rule": "proxy_above", "param": -0.1},
+    {"rule": "relative_ratio", "param": 0.4},
+    {"rule": "optimal", "param": -0.2, "rule_temperature": 0.8},
     {"rule": "implicit_reward", "param": 0.8},
     {"rule": "implicit_reward", "param": [0.5, 0.3], "temperature": 0.7},
 ]
@@ -116,7 +118,7 @@ def check_shipped(answers: int, tokens: int, first: int) -> None:
 
     Two turns for each rule, way of choosing and length; drafts of the proxy and of another one.
     """
-    settings = [(r, s, k) for r in RULES[:11] for s in (True, False) for k in LENGTHS]
+    settings = [(r, s, k) for r in RULES[:-1] for s in (True, False) for k in LENGTHS]
     random.Random(0).shuffle(settings)
     problems = [problem.prompt for problem in evaluation_problems(200)]
     totals = {draft: DecodeStats() for draft in ("proxy", *OTHERS)}

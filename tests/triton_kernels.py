@@ -21,7 +21,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # numpy's, of what IEEE defines
 ]
 INF, NAN = float("inf"), float("nan")
-PARAMS = dict(zip(rules.RULE_NAMES, (0.3, 0.02, 0.05, 0.3, 0.01, None, -0.005, 0.001), strict=True))
+PARAMS = dict(
+    zip(rules.RULE_NAMES, (0.3, 0.02, 0.05, 0.3, 0.01, None, -0.005, 0.001, 0.4, 0.02), strict=True)
+)
 
 
 def agree(call: Callable[..., Any], *args: Any, **options: Any) -> Any:

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
         BestOfN,
         ChunkBeamSearch,
         KnapsackDeferral,
+        ReControlSearch,
         RewardGuidedSearch,
     )
     from tta_ext.demo.pair import demo_pair
@@ -54,6 +55,7 @@ __all__ = [
     "BestOfN",
     "ChunkBeamSearch",
     "KnapsackDeferral",
+    "ReControlSearch",
     "RewardGuidedSearch",
     "Rule",
     "__version__",
@@ -73,6 +75,7 @@ _HOMES = {
     "BestOfN": "tta_ext.decoding",
     "ChunkBeamSearch": "tta_ext.decoding",
     "KnapsackDeferral": "tta_ext.decoding",
+    "ReControlSearch": "tta_ext.decoding",
     "RewardGuidedSearch": "tta_ext.decoding",
     "Rule": "tta_ext.rules",
     "demo_pair": "tta_ext.demo.pair",

@@ -8,12 +8,10 @@ do not depend on the other rows, on their order, or on whether a run was cut off
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import product
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from tta_ext import rng, rules
 from tta_ext.intervals import difference, difference_interval, wilson_interval
@@ -24,11 +22,10 @@ from tta_ext.journal import (
     Shard,
     decoded_parts,
     model_facts,
-    numbered_jsonl,
-    read_text,
     resume_key,
     run_facts,
 )
+from tta_ext.problems import Score, Task, data_task, record_prompt
 
 if TYPE_CHECKING:
     from tta_ext.decoding import DecodeStats, KnapsackDeferral
@@ -54,8 +51,6 @@ __all__ = [
     "record_prompt",
 ]
 
-# Where a JSONL record may have its prompt.
-PROMPT_FIELDS = ("prompt", "messages", "question")
 IMPLICIT_REWARD = "implicit_reward"
 GREEDY, SAMPLED = "greedy", "sampled"
 MODES = (GREEDY, SAMPLED)
@@ -65,11 +60,15 @@ BASE_ALONE, PROXY_ALONE = "base", "proxy"
 
 @dataclass(frozen=True)
 class Setting:
-    """A rule, its parameter and its critical-item policy; or a model alone (param None)."""
+    """A rule, its parameter, critical-item policy and temperatures; or a model alone (param
+    None).
+    """
 
     rule: str
     param: float | None = None
     critical: str = "exclude"
+    temperature: float = 1.0
+    rule_temperature: float | None = None
 
     def __post_init__(self) -> None:
         """``ValueError`` for a parameter that the rule cannot have, before anything is decoded."""
@@ -80,11 +79,24 @@ class Setting:
 
     @property
     def label(self) -> str:
-        """``threshold 0.4``, ``knapsack 0.9 split``, ``base``."""
+        """``threshold 0.4``, ``knapsack 0.9 split``, ``base``, ``threshold 0.4 T 0.7``."""
         parts = [self.rule] if self.param is None else [self.rule, f"{self.param:.12g}"]
         if self.critical != "exclude":
             parts.append(self.critical)
+        if self.temperature != 1.0:
+            parts.append(f"T {self.temperature:g}")
+        if self.rule_temperature is not None:
+            parts.append(f"rule T {self.rule_temperature:g}")
         return " ".join(parts)
+
+    def facts(self) -> dict[str, Any]:
+        """The fields for a resume key: temperatures only where they are not the defaults."""
+        given = asdict(self)
+        if self.temperature == 1.0:
+            del given["temperature"]
+        if self.rule_temperature is None:
+            del given["rule_temperature"]
+        return given
 
     @classmethod
     def parse(cls, text: str) -> Setting:
@@ -149,7 +161,7 @@ class Models:
         """What decodes a setting; options are the constructor's."""
         from tta_ext.decoding import KnapsackDeferral
 
-        options |= asdict(setting)
+        options |= setting.facts()
         if setting.rule == IMPLICIT_REWARD:
             options["anti"] = self.anti
         if setting.rule in (BASE_ALONE, PROXY_ALONE):
@@ -163,94 +175,6 @@ class Models:
         return KnapsackDeferral(
             self.base, self.proxy, self.tokenizer, proxy_tokenizer=self.proxy_tokenizer, **options
         )
-
-
-class Score(NamedTuple):
-    """One answer: right in the wanted format, right in any, and whether it is in the format."""
-
-    exact: bool
-    lenient: bool
-    formatted: bool
-
-
-@dataclass(frozen=True)
-class Task:
-    """Problems, and how answers to them are scored.
-
-    Attributes:
-        prompts: what :meth:`KnapsackDeferral.generate` takes, one for each problem.
-        score: from a problem's place and an answer's text.
-        max_new_tokens: tokens after which an answer ends unless a run says otherwise.
-        names: what errors call the problems; empty: their places.
-    """
-
-    prompts: Sequence[Any]
-    score: Callable[[int, str], Score]
-    max_new_tokens: int = 128
-    names: Sequence[str] = ()
-
-    def name(self, place: int) -> str:
-        """What errors call a problem."""
-        return f"{self.names[place]}, problem {place}" if self.names else f"problem {place}"
-
-
-def data_task(path: str | Path, n: int | None = None, pattern: str | None = None) -> Task:
-    """Problems of a JSONL file: ``prompt``, ``question`` or ``messages``, and ``answer``.
-
-    Args:
-        path: the file.
-        n: only the first so many problems.
-        pattern: regular expression whose last match in the text (its group 1 if it has one) must
-            equal the answer; None: the text must. In an answer that is a text with a match, as
-            GSM8K's are, the last match is what counts too.
-
-    Raises:
-        ValueError: a line that is no such record, no problems, or not a regular expression.
-    """
-    numbered = numbered_jsonl(read_text(path), path)[:n]
-    if not numbered:
-        raise ValueError(f"{path} has no problems")
-    prompts = []
-    for number, record in numbered:
-        answer = record.get("answer") if isinstance(record, dict) else None
-        if not isinstance(answer, (str, int, float)):
-            raise ValueError(f"line {number} of {path} has no 'answer', a text or a number")
-        try:
-            prompts.append(record_prompt(record))
-        except ValueError as error:
-            raise ValueError(f"line {number} of {path}: {error}") from None
-    try:
-        expression = None if pattern is None else re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"pattern is {pattern!r}, not a regular expression: {error}") from None
-
-    def matches(text: str) -> list[str]:
-        if expression is None:
-            return [text]
-        group = 1 if expression.groups else 0
-        return [match.group(group) or "" for match in expression.finditer(text)]
-
-    def score(place: int, text: str) -> Score:
-        found, answer = matches(text), numbered[place][1]["answer"]
-        wanted = [str(answer)]
-        if isinstance(answer, str):
-            wanted = matches(answer) or wanted
-        right = bool(found) and found[-1].strip() == wanted[-1].strip()
-        return Score(right, right, bool(found))
-
-    return Task(prompts, score, names=[f"line {number}" for number, _ in numbered])
-
-
-def record_prompt(record: Any) -> Any:
-    """The prompt in a JSONL record: the record itself, or its field of :data:`PROMPT_FIELDS`."""
-    if isinstance(record, (str, list)):
-        return record
-    for key in PROMPT_FIELDS:
-        if isinstance(record, dict) and key in record:
-            return record[key]
-    raise ValueError(
-        f"a JSONL record has neither 'prompt' nor 'messages' nor 'question': {str(record)[:80]}"
-    )
 
 
 @dataclass
@@ -367,7 +291,7 @@ def evaluate(
     total, whole = len(task.prompts), list(range(len(task.prompts)))
     batches = shard.of([whole[at : at + batch_size] for at in range(0, total, batch_size)])
     kinds = [(setting, mode) for setting, mode in product(chosen, modes) if batches]
-    how = [facts | asdict(setting) | {"mode": mode} for setting, mode in kinds]
+    how = [facts | setting.facts() | {"mode": mode} for setting, mode in kinds]
     texts: list[dict[int, str]] = [{} for _ in kinds]
     stats = [DecodeStats() for _ in kinds]
     waiting = [sum(map(len, batches)) for _ in kinds]

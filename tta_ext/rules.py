@@ -3,21 +3,26 @@
 A rule decides with which probability ``mu(v)`` a token ``v`` proposed by the base model is rejected
 and replaced by a token of the proxy model. ``p`` and ``q`` are the probabilities of base and proxy:
 
-================== =========================== =========== ===============
-rule               ``mu(v) = 1`` when          param       needs the proxy
-================== =========================== =========== ===============
-``knapsack``       v is in the greedy knapsack budget >= 0 no
-``threshold``      ``p(v) < t``                t           no
-``confidence_bet`` ``p(v) < max q - margin``   margin      yes
-``nudging``        ``max p < t`` (then all v)  t           no
-``relative``       ``p(v) < max p - margin``   margin      no
-``argmax``         ``p(v) < max p``            None        no
-``proxy_below``    ``q(v) < max p + margin``   margin      yes
-``proxy_above``    ``q(v) > max p + margin``   margin      yes
-================== =========================== =========== ===============
+================== ==================================== =========== ===============
+rule               ``mu(v) = 1`` when                   param       needs the proxy
+================== ==================================== =========== ===============
+``knapsack``       v is in the greedy knapsack          budget >= 0 no
+``threshold``      ``p(v) < t``                         t           no
+``confidence_bet`` ``p(v) < max q - margin``            margin      yes
+``nudging``        ``max p < t`` (then all v)           t           no
+``relative``       ``p(v) < max p - margin``            margin      no
+``argmax``         ``p(v) < max p``                     None        no
+``proxy_below``    ``q(v) < max p + margin``            margin      yes
+``proxy_above``    ``q(v) > max p + margin``            margin      yes
+``relative_ratio`` ``p(v) < max p (1 - a)``             a           no
+``optimal``        ``max p < max q - a TV`` (all v)     a           yes
+================== ==================================== =========== ===============
 
-``knapsack`` and ``threshold`` are the primal and the dual approximation of arXiv:2510.27017,
-``confidence_bet`` is from arXiv:2604.16146.
+``TV`` is the total variation ``sum max(p - q, 0)``. ``knapsack`` and ``threshold`` are the primal
+and the dual approximation of arXiv:2510.27017, ``confidence_bet`` is from arXiv:2604.16146,
+``relative_ratio`` and ``optimal`` from speculative cascades, arXiv:2405.19261, with the base as the
+model that drafts. Any real number is a parameter; ``relative_ratio`` is ``argmax`` at 0 and keeps
+everything from 1 on, ``optimal`` compares the two confidences at 0.
 """
 
 from __future__ import annotations
@@ -42,9 +47,11 @@ __all__ = [
     "KNAPSACK",
     "NEEDS_PROXY",
     "NUDGING",
+    "OPTIMAL",
     "PROXY_ABOVE",
     "PROXY_BELOW",
     "RELATIVE",
+    "RELATIVE_RATIO",
     "RULES",
     "RULE_ALIASES",
     "RULE_NAMES",
@@ -64,6 +71,8 @@ RELATIVE: Final = 4
 ARGMAX: Final = 5
 PROXY_BELOW: Final = 6
 PROXY_ABOVE: Final = 7
+RELATIVE_RATIO: Final = 8
+OPTIMAL: Final = 9
 
 RULE_NAMES: Final = (
     "knapsack",
@@ -74,6 +83,8 @@ RULE_NAMES: Final = (
     "argmax",
     "proxy_below",
     "proxy_above",
+    "relative_ratio",
+    "optimal",
 )
 
 # Names used by the papers and their code. An alias renames the rule and nothing else: `param` keeps
@@ -89,6 +100,8 @@ RULE_ALIASES: Final = {
     "max_q_plus": "confidence_bet",
     "max": "nudging",
     "token_v2": "relative",
+    "token_v3": "relative_ratio",
+    "opt": "optimal",
     "token_max": "argmax",
     "max_p_plus": "proxy_below",
     "minus_max_p_plus": "proxy_above",
@@ -103,7 +116,7 @@ RULES: Final[dict[str, int]] = {name: code for code, name in enumerate(RULE_NAME
 IMPLICIT_REWARD: Final = "implicit_reward"
 
 # Rules that look at the proxy's probabilities before anything is drawn.
-NEEDS_PROXY: Final = frozenset({CONFIDENCE_BET, PROXY_BELOW, PROXY_ABOVE})
+NEEDS_PROXY: Final = frozenset({CONFIDENCE_BET, PROXY_BELOW, PROXY_ABOVE, OPTIMAL})
 
 EXCLUDE: Final = 0
 INCLUDE: Final = 1

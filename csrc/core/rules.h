@@ -8,17 +8,20 @@
 
 namespace tta {
 
-// A line a rule: name, code, whether it reads q, and its test of a token v, by p(v) or q(v) alone.
-// The knapsack is the exception: what it defers depends on all tokens, and it has no test.
-#define TTA_RULES(RULE)                                          \
-  RULE(kKnapsack, 0, false, none())                              \
-  RULE(kThreshold, 1, false, p_below(param))                     \
-  RULE(kConfidenceBet, 2, true, p_below(sub_rn(max_q(), param))) \
-  RULE(kNudging, 3, false, max_p() < param ? all() : none())     \
-  RULE(kRelative, 4, false, p_below(sub_rn(max_p(), param)))     \
-  RULE(kArgmax, 5, false, p_below(max_p()))                      \
-  RULE(kProxyBelow, 6, true, q_below(add_rn(max_p(), param)))    \
-  RULE(kProxyAbove, 7, true, q_above(add_rn(max_p(), param)))
+// A line a rule: name, code, whether it reads q, and its test of a token v, by p(v) or q(v) alone;
+// distance() is the total variation of p and q. The knapsack is the exception: what it defers
+// depends on all tokens, and it has no test.
+#define TTA_RULES(RULE)                                                        \
+  RULE(kKnapsack, 0, false, none())                                            \
+  RULE(kThreshold, 1, false, p_below(param))                                   \
+  RULE(kConfidenceBet, 2, true, p_below(sub_rn(max_q(), param)))               \
+  RULE(kNudging, 3, false, max_p() < param ? all() : none())                   \
+  RULE(kRelative, 4, false, p_below(sub_rn(max_p(), param)))                   \
+  RULE(kArgmax, 5, false, p_below(max_p()))                                    \
+  RULE(kProxyBelow, 6, true, q_below(add_rn(max_p(), param)))                  \
+  RULE(kProxyAbove, 7, true, q_above(add_rn(max_p(), param)))                  \
+  RULE(kRelativeRatio, 8, false, p_below(mul_rn(max_p(), sub_rn(1.0, param)))) \
+  RULE(kOptimal, 9, true, max_p() < sub_rn(max_q(), mul_rn(param, distance())) ? all() : none())
 
 enum Rule : int {
 #define TTA_CODE(name, code, reads_q, test) name = code,
@@ -56,8 +59,10 @@ struct RuleTest {
   }
 
   // p, q: statistics of the rows, with their max_probability(); q's only of a rule that reads q.
-  template <class Statistics>
-  TTA_INLINE static RuleTest of(int rule, double param, const Statistics& p, const Statistics& q) {
+  // distance(): their total variation, float64, asked for by a rule that needs it.
+  template <class Statistics, class Distance>
+  TTA_INLINE static RuleTest of(int rule, double param, const Statistics& p, const Statistics& q,
+                                const Distance& distance) {
     const auto max_p = [&] { return static_cast<double>(p.max_probability()); };
     const auto max_q = [&] { return static_cast<double>(q.max_probability()); };
     switch (rule) {

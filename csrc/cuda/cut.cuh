@@ -17,6 +17,7 @@
 // touches.
 #pragma once
 
+#include "cuda/distance.cuh"
 #include "cuda/masked_sum.cuh"
 
 namespace tta {
@@ -416,8 +417,11 @@ __global__ void __launch_bounds__(kThreads, 3) cut_collect_kernel(const Op given
   d.cut = a.rule.critical == kInclude ? Cut::through(x, v) : Cut::before(x, v);
 }
 
+// For rules that statistics alone do not resolve.
 template <class Op>
 void launch_cut(const Op& a, dim3 grid, cudaStream_t stream) {
+  if (a.rule.rule == kOptimal) TTA_LAUNCH((cut_distance_kernel<Op>), grid, kThreads, 0, stream, a);
+  if (!a.s.with_cut) return;
   TTA_LAUNCH((cut_histogram_kernel<Op>), grid, kThreads, 0, stream, a);
   TTA_LAUNCH((cut_collect_kernel<Op>), grid, kThreads, 0, stream, a);
 }

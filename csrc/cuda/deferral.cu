@@ -11,7 +11,9 @@
 // Stages, one launch each; blocks whose row needs nothing return at once.
 //   sample, propose   base statistics, draw, judge          [knapsack: masked sums of the drawn
 //                     token's prefix]  [sample: statistics of the proxy where the draw is deferred]
-//   the others        statistics, cut by a search over the floats [knapsack: cut.cuh, two stages]
+//                     [optimal: statistics, distance of p and q (distance.cuh), draw]
+//   the others        statistics, cut by a search over the floats [knapsack: cut.cuh, two stages;
+//                     optimal: the distance]
 //                     masses, by nodes (masked_sum.cuh) where few tokens of a tile are above the
 //                     cut; with them the statistics' results or the greedy choice without q
 //                     the mask, pi, or the best token, of which tiles that cannot have it are not
@@ -32,7 +34,7 @@ namespace tta {
 namespace cuda {
 namespace {
 
-enum Task : int { kMaskTask, kProbsTask, kStatsTask, kProposeTask, kSampleTask };
+enum Task : int { kMaskTask, kProbsTask, kStatsTask, kProposeTask, kSampleTask, kTakeTask };
 
 // An operator that resolves its rule, with what it writes.
 struct Resolved : Kad {
@@ -266,6 +268,29 @@ __global__ void __launch_bounds__(kThreads, 5) deferral_best_kernel(const Given 
   a.deferred[row] = mu_of(a, r.deferral, row, v) == 1.0;
 }
 
+// A draw where the rule defers all of a row or nothing: one block a row, from p or from q.
+template <class Given>
+__global__ void __launch_bounds__(kThreads, 4)
+    deferral_take_kernel(const Given given, const KeySpec key) {
+  const Resolved a = single(known(given));
+  TTA_SHARED_ARRAY(float4, weights4, kTile / 4);
+  TTA_SHARED_ARRAY(double, cum, kMaxTiles);
+  const uint32_t row = a.row();
+  const RowState& r = a.s.state(row);
+  if (!r.valid) return;
+  const bool deferred = r.deferral.admits(kInfinity, 0);
+  const int model = deferred, slot = deferred ? kProxySlot : kBaseSlot;
+  SlotNumbers numbers;
+  finish_slot(a.s, row, slot, model, a.rule.inv_temperature, cum, &numbers);
+  const int64_t v =
+      draw(model ? a.proxy_row(row) : a.base_row(row), a.s, row, slot, model,
+           a.rule.inv_temperature, numbers.z, uniform_of(key, row, 0, deferred ? kProxy : kBase),
+           cum, reinterpret_cast<float*>(weights4));
+  if (threadIdx.x) return;
+  a.token[row] = v;
+  a.deferred[row] = deferred;
+}
+
 // ---- draws -------------------------------------------------------------------------------------
 
 struct Drawn : Kad {
@@ -403,18 +428,18 @@ Need need_of_rows(const DeferralArgs& a, bool with_cut, bool with_nodes) {
 }
 
 template <class Op>
-cudaError_t run_resolved(Op a, int64_t rows, const Launch& launch) {
+cudaError_t run_resolved(Op a, int64_t rows, const Launch& launch, const KeySpec& key) {
   share_tiles(&a, rows, launch);
-  const bool masses =
-      a.task != kMaskTask || (a.rule.rule == kKnapsack && a.rule.critical == kSplitItem);
-  if (a.task != kMaskTask) place_nodes(&a, rows);
+  const bool masses = (a.task != kMaskTask && a.task != kTakeTask) ||
+                      (a.rule.rule == kKnapsack && a.rule.critical == kSplitItem);
+  if (a.task != kMaskTask && a.task != kTakeTask) place_nodes(&a, rows);
   for (int64_t first = 0; first < rows; first += kMostRows) {
     a.first_row = static_cast<uint32_t>(first);
     const dim3 statistics = grid_of(a.with_proxy ? 2 * a.columns : a.columns, rows - first);
     const dim3 shared = grid_of(a.columns, rows - first);
     const dim3 tiles = grid_of(a.s.tiles, rows - first);
     TTA_LAUNCH((deferral_resolve_kernel<Op>), statistics, kThreads, 0, launch.stream, a);
-    if (a.s.with_cut) launch_cut<Kad>(a, shared, launch.stream);
+    launch_cut<Kad>(a, shared, launch.stream);
     // The knapsack's lowest kept logit is the critical item's.
     if (a.task == kStatsTask && a.rule.rule != kKnapsack)
       TTA_LAUNCH((deferral_masses_kernel<true, Op>), shared, kThreads, 0, launch.stream, a);
@@ -426,6 +451,9 @@ cudaError_t run_resolved(Op a, int64_t rows, const Launch& launch) {
       TTA_LAUNCH((deferral_probs_kernel<Op>), tiles, kThreads, 0, launch.stream, a);
     else if (a.task == kSampleTask)
       TTA_LAUNCH((deferral_best_kernel<Op>), shared, kThreads, 0, launch.stream, a);
+    else if (a.task == kTakeTask)
+      TTA_LAUNCH((deferral_take_kernel<Op>), grid_of(1, rows - first), kThreads, 0, launch.stream,
+                 a, key);
   }
   return cudaGetLastError();
 }
@@ -447,8 +475,8 @@ cudaError_t run_drawn(Op a, int64_t rows, const Launch& launch) {
   return cudaGetLastError();
 }
 
-cudaError_t run(const Resolved& a, int64_t rows, const Launch& launch) {
-  return with_dtype(a, [&](const auto& op) { return run_resolved(op, rows, launch); });
+cudaError_t run(const Resolved& a, int64_t rows, const Launch& launch, const KeySpec& key = {}) {
+  return with_dtype(a, [&](const auto& op) { return run_resolved(op, rows, launch, key); });
 }
 cudaError_t run(const Drawn& a, int64_t rows, const Launch& launch) {
   return with_dtype(a, [&](const auto& op) { return run_drawn(op, rows, launch); });
@@ -499,14 +527,15 @@ cudaError_t deferral_stats(const StatsArgs& a, const Launch& launch) {
 }
 
 cudaError_t deferral_sample(const SampleArgs& a, const Launch& launch) {
-  if (!a.key.do_sample) {
+  const bool takes = a.key.do_sample && a.rule.rule == kOptimal;
+  if (!a.key.do_sample || takes) {
     Resolved op;
     fill(&op, a, launch, wants_cut(a));
-    op.task = a.propose ? kProposeTask : kSampleTask;
+    op.task = takes ? kTakeTask : a.propose ? kProposeTask : kSampleTask;
     op.with_proxy = !a.propose;
     op.token = a.token;
     op.deferred = a.deferred;
-    return run(op, a.batch, launch);
+    return run(op, a.batch, launch, a.key);
   }
   Drawn op;
   fill(&op, a, launch, false);

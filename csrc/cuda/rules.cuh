@@ -29,10 +29,11 @@ __device__ __forceinline__ Cut below_probability(const SlotNumbers& s, double t,
   return Cut{from_ordered_bits(static_cast<int32_t>(low)), kNoLimit};
 }
 
-// Every rule but the knapsack, from the rows' statistics alone. For a whole block.
+// Every rule but the knapsack, from the rows' statistics and, for kOptimal, their total variation.
+// For a whole block.
 __device__ __forceinline__ Deferral resolve(const Kad& a, int64_t row, const SlotNumbers& p,
-                                            const SlotNumbers& q) {
-  const RuleTest test = RuleTest::of(a.rule.rule, a.param(row), p, q);
+                                            const SlotNumbers& q, double distance = 0.0) {
+  const RuleTest test = RuleTest::of(a.rule.rule, a.param(row), p, q, [=] { return distance; });
   SlotNumbers judging = p;
   if (test.by_proxy) judging = q;
   const Cut cut = below_probability(judging, test.threshold, test.above);
@@ -40,10 +41,10 @@ __device__ __forceinline__ Deferral resolve(const Kad& a, int64_t row, const Slo
 }
 
 // Whether a drawn token with logits x (base) and y (proxy) is deferred, by any rule but the
-// knapsack; the set is not built.
+// knapsack and kOptimal; the set is not built.
 __device__ __forceinline__ bool judge(const Kad& a, int64_t row, const SlotNumbers& p,
                                       const SlotNumbers& q, float x, float y) {
-  const RuleTest test = RuleTest::of(a.rule.rule, a.param(row), p, q);
+  const RuleTest test = RuleTest::of(a.rule.rule, a.param(row), p, q, [] { return 0.0; });
   return test.defers(test.by_proxy ? q.probability(y) : p.probability(x));
 }
 
@@ -107,7 +108,7 @@ __device__ __forceinline__ void clear_bands(const Kad& a, int64_t row) {
 }
 
 // A row whose statistics are known, for the stages that follow: the rule resolved, or the search of
-// the knapsack's cut prepared. For a whole block.
+// its cut prepared, the knapsack's (cut.cuh) or kOptimal's (distance.cuh). For a whole block.
 __device__ __forceinline__ void prepare_row(const Kad& a, int64_t row, const SlotNumbers* slot,
                                             bool valid) {
   Deferral d = {Cut::none(), -1, 0.0, kInfinity, false, false};
@@ -117,6 +118,8 @@ __device__ __forceinline__ void prepare_row(const Kad& a, int64_t row, const Slo
     bound = mul_rn(a.param(row), slot[kBaseRuleSlot].z);
     open = !(slot[kBaseRuleSlot].z <= bound);
     d.cut = Cut::all();
+  } else if (valid && a.rule.rule == kOptimal) {
+    open = true;
   } else if (valid) {
     d = resolve(a, row, slot[kBaseRuleSlot], slot[kProxyRuleSlot]);
   }

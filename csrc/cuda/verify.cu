@@ -10,7 +10,7 @@
 // Stages, one launch each, a block of 128 threads a tile of 4096 elements of a position, or up to
 // four where positions are enough to fill the device:
 //   statistics of base and proxy; resolve the rule; draw the bonus token
-//   [knapsack: the cut, two stages, cut.cuh]
+//   [knapsack: the cut, two stages, cut.cuh; optimal: the distance of p and q, distance.cuh]
 //   masses: D and 1 - D where a token does not stand without; accept or not; the last position of
 //   a row walks   [greedy: argmax of pi]
 //   emit: the residual at the rejected position, or the proxy for a deferred bonus token
@@ -394,7 +394,7 @@ cudaError_t deferral_verify(const VerifyArgs& v, const Launch& launch) {
     const dim3 statistics = grid_of(2 * a.columns, batch * a.positions);
     const dim3 shared = grid_of(a.columns, batch * a.positions);
     TTA_LAUNCH((verify_statistics_kernel), statistics, kThreads, 0, launch.stream, a);
-    if (a.s.with_cut) launch_cut(a, shared, launch.stream);
+    launch_cut(a, shared, launch.stream);
     TTA_LAUNCH((verify_masses_kernel), shared, kThreads, 0, launch.stream, a);
     if (v.key.do_sample)
       TTA_LAUNCH((verify_emit_kernel), grid_of(a.s.tiles, batch), kThreads, 0, launch.stream, a);

@@ -119,10 +119,12 @@ PYBIND11_MODULE(tta_ext_testing, m) {
     return std::vector<std::tuple<std::string, int, bool>>{TTA_RULES(TTA_ROW)};
 #undef TTA_ROW
   });
-  m.def("rule_defers", [](int rule, double param, float max_p, float max_q, float p, float q) {
-    const auto test = tta::RuleTest::of(rule, param, MaxProbability{max_p}, MaxProbability{max_q});
-    return test.defers(test.by_proxy ? q : p);
-  });
+  m.def("rule_defers",
+        [](int rule, double param, float max_p, float max_q, float p, float q, double distance) {
+          const auto test = tta::RuleTest::of(rule, param, MaxProbability{max_p},
+                                              MaxProbability{max_q}, [=] { return distance; });
+          return test.defers(test.by_proxy ? q : p);
+        });
   // (valid, maximum, Z)
   m.def("canonical_sum", [](int level, const py::array& logits, float inv_temperature) {
     tta::testing::RowStats s;

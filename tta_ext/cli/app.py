@@ -53,7 +53,7 @@ COMMANDS = {
         "evaluate", "evaluate", "Accuracy of deferral rules, next to each model alone."
     ),
     "sweep": _Command(
-        "evaluate",
+        "sweep",
         "sweep",
         "Accuracy of one rule over a range of its parameter; otherwise as eval.",
     ),
@@ -61,6 +61,11 @@ COMMANDS = {
         "compare",
         "compare",
         "Compare methods on the same prompts and reward, at equal samples or equal wall-clock.",
+    ),
+    "value": _Command(
+        "value",
+        "value",
+        "Train a value function on answers that the model draws, for re_control and args.",
     ),
     "merge": _Command(
         "merge", "merge", "Merge what --output or --journal of shards have, if nothing is missing."

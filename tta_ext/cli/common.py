@@ -59,6 +59,8 @@ DEFAULT_PARAM = {
     "relative": 0.2,
     "proxy_below": -0.3,
     "proxy_above": 0.2,
+    "relative_ratio": 0.5,
+    "optimal": 0.3,
     "implicit_reward": 1.0,
 }
 

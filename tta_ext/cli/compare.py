@@ -43,7 +43,8 @@ def compare(
         list[str] | None,
         typer.Option(
             help="METHOD, METHOD:name=value,... or LABEL=METHOD:name=value,...; repeat it for "
-            "several. Methods: aisp, best_of_n, args, chunk_beam. Default: aisp and best_of_n."
+            "several. Methods: aisp, best_of_n, args, chunk_beam, re_control. Default: aisp and "
+            "best_of_n."
         ),
     ] = None,
     model: Model = SMOLLM2,
@@ -180,6 +181,9 @@ def methods_tables(rows: list[dict[str, Any]]) -> list[Table]:
     """What each method reached, and what it cost: narrow enough for a log."""
     reached = common.table("method", "best reward", "first mean", "last mean", "KL, nats")
     cost = common.table("method", "scored", "tokens", "seconds", "beside model\nand reward, s")
+    trained = any(row["training"] for row in rows)
+    if trained:
+        cost.add_column("trained on", justify="right")
     for row in rows:
         reached.add_row(
             row["label"],
@@ -194,6 +198,7 @@ def methods_tables(rows: list[dict[str, Any]]) -> list[Table]:
             f"{row['tokens']:.0f}",
             f"{row['seconds']:.2f}",
             f"{row['other']:.2f}",
+            *([f"{row['training']}"] if trained else []),
         )
     return [reached, cost]
 

@@ -1,11 +1,9 @@
-"""``tta eval`` and ``tta sweep``: accuracy of rules and parameters, with standard errors."""
+"""``tta eval``: accuracy of rules and parameters, with standard errors."""
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,10 +22,7 @@ from tta_ext.journal import Journal, run_facts
 if TYPE_CHECKING:
     from tta_ext.evaluation import Row, Setting
 
-__all__ = ["evaluate", "row_table", "sweep"]
-
-# Of one sweep.
-MOST_PARAMS = 10_000
+__all__ = ["evaluate", "row_table", "run_settings"]
 
 Mode = Annotated[list[str] | None, typer.Option(help="sampled, greedy; both by default.")]
 JournalFile = Annotated[
@@ -123,52 +118,10 @@ def evaluate(
         run_task(context, settings)
         return
     common.refuse_unused(context, "an evaluation without --task", TASK_ONLY)
-    _run(context, settings)
+    run_settings(context, settings)
 
 
-def sweep(
-    context: typer.Context,
-    rule: common.Rule = "threshold",
-    params: Annotated[
-        str, typer.Option(help="Parameters: a,b,c or start:stop:step (stop included).")
-    ] = "0.1:0.9:0.1",
-    critical: common.Critical = "exclude",
-    base: common.Base = None,
-    proxy: common.Proxy = None,
-    anti: common.Anti = None,
-    data: Data = None,
-    pattern: Pattern = None,
-    n: Count = None,
-    mode: Mode = None,
-    seed: Seed = 0,
-    max_new_tokens: MaxNewTokens = None,
-    batch_size: common.BatchSize = 50,
-    journal: JournalFile = None,
-    output: Report = None,
-    plot: Plot = None,
-    dtype: common.Dtype = "auto",
-    device: common.Device = None,
-    device_map: common.DeviceMap = None,
-    attn_implementation: common.Attention = None,
-    quantization_config: common.Quantization = None,
-    revision: common.Revision = None,
-    proxy_revision: common.ProxyRevision = None,
-    shard: common.ShardOf = None,
-    engine: common.Engine = "here",
-    workers: common.WorkerCount = 1,
-    address: common.Address = None,
-    gpus_per_worker: common.GpusPerWorker = 0.0,
-    threads: common.Threads = None,
-    config: Config = None,
-) -> None:
-    """Accuracy of one rule over a range of its parameter; otherwise as eval."""
-    setting = common.chosen_setting(context, rule, None, critical)
-    if setting.rule == "argmax":
-        raise ValueError("argmax has no parameter to sweep; see tta eval argmax")
-    _run(context, [replace(setting, param=value) for value in parse_range(params)])
-
-
-def _run(context: typer.Context, settings: Sequence[Setting]) -> None:
+def run_settings(context: typer.Context, settings: Sequence[Setting]) -> None:
     """Evaluate settings as the command's other options say, and show the rows."""
     from tta_ext.demo.task import evaluation_task
     from tta_ext.evaluation import IMPLICIT_REWARD, MODES, Answering, data_task
@@ -236,22 +189,6 @@ def _run(context: typer.Context, settings: Sequence[Setting]) -> None:
             tell(task.name(place), error, told)
         errors.print(f"{len(failures)} of {rows[0].n} not answered, counted as wrong", style="red")
         raise typer.Exit(1)
-
-
-def parse_range(text: str) -> list[float]:
-    """Numbers from ``a,b,c`` or ``start:stop:step``, stop included."""
-    try:
-        if ":" not in text:
-            return [float(part) for part in text.split(",")]
-        start, stop, step = (float(part) for part in text.split(":"))
-        count = math.floor((stop - start) / step + 1e-9) + 1
-        if not 1 <= count <= MOST_PARAMS:
-            raise ValueError
-    except (ValueError, ZeroDivisionError, OverflowError):
-        raise ValueError(
-            f"--params is {text!r}, expected a,b,c or start:stop:step, at most {MOST_PARAMS}"
-        ) from None
-    return [round(start + i * step, 10) for i in range(count)]
 
 
 def row_table(rows: Sequence[Row]) -> Table:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -27,6 +26,7 @@ KAD, IMPLICIT = "kad", "implicit-reward"
 # Options of this library's own loop.
 NOT_IN_VLLM = {
     "anti", "runner", "top_k", "top_p", "min_p", "speculative", "draft", "stream", "colour",
+    "answer_budget", "answer_spending",
     "device", "device_map", "attn_implementation", "quantization_config", "revision",
     "proxy_revision",
 }  # fmt: skip
@@ -61,6 +61,12 @@ def generate(
     speculative: Annotated[
         str | None,
         typer.Option(help="Tokens that are drafted for the base to judge at once, or auto."),
+    ] = None,
+    answer_budget: Annotated[
+        float | None, typer.Option(help="Share of an answer's tokens that the proxy may write.")
+    ] = None,
+    answer_spending: Annotated[
+        str | None, typer.Option(help="How it is spent: greedy (default) or running.")
     ] = None,
     draft: Annotated[
         str | None, typer.Option(help="Who drafts: proxy (default), base or lookup.")
@@ -142,7 +148,8 @@ def generate(
             "num_return_sequences": samples,
             "stop_strings": stop or None,
         }
-        cuts = {"top_k": top_k, "top_p": top_p, "min_p": min_p}
+        cuts: dict[str, Any] = {"top_k": top_k, "top_p": top_p, "min_p": min_p}
+        cuts |= {"answer_budget": answer_budget, "answer_spending": answer_spending}
         options |= {name: cut for name, cut in cuts.items() if cut is not None}
 
         loading = {
@@ -160,7 +167,7 @@ def generate(
             {
                 "method": "generate",
                 "models": crew.facts(),
-                **asdict(setting),
+                **setting.facts(),
                 **pair_options,
                 **options,
             },

@@ -100,7 +100,7 @@ def _parse(text: str, source: Path | None) -> list[Asked]:
 
 
 def _records(records: Iterable[tuple[int, Any]]) -> list[Asked]:
-    from tta_ext.evaluation import PROMPT_FIELDS, record_prompt
+    from tta_ext.problems import PROMPT_FIELDS, record_prompt
 
     asked = []
     for number, record in records:

@@ -64,7 +64,7 @@ def search(
     reward: RewardName,
     prompts: common.Prompts = None,
     method: Annotated[
-        str, typer.Option(help="Method: aisp, best-of-n, args or chunk-beam.")
+        str, typer.Option(help="Method: aisp, best-of-n, args, chunk-beam or re-control.")
     ] = "aisp",
     model: Model = SMOLLM2,
     n: Annotated[

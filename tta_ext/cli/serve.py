@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -77,5 +76,5 @@ def _serve(options: dict[str, Any], setting: Setting) -> None:
         proxy or str(ASSETS / "proxy"),
         device=options["device"] or "auto",
         **{name: options[name] for name in ("host", "port", "dtype", "rule_temperature")},
-        **asdict(setting),
+        **setting.facts(),
     )

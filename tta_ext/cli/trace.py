@@ -127,7 +127,7 @@ def _deferral(context: typer.Context, asked: list[Any]) -> Account:
         f"{stats.tokens} tokens, {stats.deferred_tokens} from the proxy; seed {result.seed}"
     )
     run = run_facts(
-        models=models.facts(), **asdict(setting), **heat, greedy=options["greedy"],
+        models=models.facts(), **setting.facts(), **heat, greedy=options["greedy"],
         seed=result.seed, prompt=options["prompt"],
     )  # fmt: skip
     lines = [

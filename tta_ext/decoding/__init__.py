@@ -11,7 +11,9 @@ from tta_ext.decoding.search.aisp import AdaptiveImportanceSampling, AISPSearch,
 from tta_ext.decoding.search.best_of_n import BestOfN
 from tta_ext.decoding.search.chunk_beam import ChunkBeamSearch
 from tta_ext.decoding.search.outcome import Candidate, IterationRecord, SearchResult, Timing
+from tta_ext.decoding.search.re_control import ReControlSearch
 from tta_ext.decoding.search.reward_guided import RewardGuidedSearch
+from tta_ext.decoding.search.value import ValueHead, load_value, train_value
 
 __all__ = [
     "AISPSearch",
@@ -25,14 +27,18 @@ __all__ = [
     "Generation",
     "IterationRecord",
     "KnapsackDeferral",
+    "ReControlSearch",
     "RewardGuidedSearch",
     "SearchResult",
     "StreamEvent",
     "Timing",
     "TokenChoice",
     "TokenTrace",
+    "ValueHead",
     "Vocabulary",
     "align_vocabularies",
     "load_model",
     "load_tokenizer",
+    "load_value",
+    "train_value",
 ]

@@ -137,8 +137,8 @@ def deferral_mask(
 
     Args:
         base_logits: ``[B, V]``.
-        proxy_logits: ``[B, V]``; needed by ``confidence_bet``, ``proxy_below`` and ``proxy_above``,
-            not read by the other rules.
+        proxy_logits: ``[B, V]``; needed by ``confidence_bet``, ``proxy_below``, ``proxy_above`` and
+            ``optimal``, not read by the other rules.
         {rule}
         {check} its mask is empty, its critical item -2 and its fraction NaN.
         out: a :class:`Mask` (or tuple) of contiguous tensors to write.

@@ -7,6 +7,7 @@ that cannot be seen or that turn the direction of what follows are shown by thei
 from __future__ import annotations
 
 import math
+import re
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -20,7 +21,7 @@ from tta_ext.decoding.search.outcome import Candidate, IterationRecord
 __all__ = ["MARK", "deferral_page", "search_page"]
 
 # What every page holds near its beginning.
-MARK = b'content="tta_ext '
+MARK = re.compile(b'content="tta_ext ')
 # Answers that a page of a search lists.
 MOST_ANSWERS = 50
 

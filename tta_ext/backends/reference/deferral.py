@@ -54,6 +54,10 @@ def best(p: Softmax) -> Tensor:
     return p.prob.amax(-1, keepdim=True)
 
 
+def total_variation(p: Softmax, q: Softmax) -> Tensor:
+    return (p.prob - q.prob).clamp(min=0.0).sum(-1, keepdim=True)
+
+
 # The tokens with mu = 1 under the rules but the knapsack: of base, proxy (for NEEDS_PROXY) and
 # parameter.
 MASKS: dict[int, Callable[[Softmax, Any, Tensor], Tensor]] = {
@@ -71,6 +75,12 @@ MASKS: dict[int, Callable[[Softmax, Any, Tensor], Tensor]] = {
     rules.PROXY_BELOW: lambda p, q, margin: q.prob < best(p) + margin,
     # Tokens the proxy finds more likely than the base model finds its best.
     rules.PROXY_ABOVE: lambda p, q, margin: q.prob > best(p) + margin,
+    # Tokens less likely than a share of the base model's best.
+    rules.RELATIVE_RATIO: lambda p, q, share: p.prob < best(p) * (1.0 - share),
+    # All tokens, where the proxy is surer than the base by more than a part of their distance.
+    rules.OPTIMAL: lambda p, q, part: (best(p) < best(q) - part * total_variation(p, q)).expand_as(
+        p.prob
+    ),
 }
 
 

@@ -17,7 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from tta_ext import rules
-from tta_ext.backends.reference._common import RuleArguments, inverse_temperature
+from tta_ext.backends.reference._common import RuleArguments, inverse_temperature, softmax
+from tta_ext.backends.reference.deferral import best, total_variation
 from tta_ext.backends.triton import numerics as num
 from tta_ext.backends.triton import rows
 from tta_ext.backends.triton.launch import Rows, jit, launch, number, scratch
@@ -25,6 +26,7 @@ from tta_ext.backends.triton.launch import Rows, jit, launch, number, scratch
 KNAPSACK, CONFIDENCE_BET = tl.constexpr(rules.KNAPSACK), tl.constexpr(rules.CONFIDENCE_BET)
 THRESHOLD, NUDGING = tl.constexpr(rules.THRESHOLD), tl.constexpr(rules.NUDGING)
 RELATIVE, ARGMAX = tl.constexpr(rules.RELATIVE), tl.constexpr(rules.ARGMAX)
+RELATIVE_RATIO = tl.constexpr(rules.RELATIVE_RATIO)
 INCLUDE, SPLIT = tl.constexpr(rules.INCLUDE), tl.constexpr(rules.SPLIT)
 
 
@@ -73,6 +75,16 @@ class Resolved(NamedTuple):
     rule: RuleArguments
 
 
+def plain(base: Tensor, proxy: Tensor | None, rule: RuleArguments) -> RuleArguments:
+    """``optimal`` as the ``nudging`` that it is, by a number for each row: max q - a TV."""
+    if rule.code != rules.OPTIMAL or proxy is None:
+        return rule
+    p, q = (softmax(x, rule.rule_temperature, torch.float32) for x in (base, proxy))
+    param = rule.param if rule.param.dim() == base.dim() - 1 else rule.param.unsqueeze(-1)
+    limit = best(q) - param.unsqueeze(-1) * total_variation(p, q)
+    return rule._replace(code=rules.NUDGING, param=limit.squeeze(-1))
+
+
 @triton.constexpr_function
 def reads_proxy(rule):
     return rule in rules.NEEDS_PROXY
@@ -103,6 +115,8 @@ def rule_threshold(param, z, proxy_z, RULE: tl.constexpr):
         threshold = tl.where(max_p < param, num.INFINITY, -num.INFINITY).to(tl.float64)
     elif RULE == RELATIVE:
         threshold = max_p - param
+    elif RULE == RELATIVE_RATIO:
+        threshold = max_p * (1.0 - param)
     elif RULE == ARGMAX:
         threshold = max_p
     else:
@@ -328,7 +342,7 @@ def resolved(base_logits: Tensor, proxy_logits: Tensor | None, rule: RuleArgumen
 
     A row is valid where its base is and, with ``both``, the proxy where that is given.
     """
-    positions = base_logits.shape[1]
+    rule, positions = plain(base_logits, proxy_logits, rule), base_logits.shape[1]
     base, proxy, q = Rows.of(base_logits, positions), None, None
     inverses = inverse_temperature(rule.temperature), inverse_temperature(rule.rule_temperature)
     s = rows.stats(base, *inverses)

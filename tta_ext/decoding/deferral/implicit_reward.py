@@ -88,6 +88,7 @@ class ImplicitRewardLoop(Loop):
         others: Sequence[Tensor | AskProxy],
         index: Tensor | None = None,
         position: Tensor | None = None,
+        allowed: Sequence[bool] | None = None,
     ) -> Drawn:
         models = [other for other in others if isinstance(other, Tensor)]
         experts, anti = models[: len(self.rule.param)], models[len(self.rule.param) :]

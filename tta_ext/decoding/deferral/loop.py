@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from tta_ext import ops
+from tta_ext.decoding.deferral.options import AnswerBudget
 from tta_ext.decoding.deferral.result import DecodeStats
 from tta_ext.decoding.deferral.step import AskProxy, Drawn, deferral_step
 from tta_ext.decoding.deferral.trace import TokenTrace, trace_step
@@ -91,6 +92,7 @@ class LoopOptions:
         trace: keep a :class:`TokenTrace` a token: ``"full"`` runs the proxy at every step for
             ``q``, ``"lazy"`` only where it is needed anyway; None keeps none.
         events: keep each step's emissions in :attr:`Loop.events`.
+        budget: bounds the tokens of an answer that followers write; None: nothing does.
     """
 
     rule: Any
@@ -106,6 +108,7 @@ class LoopOptions:
     trace: str | None = None
     events: bool = False
     progress: Callable[[int], None] | None = None
+    budget: AnswerBudget | None = None
 
 
 class Loop(ABC):
@@ -191,6 +194,7 @@ class Loop(ABC):
         others: Sequence[Tensor | AskProxy],
         index: Tensor | None = None,
         position: Tensor | None = None,
+        allowed: Sequence[bool] | None = None,
     ) -> Drawn:
         """The draws that belong to some positions of some rows, a function of the logits alone.
 
@@ -199,7 +203,22 @@ class Loop(ABC):
             others: the followers', as :func:`deferral_step` takes them.
             index: int64 ``[N]``, the row of each; None for all rows, one position each.
             position: int64 ``[N]``, tokens that stand before each; None for what stands now.
+            allowed: for each, whether a follower may write it; None: everywhere.
         """
+
+    def allowed(self, rows: Sequence[int] | None = None) -> list[bool] | None:
+        """Whether a follower may write the next token of some active rows (None: of all), by the
+        answers' budget; None without one.
+        """
+        budget, limits = self.options.budget, self.options.limits
+        if budget is None:
+            return None
+        active = self.rows.active
+        answers = active if rows is None else [active[row] for row in rows]
+        return [
+            budget.allows(sum(self.deferred[i]), len(self.rows.tokens[i]), limits.max_new_tokens)
+            for i in answers
+        ]
 
     def finish_stats(self) -> DecodeStats:
         """The run's counters, with the models' costs filled in."""
@@ -340,6 +359,7 @@ class Deferral(Loop):
         others: Sequence[Tensor | AskProxy],
         index: Tensor | None = None,
         position: Tensor | None = None,
+        allowed: Sequence[bool] | None = None,
     ) -> Drawn:
         (proxy,) = others
         return deferral_step(
@@ -351,6 +371,7 @@ class Deferral(Loop):
             sequence=self.sequence if index is None else self.sequence[index],
             do_sample=self.options.do_sample,
             out=ops.Proposal(self._token, self._deferred) if position is None else None,
+            allowed=allowed,
         )
 
 
@@ -381,7 +402,7 @@ class LazyDeferral(Deferral):
             asked.append(("proxy", found, rows))
             return found
 
-        drawn = self.drawn(logits, [ask])
+        drawn = self.drawn(logits, [ask], allowed=self.allowed())
         if self.proxy.lags:
             stats.proxy_rows_saved += saved
             stats.proxy_calls_saved += everyone is None and not asked
@@ -404,4 +425,4 @@ class DenseDeferral(Deferral):
     def draw(self) -> tuple[Drawn, Seen]:
         logits, proxy_logits = self.logits(self.base), self.logits(self.proxy)
         seen = Seen(logits, [("proxy", proxy_logits, None)])
-        return self.drawn(logits, [proxy_logits]), seen
+        return self.drawn(logits, [proxy_logits], allowed=self.allowed()), seen

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final, TypedDict
+from typing import Any, Final, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
 
 from tta_ext.rules import Rule
 
-__all__ = ["DRAFTS", "GenerationOptions", "draft_length", "draft_source"]
+__all__ = [
+    "DRAFTS",
+    "SPENDING",
+    "AnswerBudget",
+    "GenerationOptions",
+    "draft_length",
+    "draft_source",
+]
 
 # Who guesses.
 DRAFTS: Final = ("proxy", "base", "lookup")
+# How an answer's budget is spent.
+SPENDING: Final = ("greedy", "running")
 
 
 class GenerationOptions(TypedDict, total=False):
@@ -49,6 +58,53 @@ class GenerationOptions(TypedDict, total=False):
     num_assistant_tokens: int | str | None
     draft: str | None
     errors: str
+    answer_budget: float | None
+    answer_spending: str | None
+
+
+class AnswerBudget(NamedTuple):
+    """A bound on the tokens of an answer that the proxy may write.
+
+    Attributes:
+        share: of the answer's tokens, 0 to 1.
+        running: whether it holds of every beginning of the answer (``"running"``); else of an
+            answer of the most tokens, first come, first served (``"greedy"``).
+    """
+
+    share: float
+    running: bool
+
+    @classmethod
+    def of(cls, share: float | None, spending: str | None) -> AnswerBudget | None:
+        """From the arguments ``answer_budget`` and ``answer_spending``; None without a budget.
+
+        Raises:
+            ValueError: a share outside 0 to 1, an unknown way to spend, or one without a budget.
+        """
+        if share is None:
+            if spending is not None:
+                raise ValueError(f"answer_spending is {spending!r} without an answer_budget")
+            return None
+        number = isinstance(share, (int, float)) and not isinstance(share, bool)
+        if not (number and 0.0 <= share <= 1.0):
+            raise ValueError(f"answer_budget is {share!r}, expected a share from 0 to 1")
+        spending = "greedy" if spending is None else spending
+        if spending not in SPENDING:
+            raise ValueError(
+                f"answer_spending is {spending!r}, expected one of {', '.join(SPENDING)}"
+            )
+        return cls(float(share), spending == "running")
+
+    def allows(self, spent: int, written: int, most: int) -> bool:
+        """Whether the proxy may write the next token.
+
+        Args:
+            spent: tokens that it has written.
+            written: the answer's tokens so far.
+            most: ``max_new_tokens``.
+        """
+        # 0.29 * 100 is a little less than 29.
+        return spent + 1 <= self.share * (written + 1 if self.running else most) + 1e-9
 
 
 def draft_length(value: int | str | None) -> int | str | None:

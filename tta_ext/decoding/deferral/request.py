@@ -15,7 +15,7 @@ from tta_ext import rng
 from tta_ext.decoding.deferral.draft_length import AutoLength, DraftLength, FixedLength, Memory
 from tta_ext.decoding.deferral.implicit_reward import ImplicitReward, ImplicitRewardLoop
 from tta_ext.decoding.deferral.loop import DenseDeferral, LazyDeferral, Loop, LoopOptions
-from tta_ext.decoding.deferral.options import draft_length, draft_source
+from tta_ext.decoding.deferral.options import AnswerBudget, draft_length, draft_source
 from tta_ext.decoding.deferral.result import Generation
 from tta_ext.decoding.deferral.speculative import (
     SpeculativeDense,
@@ -143,6 +143,8 @@ class Request:
         speculative: int | str | None = None,
         draft: str | None = None,
         errors: str = "raise",
+        answer_budget: float | None = None,
+        answer_spending: str | None = None,
     ) -> None:
         self.models, self.errors = models, errors
         self.do_sample = do_sample = flag("do_sample", do_sample)
@@ -152,6 +154,11 @@ class Request:
         if trace and isinstance(rule, ImplicitReward):
             raise ValueError(
                 "rule 'implicit_reward' has no trace: no token comes from one model alone"
+            )
+        self.budget = AnswerBudget.of(answer_budget, answer_spending)
+        if self.budget is not None and isinstance(rule, ImplicitReward):
+            raise ValueError(
+                "rule 'implicit_reward' has no answer_budget: no token comes from the proxy alone"
             )
         self.trace = None if not trace else "lazy" if trace == "lazy" else "full"
         num_return_sequences = whole_number("num_return_sequences", num_return_sequences)
@@ -296,6 +303,7 @@ class Request:
             trace=self.trace,
             events=events,
             progress=progress,
+            budget=self.budget,
         )
         base, *followers = runners
         mixed = isinstance(self.rule, ImplicitReward)

@@ -299,9 +299,22 @@ class Speculative(Loop):
         others: list[Tensor | AskProxy] = [ask]
         if not self.asks:
             others = [self._over(runner).flatten(0, 1) for runner in self.followers]
-        drawn = self.drawn(self._over(self.base).flatten(0, 1), others, index, places.flatten())
+        logits, places = self._over(self.base).flatten(0, 1), places.flatten()
+        drawn = self.drawn(logits, others, index, places)
         parts = [slice(i * columns, (i + 1) * columns) for i in range(rows)]
-        return [drawn.tokens[part] for part in parts], [drawn.from_proxy[part] for part in parts]
+        tokens = [drawn.tokens[part] for part in parts]
+        flags = [drawn.from_proxy[part] for part in parts]
+        if (budget := self.options.budget) is not None:
+            # Whether the proxy may write hangs on what it wrote before: both answers to each.
+            barred = self.drawn(logits, others, index, places, [False] * len(logits)).tokens
+            most = self.options.limits.max_new_tokens
+            for i, answer in enumerate(self.rows.active):
+                spent, written = sum(self.deferred[answer]), len(self.rows.tokens[answer])
+                for k in range(columns):
+                    if not budget.allows(spent, written + k, most):
+                        tokens[i][k], flags[i][k] = barred[i * columns + k], False
+                    spent += flags[i][k]
+        return tokens, flags
 
     def _emit_drafts(
         self, tokens: list[list[int]], flags: list[list[bool]]
@@ -371,7 +384,7 @@ class Speculative(Loop):
             others = [column(runner) for runner in self.followers]
         index = torch.tensor(rows, device=position.device)
         place = position[index] + torch.tensor([ends[i] for i in rows], device=position.device)
-        return self.drawn(base, others, index, place), Seen(base, known)
+        return self.drawn(base, others, index, place, self.allowed(rows)), Seen(base, known)
 
 
 class SpeculativeLazy(Speculative, LazyDeferral):

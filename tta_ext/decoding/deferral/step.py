@@ -6,7 +6,7 @@ logits where it has them, or with a function that is asked for the rows whose dr
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -55,6 +55,7 @@ def deferral_step(
     sequence: Tensor,
     do_sample: bool = True,
     out: ops.Proposal | None = None,
+    allowed: Sequence[bool] | None = None,
 ) -> Drawn:
     """Draw a token a row from the rule's mixture of base and proxy.
 
@@ -72,10 +73,32 @@ def deferral_step(
         sequence: int64 ``[B]``, 32-bit ids of the rows' random streams.
         do_sample: draw; False takes the mixture's most probable token, ties to the lowest id.
         out: tensors to write to.
+        allowed: for each row, whether the proxy may write; where not, the law is the base's. None:
+            everywhere.
 
     Raises:
         ValueError: a function for a rule that compares both models.
     """
+
+    def base_alone(drawn: ops.Proposal) -> None:
+        """What becomes of the rows in which the proxy may not write; no wait for the device."""
+        barred = [row for row, may in enumerate(allowed or ()) if not may]
+        if not barred:
+            return
+        index = torch.tensor(barred, device=base_logits.device)
+        token = ops.categorical_sample(
+            base_logits.index_select(0, index),
+            temperature=rule.temperature,
+            stream=rng.BASE,
+            seed=seed,
+            position=position.index_select(0, index),
+            sequence=sequence.index_select(0, index),
+            do_sample=do_sample,
+            check=False,
+        )
+        drawn.token.index_copy_(0, index, token)
+        drawn.deferred.index_fill_(0, index, False)
+
     if isinstance(proxy, Tensor):
         with span("sample"):
             drawn = ops.deferral_sample(
@@ -89,6 +112,7 @@ def deferral_step(
                 check=False,
                 out=out,
             )
+        base_alone(drawn)
         return Drawn.fetch(*drawn)
     with span("propose"):
         drawn = ops.deferral_propose(
@@ -101,6 +125,7 @@ def deferral_step(
             check=False,
             out=out,
         )
+    base_alone(drawn)
     found = Drawn.fetch(*drawn)
     tokens, flags = found.tokens, found.from_proxy
     rows = [row for row, flag in enumerate(flags) if flag]

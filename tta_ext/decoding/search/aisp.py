@@ -52,6 +52,7 @@ from tta_ext.decoding.search.engine import (
     RolloutTask,
     Scored,
 )
+from tta_ext.decoding.search.guards import bounded, pull_back
 from tta_ext.decoding.search.outcome import Candidate, IterationRecord, SearchResult, Timing
 from tta_ext.decoding.search.sampling import Noise
 from tta_ext.decoding.search.scales import (
@@ -111,7 +112,8 @@ class AISPSearch(Search[AISPSettings]):
     def job(self, cells: Sequence[tuple[int, int]]) -> RolloutJob:
         # Without noise there is nothing to measure, and the batch has best-of-n's shape.
         metered = self.settings.kl_rollouts if self.sigma > 0 else 0
-        return RolloutJob(cells, self.iteration, Noise(self.mean, *self._parts()), metered)
+        noise, guarded = Noise(self.mean, *self._parts()), self.settings.guard is not None
+        return RolloutJob(cells, self.iteration, noise, metered, fisher=guarded)
 
     def _parts(self) -> tuple[float, float]:
         """Standard deviations of the steps' own noise and of the common one."""
@@ -139,12 +141,16 @@ class AISPSearch(Search[AISPSettings]):
         new = mean if sigma == 0.0 else self._moved(mean, weights.w, active, length)
         ess = weights.ess.tolist()
         bound = self._bound(mean).tolist()
-        measured: list[list[float]] = [[] for _ in active]
-        for number, value in sorted(batch.kl.items()):
-            measured[number % len(active)].append(value)
-        kl = [sum(values) / len(values) if values else None for values in measured]
+        kl, kl_fisher = (batch.of_prompts(meter, len(active)) for meter in ("kl", "kl_fisher"))
+        if settings.guard is not None and sigma > 0.0:
+            fisher = batch.of_prompts("fisher", len(active))
+            if None in fisher:
+                raise ValueError("guard='fisher' needs F u, which this engine does not measure")
+            lam = 1.0 if settings.guard_lam is None else settings.guard_lam
+            pull = pull_back(mean, torch.stack(fisher).to(device), self._scale(device), lam)
+            new = new - settings.step_size * pull
         different = [len({tuple(one.tokens) for one in row}) for row in found]
-        self.mean[index] = self._guarded(new, kl, different)
+        self.mean[index] = bounded(new, kl, different, settings)
         records: list[dict[str, Any]] = []
         for place, prompt in enumerate(active):
             low, high = settings.ess_low, settings.ess_high
@@ -155,6 +161,7 @@ class AISPSearch(Search[AISPSettings]):
                     "ess": ess[place],
                     "norm": math.sqrt(before[place]),
                     "kl": kl[place] if sigma > 0 else 0.0,
+                    "kl_fisher": kl_fisher[place] if sigma > 0 else 0.0,
                     "kl_bound": bound[place],
                     "sigma": sigma,
                     "lam": lams[place],
@@ -238,25 +245,6 @@ class AISPSearch(Search[AISPSettings]):
         scaled = (reward - reward.amax(-1, keepdim=True)) / divisor.to(reward.device)
         weights = ops.importance_weights(scaled, dot, norm2, lam=1.0, alpha=alpha, sigma=sigma)
         return weights, lams
-
-    def _guarded(self, mean: Tensor, kl: list[float | None], different: list[int]) -> Tensor:
-        """u after the divergence budget, the watch over collapse and the norm cap."""
-        settings = self.settings
-        factor = torch.ones(len(kl), dtype=torch.float32, device=mean.device)
-        if settings.kl_budget is not None:
-            for place, value in enumerate(kl):
-                if value is not None and value > settings.kl_budget:
-                    factor[place] = math.sqrt(settings.kl_budget / value)
-        if settings.distinct_low is not None:
-            for place, count in enumerate(different):
-                if count < settings.distinct_low * settings.n:
-                    factor[place] *= 0.5
-        if settings.norm_cap is not None:
-            norm = mean.double().square().sum((1, 2)).sqrt().float() * factor
-            factor = torch.where(
-                norm > settings.norm_cap, factor * settings.norm_cap / norm, factor
-            )
-        return mean * factor[:, None, None] if bool((factor != 1.0).any()) else mean
 
     def result(self) -> SearchResult:
         result = super().result()

@@ -18,6 +18,7 @@ __all__ = ["ESS_SHARE", "AISPOptions", "AISPSettings"]
 
 SIGMA_UNITS = ("absolute", "prelogit", "logit")
 LAM_UNITS = ("absolute", "std", "ess")
+GUARDS = ("fisher",)
 # The defaults were chosen on the tuning prompts of benchmarks/aisp_rewards.py.
 # Where no lambda is given: the effective sample size is this share of the rollouts.
 ESS_SHARE = 0.25
@@ -58,6 +59,11 @@ class AISPSettings(SearchSettings):
         norm_cap: u is scaled down to this Euclidean norm where it exceeds it.
         kl_budget: where an iteration's measured divergence from the base model (nats an answer)
             exceeds this, u is scaled down by the square root of the ratio.
+        guard: ``"fisher"``: u also moves against the divergence that it causes, by
+            ``guard_lam`` times the gradient of ``kl_fisher``, as measured on ``kl_rollouts``
+            rollouts (MISVO's ``u += eta (g - lambda F u)``); see
+            :mod:`tta_ext.decoding.search.guards`. None: nothing.
+        guard_lam: weight of a nat of divergence, 0 or more; 0 is no guard. None: 1 with a guard.
         distinct_low: where a smaller share of an iteration's answers are different from each other,
             u is halved: the search has collapsed onto one answer and should look about again.
         ess_low, ess_high: a prompt's search ends when the effective sample size leaves this range.
@@ -80,6 +86,8 @@ class AISPSettings(SearchSettings):
     baseline: bool = False
     norm_cap: float | None = None
     kl_budget: float | None = None
+    guard: str | None = None
+    guard_lam: float | None = None
     distinct_low: float | None = None
     ess_low: float | None = None
     ess_high: float | None = None
@@ -90,7 +98,11 @@ class AISPSettings(SearchSettings):
         check_counts(self.n, self.iterations)
         check_choice(self, "sigma_unit", SIGMA_UNITS)
         check_choice(self, "lam_unit", LAM_UNITS)
-        check_range(self, "a finite number >= 0", "sigma", "lam")
+        check_range(self, "a finite number >= 0", "sigma", "lam", "guard_lam")
+        if self.guard is not None:
+            check_choice(self, "guard", GUARDS)
+        elif self.guard_lam is not None:
+            raise ValueError(f"guard_lam is {self.guard_lam!r} without a guard; set guard='fisher'")
         check_range(self, "a finite number > 0", "sigma_decay", "step_size")
         check_range(self, "a finite number > 0", "norm_cap", "kl_budget")
         check_range(self, "0 <= {} <= 1", "alpha", "coherence")
@@ -101,8 +113,11 @@ class AISPSettings(SearchSettings):
         whole_number("kl_rollouts", self.kl_rollouts, None)
         if not 0 <= self.kl_rollouts <= self.n:
             raise ValueError(f"kl_rollouts is {self.kl_rollouts}, expected 0 to n = {self.n}")
-        if self.kl_budget is not None and not self.kl_rollouts:
-            raise ValueError("kl_budget needs a measured divergence; set kl_rollouts to 1 or more")
+        for name in ("kl_budget", "guard"):
+            if getattr(self, name) is not None and not self.kl_rollouts:
+                raise ValueError(
+                    f"{name} needs a measured divergence; set kl_rollouts to 1 or more"
+                )
 
     def schedule(self) -> list[int]:
         return [self.n] * self.iterations
@@ -137,6 +152,8 @@ class AISPOptions(SearchOptions, total=False):
     baseline: bool
     norm_cap: float | None
     kl_budget: float | None
+    guard: str | None
+    guard_lam: float | None
     distinct_low: float | None
     ess_low: float | None
     ess_high: float | None

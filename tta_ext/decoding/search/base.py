@@ -316,6 +316,11 @@ class Search(Generic[S]):
             f"iteration {self.iteration} of {len(self.schedule)}, {sum(self.asked)} answers scored>"
         )
 
+    @property
+    def training(self) -> int:
+        """Answers that were drawn and scored to train what the search uses."""
+        return 0
+
     def open(self, task: RolloutTask) -> RolloutEngine:
         """What draws this run's rollouts."""
         return self.method.engine(self.method.model, task)
@@ -447,4 +452,5 @@ class Search(Generic[S]):
             seed=self.seed,
             sequence=self.sequence,
             timing=self.timing,
+            training=self.training,
         )

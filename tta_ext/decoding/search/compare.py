@@ -24,6 +24,7 @@ from tta_ext.decoding.search.base import SearchMethod
 from tta_ext.decoding.search.best_of_n import BestOfN
 from tta_ext.decoding.search.chunk_beam import ChunkBeamSearch
 from tta_ext.decoding.search.outcome import SearchResult
+from tta_ext.decoding.search.re_control import ReControlSearch
 from tta_ext.decoding.search.reward_guided import RewardGuidedSearch
 from tta_ext.decoding.search.settings import SearchSettings
 from tta_ext.intervals import difference_interval
@@ -51,6 +52,7 @@ METHODS: dict[str, type[SearchMethod[Any]]] = {
     "best_of_n": BestOfN,
     "args": RewardGuidedSearch,
     "chunk_beam": ChunkBeamSearch,
+    "re_control": ReControlSearch,
 }
 
 
@@ -324,6 +326,7 @@ def record_of(result: SearchResult, at: int) -> dict[str, Any]:
         "text": result.best[at].text,
         "curve": curve,
         "timing": timing,
+        "training": result.training,
     }
 
 
@@ -405,6 +408,7 @@ def summary(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
                 "rise": rise,
                 "rise_error": rise_error,
                 "asked": _mean_of(last, "samples"),
+                "training": max(item.get("training", 0) for item in items),
                 "tokens": _mean_of(timing, "tokens"),
                 "seconds": _mean_of(timing, "total"),
                 "model": _mean_of(timing, "model"),

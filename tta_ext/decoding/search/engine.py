@@ -35,6 +35,9 @@ __all__ = [
     "Scores",
 ]
 
+# What is measured of some cells, by their number: of rollouts and of batches.
+METERS = "kl", "kl_fisher", "fisher"
+
 # ``on_finish(i, tokens)``: the job's cell i has ended with these tokens.
 OnFinish: TypeAlias = "Callable[[int, list[int]], None]"
 
@@ -109,12 +112,14 @@ class RolloutJob:
         noise: what is added to the pre-logits; None leaves them alone.
         metered: rollouts below this have their divergence from the base model measured, where the
             engine can.
+        fisher: measure F u on them too, where the engine can.
     """
 
     cells: Sequence[tuple[int, int]]
     iteration: int
     noise: Noise | None = None
     metered: int = 0
+    fisher: bool = False
 
 
 class Scores(NamedTuple):
@@ -142,6 +147,8 @@ class RolloutBatch:
         dot, common_dot: float32 ``[cells]``, sum over a rollout's steps of u . eps, and the same of
             the noise's common part; on any device. Wanted where the job has noise.
         kl: measured divergence in nats of some cells, by their number.
+        kl_fisher, fisher: of the same cells, where the engine measures them, the part of u alone to
+            second order, and F u (:class:`~tta_ext.decoding.search.rollouts.Rollouts`).
         scores: from an engine that has scored them itself; None: the search does.
     """
 
@@ -150,7 +157,18 @@ class RolloutBatch:
     dot: Tensor = field(default_factory=lambda: torch.empty(0))
     common_dot: Tensor = field(default_factory=lambda: torch.empty(0))
     kl: dict[int, float] = field(default_factory=dict)
+    kl_fisher: dict[int, float] = field(default_factory=dict)
+    fisher: dict[int, Tensor] = field(default_factory=dict)
     scores: Scores | None = None
+
+    def of_prompts(self, meter: str, prompts: int) -> list[Any]:
+        """Means of a meter over each prompt's measured cells, which lie rollout by rollout; None
+        where there is none.
+        """
+        rows: list[list[Any]] = [[] for _ in range(prompts)]
+        for number, value in sorted(getattr(self, meter).items()):
+            rows[number % prompts].append(value)
+        return [sum(values) / len(values) if values else None for values in rows]
 
 
 @dataclass
@@ -237,6 +255,7 @@ class LocalEngine:
             iteration=job.iteration,
             noise=job.noise,
             metered=job.metered,
+            fisher=job.fisher,
         )
 
     def roll(self, job: RolloutJob, on_finish: OnFinish) -> RolloutBatch:
@@ -251,7 +270,9 @@ class LocalEngine:
                     on_finish(first + i, rows.tokens[i])
             batch.tokens += rows.tokens
             batch.finish += rows.finish
-            batch.kl |= {first + i: value for i, value in rollouts.kl.items()}
+            for name in METERS:
+                found = {first + i: value for i, value in getattr(rollouts, name).items()}
+                getattr(batch, name).update(found)
             dots.append(rollouts.dot)
             common_dots.append(rollouts.common_dot)
         if dots:

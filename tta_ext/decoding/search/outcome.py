@@ -50,6 +50,8 @@ class IterationRecord:
             these rollouts were drawn.
         kl: measured divergence from the base model in nats an answer: of the next-token laws along
             the first rollouts, summed over steps; it contains the noise's own part.
+        kl_fisher: what u alone has moved those laws by, to second order: half the variance of its
+            shift of the logits, summed over steps. None from an engine that does not measure it.
         kl_bound: ``|u|^2 / (2 sigma^2)``, the divergence of the noise from noise without a mean,
             summed over its parts. It bounds what the change of u has done to the law of answers.
         sigma, lam: as used, in absolute units.
@@ -72,6 +74,7 @@ class IterationRecord:
     ess: float | None = None
     norm: float | None = None
     kl: float | None = None
+    kl_fisher: float | None = None
     kl_bound: float | None = None
     sigma: float | None = None
     lam: float | None = None
@@ -129,6 +132,8 @@ class SearchResult:
             ``"ess"``, ``"seconds"``.
         seed, sequence: with the settings they reproduce the run.
         timing: wall-clock of the whole batch.
+        training: answers that were drawn and scored, once for all prompts, to train what the method
+            uses; no part of ``samples``.
         mean: final u, float32 ``[P, tau, d]``, of methods that have one.
 
     An index or a slice, and iteration, give results of some of the prompts, with the whole batch's
@@ -144,6 +149,7 @@ class SearchResult:
     seed: int
     sequence: list[int]
     timing: Timing = field(default_factory=Timing)
+    training: int = 0
     mean: Tensor | None = None
 
     def __len__(self) -> int:
@@ -204,6 +210,7 @@ class SearchResult:
             "seed": self.seed,
             "sequence": self.sequence,
             "timing": self.timing.as_dict(),
+            "training": self.training,
         }
 
     def to_pandas(self, of: str = "best") -> Any:

@@ -8,6 +8,10 @@ and the best is taken (``decoding="greedy"``) or one is drawn with probability p
 exp(score / temperature) (``"sample"``). A candidate that ends the answer is judged as a finished
 one. The reward must make sense of unfinished answers, and is asked k times a token: all candidates
 of all answers of all prompts in one call.
+
+With ``value=`` a trained value function takes the reward's place (controlled decoding,
+arXiv:2310.17022): V of the pre-logits after each candidate, at the price of k rows of the model a
+token. The reward is then asked about finished answers only.
 """
 
 from __future__ import annotations
@@ -35,6 +39,7 @@ from tta_ext.decoding.search.settings import (
     check_counts,
     check_samples,
 )
+from tta_ext.decoding.search.value import ValueHead, value_for
 
 __all__ = ["RewardGuidedSearch", "RewardGuidedSettings"]
 
@@ -50,6 +55,8 @@ class RewardGuidedSettings(SearchSettings):
         decoding: ``"greedy"`` (default) or ``"sample"``.
         candidates: k, tokens that the reward looks at.
         weight: of the reward against the log-probability.
+        value: file of a value function (``tta value``) that judges the candidates in place of the
+            reward; None: the reward does.
     """
 
     n: int = 1
@@ -57,6 +64,7 @@ class RewardGuidedSettings(SearchSettings):
     decoding: str = "greedy"
     candidates: int = 10
     weight: float = 1.5
+    value: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -85,6 +93,7 @@ class RewardGuidedOptions(SearchOptions, total=False):
     restarts: int
     candidates: int
     weight: float
+    value: str | None
 
 
 class GuidedRollouts(Rollouts):
@@ -101,18 +110,7 @@ class GuidedRollouts(Rollouts):
         # Stable, so that ties go to the lowest id on every device.
         values, tokens = log_p.sort(dim=-1, descending=True, stable=True)
         values, tokens = values[:, :count], tokens[:, :count]
-        for row, ids in enumerate(tokens.tolist()):
-            cell = self.rows.active[row]
-            prompt, written = self.cells[cell][0], self.rows.tokens[cell]
-            run.asked[prompt] += count
-            for place, token in enumerate(ids):
-                run.scorer.ask(run.guide, (row, place), prompt, [*written, token])
-        rewards = run.guide.collect()
-        table = torch.tensor(
-            [[rewards[row, place] for place in range(count)] for row in range(len(tokens))],
-            dtype=torch.float32,
-            device=values.device,
-        )
+        table = self._asked(tokens) if run.value is None else self._valued(run.value, tokens)
         score = values + run.settings.weight * table
         # Impossible tokens stay impossible; where the reward rules everything out it has no say.
         score = torch.where(torch.isinf(values), -math.inf, score)
@@ -121,6 +119,32 @@ class GuidedRollouts(Rollouts):
         chosen = self.pick(score, sampling, rng.REWARD)
         token = tokens.gather(1, chosen.clamp(min=0)[:, None])[:, 0]
         return torch.where(chosen < 0, chosen, token)
+
+    def _asked(self, tokens: Tensor) -> Tensor:
+        """The reward of each answer with each candidate ``[active, k]``."""
+        run = self.run_of
+        for row, ids in enumerate(tokens.tolist()):
+            cell = self.rows.active[row]
+            prompt, written = self.cells[cell][0], self.rows.tokens[cell]
+            run.asked[prompt] += len(ids)
+            for place, token in enumerate(ids):
+                run.scorer.ask(run.guide, (row, place), prompt, [*written, token])
+        rewards = run.guide.collect()
+        return torch.tensor(
+            [[rewards[row, at] for at in range(tokens.shape[1])] for row in range(len(tokens))],
+            dtype=torch.float32,
+            device=tokens.device,
+        )
+
+    def _valued(self, value: ValueHead, tokens: Tensor) -> Tensor:
+        """V after each candidate."""
+        source = self._runner or self.prompts.runner
+        count, rows = tokens.shape[1], range(len(tokens))
+        of = rows if self._runner is not None else self._prompt.tolist()
+        ahead = self.prompts.ahead(
+            source, [row for row in of for _ in range(count)], tokens.flatten().tolist()
+        )
+        return value(ahead).view_as(tokens)
 
 
 class GuidedRun(Search[RewardGuidedSettings]):
@@ -131,7 +155,13 @@ class GuidedRun(Search[RewardGuidedSettings]):
         self.guide = RewardStream(self.method.reward, self.settings.reward_batch_size)
         self.streams.append(self.guide)
 
+    @property
+    def training(self) -> int:
+        return 0 if self.value is None else self.value.samples
+
     def open(self, task: RolloutTask) -> LocalEngine:
+        path = self.settings.value
+        self.value = None if path is None else value_for(path, self.method.model)
         return LocalEngine(self.method.model, task, partial(GuidedRollouts, self))
 
 

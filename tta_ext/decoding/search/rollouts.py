@@ -13,6 +13,7 @@ and position, so a rollout does not depend on its neighbours, apart from the mod
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from threading import get_ident
 from time import perf_counter
 from typing import Any
@@ -23,7 +24,7 @@ from torch import Tensor
 from tta_ext import ops, rng
 from tta_ext.decoding.runtime.fit import Fit
 from tta_ext.decoding.runtime.interface import ModelRunner
-from tta_ext.decoding.runtime.models import class_name, head_inputs
+from tta_ext.decoding.runtime.models import class_name, head_inputs, loaded
 from tta_ext.decoding.runtime.profiling import span
 from tta_ext.decoding.runtime.rows import Rows
 from tta_ext.decoding.runtime.vocabulary import Vocabulary
@@ -70,24 +71,24 @@ class PromptCache:
                 "search one at a time, as generate() does"
             )
         with torch.inference_mode():
-            self.runner, self._rows = (
-                fit.runner(
-                    model,
-                    rows,
-                    room=0,
-                    vocabulary=vocabulary.size,
-                    masked=vocabulary.masked,
-                    tokens=tokens,
-                )
-                for rows in (self.prompts, [])
+            self._make = partial(
+                fit.runner,
+                model,
+                room=0,
+                vocabulary=vocabulary.size,
+                masked=vocabulary.masked,
+                tokens=tokens,
             )
+            self.runner, self._rows = self._make(self.prompts), self._make([])
             self.runner.hold()
+        self._branches: ModelRunner | None = None
         self.device = self.runner.device
         self.hook_seconds = 0.0
 
     @property
     def seconds(self) -> float:
-        return self.runner.seconds + self._rows.seconds - self.hook_seconds
+        runners = self.runner, self._rows, self._branches
+        return sum(one.seconds for one in runners if one is not None) - self.hook_seconds
 
     def rows(self, prompt: Sequence[int], room: int) -> ModelRunner:
         """Rows that continue these prompts (numbers, repeated as needed), their caches filled.
@@ -96,6 +97,33 @@ class PromptCache:
         """
         self._rows.adopt(self.runner, prompt, room)
         return self._rows
+
+    @torch.inference_mode()
+    def ahead(self, source: ModelRunner, row: Sequence[int], token: Sequence[int]) -> Tensor:
+        """Pre-logits ``[rows, d]`` after another token of some rows, which stay as they are.
+
+        Args:
+            source: a runner of these prompts or their rollouts, of which all is fed.
+            row: numbers of its rows, repeated as needed.
+            token: the token that follows each.
+        """
+        if self._branches is None:
+            self._branches = self._make([])
+        self._branches.adopt(source, row, 1)
+        self._branches.append(token)
+        found: list[Tensor] = []
+        thread = get_ident()
+
+        def note(_: Any, arguments: tuple[Any, ...]) -> None:
+            if get_ident() == thread:
+                found.append(arguments[0][:, -1])
+
+        handle = self.head.register_forward_pre_hook(note)
+        try:
+            self._branches.step()
+        finally:
+            handle.remove()
+        return found[-1]
 
 
 class Rollouts:
@@ -109,7 +137,8 @@ class Rollouts:
         iteration: counter of the random streams.
         noise: what is added to the pre-logits; None leaves them alone.
         metered: KL divergence from the base model is measured on rollouts 0 to ``metered - 1`` of
-            each prompt, at the price of as many more rows in the head.
+            each prompt, at the price of twice as many more rows in the head.
+        fisher: measure F u on those rollouts too; the head's weights must be plain.
 
     Attributes:
         rows: the cells' answers, by number.
@@ -117,6 +146,12 @@ class Rollouts:
         common_dot: the same of the noise's common part, which counts once.
         kl: for each metered cell, the divergence of its next-token laws from the base model's, both
             at the sampling temperature and before top-k and top-p, summed over its steps.
+        kl_fisher: for each metered cell, what u alone does to those laws, to second order:
+            ``sum_v p(v) (w(v) - p . w)^2 / 2`` summed over steps, p the base's law at temperature T
+            and w = W u / T what u adds to its logits (to what the head gives: a model's scales and
+            caps behind the head are not counted).
+        fisher: of each metered cell, ``F u = W^T (p * w - p (p . w)) / T``, float32 like a prompt's
+            part of the mean: the gradient of ``kl_fisher`` in u.
     """
 
     def __init__(
@@ -129,6 +164,7 @@ class Rollouts:
         iteration: int = 0,
         noise: Noise | None = None,
         metered: int = 0,
+        fisher: bool = False,
     ) -> None:
         self.prompts, self.cells = prompts, list(cells)
         self.sampling, self.seed, self.iteration = sampling, seed, iteration
@@ -138,9 +174,13 @@ class Rollouts:
         self.rows = Rows(lengths, sampling.limits, self._title)
         self.dot = torch.zeros(count, dtype=torch.float32, device=device)
         self.common_dot = torch.zeros(count, dtype=torch.float32, device=device)
-        self.kl: dict[int, float] = {}
-        if noise is not None:
-            self.kl = {i: 0.0 for i, (_, rollout) in enumerate(self.cells) if rollout < metered}
+        self.kl = {i: 0.0 for i, (_, rollout) in enumerate(self.cells) if rollout < metered}
+        self.kl_fisher = dict.fromkeys(self.kl, 0.0)
+        self.fisher: dict[int, Tensor] = {}
+        if noise is not None and fisher:
+            self.fisher = {i: torch.zeros_like(noise.mean[0]) for i in self.kl}
+        # Where u is 0 it does nothing to any law.
+        self._shifts = noise is not None and bool(self.kl) and bool(noise.mean.any())
         self._prompt = self._column(prompt for prompt, _ in self.cells)
         self._rollout = self._column(rollout for _, rollout in self.cells)
         self._sequence = self._column(prompts.sequence[prompt] for prompt, _ in self.cells)
@@ -172,22 +212,28 @@ class Rollouts:
     # ---- logits ------------------------------------------------------------------------------
 
     def _before_head(self, module: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Forward pre-hook of the head: one row a rollout, plus noise, plus metered base rows."""
+        """Forward pre-hook of the head: one row a rollout, changed, plus metered base rows."""
         if get_ident() != self._thread:  # another search runs the same model
             return arguments
         start = perf_counter()
         self._fired = True
         hidden = arguments[0][:, -1]
+        self._dtype = hidden.dtype
         if self._runner is None:
             hidden = hidden.index_select(0, self._prompt)
         base = hidden.index_select(0, self._meter_index) if self._meter else None
-        if self.noise is not None:
-            with span("perturb"):
-                hidden = self._perturbed(hidden, self.noise)
+        hidden = self.changed(hidden)
         if base is not None:
             hidden = torch.cat((hidden, base))
         self.prompts.hook_seconds += perf_counter() - start
         return (hidden.unsqueeze(1), *arguments[1:])
+
+    def changed(self, hidden: Tensor) -> Tensor:
+        """What goes into the head in place of the active rollouts' pre-logits ``[active, d]``."""
+        if self.noise is None:
+            return hidden
+        with span("perturb"):
+            return self._perturbed(hidden, self.noise)
 
     def _perturbed(self, hidden: Tensor, noise: Noise) -> Tensor:
         """The pre-logits with the step's noise."""
@@ -249,6 +295,37 @@ class Rollouts:
         terms = torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1).tolist()
         for row, value in zip(self._meter, terms, strict=True):
             self.kl[self.rows.active[row]] += value
+        if self.noise is not None and self._shifts:
+            self._measure_shift(self.noise, log_q.exp_())
+
+    def _measure_shift(self, noise: Noise, p: Tensor) -> None:
+        """Add what u does to the base's laws ``[metered, V]`` of this step, and F u."""
+        row, head = self._step + (noise.common > 0.0), self.prompts.head
+        if row >= noise.mean.shape[1]:
+            return
+        of = noise.mean.index_select(0, self._prompt.index_select(0, self._meter_index))
+        u = of[:, row] + of[:, 0] if noise.common > 0.0 else of[:, row]
+        with loaded(head):
+            moved = head(torch.cat((u, u[:1] * 0.0)).to(self._dtype)).float()
+            shift = (moved[:-1] - moved[-1:])[:, : p.shape[1]] / self.sampling.temperature
+            centred = shift - (p * shift).sum(-1, keepdim=True)
+            pull = p * centred
+            values = 0.5 * (pull * centred).sum(-1)
+            if self.fisher:
+                weight = head.weight
+                if not (weight.is_floating_point() and weight.dim() == 2):
+                    raise ValueError(
+                        f"guard='fisher' needs a head with plain weights, {class_name(head)} has "
+                        f"{weight.dtype} {list(weight.shape)}"
+                    )
+                weight = weight[: p.shape[1]]
+                pull = (pull / self.sampling.temperature).to(weight.dtype) @ weight
+        for place, value in enumerate(values.tolist()):
+            cell = self.rows.active[self._meter[place]]
+            self.kl_fisher[cell] += value
+            if self.fisher:
+                for part in {row, 0} if noise.common > 0.0 else {row}:
+                    self.fisher[cell][part] += pull[place].float()
 
     # ---- tokens ------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from tta_ext import ops
 from tta_ext.decoding.runtime.models import device_of, head_inputs
 from tta_ext.decoding.search.engine import (
+    METERS,
     LocalEngine,
     OnFinish,
     RolloutBatch,
@@ -206,10 +207,13 @@ def _joined(parts: list[list[int]], batches: list[RolloutBatch]) -> RolloutBatch
         finish=inline(batch.finish for batch in batches),
         dot=torch.cat([batch.dot for batch in batches])[order],
         common_dot=torch.cat([batch.common_dot for batch in batches])[order],
-        kl={
-            part[number]: value
-            for part, batch in zip(parts, batches, strict=True)
-            for number, value in batch.kl.items()
+        **{
+            name: {
+                part[number]: value
+                for part, batch in zip(parts, batches, strict=True)
+                for number, value in getattr(batch, name).items()
+            }
+            for name in METERS
         },
         scores=Scores(
             inline(one.texts for one in scores),

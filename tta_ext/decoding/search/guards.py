@@ -1,0 +1,65 @@
+"""What keeps AISP's u from going too far: bounds on it, and a pull back by the Fisher matrix.
+
+The mean u of the noise adds w = W u to a step's logits, and to second order the divergence of the
+moved law from the base's p is ``u . F u / 2`` with ``F u = W^T (p * w - p (p . w))``, half the
+variance of w under p. With ``guard="fisher"`` an update is, as in MISVO,
+
+    u <- u + eta (g - lambda sigma^2 F u),   g = sigma sum_i w_i eps_i
+
+with F summed over an answer's steps. The weighted mean g of the noise is sigma^2 times the gradient
+of log E exp(reward / lam), hence the sigma^2: lambda is nats of that for nats of divergence. F u
+does not know F's curvature, and a step along it may overshoot: it is cut where it would make u
+longer again than the nearest point of its line to 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tta_ext.decoding.search.aisp_settings import AISPSettings
+
+__all__ = ["bounded", "pull_back"]
+
+
+def pull_back(mean: Tensor, fisher: Tensor, scale: Tensor, lam: float) -> Tensor:
+    """The guard's step ``lam sigma^2 F u``, cut at the point of its line next to 0.
+
+    Args:
+        mean: u, float32 ``[P, rows, d]``.
+        fisher: F u, the same.
+        scale: standard deviation of the noise of each row, ``[rows]``.
+        lam: weight, 0 or more.
+    """
+    step = fisher * scale.square()[:, None]
+    along = (mean.double() * step).sum((1, 2))
+    most = along / step.double().square().sum((1, 2)).clamp(min=torch.finfo(torch.float64).tiny)
+    return step * most.clamp(min=0.0, max=lam).float()[:, None, None]
+
+
+def bounded(
+    mean: Tensor, kl: Sequence[float | None], different: Sequence[int], settings: AISPSettings
+) -> Tensor:
+    """u after the divergence budget, the watch over collapse and the norm cap.
+
+    Args:
+        mean: float32 ``[P, rows, d]``.
+        kl: of each prompt, in nats an answer, where it was measured.
+        different: of each prompt, the number of different answers.
+    """
+    factor = torch.ones(len(kl), dtype=torch.float32, device=mean.device)
+    if settings.kl_budget is not None:
+        for place, value in enumerate(kl):
+            if value is not None and value > settings.kl_budget:
+                factor[place] = math.sqrt(settings.kl_budget / value)
+    if settings.distinct_low is not None:
+        for place, count in enumerate(different):
+            if count < settings.distinct_low * settings.n:
+                factor[place] *= 0.5
+    if settings.norm_cap is not None:
+        norm = mean.double().square().sum((1, 2)).sqrt().float() * factor
+        factor = torch.where(norm > settings.norm_cap, factor * settings.norm_cap / norm, factor)
+    return mean * factor[:, None, None] if bool((factor != 1.0).any()) else mean
