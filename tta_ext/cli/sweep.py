@@ -168,15 +168,9 @@ def _sweep_axes(context: typer.Context, axis: Sequence[str]) -> None:
         seeds = [int(part) for part in options["seeds"].split(",")]
     except ValueError:
         raise ValueError(f"--seeds is {options['seeds']!r}, expected a,b,c") from None
-    for name, mark in (
-        ("table", re.compile(b"difference_error")),
-        ("plot", MARK),
-        ("output", None),
-    ):
-        if mark is None:
-            common.check_output(options[name])
-        else:
-            common.check_output(options[name], mark)
+    common.check_output(options["output"])
+    common.check_output(options["table"], re.compile(b"difference_error"))
+    common.check_output(options["plot"], MARK)
     if options["plot"] is not None:
         check_plot(options["plot"])
     with Journal(options["journal"]) as journal:
