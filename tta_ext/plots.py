@@ -17,6 +17,7 @@ __all__ = [
     "curve_means",
     "mean",
     "mean_and_error",
+    "new_figure",
     "plot",
     "plot_bench",
     "plot_sweep",
@@ -105,7 +106,7 @@ def check_plot(path: Path) -> None:
         ImportError: matplotlib is missing; the message has the command.
         ValueError: the file's name has no ending of a picture.
     """
-    known = _figure().canvas.get_supported_filetypes()
+    known = new_figure().canvas.get_supported_filetypes()
     if path.suffix[1:].lower() not in known:
         raise ValueError(f"{path} has no ending of a picture, expected {', '.join(sorted(known))}")
 
@@ -124,7 +125,7 @@ def plot(records: Sequence[dict[str, Any]], path: str | Path, title: str = "") -
     Raises:
         ImportError: matplotlib is missing; the message has the command.
     """
-    figure = _figure()
+    figure = new_figure()
     figure.set_size_inches(9, 7)
     axes = figure.subplots(2, 2)
     for label, table in by_label(records).items():
@@ -177,7 +178,7 @@ def plot_sweep(rows: Sequence[Any], path: str | Path, title: str = "") -> None:
     Raises:
         ImportError: matplotlib is missing; the message has the command.
     """
-    figure = _figure()
+    figure = new_figure()
     axes = figure.subplots()
     for mode in dict.fromkeys(row.mode for row in rows):
         chosen = sorted((r for r in rows if r.mode == mode), key=lambda r: r.setting.param or 0.0)
@@ -216,7 +217,7 @@ def plot_bench(rows: Sequence[Any], path: str | Path, title: str = "") -> None:
             line[row.vocab] = row.us["q50"]
     if not panels:
         raise ValueError("no row passed its check, so there is nothing to draw")
-    figure = _figure()
+    figure = new_figure()
     columns = min(2, len(panels))
     lines = -(-len(panels) // columns)
     figure.set_size_inches(7 * columns, 4 * lines)
@@ -238,7 +239,7 @@ def plot_bench(rows: Sequence[Any], path: str | Path, title: str = "") -> None:
     figure.savefig(path, dpi=150)
 
 
-def _figure() -> Any:
+def new_figure() -> Any:
     """An empty figure of matplotlib.
 
     Raises:
