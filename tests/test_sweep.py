@@ -13,7 +13,7 @@ from commands import call
 from models import base_model, make_tokenizer, proxy_model
 
 import tta_ext
-from tta_ext import sweep
+from tta_ext import plots, sweep
 from tta_ext.sweep import Range, Trial
 
 
@@ -68,7 +68,7 @@ def test_table_has_paired_differences(tmp_path: Path) -> None:
     assert float(read[1]["difference"]) == pytest.approx(2 / 3)
     picture = tmp_path / "trials.svg"
     sweep.plot(trials, picture, "three")
-    assert "Matplotlib" in picture.read_text()
+    assert plots.MARK.search(picture.read_bytes())
 
 
 def test_optuna_finds_a_maximum() -> None:

@@ -29,7 +29,7 @@ from tta_ext.cli.evaluate import (
 from tta_ext.cli.progress import progress
 from tta_ext.cli.prompts import read_prompts
 from tta_ext.cli.search import SMOLLM2, Model, chosen_reward, load_model_and_tokenizer, reward_facts
-from tta_ext.journal import Journal, model_facts
+from tta_ext.journal import Journal, model_facts, run_facts
 
 if TYPE_CHECKING:
     from tta_ext.evaluation import Setting
@@ -169,7 +169,7 @@ def _sweep_axes(context: typer.Context, axis: Sequence[str]) -> None:
     except ValueError:
         raise ValueError(f"--seeds is {options['seeds']!r}, expected a,b,c") from None
     common.check_output(options["output"])
-    common.check_output(options["table"], re.compile(b"difference_error"))
+    common.check_output(options["table"], re.compile(rb"[^\n]*difference_error"))
     common.check_output(options["plot"], MARK)
     if options["plot"] is not None:
         check_plot(options["plot"])
@@ -215,7 +215,7 @@ def _sweep_axes(context: typer.Context, axis: Sequence[str]) -> None:
     if options["plot"] is not None:
         draw(done, options["plot"], f"{name}, {len(done[0].scores)} scores a trial")
         errors.print(f"written: {options['plot']}")
-    report = {"tta_ext": name, "seeds": seeds, "trials": rows, "winner": best.settings}
+    report = {"run": run_facts(method=name, seeds=seeds), "trials": rows, "winner": best.settings}
     common.write_report(options["output"], report)
 
 

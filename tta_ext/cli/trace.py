@@ -131,7 +131,7 @@ def _deferral(context: typer.Context, asked: list[Any]) -> Account:
         seed=result.seed, prompt=options["prompt"],
     )  # fmt: skip
     lines = [
-        {"text": decode([t.token]), **t.as_dict()} | ({} if i else {"run": run})
+        ({} if i else {"run": run}) | {"text": decode([t.token]), **t.as_dict()}
         for i, t in enumerate(result.trace[0])
     ]
     facts = {"rule": setting.label, **{k: v for k, v in heat.items() if v is not None}}
@@ -165,6 +165,6 @@ def _search(context: typer.Context, asked: list[Any]) -> Account:
         method=kind.name, settings=asdict(searcher.settings), models={"model": model_facts(loaded)},
         reward=reward_facts(options["reward"]), seed=result.seed, prompt=options["prompt"],
     )  # fmt: skip
-    lines = [one.as_dict() | ({} if i else {"run": run}) for i, one in enumerate(result.curves[0])]
+    lines = [({} if i else {"run": run}) | one.as_dict() for i, one in enumerate(result.curves[0])]
     facts = {"reward": options["reward"], "model": options["model"]}
     return lines, lambda: search_page(result, facts=facts)

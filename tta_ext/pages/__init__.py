@@ -21,7 +21,7 @@ from tta_ext.decoding.search.outcome import Candidate, IterationRecord
 __all__ = ["MARK", "deferral_page", "search_page"]
 
 # What every page holds near its beginning.
-MARK = re.compile(b'content="tta_ext ')
+MARK = re.compile(rb'(?s)<!DOCTYPE html>.*content="tta_ext ')
 # Answers that a page of a search lists.
 MOST_ANSWERS = 50
 
