@@ -172,7 +172,7 @@ def _verdict(a: Any, it: Law, x: int, key: Key, k: int) -> tuple[bool, bool]:
         may = best(low, high)
         return bool(may[x]), not may[x] or int(may.sum()) > 1
     r, q = key.uniform(rng.VERIFY, k), it.q[x]
-    empty = it.mass[1] >= 1 - 1e-6 or np.maximum(high - it.q, 0).sum() <= 1e-6
+    empty = it.mass[1] >= 1 - 1e-6 or np.maximum(high - it.q, 0).sum() <= 4 * EDGE
     return (
         q > 0 and (r * q * (1 - CLOSE) <= high[x] + EDGE * q or empty),
         q <= TINY or r * q * (1 + CLOSE) >= low[x] - EDGE * q,
