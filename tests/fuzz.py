@@ -29,7 +29,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import cases
 import torch
 from draws import ARGUMENTS, MEDIUM, SMALL, Draw
 from meanings import MEANINGS
@@ -60,7 +59,7 @@ class Case:
         if op in ARGUMENTS:
             given = ARGUMENTS[op](Draw(op, r.below(2**31), sizes))
         else:
-            given = cases.operator_arguments(op)
+            given = tuple(typed(r, kind) for kind in kinds.values())
         self.arguments: dict[str, Any] = dict(zip(self.spec.inputs, given, strict=True))
         self.form = r.one_of(("functional", "out", "public"))
         self.plain = r.chance(0.4)
@@ -261,7 +260,8 @@ def child(seed: int, first: int, goes_on: Callable[[int], bool], journal: int) -
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     used = int(re.search(r"VmSize:\s+(\d+)", Path("/proc/self/status").read_text())[1]) << 10
     resource.setrlimit(resource.RLIMIT_AS, (used + room, used + room))
-    while goes_on(number):
+    parent = os.getppid()
+    while goes_on(number) and os.getppid() == parent:
         os.pwrite(journal, b"%20d" % number, 0)
         fault = fault_of(seed, number, counts)
         if fault:
