@@ -137,11 +137,11 @@ def within(x: Any, low: Any, high: Any, slack: float = 1e-36) -> bool:
     return bool(((x >= low * (1 - CLOSE) - slack) & (x <= high * (1 + CLOSE) + slack)).all())
 
 
-def drawn(weights: Array, u: float) -> Array:
+def drawn(weights: Array, u: float, edge: float = EDGE) -> Array:
     """The tokens whose part of the cumulative law u may lie in."""
     total = np.cumsum(weights)
     share, upper = weights / total[-1], total / total[-1]
-    return (weights > 0) & (upper - share - EDGE <= u) & (u <= upper + EDGE)
+    return (weights > 0) & (upper - share - edge <= u) & (u <= upper + edge)
 
 
 def best(low: Array, high: Array) -> Array:

@@ -303,13 +303,15 @@ def implicit_reward_sample(a: Any, out: Tensor) -> Faults:
         if total is None:
             if v != -1:
                 yield f"row {b} has no law and the token {v}"
-        elif blur < 1e-7 or not a.do_sample:
-            yield from _token(b, v, total, a, key, rng.BASE, 0, 4 * blur * a.temperature)
+        elif blur < 0.01 or not a.do_sample:
+            yield from _token(b, v, total, a, key, rng.BASE, 0, 4 * blur)
 
 
 def _token(
-    b: int, v: int, x: Tensor, a: Any, key: Key, stream: int, draw: int, slack: float
+    b: int, v: int, x: Tensor, a: Any, key: Key, stream: int, draw: int, blur: float
 ) -> Faults:
+    """A token of softmax(x / T), where blur is the rounding of an x / T."""
+    slack = blur * a.temperature
     if not 0 <= v < len(x) or x[v] == -torch.inf:
         yield f"row {b} has the token {v}"
     elif not a.do_sample:
@@ -317,7 +319,7 @@ def _token(
             yield f"row {b} has the token {v}, no argmax"
     elif key.named:
         p = softmax64(x[None], a.temperature)[0].numpy()
-        if not drawn(p, key.uniform(stream, draw=draw))[v]:
+        if not drawn(p, key.uniform(stream, draw=draw), EDGE + blur)[v]:
             yield f"row {b} has the token {v}, not that of its uniform"
 
 
