@@ -219,6 +219,16 @@ ODD: dict[str, Case] = {
         TypeError,
         "logits is of layout torch.sparse_coo, expected a plain tensor",
     ),
+    "no sparse rows": (
+        lambda: draw(torch.zeros(0, 8).to_sparse()),
+        TypeError,
+        "logits is of layout torch.sparse_coo, expected a plain tensor",
+    ),
+    "no mean": (
+        lambda: update(mean=None),
+        TypeError,
+        "mean is NoneType, expected a tensor [P, tau, d]",
+    ),
     "sparse proxy": (
         lambda: sample(good(), good().to_sparse_csr()),
         TypeError,
@@ -271,6 +281,14 @@ def test_a_kernels_refusal_names_no_file(native: None) -> None:
     assert type(dispatch.translated(failure)) is RuntimeError
     other = RuntimeError("something else, /a/b.cpp:1, of torch's")
     assert dispatch.translated(other) is other
+
+
+def test_raw_operators_that_cannot_tell_their_outputs() -> None:
+    raw, one = torch.ops.tta_ext, torch.zeros(1, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"^counter has no dimension, expected at least one$"):
+        raw.philox(torch.tensor(0), one)
+    with pytest.raises(TypeError, match=r"^seed is None, expected a tensor$"):
+        raw.normal(4, None, 0, 0, 0, 0)
 
 
 def test_no_rows_of_any_stride(backend: str) -> None:

@@ -11,8 +11,9 @@ from typing import Any
 import fuzz
 import pytest
 import torch
+from bounds import philox4x32
 from draws import ARGUMENTS, SMALL, Draw
-from meanings import MEANINGS, philox4x32
+from meanings import MEANINGS
 
 from tta_ext.schemas import OPS
 
@@ -122,8 +123,8 @@ def test_deaths_and_endless_calls_are_told_with_their_number(native: None) -> No
 READS = """
 import sys
 sys.path.insert(0, sys.argv[1])
-import ctypes, fuzz, torch
-x = fuzz.at_the_edge(torch.arange(6.0).view(2, 3)[:, :2])
+import ctypes, spoiling, torch
+x = spoiling.at_the_edge(torch.arange(6.0).view(2, 3)[:, :2])
 assert x.tolist() == [[0, 1], [3, 4]] and x.stride() == (3, 1)
 end = x.data_ptr() + 5 * 4
 ctypes.string_at(end - 4, 4)

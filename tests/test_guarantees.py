@@ -1,4 +1,4 @@
-"""docs/guarantees.md: each guarantee names tests, and they are there. And the one that is a search."""
+"""docs/guarantees.md: each guarantee names tests, and they are there; one is proved here."""
 
 from __future__ import annotations
 

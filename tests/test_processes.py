@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from draws import ARGUMENTS, SMALL, Draw
-from fuzz import bits
+from spoiling import bits
 
 from tta_ext import ops
 from tta_ext.schemas import OPS

@@ -277,7 +277,9 @@ OTHERS: dict[str, dict[str, Any]] = {
     "16 lanes": {"lanes": 16},
     "a lane is a run": {"strided": False},
     "lanes fold in pairs": {"fold": neighbours},
-    "lanes fold from left to right": {"fold": lambda x: chain([y for y in x if y is not None], "float32")},
+    "lanes fold from left to right": {
+        "fold": lambda x: chain([y for y in x if y is not None], "float32")
+    },
     "lanes run backwards": {"backwards": True},
 }  # fmt: skip
 

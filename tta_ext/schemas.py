@@ -71,6 +71,9 @@ class OpSpec:
         self.accumulated = accumulated
         self.outputs = tuple(output.name for output in results)
         self.inputs = tuple(argument.split()[-1] for argument in arguments.split(","))
+        # Where every output has a value a row: their dtypes, for the short way through `allocate`.
+        short = not accumulated and all(dims == 1 and dtype for _, dtype, dims, _ in results)
+        self._row_dtypes = [output.dtype for output in results] if short else None
 
     @property
     def functional_schema(self) -> str:
@@ -90,6 +93,9 @@ class OpSpec:
             shape: tuple[int, ...] = like.shape
             if not shape:
                 raise ValueError(f"{self.inputs[0]} has no dimension, expected at least one")
+            if self._row_dtypes is not None:
+                rows, new = shape[0], like.new_empty
+                return tuple([new(rows, dtype=dtype) for dtype in self._row_dtypes])
         else:  # a number of elements, and then a tensor
             shape, like = (like,), args[1]
             if like is None:  # torch lets it through where a tensor belongs

@@ -270,11 +270,15 @@ def key_arguments(
         position = 0 if position is None else position
     if type(iteration) is not int or not 0 <= iteration < rng.ITERATIONS:
         rng.check_iteration(iteration)
-    plain = not _compiling()
+    plain = not _compiling()  # what most calls need is found without another call
     return (
         _seeds[seed] if plain and type(seed) is int else seed_tensor(seed, device),
-        index_tensor("position", position, count, device),
-        sequence_tensor(sequence, count, device),
+        _integers[position]
+        if plain and type(position) is int and 0 <= position < rng.WORD
+        else index_tensor("position", position, count, device),
+        _ranges[count, device]
+        if plain and sequence is None
+        else sequence_tensor(sequence, count, device),
         iteration,
         _rollouts[rollout]
         if plain and type(rollout) is int

@@ -287,7 +287,7 @@ def deferral_propose(
     numbers = args.rule_arguments(base_logits, rule, param, critical, temperature, rule_temperature)
     args.refuse_proxy_rule("deferral_propose", rule, numbers[1])
     key = args.key_arguments(base_logits, seed, position, sequence, iteration, rollout, do_sample)
-    outs = args.outputs(_PROPOSE, out, base_logits, Proposal._fields)
+    outs = None if out is None else args.outputs(_PROPOSE, out, base_logits, Proposal._fields)
     flag = args.check_flag(check, base_logits)
     result = invoke(_PROPOSE, (base_logits, *numbers, *key, flag), outs)
     return result if type(result) is Proposal else Proposal(*result)
@@ -315,8 +315,8 @@ def deferral_sample(
     """A token of law pi: draw v ~ p, reject it with probability mu(v), replace it by one from q.
 
     Args:
-        base_logits, proxy_logits: ``[B, V]``. Where the rule looks at p alone, a proxy row is read
-            (and checked) only if the base model's token is rejected.
+        base_logits, proxy_logits: ``[B, V]``. Where the rule looks at p alone and tokens are drawn,
+            a proxy row is read (and checked) only if the base model's token is rejected.
         {rule}
         {key} Streams: BASE, SPLIT and PROXY.
         {check} its token is -1.
@@ -337,7 +337,7 @@ def deferral_sample(
     _pair(base_logits, proxy_logits)
     numbers = args.rule_arguments(base_logits, rule, param, critical, temperature, rule_temperature)
     key = args.key_arguments(base_logits, seed, position, sequence, iteration, rollout, do_sample)
-    outs = args.outputs(_SAMPLE, out, base_logits, Proposal._fields)
+    outs = None if out is None else args.outputs(_SAMPLE, out, base_logits, Proposal._fields)
     flag = args.check_flag(check, base_logits)
     result = invoke(_SAMPLE, (base_logits, proxy_logits, *numbers, *key, flag), outs)
     return result if type(result) is Proposal else Proposal(*result)
