@@ -7,7 +7,7 @@ logits where it has them, or with a function that is asked for the rows whose dr
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -63,31 +63,16 @@ def deferral_step(
     Raises:
         ValueError: a function for a rule that compares both models.
     """
+    given: dict[str, Any] = {
+        "rule": rule, "seed": seed, "position": position, "sequence": sequence,
+        "do_sample": do_sample, "check": False, "out": out,
+    }  # fmt: skip
     if isinstance(proxy, Tensor):
         with span("sample"):
-            drawn = ops.deferral_sample(
-                base_logits,
-                proxy,
-                rule=rule,
-                seed=seed,
-                position=position,
-                sequence=sequence,
-                do_sample=do_sample,
-                check=False,
-                out=out,
-            )
+            drawn = ops.deferral_sample(base_logits, proxy, **given)
         return Drawn(drawn.token, drawn.deferred.tolist())
     with span("propose"):
-        drawn = ops.deferral_propose(
-            base_logits,
-            rule=rule,
-            seed=seed,
-            position=position,
-            sequence=sequence,
-            do_sample=do_sample,
-            check=False,
-            out=out,
-        )
+        drawn = ops.deferral_propose(base_logits, **given)
     flags = drawn.deferred.tolist()
     rows = [row for row, flag in enumerate(flags) if flag]
     if not rows:
