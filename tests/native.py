@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 from tta_ext.build import LIBRARIES, cache
-from tta_ext.build.toolchain import Recipe, find_compiler
+from tta_ext.build.toolchain import CXX_FLAGS, Recipe, find_compiler
 
 NAME = "tta_ext_testing"
 
@@ -36,6 +36,7 @@ def testing_module() -> ModuleType:
         [*cpu.headers(), *sorted(testing.glob("*.h"))],
         find_compiler(),
         torch=None,
+        flags=(*CXX_FLAGS, "-O1"),  # the product's own are for the C++ tests
         include_dirs=[Path(pybind11.get_include()), Path(sysconfig.get_paths()["include"])],
         more=(pybind11.__version__, sys.version),
     )

@@ -156,6 +156,11 @@ def evaluate(pair, settings, n, **options):
     return list(evaluation.evaluate(pair, task.evaluation_task(n), settings, **options))
 
 
+@pytest.fixture(scope="module")
+def small_run(pair):
+    return evaluate(pair, ["base", "proxy", KAD], 40, batch_size=40)
+
+
 def test_demo_pair_is_what_the_example_says():
     kad = tta_ext.KnapsackDeferral(*tta_ext.demo_pair(), rule="threshold", param=0.4)
     assert kad.base.dtype == torch.float32
@@ -193,10 +198,9 @@ def test_assets_load_with_transformers(name):
     assert logits.isfinite().all()
 
 
-def test_deferral_beats_both_models(pair):
+def test_deferral_beats_both_models(small_run):
     """A small run of the claim; benchmarks/results/demo_pair.md has it at n = 500."""
-    rows = evaluate(pair, ["base", "proxy", KAD], 40, batch_size=40)
-    by = {(row.setting.label, row.mode): row for row in rows}
+    by = {(row.setting.label, row.mode): row for row in small_run}
     label = evaluation.Setting.parse(KAD).label
     for mode in evaluation.MODES:
         kad, base, proxy = by[label, mode], by["base", mode], by["proxy", mode]
@@ -300,20 +304,20 @@ def test_bad_arguments_are_named(pair):
         evaluate(pair, ["base"], 1, batch_size=0)
 
 
-def test_table_and_summary(pair):
-    rows = evaluate(pair, ["base", "proxy", "threshold:0.5"], 5)
+def test_table_and_summary(small_run):
+    rows = small_run
     assert len(demo_pair.table(rows).splitlines()) == 2 + len(rows)
     result = demo_pair.summary(rows)
-    assert result["greedy"]["best_kad"] == "threshold 0.5"
+    assert result["greedy"]["best_kad"] == "threshold 0.4"
     json.dumps([result, *(row.as_dict() for row in rows)], allow_nan=False)
     run = {
         "command": "x",
-        "n": 5,
+        "n": 40,
         "seed": 0,
         "pair": "",
         "torch": "",
         "threads": 1,
-        "batch_size": 5,
+        "batch_size": 40,
     }
     page = demo_pair.report(run | {"summary": result}, rows)
     assert "format-free" in page

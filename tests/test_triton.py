@@ -15,6 +15,8 @@ from conftest import skip_or_fail
 from tta_ext import dispatch, schemas
 
 ROOT = Path(__file__).resolve().parent.parent
+# One that searches, one that compares with the base alone, one that reads both models.
+FEW_RULES = "knapsack or argmax or proxy_above"
 
 
 @pytest.fixture
@@ -39,16 +41,15 @@ def run(*command: str, **variables: str) -> None:
 @pytest.mark.parametrize(
     "part",
     [
-        "deferral or cut or budgets",
+        f"cut or budgets or deferral and ({FEW_RULES})",
+        pytest.param(f"deferral and not ({FEW_RULES})", marks=pytest.mark.slow),
         pytest.param("verify", marks=pytest.mark.slow),
-        pytest.param("not part", marks=pytest.mark.slow),
+        pytest.param("not (cut or budgets or deferral or verify)", marks=pytest.mark.slow),
     ],
 )
 def test_kernels_equal_the_cpus_in_the_interpreter(part: str) -> None:
     """In processes of their own: Triton decides at its import whether kernels are interpreted."""
-    others = "deferral or cut or budgets or verify"
-    chosen = f"not ({others})" if part == "not part" else part
-    run("pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/triton_kernels.py", "-k", chosen,
+    run("pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/triton_kernels.py", "-k", part,
         TRITON_INTERPRET="1")  # fmt: skip
 
 

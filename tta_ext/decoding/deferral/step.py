@@ -7,7 +7,7 @@ logits where it has them, or with a function that is asked for the rows whose dr
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -99,32 +99,17 @@ def deferral_step(
         drawn.token.index_copy_(0, index, token)
         drawn.deferred.index_fill_(0, index, False)
 
+    given: dict[str, Any] = {
+        "rule": rule, "seed": seed, "position": position, "sequence": sequence,
+        "do_sample": do_sample, "check": False, "out": out,
+    }  # fmt: skip
     if isinstance(proxy, Tensor):
         with span("sample"):
-            drawn = ops.deferral_sample(
-                base_logits,
-                proxy,
-                rule=rule,
-                seed=seed,
-                position=position,
-                sequence=sequence,
-                do_sample=do_sample,
-                check=False,
-                out=out,
-            )
+            drawn = ops.deferral_sample(base_logits, proxy, **given)
         base_alone(drawn)
         return Drawn.fetch(*drawn)
     with span("propose"):
-        drawn = ops.deferral_propose(
-            base_logits,
-            rule=rule,
-            seed=seed,
-            position=position,
-            sequence=sequence,
-            do_sample=do_sample,
-            check=False,
-            out=out,
-        )
+        drawn = ops.deferral_propose(base_logits, **given)
     base_alone(drawn)
     found = Drawn.fetch(*drawn)
     tokens, flags = found.tokens, found.from_proxy
