@@ -214,6 +214,16 @@ def test_generate_with_a_recurrent_base() -> None:
     assert found.tolist() == base.generate(ids, **options).tolist()
 
 
+def test_heads_of_several_codebooks_are_refused() -> None:
+    config = transformers.MusicgenDecoderConfig(
+        vocab_size=VOCABULARY, hidden_size=16, ffn_dim=16, num_hidden_layers=1,
+        num_attention_heads=2,
+    )  # fmt: skip
+    model = transformers.MusicgenForCausalLM(config)
+    with pytest.raises(ValueError, match=r"base \(MusicgenForCausalLM\) has 4 heads, of codes"):
+        KnapsackDeferral(model, base_model())
+
+
 def test_runners_can_be_forced_or_not() -> None:
     with pytest.raises(ValueError, match=r"base \(MambaForCausalLM\) keeps a recurrent state"):
         KnapsackDeferral(mamba(), base_model(), runner="ragged")
