@@ -212,6 +212,9 @@ def test_generate_with_a_recurrent_base() -> None:
                     "eos_token_id": None, "pad_token_id": PAD}  # fmt: skip
     found = base.generate(ids, custom_generate=hf.kad, proxy_model=proxy, param=0.0, **options)
     assert found.tolist() == base.generate(ids, **options).tolist()
+    options |= {"custom_generate": hf.kad, "proxy_model": proxy, "runner": "ragged"}
+    with pytest.raises(ValueError, match="keeps a recurrent state"):
+        base.generate(ids, **options)
 
 
 def test_heads_of_several_codebooks_are_refused() -> None:
