@@ -276,6 +276,7 @@ SEARCH = ["search", "--model", "/nowhere", "--reward", "json", "hello"]
         (["generate", "--quantization-config", "[]", "hi"], 1, "expected a JSON object"),
         (["generate", "--revision", "main", "hi"], 1, "so it has no revision main"),
         (["generate", "--device-map", "auto", "--device", "cpu", "hi"], 1, "device_map is given"),
+        (["generate", "--runner", "fast", "hi"], 1, "runner is 'fast', expected None or one of"),
         (["generate", "--top-k", "0", "hi"], 1, "top_k"),
         (["generate", "--samples", "0", "hi"], 2, "Invalid value for '--samples'"),
         (["eval", "--data", "x", "--output", "/dev/null/x"], 1, "x"),

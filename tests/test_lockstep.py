@@ -212,6 +212,19 @@ def test_generate_with_a_recurrent_base() -> None:
                     "eos_token_id": None, "pad_token_id": PAD}  # fmt: skip
     found = base.generate(ids, custom_generate=hf.kad, proxy_model=proxy, param=0.0, **options)
     assert found.tolist() == base.generate(ids, **options).tolist()
+    options |= {"custom_generate": hf.kad, "proxy_model": proxy, "runner": "ragged"}
+    with pytest.raises(ValueError, match="keeps a recurrent state"):
+        base.generate(ids, **options)
+
+
+def test_heads_of_several_codebooks_are_refused() -> None:
+    config = transformers.MusicgenDecoderConfig(
+        vocab_size=VOCABULARY, hidden_size=16, ffn_dim=16, num_hidden_layers=1,
+        num_attention_heads=2,
+    )  # fmt: skip
+    model = transformers.MusicgenForCausalLM(config)
+    with pytest.raises(ValueError, match=r"base \(MusicgenForCausalLM\) has 4 heads, of codes"):
+        KnapsackDeferral(model, base_model())
 
 
 def test_runners_can_be_forced_or_not() -> None:

@@ -321,17 +321,19 @@ class Request:
 
     def _stuck(self, runners: Sequence[ModelRunner]) -> list[str]:
         """The models that cannot take drafts back."""
+        models = self.models
         return [
             f"{name} ({class_name(model)})"
-            for (model, name), runner in zip(self.models.named, runners, strict=True)
-            if not runner.lags and not takes_drafts(model)
+            for (model, name), fit, runner in zip(models.named, models.fits, runners, strict=True)
+            # Rotary factors that follow the length would follow a draft's too.
+            if not runner.lags and (fit.reach is not None or not takes_drafts(model))
         ]
 
     def _without_drafts(self, stuck: Sequence[str]) -> str:
         """Why nothing is drafted, said once."""
         note = (
-            f"nothing is drafted: {' and '.join(stuck)} in lock-step with a cache that cannot be "
-            "cropped, and what drafts save would go into reading again"
+            f"nothing is drafted: {' and '.join(stuck)} in lock-step cannot take tokens back but "
+            "by reading again, which costs what drafts save"
         )
         if not self.models.notes & {note}:
             self.models.notes.add(note)

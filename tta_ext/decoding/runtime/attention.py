@@ -48,8 +48,8 @@ def check_model(model: Any, role: str) -> None:
         reason = "is an encoder-decoder; only decoder-only models are supported"
     elif (head := model.get_output_embeddings()) is None:
         reason = "has no language-model head; load it with AutoModelForCausalLM"
-    elif not hasattr(head, "weight"):
-        reason = f"has a {type(head).__name__} as its head, not one over one vocabulary"
+    elif isinstance(head, torch.nn.ModuleList):
+        reason = f"has {len(head)} heads, of codes that belong together, not one over a vocabulary"
     if reason is not None:
         raise ValueError(f"{role} ({class_name(model)}) {reason}")
 

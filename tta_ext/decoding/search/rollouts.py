@@ -217,6 +217,11 @@ class Rollouts:
             return arguments
         start = perf_counter()
         self._fired = True
+        if arguments[0].dim() != 3:
+            raise ValueError(
+                f"{class_name(self.prompts.model)} hands its head {list(arguments[0].shape)}, "
+                "expected [rows, columns, d]; it has no pre-logits to search over"
+            )
         hidden = arguments[0][:, -1]
         self._dtype = hidden.dtype
         if self._runner is None:
