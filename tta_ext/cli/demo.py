@@ -174,8 +174,7 @@ def _show_aisp(models: Models, seed: int) -> None:
         return
     asked = "Tell me about the sea."
     console.print(
-        f"\nAISP on {smollm2.NAME}: noise on the pre-logits learns to say one sentence of ten "
-        f"different words; {asked!r}",
+        f"\nAISP on {smollm2.NAME}, a search for one sentence of ten different words; {asked!r}",
         soft_wrap=True,
     )
     chat = [[{"role": "user", "content": asked}]]
