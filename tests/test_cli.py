@@ -329,6 +329,10 @@ def test_demo(capsys: Any, monkeypatch: Any) -> None:
     for method in ("aisp", "best_of_n"):
         assert out.count(f"{method}: mean reward by iteration") == 2
     assert torch.get_num_threads() == 1
+    said = ["The sea is a vast and deep blue world, calm today.", "unforgiving, unforgiving,", ""]
+    whole, repeated, nothing = demo_command.one_sentence([], said)
+    assert whole > 0.8 > 0 > repeated
+    assert nothing == -1.0
 
 
 def test_search_command(capsys: Any, pair: list[str], tmp_path: Path) -> None:

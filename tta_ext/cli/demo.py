@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from statistics import fmean as mean
@@ -150,14 +151,13 @@ def _time_ops(kad: KnapsackDeferral, prompts: list[str], seed: int) -> None:
 def _show_aisp(models: Models, seed: int) -> None:
     """AISP against best-of-n, on the pair's base, and on SmolLM2 if that is installed.
 
-    The rewards are the right number and a length, which leave the language to the model. One that
-    pays for words or letters is won by answers that are nothing else.
+    The rewards are the right number and one whole sentence, which leave the language to the model.
+    One that pays for words, letters or a length is won by answers that are nothing else.
     """
-    from tta_ext.decoding.rewards import LengthReward
     from tta_ext.demo import smollm2
     from tta_ext.demo.task import evaluation_problems, lenient_answer
 
-    problems = evaluation_problems(8)
+    problems = evaluation_problems(4)
     answers = {problem.prompt: problem.answer for problem in problems}
 
     def right(prompts: list[Any], responses: list[Any]) -> list[float]:
@@ -174,11 +174,22 @@ def _show_aisp(models: Models, seed: int) -> None:
         return
     asked = "Tell me about the sea."
     console.print(
-        f"\nAISP on {smollm2.NAME}: noise on the pre-logits learns to use 10 words; {asked!r}",
+        f"\nAISP on {smollm2.NAME}, a search for one sentence of ten different words; {asked!r}",
         soft_wrap=True,
     )
     chat = [[{"role": "user", "content": asked}]]
-    _search(*load_model_and_tokenizer(SMOLLM2), chat, LengthReward(10), 24, seed)
+    _search(*load_model_and_tokenizer(SMOLLM2), chat, one_sentence, 16, seed)
+
+
+def one_sentence(prompts: list[Any], responses: list[str]) -> list[float]:
+    """1 for one whole sentence of ten different words; less for what is missing or said twice."""
+    rewards = []
+    for text in responses:
+        words = re.findall(r"[\w'-]+", text.lower())
+        different = len(set(words))
+        whole = re.fullmatch(r"[^.!?]+[.!?]\s*", text) is not None
+        rewards.append(whole - abs(different - 10) / 10 - (len(words) - different) / 10)
+    return rewards
 
 
 def _search(
@@ -189,8 +200,8 @@ def _search(
 
     parts = model, reward, tokenizer
     options: dict[str, Any] = {"max_new_tokens": tokens}
-    steered = AdaptiveImportanceSampling(*parts, n=8, iterations=4, **options)
-    plain = BestOfN(*parts, n=32, group=8, probe=False, **options)
+    steered = AdaptiveImportanceSampling(*parts, n=8, iterations=3, **options)
+    plain = BestOfN(*parts, n=24, group=8, probe=False, **options)
     for method in (steered, plain):
         result = method.generate(prompts, seed=seed)
         means = [
