@@ -227,7 +227,9 @@ def compile_one(toolkit: cuda.Toolkit, source: Path, arch: str) -> list[Kernel]:
 
 
 def measure(
-    toolkit: cuda.Toolkit, files: Sequence[Path], architectures: Sequence[str]
+    toolkit: cuda.Toolkit,
+    files: Sequence[Path],
+    architectures: Sequence[str] = cuda.ARCHITECTURES,
 ) -> list[Kernel]:
     """The kernels of files on these architectures, by file, name and architecture."""
     jobs = [(source, arch) for arch in architectures for source in files]

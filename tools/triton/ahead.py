@@ -243,7 +243,7 @@ def main() -> int:
     lines = [
         "# The Triton kernels, compiled without a GPU",
         "",
-        "`python -m tools.triton.ahead --output tools/triton/README.md` compiles them, and writes",
+        f"`python -m tools.triton.ahead {' '.join(sys.argv[1:])}` compiles them, and writes",
         "registers a thread / spilled bytes a thread (on AMD: vector registers), by Triton "
         f"{triton.__version__}.",
         "Without the kernels of the other rules, dtypes and block sizes (`--all`).",

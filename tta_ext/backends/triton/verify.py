@@ -260,6 +260,6 @@ def deferral_verify(
         launch(residual_tiles, x.rows * x.tiles, law, drafts, verdict, left, RULE=code)
     launch(
         walk_rows, batch, law, r.base, r.proxy, drafts, verdict, left, best, kept, *key, accepted,
-        token, deferred, mass, RULE=code, RETURN_MASS=return_mass, BLOCKS=width, num_warps=8,
+        token, deferred, mass, RULE=code, RETURN_MASS=return_mass, BLOCKS=width, num_warps=16,
     )  # fmt: skip
     return invalid
