@@ -23,7 +23,9 @@ from tta_ext.decoding.search.compare import Contestant, compare, summary
 
 OPTIONS: dict[str, Any] = {"max_new_tokens": 6, "eos_token_id": []}
 # Short answers: their first token is half of the reward, and the head's inputs know it.
-TRAINING: dict[str, Any] = {**OPTIONS, "max_new_tokens": 2, "n": 48, "seed": 1}
+TRAINING: dict[str, Any] = {
+    **OPTIONS, "max_new_tokens": 2, "n": 96, "seed": 1, "epochs": 80, "learning_rate": 3e-3
+}  # fmt: skip
 MORE = [text + end for text in PROMPTS for end in (" a", " be", " see", "?", " no", " why")]
 
 
@@ -71,8 +73,8 @@ def test_ascent_follows_the_slope_and_raises_the_value() -> None:
 def test_training_beats_the_mean_on_unseen_prompts(trained: tuple[ValueHead, str]) -> None:
     facts = trained[0].facts
     assert facts["held_out_error"] < 0.9 * facts["held_out_variance"]
-    assert facts["samples"] == trained[0].samples == 48 * len(MORE)
-    assert facts["tokens"] == 2 * 48 * len(MORE)
+    assert facts["samples"] == trained[0].samples == 96 * len(MORE)
+    assert facts["tokens"] == 2 * 96 * len(MORE)
 
 
 def test_training_is_reproducible_and_put_away(trained: tuple[ValueHead, str]) -> None:
@@ -118,7 +120,7 @@ def test_steps_raise_the_reward_and_are_metered(trained: tuple[ValueHead, str]) 
         found = ReControlSearch(
             model, vowels, tokenizer, value=trained[1], n=32, steps=3, step_size=size, **OPTIONS
         ).generate(PROMPTS, seed=2)
-        assert found.training == 48 * len(MORE)
+        assert found.training == 96 * len(MORE)
         assert found.samples == [32] * len(PROMPTS)
         means.append(sum(curve[0].mean for curve in found.curves) / len(PROMPTS))
         kl.append([curve[0].kl for curve in found.curves])

@@ -237,5 +237,4 @@ def plot(trials: Sequence[Trial], path: Path, title: str) -> None:
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
     figure.suptitle(title, fontsize="medium")
-    figure.tight_layout()
     figure.savefig(path, dpi=150)
