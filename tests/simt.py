@@ -161,7 +161,7 @@ def _build(
     recipe = _recipe(
         mode,
         root,
-        [f"-DTTA_SIMT_LIBRARY={namespace}", *torch_flags],
+        ["-O0", "-g0", f"-DTTA_SIMT_LIBRARY={namespace}", *torch_flags],
         library=f"{stem}.so",
         sources=sources,
         headers=headers,
