@@ -200,8 +200,9 @@ class Key(NamedTuple):
 
     @classmethod
     def of(cls, key: KeyArguments, draw: int = 0) -> Key:
-        rows = per_row(key.position, key.sequence, key.rollout)
-        return cls(number(key.seed) if key.do_sample else None, *rows, key.iteration, draw)
+        position, sequence, rollout, strides = per_row(key.position, key.sequence, key.rollout)
+        seed = number(key.seed) if key.do_sample else None
+        return cls(seed, position, sequence, rollout, strides, key.iteration, draw)
 
 
 @triton.jit

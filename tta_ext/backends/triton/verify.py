@@ -245,7 +245,7 @@ def deferral_verify(
     r = cut.resolved(base_logits, proxy_logits, rule, both=False)
     policy.sum_up(r)
     law, code, x = r.law, r.rule.code, r.law.base
-    drafts = Draft(draft, *draft.stride(), draft_length.contiguous())
+    drafts = Draft(draft, draft.stride(0), draft.stride(1), draft_length.contiguous())
     verdict = scratch(base_logits, x.rows, dtype=torch.int32)
     best = kept = left = None
     if arguments.do_sample:
