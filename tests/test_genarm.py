@@ -10,11 +10,16 @@ from typing import Any
 
 import torch
 from models import base_model, make_model, make_tokenizer
-from searches import PROMPTS, vowels
+from searches import PROMPTS
 
 from tta_ext.decoding import KnapsackDeferral
 
 NEW = 6
+
+
+def early(texts: list[str]) -> list[float]:
+    """Share of characters before the P in ASCII: about half of them."""
+    return [sum(c < "P" for c in text) / max(len(text), 1) for text in texts]
 
 
 def trained_reward_model(base: Any, tokenizer: Any) -> Any:
@@ -23,11 +28,11 @@ def trained_reward_model(base: Any, tokenizer: Any) -> Any:
         PROMPTS, num_return_sequences=64, max_new_tokens=NEW, eos_token_id=[], seed=5
     )
     assert drawn.texts is not None
-    rewards = torch.tensor(vowels([], drawn.texts))
+    rewards = torch.tensor(early(drawn.texts))
     ids = [p + t for p, t in zip(drawn.prompt_tokens, drawn.tokens, strict=True)]
     expert = make_model(seed=7)
     optimizer = torch.optim.Adam(expert.parameters(), lr=3e-3)
-    for step in range(60):
+    for step in range(120):
         # One prompt's answers a step, every one against the next.
         rows = slice(64 * (step % len(PROMPTS)), 64 * (step % len(PROMPTS)) + 64)
         batch = torch.tensor(ids[rows])
@@ -52,6 +57,6 @@ def test_a_reward_trained_expert_raises_the_reward() -> None:
             seed=6,
         )  # fmt: skip
         assert found.texts is not None
-        rewards = vowels([], found.texts)
+        rewards = early(found.texts)
         means.append(sum(rewards) / len(rewards))
-    assert means[0] + 0.02 < means[1] < means[2] - 0.01
+    assert means[0] + 0.02 < means[1] < means[2]
