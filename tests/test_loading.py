@@ -143,12 +143,11 @@ def test_quantized_weights(folder: Path) -> None:
     """Deferral that keeps every token writes what ``generate`` does on the same weights."""
     torchao = pytest.importorskip("torchao.quantization")
     config = transformers.TorchAoConfig(torchao.Int8WeightOnlyConfig())
-    kad = KnapsackDeferral.from_pretrained(
-        str(folder), str(folder), quantization_config=config, rule="threshold", param=0.0
-    )
+    model = load_model(str(folder), quantization_config=config)
+    kad = KnapsackDeferral(model, model, rule="threshold", param=0.0)
     assert type(kad.base.model.layers[0].mlp.up_proj.weight) is not torch.nn.Parameter
     ids = torch.tensor(ROWS[:1])
-    expected = kad.base.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=None)
+    expected = model.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=None)
     found = kad.generate(ROWS[:1], do_sample=False, max_new_tokens=6, eos_token_id=[])
     assert found.tokens[0] == expected[0, 3:].tolist()
 
