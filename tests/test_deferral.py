@@ -150,7 +150,7 @@ def check_tokens(base: Tensor, proxy: Tensor, kwargs: dict[str, Any]) -> None:
 few_rows = [case for case in grid() if case.batch in (1, 3)]
 
 
-@pytest.mark.parametrize(("turn", "case"), enumerate(few_rows[::3]), ids=str)
+@pytest.mark.parametrize(("turn", "case"), list(enumerate(few_rows[::3])), ids=str)
 def test_tokens_follow_the_oracle(turn: int, case: Case, backend: str) -> None:
     if not affordable(case, backend):
         pytest.skip("large for the reference")

@@ -291,7 +291,9 @@ def test_another_order_is_found(other: str) -> None:
     assert expected(row_tree(9001, **OTHERS[other]), asked) != expected(row_tree(9001), asked)
 
 
-@pytest.mark.parametrize("options", [{"fold": neighbours}, {"lanes": 64}, {}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"fold": neighbours}, {"lanes": 64}, {}], ids=["neighbours", "64 lanes", "none"]
+)
 def test_a_kernel_that_adds_otherwise_is_found(options: dict[str, Any]) -> None:
     """One that evaluates an expression exactly as it stands, in place of the kernels."""
     count = 5000

@@ -290,16 +290,9 @@ class Search(Generic[S]):
         self.stream = self.scorer.stream()
         self.streams = [self.stream]
         task = RolloutTask(
-            self.encoded,
-            self.sequence,
-            self.sampling,
-            seed,
-            method.vocabulary,
-            settings.batch_size,
-            first,
-            method.fit,
-            self.scorer,
-        )
+            self.encoded, self.sequence, self.sampling, seed, method.vocabulary,
+            settings.batch_size, first, method.fit, self.scorer,
+        )  # fmt: skip
         self.engine = self.open(task)
         self.iteration = 0
         self.candidates: list[list[Candidate]] = [[] for _ in self.prompts]
