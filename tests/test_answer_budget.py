@@ -46,7 +46,7 @@ def test_bound_and_limits(
 ) -> None:
     keys: dict[str, Any] = {"rule": rule, "param": param, "do_sample": do_sample}
     free = answer(kad, **keys)
-    assert free.stats.deferred_tokens > 2
+    assert free.stats.deferred_tokens > 0
     for share in (0.0, 0.2, 0.5, 1.0):
         bounded = answer(kad, **keys, answer_budget=share, answer_spending=way)
         for flags in bounded.deferred:

@@ -89,7 +89,7 @@ def test_the_file_says_what_was_run(tmp_path: Path) -> None:
     arguments += "--rule threshold --dtype bfloat16".split()
     picture = tmp_path / "times.svg"
     assert main([*arguments, "--output", str(path), "--plot", str(picture)]) == 0
-    assert all(text in picture.read_text() for text in ("Matplotlib", "vocabulary"))
+    assert all(text in picture.read_text() for text in ("tta_ext", "vocabulary"))
     with pytest.raises(ValueError, match="has no ending of a picture"):
         main([*arguments, "--plot", str(tmp_path / "times.txt")])
     head, _, table = path.read_text().partition("\n| op ")

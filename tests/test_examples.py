@@ -27,10 +27,10 @@ PAGES = sorted(
 NEEDS = {
     "network": 3,  # installing
     "checkpoints": 6,
-    "vllm": 3,
+    "vllm": 4,
     "ray": 4,
     "slurm": 2,
-    "smollm2": 1,
+    "smollm2": 3,
     "hub": 2,
     "checkout": 1,
 }

@@ -165,6 +165,7 @@ def test_wheel_carries_kernels_for_the_gpus_of_the_machine(build: Build) -> None
         "compiler": "nvcc V13.2.1",
         "images": ["compute_80", "sm_80"],
         "cuda": "13.0",
+        "variant": [],
         **files.stamp(b""),
     }
     assert build(TTA_EXT_CUDA="1", TORCH_CUDA_ARCH_LIST="9.0") == (0, [])

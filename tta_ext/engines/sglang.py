@@ -68,6 +68,9 @@ _live = cache(_Live)
 class KnapsackDeferral(CustomLogitProcessor):
     """Draws the tokens of the requests that name it."""
 
+    def __repr__(self) -> str:
+        return f"{__name__}.{type(self).__name__}()"
+
     def __call__(
         self, logits: Tensor, custom_param_list: Sequence[Mapping[str, Any]] | None = None
     ) -> Tensor:

@@ -223,9 +223,12 @@ def train_value(
                 target += [one.reward] * len(rows)
     if not parts[True][0] or not parts[False][0]:
         raise ValueError("no finite reward among the training or the held-out prompts")
-    x, y = torch.stack(parts[False][0]).clone(), torch.tensor(parts[False][1])
-    seen = torch.stack(parts[True][0]).clone(), torch.tensor(parts[True][1])
-    head = ValueHead(head_inputs(method.model), width, seed)
+    # In float64, so that the number of threads, which orders sums, decides no digit that is kept.
+    (x, y), seen = (
+        (torch.stack(hidden).double(), torch.tensor(target, dtype=torch.float64))
+        for hidden, target in (parts[False], parts[True])
+    )
+    head = ValueHead(head_inputs(method.model), width, seed).double()
     head.centre, head.mean = x.mean(0), y.mean()
     head.scale = (x - head.centre).square().mean().sqrt()
     head.deviation = y.std(correction=0)
@@ -241,7 +244,7 @@ def train_value(
         "held_out_variance": float((seen[1] - head.mean).square().mean()),
         "seed": rng.resolve_seed(seed),
     }
-    return head.requires_grad_(False)
+    return head.float().requires_grad_(False)
 
 
 def _fit(
