@@ -15,9 +15,7 @@ from rich.console import Console
 
 from tta_ext.cli import app as app_module
 from tta_ext.cli import common
-from tta_ext.cli import demo as demo_command
 from tta_ext.cli.sweep import parse_range
-from tta_ext.demo import smollm2
 from tta_ext.evaluation import data_task
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant: "
@@ -315,24 +313,15 @@ def test_errors_are_one_sentence(
     assert "Traceback" not in errors
 
 
-def test_demo(capsys: Any, monkeypatch: Any) -> None:
-    # The search is of a tiny model here, whatever this machine has.
-    tiny = base_model(), make_tokenizer(template=TEMPLATE)
-    monkeypatch.setattr(smollm2, "available", lambda: True)
-    monkeypatch.setattr(demo_command, "load_model_and_tokenizer", lambda name: tiny)
+def test_demo(capsys: Any) -> None:
     status, out, _ = call(capsys, "demo", "--n", "1", "--answers", "1", "--threads", "1")
     assert status == 0
     assert "threshold 0.4" in out
     assert "time of the loop" in out
     assert "deferral_propose" in out
-    # Of the shipped base and of the other model.
     for method in ("aisp", "best_of_n"):
-        assert out.count(f"{method}: mean reward by iteration") == 2
+        assert f"{method}: mean reward by iteration" in out
     assert torch.get_num_threads() == 1
-    said = ["The sea is a vast and deep blue world, calm today.", "unforgiving, unforgiving,", ""]
-    whole, repeated, nothing = demo_command.one_sentence([], said)
-    assert whole > 0.8 > 0 > repeated
-    assert nothing == -1.0
 
 
 def test_search_command(capsys: Any, pair: list[str], tmp_path: Path) -> None:

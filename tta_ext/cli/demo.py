@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable
 from statistics import fmean as mean
@@ -17,7 +16,6 @@ from tta_ext.cli.common import console
 from tta_ext.cli.config import Config
 from tta_ext.cli.evaluate import row_table
 from tta_ext.cli.progress import progress
-from tta_ext.cli.search import SMOLLM2, load_model_and_tokenizer
 
 if TYPE_CHECKING:
     from tta_ext.decoding import KnapsackDeferral
@@ -149,12 +147,11 @@ def _time_ops(kad: KnapsackDeferral, prompts: list[str], seed: int) -> None:
 
 
 def _show_aisp(models: Models, seed: int) -> None:
-    """AISP against best-of-n, on the pair's base, and on SmolLM2 if that is installed.
+    """AISP against best-of-n, on the pair's base.
 
-    The rewards are the right number and one whole sentence, which leave the language to the model.
-    One that pays for words, letters or a length is won by answers that are nothing else.
+    The reward is the right number, which leaves the language to the model. One that pays for words,
+    letters or a length is won by answers that are nothing else.
     """
-    from tta_ext.demo import smollm2
     from tta_ext.demo.task import evaluation_problems, lenient_answer
 
     problems = evaluation_problems(4)
@@ -170,26 +167,6 @@ def _show_aisp(models: Models, seed: int) -> None:
         soft_wrap=True,
     )
     _search(models.base, models.tokenizer, list(answers), right, 48, seed)
-    if not smollm2.available():
-        return
-    asked = "Tell me about the sea."
-    console.print(
-        f"\nAISP on {smollm2.NAME}, a search for one sentence of ten different words; {asked!r}",
-        soft_wrap=True,
-    )
-    chat = [[{"role": "user", "content": asked}]]
-    _search(*load_model_and_tokenizer(SMOLLM2), chat, one_sentence, 16, seed)
-
-
-def one_sentence(prompts: list[Any], responses: list[str]) -> list[float]:
-    """1 for one whole sentence of ten different words; less for what is missing or said twice."""
-    rewards = []
-    for text in responses:
-        words = re.findall(r"[\w'-]+", text.lower())
-        different = len(set(words))
-        whole = re.fullmatch(r"[^.!?]+[.!?]\s*", text) is not None
-        rewards.append(whole - abs(different - 10) / 10 - (len(words) - different) / 10)
-    return rewards
 
 
 def _search(
