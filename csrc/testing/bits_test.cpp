@@ -19,13 +19,24 @@ struct Pinned {
   uint64_t fingerprint;
 };
 const Pinned kPinned[] = {
-    {"deferral_mask", 0x4b68c30230e54058},    {"deferral_probs", 0xee7d6d3017a5cf36},
-    {"deferral_stats", 0x4ea861bcdb10546c},   {"deferral_sample", 0xc202642fe7104685},
-    {"deferral_verify", 0x4397546e0785b345},  {"categorical_sample", 0x2eff909ae47a49d3},
-    {"implicit_reward", 0xd031df8855f59209},  {"greedy_knapsack", 0xe3572ca1db9dac48},
-    {"prelogit_perturb", 0xe264e088ec49c4da}, {"importance_weights", 0xb0bb9dfc232e1936},
-    {"control_update", 0x0cc794920f549a1a},   {"control_merge", 0x3d8af1b50806a34f},
+    {"deferral_mask", 0x4b68c30230e54058},
+    {"deferral_probs", 0xee7d6d3017a5cf36},
+    {"deferral_stats", 0x4ea861bcdb10546c},
+    {"deferral_sample", 0xc202642fe7104685},
+    {"deferral_verify", 0x4397546e0785b345},
+    {"categorical_sample", 0x2eff909ae47a49d3},
+    {"implicit_reward", 0xd031df8855f59209},
+    {"greedy_knapsack", 0xe3572ca1db9dac48},
+    {"prelogit_perturb", 0xe264e088ec49c4da},
+    {"importance_weights", 0xb0bb9dfc232e1936},
+    {"control_update", 0x0cc794920f549a1a},
+    {"control_merge", 0x3d8af1b50806a34f},
     {"normal", 0xcdeb09603baaf29f},
+    {"deferral_mask, cascades", 0x82164464338010df},
+    {"deferral_probs, cascades", 0x9bbb0e224d8e85da},
+    {"deferral_stats, cascades", 0xff01b61b1e309d59},
+    {"deferral_sample, cascades", 0x4f6b9ecec59f37f3},
+    {"deferral_verify, cascades", 0x8e36cafa10f70bee},
 };
 
 // Several tiles with a ragged end.
@@ -87,12 +98,19 @@ KeySpec key_of(bool do_sample) {
   return key;
 }
 
-// use(arguments) for every dtype, rule and critical item.
+// Rules whose results are in one fingerprint: those of one release.
+struct Rules {
+  int first, end;
+};
+constexpr Rules kFirst = {kKnapsack, kRelativeRatio}, kCascades = {kRelativeRatio, kOptimal + 1};
+static_assert(kCascades.end == kRules, "every rule is in a fingerprint");
+
+// use(arguments) for every dtype, every one of the rules, and critical item.
 template <class Args, class Use>
-void each_rule(int64_t positions, const Use& use) {
+void each_rule(Rules rules, int64_t positions, const Use& use) {
   for (const int dtype : {kFloat32, kFloat16, kBFloat16}) {
     const Array base(kRows * kVocab, 3.0, dtype, 1), proxy(kRows * kVocab, 3.0, dtype, 2);
-    for (int rule = 0; rule < kRules; ++rule)
+    for (int rule = rules.first; rule < rules.end; ++rule)
       for (int critical = kExclude; critical <= (rule == kKnapsack ? kSplitItem : kExclude);
            ++critical) {
         Args a;
@@ -118,8 +136,8 @@ std::vector<T> filled(int64_t count) {
 using Bools = std::vector<uint8_t>;
 bool* flags(Bools* x) { return reinterpret_cast<bool*>(x->data()); }
 
-void deferral(Fingerprint* mask, Fingerprint* probs, Fingerprint* stats) {
-  each_rule<MaskArgs>(1, [&](MaskArgs a) {
+void deferral(Rules rules, Fingerprint* mask, Fingerprint* probs, Fingerprint* stats) {
+  each_rule<MaskArgs>(rules, 1, [&](MaskArgs a) {
     Bools out = filled<uint8_t>(kRows * kVocab);
     std::vector<int64_t> critical = filled<int64_t>(kRows);
     std::vector<float> fraction = filled<float>(kRows);
@@ -130,14 +148,14 @@ void deferral(Fingerprint* mask, Fingerprint* probs, Fingerprint* stats) {
     deferral_mask(a, kSerial);
     mask->add(out), mask->add(critical), mask->add(fraction);
   });
-  each_rule<ProbsArgs>(1, [&](ProbsArgs a) {
+  each_rule<ProbsArgs>(rules, 1, [&](ProbsArgs a) {
     std::vector<float> out = filled<float>(kRows * kVocab);
     a.out = out.data();
     a.out_stride = kVocab;
     deferral_probs(a, kSerial);
     probs->add(out);
   });
-  each_rule<StatsArgs>(1, [&](StatsArgs a) {
+  each_rule<StatsArgs>(rules, 1, [&](StatsArgs a) {
     std::vector<double> mass = filled<double>(kRows), used = mass;
     std::vector<int64_t> critical = filled<int64_t>(kRows);
     std::vector<float> cut = filled<float>(kRows);
@@ -150,9 +168,9 @@ void deferral(Fingerprint* mask, Fingerprint* probs, Fingerprint* stats) {
   });
 }
 
-void sample(Fingerprint* found) {
+void sample(Rules rules, Fingerprint* found) {
   for (const bool do_sample : {true, false})
-    each_rule<SampleArgs>(1, [&](SampleArgs a) {
+    each_rule<SampleArgs>(rules, 1, [&](SampleArgs a) {
       std::vector<int64_t> token = filled<int64_t>(kRows);
       Bools deferred = filled<uint8_t>(kRows);
       a.key = key_of(do_sample);
@@ -163,10 +181,10 @@ void sample(Fingerprint* found) {
     });
 }
 
-void verify(Fingerprint* found) {
+void verify(Rules rules, Fingerprint* found) {
   constexpr int64_t kDrafted = 2, kBatch = kRows / (kDrafted + 1);
   for (const bool do_sample : {true, false})
-    each_rule<VerifyArgs>(kDrafted + 1, [&](VerifyArgs a) {
+    each_rule<VerifyArgs>(rules, kDrafted + 1, [&](VerifyArgs a) {
       const int64_t draft[kBatch * kDrafted] = {11, 22, 33, 44}, length[kBatch] = {2, 1};
       std::vector<int64_t> accepted = filled<int64_t>(kBatch), token = accepted;
       Bools deferred = filled<uint8_t>(kBatch);
@@ -351,9 +369,13 @@ void noise(Fingerprint* found) {
 std::vector<Pinned> fingerprints() {
   Fingerprint mask, probs, stats, sampled, verified, categorical, mixture, selected, perturbed,
       weights, update, merge, normals;
-  deferral(&mask, &probs, &stats);
-  sample(&sampled);
-  verify(&verified);
+  deferral(kFirst, &mask, &probs, &stats);
+  sample(kFirst, &sampled);
+  verify(kFirst, &verified);
+  Fingerprint more[5];
+  deferral(kCascades, &more[0], &more[1], &more[2]);
+  sample(kCascades, &more[3]);
+  verify(kCascades, &more[4]);
   draws(&categorical, &mixture);
   knapsack(&selected);
   perturb(&perturbed);
@@ -371,7 +393,12 @@ std::vector<Pinned> fingerprints() {
           {"importance_weights", weights.value()},
           {"control_update", update.value()},
           {"control_merge", merge.value()},
-          {"normal", normals.value()}};
+          {"normal", normals.value()},
+          {"deferral_mask, cascades", more[0].value()},
+          {"deferral_probs, cascades", more[1].value()},
+          {"deferral_stats, cascades", more[2].value()},
+          {"deferral_sample, cascades", more[3].value()},
+          {"deferral_verify, cascades", more[4].value()}};
 }
 
 void check(int isa) {
