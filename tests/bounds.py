@@ -97,11 +97,13 @@ def _bounds(a: Any, base: Tensor, proxy: Tensor | None, param: float) -> tuple[A
     before, slack = np.append(0.0, used[:-1]), np.append(0.0, edge[:-1])
     everything = param >= 1
     # Weights below the smallest normal float32 of their tile's are none.
-    doubt = param < TINY and bool(((weight > 0) & (weight < 2.0**-125 * p.max())).any())
+    small = weight < 2.0**-125 * p.max()
+    doubt = param < TINY and bool(((weight > 0) & small).any())
+    least = np.append(0.0, np.cumsum(np.where(small, 0.0, weight))[:-1])
     taken = (used <= param - edge) | everything | (used == 0)
     taken &= ~(doubt & (used <= TINY))
     # What may be the first item not taken: it may not fit, and all before it may.
-    may = ~taken & ((before <= param + slack) | (doubt & (before <= TINY)))
+    may = ~taken & ((before <= param + slack) | (doubt & (least <= TINY)))
     fill = np.clip((param - before) / np.maximum(weight, 1e-300), 0, 1)
     blur = (edge + slack) / np.maximum(weight, 1e-300)
     sure = not doubt and may.sum() == 1 and (used > param + edge)[may].all()

@@ -38,8 +38,8 @@ def prelogit_perturb(a: Any, out: Tensor, dot: Tensor) -> Faults:
             if off.any():
                 yield f"row {b} is not hidden + mean + sigma eps"
             terms = u * eps
-            near = 2.0**-18 * (np.abs(terms) + np.abs(u)).sum() + 1e-37
-            if near < 1e37 and not abs(float(dot[b]) - terms.sum()) <= near:
+            near = 2.0**-18 * (np.abs(terms) + np.abs(u)).sum() + 1e-37  # or beyond float32
+            if near < 1e33 and not abs(float(dot[b]) - terms.sum()) <= near:
                 yield f"row {b} has dot {float(dot[b])}, expected {terms.sum()}"
 
 

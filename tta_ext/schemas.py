@@ -98,8 +98,9 @@ class OpSpec:
                 return tuple([new(rows, dtype=dtype) for dtype in self._row_dtypes])
         else:  # a number of elements, and then a tensor
             shape, like = (like,), args[1]
-            if like is None:  # torch lets it through where a tensor belongs
-                raise TypeError(f"{self.inputs[1]} is None, expected a tensor")
+            if not isinstance(like, Tensor):  # torch lets None through where a tensor belongs
+                name = self.inputs[0 if args[0] is None else 1]
+                raise TypeError(f"{name} is None, expected a tensor")
         new, rows, accumulated = like.new_empty, shape[0], self.accumulated
         return tuple(
             [
