@@ -160,8 +160,9 @@ def calls(every: bool) -> Iterator[tuple[str, tuple[Any, ...]]]:
                     yield "deferral_sample", (x, x, *given, *key, sampled, False)
                     base = x.view(batch, 1, vocab).expand(batch, 3, vocab)
                     draft = torch.zeros(batch, 2, dtype=torch.int64)
+                    proxy = base if proxied else base[:, :2]
                     yield "deferral_verify", (
-                        base, base[:, :2], draft, each, *given, *key, sampled, True, False,
+                        base, proxy, draft, each, *given, *key, sampled, True, False,
                     )  # fmt: skip
         expert, beta = torch.zeros(2, batch, vocab, dtype=dtype), torch.ones(2)
         for anti in (None, expert):
