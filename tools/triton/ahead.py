@@ -123,8 +123,8 @@ def record(call: Callable[[], None], every: bool) -> list[Launch]:
     return found
 
 
-# A rule of each kind: a budget, a test of p from below, a test of q from above.
-_KINDS = (rules.KNAPSACK, rules.THRESHOLD, rules.PROXY_ABOVE)
+# A rule of each kind: a budget, a test of p from below, a test of q from above, a distance.
+_KINDS = (rules.KNAPSACK, rules.THRESHOLD, rules.PROXY_ABOVE, rules.OPTIMAL)
 
 
 def calls(every: bool) -> Iterator[tuple[str, tuple[Any, ...]]]:
