@@ -285,6 +285,16 @@ def test_key_depends_on_everything(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         assert (Library(root).digest() == on_cpu) is (name != "core/a.h")
 
 
+def test_variants_are_a_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One library for the same choice, however it is written."""
+    for text in ("typed,float-division", "float-division; typed", "typed float-division typed"):
+        monkeypatch.setenv("TTA_EXT_CUDA_VARIANT", text)
+        assert cuda.variant_flags() == list(cuda.VARIANTS.values())
+    monkeypatch.setenv("TTA_EXT_CUDA_VARIANT", "typed,slow")
+    with pytest.raises(BuildError, match="TTA_EXT_CUDA_VARIANT has 'slow'"):
+        cuda.variant_flags()
+
+
 def test_cmake_has_the_same_kernels() -> None:
     text = (ROOT / "CMakeLists.txt").read_text()
     (pattern,) = re.findall(r"file\(GLOB TTA_EXT_CUDA_SOURCES CONFIGURE_DEPENDS (\S+)\)", text)

@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from cases import operator_outputs
 from torch import Tensor
 
 import tta_ext
 from tta_ext import ops, rng, rules
+from tta_ext.backends import triton
 
 pytestmark = [
     pytest.mark.usefixtures("native"),
@@ -183,6 +185,57 @@ def test_verify(rule: str) -> None:
         length = torch.tensor([2, 2, 0, 1])
         how = {**given, **key(4), "do_sample": sampled, "return_mass": True, "check": False}
         agree(ops.deferral_verify, base, proxy, draft, length, **how)
+
+
+def test_optimal_where_the_models_are_alike() -> None:
+    """A distance of nothing, whose product with infinity is NaN: no row of it is deferred."""
+    alike, vocab = 3, 150
+    param = torch.tensor([0.0, INF, -0.1, 0.02, INF], dtype=torch.float64)
+    x = 3 * torch.randn(len(param), vocab, generator=torch.Generator().manual_seed(5))
+    x[2] = (x[2] / 3).round()  # ties, the most probable among them
+    q = x.clone()
+    q[alike:] = 1.5 * q[alike:].roll(1)
+    given: dict[str, Any] = {"rule": "optimal", "param": param, "temperature": 0.7}
+    mask = agree(ops.deferral_mask, x, q, **given).mask
+    assert mask.all(-1).tolist() == [False] * alike + [True, False]
+    agree(ops.deferral_stats, x, q, **given, rule_temperature=1.3)
+    for sampled in (True, False):
+        how = {**given, **key(len(x)), "do_sample": sampled}
+        agree(ops.deferral_sample, x, q, **how)
+        for length in (0, 1):
+            base, proxy = (y[:, None].expand(-1, length + 1, vocab) for y in (x, q))
+            draft, filled = q.argmax(-1, keepdim=True)[:, :length], torch.full((len(x),), length)
+            agree(ops.deferral_verify, base, proxy, draft, filled, **how, return_mass=True)
+
+
+def test_the_distance_of_two_tiles() -> None:
+    """Its sum decides: of parameters on both sides of (max q - max p) / TV."""
+    x = 3 * torch.randn(1, 4230, generator=torch.Generator().manual_seed(5))
+    q = (1.5 * x.roll(1)).expand(2, -1)
+    p_, q_ = (y[0].double().softmax(-1) for y in (x, q))
+    even = (q_.max() - p_.max()) / (p_ - q_).clamp(min=0).sum()
+    param = even + torch.tensor([-1e-6, 1e-6], dtype=torch.float64)
+    mask = agree(ops.deferral_mask, x.expand(2, -1), q, rule="optimal", param=param).mask
+    assert mask.all(-1).tolist() == [True, False]
+
+
+@pytest.mark.parametrize("rule", sorted(rules.NEEDS_PROXY))
+def test_a_rule_that_reads_the_proxy_is_given_it(rule: int) -> None:
+    """The kernels' callers themselves ask, of what ``tta_ext.ops`` would not pass on."""
+    x, numbers = torch.zeros(1, 2, 9), [torch.tensor([i]) for i in range(4)]
+    given = (torch.tensor([0.1], dtype=torch.float64), rule, rules.EXCLUDE, 1.0, 1.0)
+    how = (*numbers[:3], 0, numbers[3], True)
+    draft, length = torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    for name, *arguments in (
+        ("deferral_mask", x[0], None, *given),
+        ("deferral_propose", x[0], *given, *how),
+        ("deferral_verify", x, x[:, :1], draft, length, *given, *how, False),
+        ("deferral_verify", x[:, :1], x[:, :0], draft[:, :0], length, *given, *how, False),
+    ):
+        operands = (*arguments, False)
+        wanted = f"rule '{rules.RULE_NAMES[rule]}' needs proxy_logits"
+        with pytest.raises(ValueError, match=wanted):
+            getattr(triton, name)(*operands, **operator_outputs(name, operands))
 
 
 def test_verify_where_the_policy_is_the_proxy() -> None:

@@ -89,12 +89,34 @@ Results run(const Models& models, int rule, const Parallel& parallel) {
   laws.out_stride = kVocab;
   deferral_probs(laws, parallel);
 
+  // Pairs of rows, with a draft token for the first of each.
+  constexpr int64_t kPairs = kRows / 2;
+  const std::vector<int64_t> draft(kPairs, 23), length(kPairs, 1);
+  std::vector<int64_t> accepted(kPairs), verified(kPairs);
+  std::vector<uint8_t> by_proxy(kPairs);
+  std::vector<double> masses(rows);
+  auto pairs = args_of<VerifyArgs>(models, rule, &invalid);
+  for (Logits* x : {&pairs.base, &pairs.proxy}) x->batch_stride = 2 * (x->row_stride = kVocab);
+  pairs.batch = kPairs;
+  pairs.key = sample.key;
+  pairs.draft_capacity = pairs.draft_row_stride = 1;
+  pairs.has_bonus_row = pairs.return_mass = true;
+  pairs.draft = draft.data();
+  pairs.draft_length = length.data();
+  pairs.accepted = accepted.data();
+  pairs.token = verified.data();
+  pairs.deferred = reinterpret_cast<bool*>(by_proxy.data());
+  pairs.mass = masses.data();
+  deferral_verify(pairs, parallel);
+
   Results out;
   out.invalid_row = invalid.row();
-  for (const auto* x : {&token, &critical, &critical_of_mask})
+  for (const auto* x : {&token, &critical, &critical_of_mask, &accepted, &verified})
     out.whole.insert(out.whole.end(), x->begin(), x->end());
-  for (const auto* x : {&deferred, &mask}) out.whole.insert(out.whole.end(), x->begin(), x->end());
-  for (const auto* x : {&mass, &used}) out.real.insert(out.real.end(), x->begin(), x->end());
+  for (const auto* x : {&deferred, &mask, &by_proxy})
+    out.whole.insert(out.whole.end(), x->begin(), x->end());
+  for (const auto* x : {&mass, &used, &masses})
+    out.real.insert(out.real.end(), x->begin(), x->end());
   for (const auto* x : {&cut, &fraction, &probs})
     out.real.insert(out.real.end(), x->begin(), x->end());
   return out;
@@ -125,7 +147,6 @@ void test_threads(int rule) {
 }  // namespace tta
 
 int main() {
-  for (int rule : {tta::kKnapsack, tta::kThreshold, tta::kConfidenceBet})
-    tta::testing::test_threads(rule);
+  for (int rule = 0; rule < tta::kRules; ++rule) tta::testing::test_threads(rule);
   return tta::testing::finish("threads_test");
 }

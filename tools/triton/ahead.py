@@ -123,8 +123,8 @@ def record(call: Callable[[], None], every: bool) -> list[Launch]:
     return found
 
 
-# A rule of each kind: a budget, a test of p from below, a test of q from above.
-_KINDS = (rules.KNAPSACK, rules.THRESHOLD, rules.PROXY_ABOVE)
+# A rule of each kind: a budget, a test of p from below, a test of q from above, a distance.
+_KINDS = (rules.KNAPSACK, rules.THRESHOLD, rules.PROXY_ABOVE, rules.OPTIMAL)
 
 
 def calls(every: bool) -> Iterator[tuple[str, tuple[Any, ...]]]:
@@ -160,8 +160,9 @@ def calls(every: bool) -> Iterator[tuple[str, tuple[Any, ...]]]:
                     yield "deferral_sample", (x, x, *given, *key, sampled, False)
                     base = x.view(batch, 1, vocab).expand(batch, 3, vocab)
                     draft = torch.zeros(batch, 2, dtype=torch.int64)
+                    proxy = base if proxied else base[:, :2]
                     yield "deferral_verify", (
-                        base, base[:, :2], draft, each, *given, *key, sampled, True, False,
+                        base, proxy, draft, each, *given, *key, sampled, True, False,
                     )  # fmt: skip
         expert, beta = torch.zeros(2, batch, vocab, dtype=dtype), torch.ones(2)
         for anti in (None, expert):

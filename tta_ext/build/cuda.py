@@ -68,13 +68,13 @@ class Toolkit:
 
 def variant_flags() -> list[str]:
     """What ``TTA_EXT_CUDA_VARIANT`` asks the compiler for."""
-    names = [n for n in re.split(r"[;,\s]+", os.environ.get("TTA_EXT_CUDA_VARIANT", "")) if n]
-    if unknown := [name for name in names if name not in VARIANTS]:
+    names = {n for n in re.split(r"[;,\s]+", os.environ.get("TTA_EXT_CUDA_VARIANT", "")) if n}
+    if unknown := sorted(names - VARIANTS.keys()):
         raise BuildError(
             f"TTA_EXT_CUDA_VARIANT has {unknown[0]!r}, expected some of {', '.join(VARIANTS)}; "
             "mend it with: unset TTA_EXT_CUDA_VARIANT"
         )
-    return [VARIANTS[name] for name in names]
+    return [flag for name, flag in VARIANTS.items() if name in names]
 
 
 def remedy(cuda: str | None = None) -> str:

@@ -17,8 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tta_ext import rules
-from tta_ext.backends.reference._common import RuleArguments, inverse_temperature, softmax
-from tta_ext.backends.reference.deferral import best, total_variation
+from tta_ext.backends.reference._common import RuleArguments, inverse_temperature
 from tta_ext.backends.triton import numerics as num
 from tta_ext.backends.triton import rows
 from tta_ext.backends.triton.launch import Rows, jit, launch, number, scratch
@@ -26,7 +25,7 @@ from tta_ext.backends.triton.launch import Rows, jit, launch, number, scratch
 KNAPSACK, CONFIDENCE_BET = tl.constexpr(rules.KNAPSACK), tl.constexpr(rules.CONFIDENCE_BET)
 THRESHOLD, NUDGING = tl.constexpr(rules.THRESHOLD), tl.constexpr(rules.NUDGING)
 RELATIVE, ARGMAX = tl.constexpr(rules.RELATIVE), tl.constexpr(rules.ARGMAX)
-RELATIVE_RATIO = tl.constexpr(rules.RELATIVE_RATIO)
+RELATIVE_RATIO, OPTIMAL = tl.constexpr(rules.RELATIVE_RATIO), tl.constexpr(rules.OPTIMAL)
 INCLUDE, SPLIT = tl.constexpr(rules.INCLUDE), tl.constexpr(rules.SPLIT)
 
 
@@ -75,16 +74,6 @@ class Resolved(NamedTuple):
     rule: RuleArguments
 
 
-def plain(base: Tensor, proxy: Tensor | None, rule: RuleArguments) -> RuleArguments:
-    """``optimal`` as the ``nudging`` that it is, by a number for each row: max q - a TV."""
-    if rule.code != rules.OPTIMAL or proxy is None:
-        return rule
-    p, q = (softmax(x, rule.rule_temperature, torch.float32) for x in (base, proxy))
-    param = rule.param if rule.param.dim() == base.dim() - 1 else rule.param.unsqueeze(-1)
-    limit = best(q) - param.unsqueeze(-1) * total_variation(p, q)
-    return rule._replace(code=rules.NUDGING, param=limit.squeeze(-1))
-
-
 @triton.constexpr_function
 def reads_proxy(rule):
     return rule in rules.NEEDS_PROXY
@@ -103,7 +92,7 @@ def is_upper(rule):
 
 
 @triton.jit
-def rule_threshold(param, z, proxy_z, RULE: tl.constexpr):
+def rule_threshold(param, z, proxy_z, distance, RULE: tl.constexpr):
     """The probability that decides, as core/rules.h has it: a line a rule."""
     max_p = (1.0 / z).to(tl.float32).to(tl.float64)
     max_q = (1.0 / proxy_z).to(tl.float32).to(tl.float64)
@@ -119,6 +108,9 @@ def rule_threshold(param, z, proxy_z, RULE: tl.constexpr):
         threshold = max_p * (1.0 - param)
     elif RULE == ARGMAX:
         threshold = max_p
+    elif RULE == OPTIMAL:
+        surer = max_p < max_q - param * distance  # not where that is NaN
+        threshold = tl.where(surer, num.INFINITY, -num.INFINITY).to(tl.float64)
     else:
         threshold = max_p + param
     return threshold
@@ -155,8 +147,25 @@ def below_probability(top, inverse, z, threshold, OR_EQUAL: tl.constexpr):
 
 
 @jit
-def resolve_rows(state, s, q, vocab, inner, param, param_outer, param_inner, inverse, rule_inverse,
-                 RULE: tl.constexpr, BOTH: tl.constexpr):  # fmt: skip
+def distance_tiles(x, s, y, q, inverse, mass):
+    """A tile's part of the total variation, sum max(p - q, 0): p, q, difference as float32."""
+    tiles = rows.tiles_of(x.vocab)
+    row, t = rows.part(tiles)
+    top, proxy_top = rows.row_max(s.tile_max, row, tiles), rows.row_max(q.tile_max, row, tiles)
+    z = rows.row_sum(s.tile_max, s.rule_sum, row, tiles, top, inverse)
+    proxy_z = rows.row_sum(q.tile_max, q.rule_sum, row, tiles, proxy_top, inverse)
+    lanes = tl.zeros((num.LANES,), tl.float32)
+    for g in range(rows.groups_of(x.vocab)):
+        j = t * num.TILE + g * num.LANES + tl.arange(0, num.LANES)
+        more = rows.probability(rows.logits(x, row, j), top, inverse, z)
+        more = more - rows.probability(rows.logits(y, row, j), proxy_top, inverse, proxy_z)
+        lanes = lanes + tl.where(more > 0.0, more, 0.0)
+    tl.store(mass + row * tiles + t, tl.sum(num.fold(lanes[None, :], 1), 0).to(tl.float64))
+
+
+@jit
+def resolve_rows(state, s, q, distances, vocab, inner, param, param_outer, param_inner, inverse,
+                 rule_inverse, RULE: tl.constexpr, BOTH: tl.constexpr):  # fmt: skip
     """Sums, validity, and the cut of every rule but the knapsack."""
     row = tl.program_id(0).to(tl.int64)
     tiles = rows.tiles_of(vocab)
@@ -186,7 +195,10 @@ def resolve_rows(state, s, q, vocab, inner, param, param_outer, param_inner, inv
     tl.store(state.critical + row, -1)
     tl.store(state.critical_x + row, num.INFINITY)
     if RULE != KNAPSACK:
-        threshold = rule_threshold(value, rule_z, proxy_rule_z, RULE)
+        distance = tl.zeros((), tl.float64)
+        if distances is not None:
+            distance = rows.mass_sum(distances, row, tiles)
+        threshold = rule_threshold(value, rule_z, proxy_rule_z, distance, RULE)
         if judges_proxy(RULE):
             cut, limit = below_probability(
                 proxy_top, rule_inverse, proxy_rule_z, threshold, is_upper(RULE)
@@ -341,19 +353,30 @@ def resolved(base_logits: Tensor, proxy_logits: Tensor | None, rule: RuleArgumen
     """Statistics of the rows, and the rule as a cut, the knapsack's too if it is wanted whole.
 
     A row is valid where its base is and, with ``both``, the proxy where that is given.
+
+    Raises:
+        ValueError: the rule reads the proxy at every position, and not all were given.
     """
-    rule, positions = plain(base_logits, proxy_logits, rule), base_logits.shape[1]
-    base, proxy, q = Rows.of(base_logits, positions), None, None
+    positions = base_logits.shape[1]
+    base, q, distances = Rows.of(base_logits, positions), None, None
+    proxy = None if proxy_logits is None else Rows.of(proxy_logits, positions)
+    if rule.code in rules.NEEDS_PROXY and (proxy is None or proxy.limit < base.limit):
+        raise ValueError(
+            f"rule {rules.RULE_NAMES[rule.code]!r} needs proxy_logits at each position "
+            "of base_logits"
+        )
     inverses = inverse_temperature(rule.temperature), inverse_temperature(rule.rule_temperature)
     s = rows.stats(base, *inverses)
-    if proxy_logits is not None:
-        proxy = Rows.of(proxy_logits, positions)
+    if proxy is not None:
         q = rows.stats(proxy, *inverses)
+    if rule.code == rules.OPTIMAL:
+        distances = scratch(base_logits, base.rows, base.tiles)
+        launch(distance_tiles, base.rows * base.tiles, base, s, proxy, q, inverses[1], distances)
     state = State.of(base)
     each = rule.param.numel() not in (1, len(base_logits))  # one a position, not a row
     strides = (base.inner, 1) if each else (int(rule.param.numel() != 1), 0)
-    launch(resolve_rows, base.rows, state, s, q, base.vocab, base.inner, number(rule.param),
-           *strides, *inverses, RULE=rule.code, BOTH=both)  # fmt: skip
+    launch(resolve_rows, base.rows, state, s, q, distances, base.vocab, base.inner,
+           number(rule.param), *strides, *inverses, RULE=rule.code, BOTH=both)  # fmt: skip
     if rule.code == rules.KNAPSACK and whole:
         _search(base, s, state, rule)
     return Resolved(Law(base, proxy, state, inverses[0]), s, q, rule)
