@@ -166,9 +166,17 @@ def refuse_unused(context: typer.Context, choice: str, unused: Collection[str]) 
 
 
 def chosen_setting(
-    context: typer.Context, rule: str, param: float | None, critical: str
+    context: typer.Context,
+    rule: str,
+    param: float | None,
+    critical: str,
+    others: Collection[str] = (),
 ) -> Setting:
-    """The rule that a command's options name; ``ValueError`` for one that it does not use."""
+    """The rule that a command's options name; ``ValueError`` for one that it does not use.
+
+    Args:
+        others: options that other rules of the same command use.
+    """
     from tta_ext import rules
     from tta_ext.evaluation import IMPLICIT_REWARD, Setting
 
@@ -178,7 +186,7 @@ def chosen_setting(
         "argmax": {"anti", "critical", "param"},
     }
     name = rule if rule == IMPLICIT_REWARD else rules.rule_name(rule)
-    refuse_unused(context, f"rule {name}", unused.get(name, {"anti", "critical"}))
+    refuse_unused(context, f"rule {name}", unused.get(name, {"anti", "critical"}) - set(others))
     return Setting(name, DEFAULT_PARAM.get(name) if param is None else param, critical)
 
 
