@@ -109,7 +109,7 @@ def test_refused_trials_are_told(capsys: Any, folders: dict[str, str], tmp_path:
         "optuna", "--trials", "3", "--max-new-tokens", "2", "--set", "eos_token_id=[]",
         "--model", folders["base"], "--data", str(data), "--axis",
     ]  # fmt: skip
-    status, out, err = call(capsys, *words, "group=1..4")
+    status, _, err = call(capsys, *words, "group=1..4")
     assert (status, "of no use" in err) == (0, False)
     status, _, err = call(capsys, *words, "group=1.0..1.5")
     assert status == 1
@@ -163,11 +163,13 @@ def test_implicit_reward_on_an_axis_has_its_anti(
 ) -> None:
     data = tmp_path / "data.jsonl"
     data.write_text(json.dumps({"prompt": "ab", "answer": "x"}) + "\n")
-    status, out, _ = call(
-        capsys, "sweep", "--axis", "rule=implicit_reward,nudging", "--base", folders["base"],
+    words = [
+        "sweep", "--axis", "rule=implicit_reward,nudging", "--base", folders["base"],
         "--proxy", folders["proxy"], "--anti", folders["base"], "--data", str(data),
-        "--mode", "greedy", "--max-new-tokens", "2", "--rule", "implicit_reward",
-    )  # fmt: skip
+        "--mode", "greedy", "--max-new-tokens", "2",
+    ]  # fmt: skip
+    assert call(capsys, *words)[0] == 0  # the default's rule needs none
+    status, out, _ = call(capsys, *words, "--rule", "implicit_reward")
     assert status == 0
     assert ", anti=anti, rule='implicit_reward'" in out.strip().splitlines()[-1]
 

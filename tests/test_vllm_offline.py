@@ -22,6 +22,7 @@ class Engine:
 
     def __init__(self, model: str, **options: Any) -> None:
         self.model, self.options = model, options
+        self.llm_engine = SimpleNamespace(model_config=SimpleNamespace(max_model_len=16))
 
     def generate(self, prompts: Any, params: Any, use_tqdm: bool) -> list[Any]:
         self.asked = list(zip(prompts, params, strict=True))
@@ -66,6 +67,9 @@ def test_prompts_offline(monkeypatch: pytest.MonkeyPatch) -> None:
     more = {"seed": 9, "max_new_tokens": 3}
     assert pair.generate([[3]], **more).finish == ["eos"]
     assert pair.generate([[3]], stop_strings=["ive"], **more).finish == ["stop"]
+    assert pair.generate([[3] * 13], **more).finish == ["eos"]
+    with pytest.raises(ValueError, match=r"prompt 1 has 14 tokens .* max_model_len is 16"):
+        pair.generate([[3], [3] * 14], **more)
     with pytest.raises(ValueError, match=r"temperature is 0.7, expected 1"):
         pair.generate([[3]], do_sample=False, **more)
 

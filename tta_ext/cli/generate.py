@@ -63,10 +63,14 @@ def generate(
         typer.Option(help="Tokens that are drafted for the base to judge at once, or auto."),
     ] = None,
     answer_budget: Annotated[
-        float | None, typer.Option(help="Share of an answer's tokens that the proxy may write.")
+        float | None,
+        typer.Option(help="Share that the proxy may write: of --max-new-tokens, or see next."),
     ] = None,
     answer_spending: Annotated[
-        str | None, typer.Option(help="How it is spent: greedy (default) or running.")
+        str | None,
+        typer.Option(
+            help="How it is spent: greedy (default), or running, a share of the answer so far."
+        ),
     ] = None,
     draft: Annotated[
         str | None, typer.Option(help="Who drafts: proxy (default), base or lookup.")
@@ -240,6 +244,8 @@ class _VLLM(_Pair):
         asked: Sequence[Asked],
         options: dict[str, Any],
     ) -> None:
+        from importlib.metadata import version
+
         from tta_ext.engines.vllm.offline import OfflinePair
         from tta_ext.engines.vllm.pair import write_pair
         from tta_ext.rules import Rule
@@ -253,7 +259,7 @@ class _VLLM(_Pair):
         self.kad = OfflinePair(pair, rule, dtype=loading["dtype"], tensor_parallel_size=size)
         self.asked, self.options = asked, options
         self.facts = lambda: (
-            {"backend": "vllm"}
+            {"backend": "vllm", "vllm": version("vllm"), "tensor_parallel_size": size}
             | {
                 name: {"fingerprint": fingerprint(source), "dtype": loading["dtype"]}
                 for name, source in named.items()
