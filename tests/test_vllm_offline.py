@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-from commands import call
+from commands import call, lines
 from foreign import BASE, PROXY
 
 from tta_ext.decoding import load_tokenizer
@@ -72,6 +73,23 @@ def test_prompts_offline(monkeypatch: pytest.MonkeyPatch) -> None:
         pair.generate([[3], [3] * 14], **more)
     with pytest.raises(ValueError, match=r"temperature is 0.7, expected 1"):
         pair.generate([[3]], do_sample=False, **more)
+
+
+def test_a_record_names_the_engine(
+    capsys: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    vllm, out = ModuleType("vllm"), tmp_path / "out.jsonl"
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
+    words = ["generate", "Q", "--seed", "1", "--backend", "vllm", "--base", str(BASE), "--proxy"]
+    words += [str(PROXY), "--max-new-tokens", "2", "--output", str(out)]
+    for version in ("1.2", "1.2", "1.3"):
+        vars(vllm).update(LLM=Engine, SamplingParams=SimpleNamespace, __version__=version)
+        assert call(capsys, *words)[0] == 0
+    models = [one["run"]["models"] for one in lines(out)]
+    assert [(one["vllm"], one["tensor_parallel_size"]) for one in models] == [
+        ("1.2", 1),
+        ("1.3", 1),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -244,8 +244,6 @@ class _VLLM(_Pair):
         asked: Sequence[Asked],
         options: dict[str, Any],
     ) -> None:
-        from importlib.metadata import version
-
         from tta_ext.engines.vllm.offline import OfflinePair
         from tta_ext.engines.vllm.pair import write_pair
         from tta_ext.rules import Rule
@@ -257,9 +255,11 @@ class _VLLM(_Pair):
         pair = write_pair(named["base"], named["proxy"], self.folder.name)
         size = max(1, int(loading["gpus"]))
         self.kad = OfflinePair(pair, rule, dtype=loading["dtype"], tensor_parallel_size=size)
+        import vllm  # a pair has told if it is missing
+
         self.asked, self.options = asked, options
         self.facts = lambda: (
-            {"backend": "vllm", "vllm": version("vllm"), "tensor_parallel_size": size}
+            {"backend": "vllm", "vllm": vllm.__version__, "tensor_parallel_size": size}
             | {
                 name: {"fingerprint": fingerprint(source), "dtype": loading["dtype"]}
                 for name, source in named.items()

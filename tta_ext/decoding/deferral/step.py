@@ -70,8 +70,8 @@ def deferral_step(
 ) -> Drawn:
     """Draw a token a row from the rule's mixture of base and proxy.
 
-    What the device computed is waited for once; and once more if a function was asked for the proxy, whose
-    tokens are known no sooner.
+    What the device computed is waited for once; and once more if a function was asked for the
+    proxy, whose tokens are known no sooner.
 
     Args:
         base_logits: float32, float16 or bfloat16 ``[B, V]``, after processors and masks.
