@@ -96,8 +96,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     unknown = set(args.stems) - set(STEMS)
     if unknown:
         parser().error(f"unknown stem {unknown.pop()!r}, expected one of {', '.join(STEMS)}")
-    if args.plot is not None:
-        plots.check_plot(args.plot)
+    harness.check_files(args.output, args.plot)
+    for stem in (args.stems or STEMS) if args.record else ():
+        harness.check_files(RESULTS / f"{stem}.md")
     torch.set_num_threads(args.threads)
     command = ["python", "-m", "benchmarks", *arguments]
     every = []

@@ -328,6 +328,7 @@ def timing_table(
 
 def main() -> None:
     args = parser().parse_args()
+    harness.check_files(args.output)
     torch.set_num_threads(args.threads)
     model, tokenizer = smollm2.load()
     prompts = conversations((TUNING if args.tune else EVALUATION)[: args.prompts])

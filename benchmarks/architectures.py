@@ -308,6 +308,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--seconds", type=float, default=240.0, help="for each family at most (240)")
     p.add_argument("--output", type=Path, help="where to write the table")
     args = p.parse_args(argv)
+    harness.check_files(args.output)
     import transformers
     from transformers import GenerationMixin, PreTrainedModel  # noqa: F401  # once for all children
 

@@ -136,6 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=1, help="torch threads (1)")
     parser.add_argument("--output", type=Path, help="also write the table to this file")
     args = parser.parse_args(argv)
+    harness.check_files(args.output)
     torch.set_num_threads(args.threads)
     pair = demo_pair()
     lines = [

@@ -260,6 +260,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--all", action="store_true", help="every cell, not only the worst")
     parser.add_argument("--output", type=Path, help="also write the table to this file")
     args = parser.parse_args(argv)
+    harness.check_files(args.output)
     torch.set_num_threads(1)
     start = time.perf_counter()
     found = measure(args.rounds, args.shape, args.dtype, args.vocab)

@@ -263,6 +263,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=1, help="torch threads (1)")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/speculative.md"))
     args = parser.parse_args(argv)
+    harness.check_files(args.output)
     torch.set_num_threads(args.threads)
     pair = demo_pair()
     lines: list[list[str]] = []

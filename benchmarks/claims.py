@@ -311,6 +311,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=1000, help="draws of the mean (1000)")
     parser.add_argument("--output", type=Path, help="also write the table to this file")
     args = parser.parse_args(argv)
+    harness.check_files(args.output)
     torch.set_num_threads(1)
     start = time.perf_counter()
     claims = [

@@ -221,6 +221,7 @@ def main() -> int:
     parser.add_argument("--vocab", type=int, nargs="+", default=VOCABULARIES)
     parser.add_argument("--dim", type=int, nargs="+", default=DIMENSIONS)
     arguments = parser.parse_args()
+    harness.check_files(arguments.output)
     if not torch.cuda.is_available():
         print("gpu_times: skipped, torch sees no CUDA device")
         return 0

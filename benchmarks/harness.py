@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,6 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from tta_ext import plots
+from tta_ext.journal import check_output
 
 TARGET_SECONDS = 0.001  # a round repeats a fast call until it fills this
 MIN_ROUNDS = 3
@@ -211,12 +215,29 @@ def document(title: str, command: str, facts: Mapping[str, str], body: str) -> s
     return "\n".join([f"# {title}", "", f"`{command}`", "", *head, "", body]) + "\n"
 
 
+# How such a document begins.
+MARK = re.compile(rb"# [^\n]*\n\n`[^\n]*`\n\n- (?:" + "|".join(FACTS).encode() + rb"): ")
+
+
+def check_files(output: Path | None, plot: Path | None = None) -> None:
+    """An error before the work if a document or picture cannot be written, or is another's file.
+
+    Raises:
+        ImportError, OSError, ValueError: as of :func:`tta_ext.journal.check_output` and
+            :func:`tta_ext.plots.check_plot`.
+    """
+    check_output(output, MARK)
+    if plot is not None:
+        plots.check_plot(plot)
+        check_output(plot, plots.MARK)
+
+
 def report(command: Sequence[str], body: str, path: Path | None) -> None:
     """Print a table; write it, with its head, to a Markdown file named after the benchmark."""
     print(body)
     if path is None:
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
+    check_files(path)
     path.write_text(document(path.stem, " ".join(command), environment(), body), encoding="utf-8")
     print(f"written: {path}")
 

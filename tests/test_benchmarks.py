@@ -92,8 +92,16 @@ def test_the_file_says_what_was_run(tmp_path: Path) -> None:
     assert all(text in picture.read_text() for text in ("tta_ext", "vocabulary"))
     with pytest.raises(ValueError, match="has no ending of a picture"):
         main([*arguments, "--plot", str(tmp_path / "times.txt")])
-    head, _, table = path.read_text().partition("\n| op ")
-    assert head.startswith(f"# deferral\n\n`python -m benchmarks {' '.join(arguments)}")
+    assert main([*arguments, "--output", str(path), "--plot", str(picture)]) == 0  # its own
+    for other in (path, picture):
+        other.write_text("# Notes of someone else\n\ntta_ext\n")
+        with pytest.raises(ValueError, match="it is kept"):
+            main([*arguments, "--output", str(path), "--plot", str(picture)])
+        assert other.read_text().startswith("# Notes")
+    written = path.with_name("again.md")
+    assert main([*arguments, "--output", str(written)]) == 0
+    head, _, table = written.read_text().partition("\n| op ")
+    assert head.startswith(f"# again\n\n`python -m benchmarks {' '.join(arguments)}")
     for fact in ("torch", "threads", "instruction set in use", "processor"):
         assert f"- {fact}: " in head
     rows = [[cell.strip() for cell in row.split("|")] for row in table.splitlines()[2:]]

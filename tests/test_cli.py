@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from rich.console import Console
 
 from tta_ext.cli import app as app_module
 from tta_ext.cli import common
+from tta_ext.cli.search import reward_facts
 from tta_ext.cli.sweep import parse_range
 from tta_ext.evaluation import data_task
 
@@ -249,6 +251,11 @@ SEARCH = ["search", "--model", "/nowhere", "--reward", "json", "hello"]
         (["generate", "--stream", "--output", "x", "hi"], 1, "--stream does not use --output"),
         (["generate", "--jsonl", "--colour", "hi"], 1, "--jsonl does not use --colour"),
         (["trace", "--rule", "dual", "--critical", "split", "hi"], 1, "does not use --critical"),
+        (
+            ["trace", "--reward", "json", "--set", "temperature=2", "--temperature", "1", "hi"],
+            1,
+            "--set temperature=... does not use --temperature",
+        ),
         (["sweep", "--critical", "split"], 1, "rule threshold does not use --critical"),
         (["eval", "base", "--anti", "x"], 1, "does not use --anti"),
         (["eval", "base", "--pattern", "x"], 1, "does not use --pattern"),
@@ -356,6 +363,22 @@ def test_search_resumes_without_a_seed(capsys: Any, pair: list[str], tmp_path: P
     assert call(capsys, *words, "hello", "ab")[0] == 0
     again = [json.loads(line) for line in out.read_text().splitlines()]
     assert [one["text"] for one in again] == [json.loads(line)["text"] for line in lines]
+    # By another runner, whose last bits may differ, they are other answers.
+    assert call(capsys, *words, "hello", "ab", "--runner", "lockstep")[0] == 0
+    assert len(out.read_text().splitlines()) == 4
+
+
+def test_a_reward_beside_the_user_is_known_by_what_is_in_it(
+    monkeypatch: Any, tmp_path: Path
+) -> None:
+    """Also where another process has the reward itself, as with workers of Ray."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    found = []
+    for text in ("1", "22"):
+        (tmp_path / "beside_me.py").write_text(text)
+        found.append(reward_facts("python:beside_me:reward")["fingerprint"])
+    assert found[0] and found[1] and found[0] != found[1]
 
 
 def test_compare_command(capsys: Any, pair: list[str], tmp_path: Path) -> None:

@@ -162,6 +162,9 @@ def test_outputs_are_tried_before_the_work(tmp_path: Path) -> None:
     common.check_output(tmp_path / "new" / "r.json")
     assert list((tmp_path / "new").iterdir()) == []
     common.check_output(Path(os.devnull))
+    (tmp_path / "blank").write_text(" " * (1 << 16))  # quickly, however many there are
+    with pytest.raises(ValueError, match="it is kept"):
+        common.check_output(tmp_path / "blank")
     with pytest.raises(OSError, match="directory"):
         common.check_output(tmp_path)
 

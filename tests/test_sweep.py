@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,15 @@ def test_axes_and_grids() -> None:
     for wrong in ("sigma", "sigma=", "sigma=1:2:0", "sigma=2..1", "sigma=0..1:log", "=1"):
         with pytest.raises(ValueError, match="expected name=a,b,c"):
             sweep.parse_axis(wrong)
+    # As they are written: a setting of whole numbers takes no fractions.
+    assert sweep.parse_axis("n=4:16:4") == ("n", [4, 8, 12, 16])
+    (_, n), (_, half) = map(sweep.parse_axis, ("n=4:16:4", "n=4:6.0:1"))
+    assert [type(value) for value in (*n, *half)] == [int] * 4 + [float] * 3
+    (_, ends) = sweep.parse_axis("n=4..16")
+    assert isinstance(ends, Range) and isinstance(ends.low, int) and isinstance(ends.high, int)
+    changed = sweep.fractional({"n": ends, "x": ends, "y": [1]}, ["x", "y"])
+    assert isinstance(changed["x"], Range) and isinstance(changed["x"].low, float)
+    assert changed["n"] is ends and changed["y"] == [1]
     with pytest.raises(ValueError, match="axis sigma is a range"):
         sweep.grid({"sigma": Range(0.1, 1.0)})
     with pytest.raises(ValueError, match="more than 10000"):
@@ -85,6 +96,38 @@ def test_optuna_finds_a_maximum() -> None:
     assert abs(sweep.winner(found).settings["x"] - 0.3) < 0.1
     again = [trial.settings for trial in sweep.suggested(axes, score, 40, 0)]
     assert again == [trial.settings for trial in found]
+    whole: dict[str, Any] = {"x": Range(1, 9), "kind": ["yes"]}
+    assert all(type(trial.settings["x"]) is int for trial in sweep.suggested(whole, score, 5, 0))
+
+
+def test_refused_trials_are_told(capsys: Any, folders: dict[str, str], tmp_path: Path) -> None:
+    pytest.importorskip("optuna")
+    data = tmp_path / "prompts.jsonl"
+    data.write_text(json.dumps({"prompt": "ab"}) + "\n")
+    words = [
+        "sweep", "--reward", "letter:s", "--method", "best_of_n", "--samples", "4", "--search",
+        "optuna", "--trials", "3", "--max-new-tokens", "2", "--set", "eos_token_id=[]",
+        "--model", folders["base"], "--data", str(data), "--axis",
+    ]  # fmt: skip
+    status, _, err = call(capsys, *words, "group=1..4")
+    assert (status, "of no use" in err) == (0, False)
+    status, _, err = call(capsys, *words, "group=1.0..1.5")
+    assert status == 1
+    assert "3 of 3 trials were of no use: setting group is 1." in " ".join(err.split())
+
+
+def test_rewards_may_be_infinite(tmp_path: Path) -> None:
+    no = -math.inf
+    trials = [Trial({}, (no, 1.0)), Trial({"a": 1}, (2.0, 1.0)), Trial({"a": 2}, (no, 3.0))]
+    rows = sweep.table(trials)
+    assert [row["mean"] for row in rows] == [no, 1.5, no]
+    assert [row["difference"] for row in rows] == [0.0, math.inf, 1.0]
+    assert math.isnan(rows[0]["error"]) and math.isnan(rows[1]["low"])
+    assert (rows[1]["wins"], rows[1]["ties"]) == (1, 1)
+    assert sweep.winner(trials) is trials[1]
+    sweep.as_csv(rows)
+    if importlib.util.find_spec("matplotlib"):
+        sweep.plot(trials, tmp_path / "trials.png", "infinite")
 
 
 def test_sweep_of_a_rule(capsys: Any, folders: dict[str, str], tmp_path: Path) -> None:
@@ -113,6 +156,22 @@ def test_sweep_of_a_rule(capsys: Any, folders: dict[str, str], tmp_path: Path) -
     names = {"tta_ext": tta_ext, "base": base_model(), "proxy": proxy_model()}
     made = eval(line, names | {"tokenizer": make_tokenizer()})
     assert made.rule == tta_ext.Rule("threshold", 0.0)
+
+
+def test_implicit_reward_on_an_axis_has_its_anti(
+    capsys: Any, folders: dict[str, str], tmp_path: Path
+) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"prompt": "ab", "answer": "x"}) + "\n")
+    words = [
+        "sweep", "--axis", "rule=implicit_reward,nudging", "--base", folders["base"],
+        "--proxy", folders["proxy"], "--anti", folders["base"], "--data", str(data),
+        "--mode", "greedy", "--max-new-tokens", "2",
+    ]  # fmt: skip
+    assert call(capsys, *words)[0] == 0  # the default's rule needs none
+    status, out, _ = call(capsys, *words, "--rule", "implicit_reward")
+    assert status == 0
+    assert ", anti=anti, rule='implicit_reward'" in out.strip().splitlines()[-1]
 
 
 def test_sweep_of_a_search(capsys: Any, folders: dict[str, str], tmp_path: Path) -> None:
@@ -145,6 +204,15 @@ def test_sweep_of_a_search(capsys: Any, folders: dict[str, str], tmp_path: Path)
         (["--axis", "param=1", "--samples", "3"], "does not use --samples"),
         (["--axis", "lam=1", "--reward", "letter:s"], "needs --data"),
         (["--axis", "param=1", "--seeds", "x"], "--seeds is 'x'"),
+        (["--axis", "n=2", "--reward", "letter:s", "--batch-size", "2"], "not use --batch-size"),
+        (["--axis", "param=1", "--anti", "x"], "rule threshold does not use --anti"),
+        (
+            [
+                *("--axis", "n=2", "--reward", "letter:s", "--data", "x"),
+                *("--max-new-tokens", "2", "--set", "max_new_tokens=3"),
+            ],
+            "--set max_new_tokens=... does not use --max-new-tokens",
+        ),
     ],
 )
 def test_what_a_sweep_refuses(capsys: Any, arguments: list[str], message: str) -> None:

@@ -149,6 +149,8 @@ def test_the_command_takes_a_task(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "pass@2" in capsys.readouterr().out
     assert cli([*command, "--mode", "greedy"]) == 1
     assert "--task does not use --mode" in capsys.readouterr().err
+    assert cli([*command, "--engine", "ray"]) == 1
+    assert "--task does not use --engine" in capsys.readouterr().err
     assert cli(["eval", "--task", "gsm8k"]) == 1
     assert "--task gsm8k needs --data" in capsys.readouterr().err
     assert cli(["eval", "--samples", "2"]) == 1

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from commands import call
 from models import base_model, make_tokenizer
 from searches import PROMPTS, tokens_of
 from torch import Tensor
@@ -21,7 +22,8 @@ from tta_ext.decoding import (
     load_value,
     train_value,
 )
-from tta_ext.decoding.search.compare import Contestant, compare, summary
+from tta_ext.decoding.search.compare import Contestant, compare, resolved, summary
+from tta_ext.decoding.search.settings import settings_facts
 from tta_ext.demo.task import evaluation_problems
 
 OPTIONS: dict[str, Any] = {"max_new_tokens": 6, "eos_token_id": []}
@@ -212,3 +214,29 @@ def test_comparison_counts_the_training(trained: tuple[ValueHead, str]) -> None:
     assert rows["best_of_n"]["training"] == 0
     assert rows["re"]["training"] == trained[0].samples
     assert rows["re"]["asked"] == rows["best_of_n"]["asked"] == 3
+
+
+def test_a_resume_key_has_what_is_in_the_file(tmp_path: Path) -> None:
+    """And of settings that name no file what it always had."""
+    path, found = tmp_path / "value.safetensors", []
+    one = Contestant.parse(f"re_control:value={path}")
+    for seed in (0, 1):
+        ValueHead(5, 3, seed).save(path)
+        ((_, settings),) = resolved([one], None, 2, None).values()
+        found.append(settings_facts(settings))
+    assert found[0]["settings"] == found[1]["settings"]
+    assert found[0]["value"] != found[1]["value"]
+    ((_, settings),) = resolved([Contestant.parse("best_of_n")], None, 2, None).values()
+    assert list(settings_facts(settings)) == ["settings"]
+
+
+def test_the_command_replaces_value_functions_alone(capsys: Any, tmp_path: Path) -> None:
+    path = tmp_path / "value.safetensors"
+    path.write_bytes(b"of someone else")
+    words = ["value", "--reward", "letter:s", "--model", "nowhere", "--output", str(path), "a", "b"]
+    assert "it is kept" in call(capsys, *words)[2]
+    assert path.read_bytes() == b"of someone else"
+    random_head().save(path)  # whole or not at all: nothing else is left
+    assert "it is kept" not in call(capsys, *words)[2]  # what is missing now is the model
+    load_value(path)
+    assert [one.name for one in tmp_path.iterdir()] == [path.name]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-from commands import call
+from commands import call, lines
 from foreign import BASE, PROXY
 
 from tta_ext.decoding import load_tokenizer
@@ -22,6 +23,7 @@ class Engine:
 
     def __init__(self, model: str, **options: Any) -> None:
         self.model, self.options = model, options
+        self.llm_engine = SimpleNamespace(model_config=SimpleNamespace(max_model_len=16))
 
     def generate(self, prompts: Any, params: Any, use_tqdm: bool) -> list[Any]:
         self.asked = list(zip(prompts, params, strict=True))
@@ -66,8 +68,28 @@ def test_prompts_offline(monkeypatch: pytest.MonkeyPatch) -> None:
     more = {"seed": 9, "max_new_tokens": 3}
     assert pair.generate([[3]], **more).finish == ["eos"]
     assert pair.generate([[3]], stop_strings=["ive"], **more).finish == ["stop"]
+    assert pair.generate([[3] * 13], **more).finish == ["eos"]
+    with pytest.raises(ValueError, match=r"prompt 1 has 14 tokens .* max_model_len is 16"):
+        pair.generate([[3], [3] * 14], **more)
     with pytest.raises(ValueError, match=r"temperature is 0.7, expected 1"):
         pair.generate([[3]], do_sample=False, **more)
+
+
+def test_a_record_names_the_engine(
+    capsys: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    vllm, out = ModuleType("vllm"), tmp_path / "out.jsonl"
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
+    words = ["generate", "Q", "--seed", "1", "--backend", "vllm", "--base", str(BASE), "--proxy"]
+    words += [str(PROXY), "--max-new-tokens", "2", "--output", str(out)]
+    for version in ("1.2", "1.2", "1.3"):
+        vars(vllm).update(LLM=Engine, SamplingParams=SimpleNamespace, __version__=version)
+        assert call(capsys, *words)[0] == 0
+    models = [one["run"]["models"] for one in lines(out)]
+    assert [(one["vllm"], one["tensor_parallel_size"]) for one in models] == [
+        ("1.2", 1),
+        ("1.3", 1),
+    ]
 
 
 @pytest.mark.parametrize(

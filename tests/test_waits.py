@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tta_ext import KnapsackDeferral, ops
-from tta_ext.decoding.deferral.step import deferral_step
+from tta_ext.decoding.deferral.step import _index, deferral_step
 from tta_ext.rules import Rule
 
 
@@ -77,3 +77,21 @@ def test_decoding_waits_no_more_than_its_steps(
         found.append((len(waits), out.stats.steps + replaced))
     (few, least), (many, most) = found
     assert many - few == most - least, found
+
+
+def test_rows_go_to_a_gpu_without_a_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Out of pinned memory, from which alone CUDA copies while the host goes on."""
+    found: list[Any] = []
+
+    def noted(name: str) -> Any:
+        def run(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            found.append((name, *args, kwargs))
+            return self
+
+        return run
+
+    for name in ("pin_memory", "to"):
+        monkeypatch.setattr(Tensor, name, noted(name))
+    device = torch.device("cuda")
+    assert _index([3, 5], device).equal(torch.tensor([3, 5]))
+    assert found == [("pin_memory", {}), ("to", device, {"non_blocking": True})]

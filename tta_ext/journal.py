@@ -25,9 +25,11 @@ if TYPE_CHECKING:
     from filelock import BaseFileLock
 
 __all__ = [
+    "REPORT_MARK",
     "WHOLE",
     "Journal",
     "Shard",
+    "check_output",
     "decode_all",
     "decoded_parts",
     "fingerprint",
@@ -44,6 +46,12 @@ __all__ = [
 # What every line of a journal begins with, for an item of any key.
 _START = '{"key": "' + "0" * 32 + '"'
 _OURS = re.compile(r'\{"key": "[0-9a-f]{32}"')
+
+# How every report begins: its first object, not an inner one, has the version that wrote it. No
+# journal does, whose lines begin with a key.
+REPORT_MARK = re.compile(
+    rb'\s*(?:\[\s*)?\{(?!"key")(?:"(?:[^"\\]|\\.)*"|[^"{}])*?"run":\s*\{\s*"tta_ext":'
+)
 
 # Files up to this size are told apart by what is in them, larger ones by size and time.
 HASHED_BYTES = 1 << 26
@@ -237,6 +245,35 @@ def decoded_parts(places: Sequence[int], known: Callable[[list[int]], bool]) -> 
         return [part]
     parts = decoded_parts(part[:middle], known) + decoded_parts(part[middle:], known)
     return parts if any(map(known, parts)) else [part]
+
+
+def check_output(path: Path | None, mark: re.Pattern[bytes] = REPORT_MARK) -> None:
+    """An error before the work if a file cannot be written after it, or should not be.
+
+    Args:
+        path: the file; None: none was asked for. Only a regular file is looked into.
+        mark: how a file of ours begins, its last 64 KiB put behind the first.
+
+    Raises:
+        ValueError: it is there, and holds something of others.
+        OSError: it cannot be written.
+    """
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_fifo():
+        return  # whoever reads may not have come yet
+    there = path.exists()
+    if there and path.is_file() and path.stat().st_size:
+        with path.open("rb") as file:
+            ends = file.read(1 << 16)
+            file.seek(max(len(ends), path.stat().st_size - (1 << 16)))
+            if not mark.match(ends + file.read()):
+                raise ValueError(f"{path} is no earlier result of this command: it is kept")
+    with path.open("ab"):
+        pass
+    if not there:
+        path.unlink()
 
 
 def strict(value: Any) -> Any:

@@ -12,14 +12,14 @@ import csv
 import io
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
 
 from tta_ext.decoding.search.compare import parse_settings
-from tta_ext.intervals import difference, difference_interval
+from tta_ext.intervals import difference_interval
+from tta_ext.plots import mean, mean_and_error
 
 __all__ = ["Range", "Trial", "call", "grid", "parse_axis", "plot", "suggested", "table", "winner"]
 
@@ -29,7 +29,10 @@ MOST = 10_000
 
 @dataclass(frozen=True)
 class Range:
-    """Numbers that Optuna may choose from, ends included; ``log``: their logarithms evenly."""
+    """Numbers that Optuna may choose from, ends included; ``log``: their logarithms evenly.
+
+    Between two ints the whole numbers, else all.
+    """
 
     low: float
     high: float
@@ -46,14 +49,12 @@ class Trial:
 
     @property
     def mean(self) -> float:
-        return fmean(self.scores)
+        return mean(self.scores)
 
     @property
     def error(self) -> float:
-        """Standard error of the mean; nan for a single score."""
-        return (
-            stdev(self.scores) / math.sqrt(len(self.scores)) if len(self.scores) > 1 else math.nan
-        )
+        """Standard error of the mean; nan for a single score, and for a mean that is infinite."""
+        return mean_and_error(self.scores)[1]
 
     @property
     def label(self) -> str:
@@ -78,7 +79,7 @@ def numbers(text: str) -> list[float]:
 
 def parse_axis(text: str) -> tuple[str, list[Any] | Range]:
     """A setting and its values from ``name=a,b,c``, ``name=start:stop:step``, or, for Optuna,
-    ``name=low..high`` and ``name=low..high:log``.
+    ``name=low..high`` and ``name=low..high:log``. Numbers that are all written whole are ints.
 
     Raises:
         ValueError: not in one of these forms.
@@ -89,7 +90,7 @@ def parse_axis(text: str) -> tuple[str, list[Any] | Range]:
             raise ValueError
         if ".." in values:
             ends, _, scale = values.partition(":")
-            low, high = map(float, ends.split(".."))
+            low, high = _as_written(ends.split(".."), map(float, ends.split("..")))
             log = scale == "log"
             if (
                 scale not in ("", "log")
@@ -99,12 +100,30 @@ def parse_axis(text: str) -> tuple[str, list[Any] | Range]:
                 raise ValueError
             return name, Range(low, high, log)
         if ":" in values:
-            return name, list(numbers(values))
+            return name, _as_written(values.split(":"), numbers(values))
         return name, [parse_settings([f"_={value}"])["_"] for value in values.split(",")]
     except (ValueError, ZeroDivisionError, OverflowError):
         raise ValueError(
             f"axis is {text!r}, expected name=a,b,c, name=start:stop:step or name=low..high[:log]"
         ) from None
+
+
+def _as_written(texts: Sequence[str], values: Iterable[float]) -> list[Any]:
+    """Values, as ints if all texts that they come from are whole numbers."""
+    whole = all(text.strip().lstrip("+-").isdecimal() for text in texts)
+    return [int(value) if whole else value for value in values]
+
+
+def fractional(
+    axes: dict[str, list[Any] | Range], names: Collection[str]
+) -> dict[str, list[Any] | Range]:
+    """The axes, with ranges over all numbers, however they are written, for some of them."""
+    return {
+        name: replace(values, low=float(values.low), high=float(values.high))
+        if isinstance(values, Range) and name in names
+        else values
+        for name, values in axes.items()
+    }
 
 
 def grid(axes: dict[str, list[Any] | Range]) -> list[dict[str, Any]]:
@@ -151,7 +170,7 @@ def suggested(
     for _ in range(trials):
         asked = study.ask()
         chosen = {
-            name: asked.suggest_float(name, values.low, values.high, log=values.log)
+            name: _number(asked, name, values)
             if isinstance(values, Range)
             else asked.suggest_categorical(name, values)
             for name, values in axes.items()
@@ -164,29 +183,39 @@ def suggested(
             yield found
 
 
+def _number(asked: Any, name: str, values: Range) -> float:
+    """One of a range, as Optuna chooses."""
+    whole = isinstance(values.low, int) and isinstance(values.high, int)
+    suggest = asked.suggest_int if whole else asked.suggest_float
+    found: float = suggest(name, values.low, values.high, log=values.log)
+    return found
+
+
 def winner(trials: Sequence[Trial]) -> Trial:
-    """The trial of the highest mean, the earliest among equals."""
-    return max(trials, key=lambda trial: trial.mean)
+    """The trial of the highest mean, the earliest among equals; one without a mean is the last."""
+    return max(trials, key=lambda trial: -math.inf if math.isnan(trial.mean) else trial.mean)
 
 
 def table(trials: Sequence[Trial]) -> list[dict[str, Any]]:
     """A row a trial: settings, mean, error, seconds, and the paired difference to the first trial
-    with its error, 95% interval, and numbers of scores above, equal and below.
+    with its error, 95% interval (nan where they cannot be had: one score, or infinite ones), and
+    numbers of scores above, equal and below.
     """
     default, rows = trials[0], []
     for trial in trials:
         pairs = list(zip(trial.scores, default.scores, strict=True))
-        mean, error = difference(trial.scores, default.scores)
-        low, high = (0.0, 0.0)
-        if any(a != b for a, b in pairs):
-            low, high = difference_interval(trial.scores, default.scores)
+        deltas = [a - b if a != b else 0.0 for a, b in pairs]
+        middle, error = mean_and_error(deltas)
+        low, high = (math.nan, math.nan) if any(deltas) else (0.0, 0.0)
+        if any(deltas) and math.isfinite(error):
+            low, high = difference_interval(deltas, [0.0] * len(deltas))
         rows.append(
             {
                 **trial.settings,
                 "scores": len(pairs),
                 "mean": trial.mean,
                 "error": trial.error,
-                "difference": mean,
+                "difference": middle,
                 "difference_error": error,
                 "low": low,
                 "high": high,
@@ -229,10 +258,12 @@ def plot(trials: Sequence[Trial], path: Path, title: str) -> None:
         if any(isinstance(value, bool) or not isinstance(value, (int, float)) for value in values):
             values = [str(value) for value in values]
         bars: dict[str, Any] = {"fmt": "o", "capsize": 2, "alpha": 0.7}
-        axes.errorbar(values, [t.mean for t in chosen], [t.error for t in chosen], **bars)
-        if best in chosen:
+        means = [t.mean if math.isfinite(t.mean) else math.nan for t in chosen]
+        axes.errorbar(values, means, [t.error for t in chosen], **bars)
+        if best in chosen and math.isfinite(best.mean):
             axes.plot([values[chosen.index(best)]], [best.mean], "*", markersize=14, label="winner")
-        axes.axhline(trials[0].mean, linestyle="--", color="gray", label="default")
+        if math.isfinite(trials[0].mean):
+            axes.axhline(trials[0].mean, linestyle="--", color="gray", label="default")
         axes.set_xlabel(name)
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")

@@ -15,14 +15,14 @@ import typer
 from rich.console import Console
 
 from tta_ext.jobs import Crew, Here, Machine
-from tta_ext.journal import WHOLE, Shard, strict
+from tta_ext.journal import WHOLE, Shard, check_output, strict
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from tta_ext.evaluation import Models, Setting
 
-__all__ = ["console", "errors"]
+__all__ = ["check_output", "console", "errors"]
 
 # What is printed is text of models, paths and tokens, never markup.
 console = Console(markup=False, highlight=False, emoji=False)
@@ -31,11 +31,6 @@ errors = Console(stderr=True, markup=False, highlight=False, emoji=False, soft_w
 # What a terminal may take for a command to itself, ends of lines and tabs apart.
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
-# How every report begins: its first object, not an inner one, has the version that wrote it. No
-# journal does, whose lines begin with a key.
-REPORT_MARK = re.compile(
-    rb'\s*\[?\s*\{(?!"key")(?:"(?:[^"\\]|\\.)*"|[^"{}])*?"run":\s*\{\s*"tta_ext":'
-)
 _HERE = Path(__file__).resolve().parent.parent
 
 PROXY_STYLE = "magenta"
@@ -166,9 +161,17 @@ def refuse_unused(context: typer.Context, choice: str, unused: Collection[str]) 
 
 
 def chosen_setting(
-    context: typer.Context, rule: str, param: float | None, critical: str
+    context: typer.Context,
+    rule: str,
+    param: float | None,
+    critical: str,
+    others: Collection[str] = (),
 ) -> Setting:
-    """The rule that a command's options name; ``ValueError`` for one that it does not use."""
+    """The rule that a command's options name; ``ValueError`` for one that it does not use.
+
+    Args:
+        others: options that other rules of the same command use.
+    """
     from tta_ext import rules
     from tta_ext.evaluation import IMPLICIT_REWARD, Setting
 
@@ -178,7 +181,7 @@ def chosen_setting(
         "argmax": {"anti", "critical", "param"},
     }
     name = rule if rule == IMPLICIT_REWARD else rules.rule_name(rule)
-    refuse_unused(context, f"rule {name}", unused.get(name, {"anti", "critical"}))
+    refuse_unused(context, f"rule {name}", unused.get(name, {"anti", "critical"}) - set(others))
     return Setting(name, DEFAULT_PARAM.get(name) if param is None else param, critical)
 
 
@@ -232,35 +235,6 @@ def refuse_one_file_twice(options: Mapping[str, Any]) -> None:
                 other = known.setdefault(os.path.realpath(path), name)
                 if other != name:
                     raise ValueError(f"{other} and {name} are one file, {path}; name two")
-
-
-def check_output(path: Path | None, mark: re.Pattern[bytes] = REPORT_MARK) -> None:
-    """An error before the work if a file cannot be written after it, or should not be.
-
-    Args:
-        path: the file; None: none was asked for. Only a regular file is looked into.
-        mark: how a file of ours begins, its last 64 KiB put behind the first.
-
-    Raises:
-        ValueError: it is there, and holds something of others.
-        OSError: it cannot be written.
-    """
-    if path is None:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.is_fifo():
-        return  # whoever reads may not have come yet
-    there = path.exists()
-    if there and path.is_file() and path.stat().st_size:
-        with path.open("rb") as file:
-            ends = file.read(1 << 16)
-            file.seek(max(len(ends), path.stat().st_size - (1 << 16)))
-            if not mark.match(ends + file.read()):
-                raise ValueError(f"{path} is no earlier result of this command: it is kept")
-    with path.open("ab"):
-        pass
-    if not there:
-        path.unlink()
 
 
 def write_report(path: Path | None, value: Any) -> None:

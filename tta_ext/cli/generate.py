@@ -63,10 +63,14 @@ def generate(
         typer.Option(help="Tokens that are drafted for the base to judge at once, or auto."),
     ] = None,
     answer_budget: Annotated[
-        float | None, typer.Option(help="Share of an answer's tokens that the proxy may write.")
+        float | None,
+        typer.Option(help="Share that the proxy may write: of --max-new-tokens, or see next."),
     ] = None,
     answer_spending: Annotated[
-        str | None, typer.Option(help="How it is spent: greedy (default) or running.")
+        str | None,
+        typer.Option(
+            help="How it is spent: greedy (default), or running, a share of the answer so far."
+        ),
     ] = None,
     draft: Annotated[
         str | None, typer.Option(help="Who drafts: proxy (default), base or lookup.")
@@ -251,9 +255,11 @@ class _VLLM(_Pair):
         pair = write_pair(named["base"], named["proxy"], self.folder.name)
         size = max(1, int(loading["gpus"]))
         self.kad = OfflinePair(pair, rule, dtype=loading["dtype"], tensor_parallel_size=size)
+        import vllm  # a pair has told if it is missing
+
         self.asked, self.options = asked, options
         self.facts = lambda: (
-            {"backend": "vllm"}
+            {"backend": "vllm", "vllm": vllm.__version__, "tensor_parallel_size": size}
             | {
                 name: {"fingerprint": fingerprint(source), "dtype": loading["dtype"]}
                 for name, source in named.items()

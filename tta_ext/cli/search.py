@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, fields
+from collections.abc import Collection, Sequence
+from dataclasses import fields
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -114,6 +114,7 @@ def search(
     Prompts are arguments, lines of --input or stdin, or JSONL records with "prompt" or "messages".
     """
     from tta_ext.decoding.search.compare import method_class, typed
+    from tta_ext.decoding.search.settings import settings_facts
 
     kind = method_class(method)
     used = {field.name for field in fields(kind.settings_type)}
@@ -144,8 +145,9 @@ def search(
             from tta_ext.engines.ray.rollouts import Rollouts
 
             rollouts = Rollouts(
-                workers, load=lambda: load()[:2], address=address, gpus_per_worker=gpus_per_worker
-            )
+                workers, load=lambda: load()[:2], address=address,
+                gpus_per_worker=gpus_per_worker, threads=threads,
+            )  # fmt: skip
             context.call_on_close(rollouts.close)
             whole = kind(*load(), engine=rollouts, runner=runner, **chosen)
             crew = Here(_Searching(whole, asked, seed))
@@ -157,10 +159,11 @@ def search(
             asked,
             {
                 "method": kind.name,
-                "settings": asdict(resolved),
+                **settings_facts(resolved),
                 "models": crew.facts(),
                 "reward": reward_facts(reward),
                 "seed": seed,
+                **({} if runner is None else {"runner": runner}),
             },
             journal=journal,
             jsonl=jsonl,
@@ -172,8 +175,11 @@ def search(
         )
 
 
-def given_settings(context: typer.Context) -> dict[str, Any]:
+def given_settings(context: typer.Context, shared: Collection[str] | None = None) -> dict[str, Any]:
     """What ``--set`` says.
+
+    Args:
+        shared: settings that are options too; None: those of an option's name, stop and greedy.
 
     Raises:
         ValueError: something that an option says too, or twice.
@@ -182,7 +188,7 @@ def given_settings(context: typer.Context) -> dict[str, Any]:
 
     found = parse_settings(context.params["settings"] or ())
     options = {"stop_strings": "stop", "decoding": "greedy"}
-    for name in found:
+    for name in found if shared is None else set(found) & set(shared):
         common.refuse_unused(context, f"--set {name}=...", {options.get(name, name)})
     return found
 
@@ -204,12 +210,17 @@ class _Searching:
         return self.method.generate(prompts, seed=self.seed, sequence=places)
 
 
+def _find_modules_here() -> None:
+    """Let modules in the current folder be found, wherever a command stands."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+
+
 def chosen_reward(text: str) -> Reward:
     """The reward that a command line names; modules beside the user are found too."""
     from tta_ext.decoding.rewards import parse_reward
 
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
+    _find_modules_here()
     return parse_reward(text)
 
 
@@ -237,6 +248,7 @@ def reward_facts(reward: str) -> dict[str, str]:
     if kind == "classifier":
         source = rest.partition("#")[0]
     elif kind == "python":
+        _find_modules_here()  # the reward itself may be in workers only
         found = importlib.util.find_spec(rest.partition(":")[0])
         source = found.origin if found is not None else None
     return {"name": reward, "fingerprint": "" if source is None else fingerprint(source)}

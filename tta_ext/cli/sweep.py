@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
@@ -28,12 +28,21 @@ from tta_ext.cli.evaluate import (
 )
 from tta_ext.cli.progress import progress
 from tta_ext.cli.prompts import read_prompts
-from tta_ext.cli.search import SMOLLM2, Model, chosen_reward, load_model_and_tokenizer, reward_facts
+from tta_ext.cli.search import (
+    SMOLLM2,
+    Model,
+    chosen_reward,
+    given_settings,
+    load_model_and_tokenizer,
+    reward_facts,
+)
 from tta_ext.journal import Journal, model_facts, run_facts
 
 if TYPE_CHECKING:
     from tta_ext.evaluation import Setting
-    from tta_ext.sweep import Trial
+    from tta_ext.sweep import Range, Trial
+
+    Axes = Mapping[str, list[Any] | Range]
 
 __all__ = ["sweep"]
 
@@ -150,7 +159,7 @@ def parse_range(text: str) -> list[float]:
 
 def _sweep_axes(context: typer.Context, axis: Sequence[str]) -> None:
     from tta_ext.plots import MARK, check_plot
-    from tta_ext.sweep import Trial, as_csv, call, grid, parse_axis, suggested, winner
+    from tta_ext.sweep import Trial, as_csv, call, fractional, grid, parse_axis, suggested, winner
     from tta_ext.sweep import plot as draw
     from tta_ext.sweep import table as rows_of
 
@@ -161,6 +170,7 @@ def _sweep_axes(context: typer.Context, axis: Sequence[str]) -> None:
     axes = dict(map(parse_axis, axis))
     if len(axes) < len(axis):
         raise ValueError("an axis is given twice")
+    axes = fractional(axes, _fractions(options) if searching else RULE_AXES)
     if options["search"] == "grid":
         common.refuse_unused(context, "--search grid", {"trials"})
         combinations = grid(axes)
@@ -175,7 +185,8 @@ def _sweep_axes(context: typer.Context, axis: Sequence[str]) -> None:
         check_plot(options["plot"])
     with Journal(options["journal"]) as journal:
         kind = _searching if searching else _deferring
-        check, tries, name, given, whole = kind(context, list(axes), journal)
+        check, tries, name, given, whole = kind(context, axes, journal)
+        refused: list[ValueError] = []
 
         def score(settings: dict[str, Any]) -> Trial:
             begin = perf_counter()
@@ -185,7 +196,8 @@ def _sweep_axes(context: typer.Context, axis: Sequence[str]) -> None:
         def possible(settings: dict[str, Any]) -> Trial | None:
             try:
                 check(settings)
-            except ValueError:
+            except ValueError as error:
+                refused.append(error)
                 return None
             return score(settings)
 
@@ -206,9 +218,15 @@ def _sweep_axes(context: typer.Context, axis: Sequence[str]) -> None:
             for trial in all_trials():
                 done.append(trial)
                 advance(1, 0)
+    if refused:
+        told = f"{len(refused)} of {options['trials']} trials were of no use: {refused[-1]}"
+        if len(refused) == options["trials"]:
+            raise ValueError(told) from refused[-1]
+        errors.print(told)
     rows, best = rows_of(done), winner(done)
     _show(done, rows)
-    common.echo(call(name, given, whole(best.settings)))
+    chosen = whole(best.settings)
+    common.echo(call(name, given(chosen), chosen))
     if options["table"] is not None:
         options["table"].write_text(as_csv(rows), encoding="utf-8")
         errors.print(f"written: {options['table']}")
@@ -233,7 +251,15 @@ def _show(trials: Sequence[Trial], rows: Sequence[dict[str, Any]]) -> None:
     common.show_table(shown)
 
 
-def _deferring(context: typer.Context, axes: Sequence[str], journal: Journal) -> tuple[Any, ...]:
+def _fractions(options: dict[str, Any]) -> list[str]:
+    """The settings of a search that need not be whole numbers."""
+    from tta_ext.decoding.search.compare import method_class, setting_types
+
+    kinds = setting_types(method_class(options["method"]))
+    return [name for name, allowed in kinds.items() if float in allowed]
+
+
+def _deferring(context: typer.Context, axes: Axes, journal: Journal) -> tuple[Any, ...]:
     """How settings of a rule are checked and tried, and what the line of Python calls."""
     from tta_ext.demo.task import evaluation_task
     from tta_ext.evaluation import IMPLICIT_REWARD, SAMPLED, Answering, data_task, evaluate
@@ -246,7 +272,11 @@ def _deferring(context: typer.Context, axes: Sequence[str], journal: Journal) ->
     modes = options["mode"] or [SAMPLED]
     if len(modes) != 1:
         raise ValueError("--axis takes one --mode")
-    first = common.chosen_setting(context, options["rule"], None, options["critical"])
+    tried = axes.get("rule", ())
+    implicit = IMPLICIT_REWARD in ([*tried] if isinstance(tried, list) else ())
+    first = common.chosen_setting(
+        context, options["rule"], None, options["critical"], {"anti"} if implicit else ()
+    )
 
     def setting(chosen: dict[str, Any]) -> Setting:
         changes = dict(chosen)
@@ -268,7 +298,7 @@ def _deferring(context: typer.Context, axes: Sequence[str], journal: Journal) ->
         task = evaluation_task(options["n"] or 100)
     else:
         task = data_task(options["data"], options["n"], options["pattern"])
-    implicit = first.rule == IMPLICIT_REWARD or options["anti"] is not None
+    implicit = implicit or first.rule == IMPLICIT_REWARD
     named = {key: options[key] for key in ("base", "proxy", "anti", "proxy_revision")}
     loading = {**named, "implicit": implicit, **common.loading_options(context)}
     prompts = task.prompts
@@ -285,16 +315,22 @@ def _deferring(context: typer.Context, axes: Sequence[str], journal: Journal) ->
         one = setting(chosen)
         return {k: v for k, v in one.facts().items() if k != "critical" or v != "exclude"}
 
-    return check, tries, "KnapsackDeferral", "base, proxy, tokenizer", whole
+    def given(chosen: dict[str, Any]) -> str:
+        anti = ", anti=anti" if chosen["rule"] == IMPLICIT_REWARD else ""
+        return f"base, proxy, tokenizer{anti}"
+
+    return check, tries, "KnapsackDeferral", given, whole
 
 
-def _searching(context: typer.Context, axes: Sequence[str], journal: Journal) -> tuple[Any, ...]:
+def _searching(context: typer.Context, axes: Axes, journal: Journal) -> tuple[Any, ...]:
     """The same of a search by a reward."""
-    from tta_ext.decoding.search.compare import Contestant, compare, method_class, parse_settings
+    from tta_ext.decoding.search.compare import Contestant, compare, method_class
 
     options: dict[str, Any] = context.params
     common.refuse_unused(
-        context, "a sweep of a search", {"engine", "workers", "address", "gpus_per_worker"}
+        context,
+        "a sweep of a search",
+        {"engine", "workers", "address", "gpus_per_worker", "batch_size"},
     )
     kind = method_class(options["method"])
     if options["data"] is None:
@@ -303,7 +339,7 @@ def _searching(context: typer.Context, axes: Sequence[str], journal: Journal) ->
     if samples is None and seconds is None:
         samples = 64
     shared = {"max_new_tokens": options["max_new_tokens"] or 32}
-    shared |= parse_settings(options["settings"] or ())
+    shared |= given_settings(context, {"max_new_tokens"})
 
     def contestant(chosen: dict[str, Any]) -> Contestant:
         return Contestant("trial", kind.name, dict(chosen))
@@ -335,4 +371,7 @@ def _searching(context: typer.Context, axes: Sequence[str], journal: Journal) ->
         )
         return [record["reward"] for record in records]
 
-    return check, tries, kind.__name__, "model, reward, tokenizer", lambda found: shared | found
+    def given(chosen: dict[str, Any]) -> str:
+        return "model, reward, tokenizer"
+
+    return check, tries, kind.__name__, given, lambda found: shared | found

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 __all__ = ["run_task", "task_table"]
 
 # Options of the command that a task does not use.
-UNUSED = {"pattern", "mode", "journal", "plot", "shard"}
+UNUSED = {
+    "pattern", "mode", "journal", "plot", "shard", "engine", "workers", "address", "gpus_per_worker"
+}  # fmt: skip
 
 
 def run_task(context: typer.Context, settings: Sequence[Setting]) -> None:

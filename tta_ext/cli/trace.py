@@ -19,6 +19,7 @@ from tta_ext.cli.search import (
     Model,
     Settings,
     chosen_reward,
+    given_settings,
     load_model_and_tokenizer,
     reward_facts,
 )
@@ -140,14 +141,14 @@ def _deferral(context: typer.Context, asked: list[Any]) -> Account:
 
 def _search(context: typer.Context, asked: list[Any]) -> Account:
     """Answer by a search, and print its iterations."""
-    from tta_ext.decoding.search.compare import method_class, parse_settings, typed
+    from tta_ext.decoding.search.compare import method_class, typed
     from tta_ext.pages import search_page
 
     options = context.params
     kind = method_class(options["method"])
     chosen: dict[str, Any] = {k: options[k] for k in ("temperature", "max_new_tokens")}
     chosen |= {"decoding": "greedy"} if options["greedy"] else {}
-    chosen = typed(kind, chosen | parse_settings(options["settings"] or ()))
+    chosen = typed(kind, chosen | given_settings(context))
     scorer = chosen_reward(options["reward"])
     loaded, tokenizer = load_model_and_tokenizer(
         options["model"], **common.loading_options(context)

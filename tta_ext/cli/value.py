@@ -53,8 +53,9 @@ def value(
     Use it as --method re_control:value=FILE or args:value=FILE of tta compare and tta search. Says
     how much better than the mean it foretells rewards on prompts that it has not seen.
     """
-    from tta_ext.decoding.search.value import train_value
+    from tta_ext.decoding.search.value import MARK, train_value
 
+    common.check_output(output, MARK)
     asked = read_prompts(prompts, source, chat, system)
     scorer = chosen_reward(reward)
     loaded, tokenizer = load_model_and_tokenizer(model, **common.loading_options(context))

@@ -315,8 +315,9 @@ class KnapsackDeferral:
                 ``"raise"`` stops with a ``ValueError`` that names prompt, position and model;
                 ``"finish"`` ends that answer alone, with ``finish`` ``"error"`` and the sentence in
                 :attr:`Generation.errors`.
-            answer_budget: share of an answer's tokens, 0 to 1, that the proxy may write at most;
-                where it is spent the base writes alone, whatever the rule says. None: no bound.
+            answer_budget: share, 0 to 1, that the proxy may write at most of what
+                ``answer_spending`` says; where it is spent the base writes alone, whatever the rule
+                says. None: no bound.
             answer_spending: ``"greedy"`` (None too): the share of ``max_new_tokens``, first come,
                 first served; ``"running"``: the share of every beginning of the answer.
             batch_size: prompts in a batch at most; None takes all at once.

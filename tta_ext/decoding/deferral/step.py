@@ -45,6 +45,17 @@ class Drawn(NamedTuple):
         return cls(token, tokens, [flag == 1 for flag in flags])
 
 
+def _index(rows: list[int], device: torch.device) -> Tensor:
+    """Numbers of rows, int64 on a device; the host does not wait for the copy."""
+    index = torch.tensor(rows)
+    # From pageable memory CUDA copies while the host waits.
+    return (
+        index.pin_memory().to(device, non_blocking=True)
+        if device.type == "cuda"
+        else index.to(device)
+    )
+
+
 def deferral_step(
     base_logits: Tensor,
     proxy: Tensor | AskProxy,
@@ -59,8 +70,8 @@ def deferral_step(
 ) -> Drawn:
     """Draw a token a row from the rule's mixture of base and proxy.
 
-    The host waits for the device once; and once more if a function was asked for the proxy, whose
-    tokens are known no sooner.
+    What the device computed is waited for once; and once more if a function was asked for the
+    proxy, whose tokens are known no sooner.
 
     Args:
         base_logits: float32, float16 or bfloat16 ``[B, V]``, after processors and masks.
@@ -85,7 +96,7 @@ def deferral_step(
         barred = [row for row, may in enumerate(allowed or ()) if not may]
         if not barred:
             return
-        index = torch.tensor(barred, device=base_logits.device)
+        index = _index(barred, base_logits.device)
         token = ops.categorical_sample(
             base_logits.index_select(0, index),
             temperature=rule.temperature,
@@ -119,7 +130,7 @@ def deferral_step(
     if len(rows) == len(flags):
         index, proxy_logits = None, proxy(None, None)
     else:
-        index = torch.tensor(rows, device=base_logits.device)
+        index = _index(rows, base_logits.device)
         proxy_logits = proxy(rows, index)
         position, sequence = position.index_select(0, index), sequence.index_select(0, index)
     with span("replace"):

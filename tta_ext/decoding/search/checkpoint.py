@@ -18,7 +18,7 @@ from torch import Tensor
 from tta_ext.decoding.search.aisp_settings import AISPSettings
 from tta_ext.decoding.search.outcome import Candidate, IterationRecord, Timing
 
-__all__ = ["read", "write"]
+__all__ = ["read", "write", "write_tensors"]
 
 _KEY = "tta_ext.aisp"
 _FORMAT = 3
@@ -30,19 +30,42 @@ def write(path: Path, mean: Tensor, state: dict[str, Any], model: Any) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+    facts = json.dumps(state | {"format": _FORMAT, "model": weights_mark(model)})
+    write_tensors(path, {"mean": mean}, {_KEY: facts}, "the checkpoint")
 
-    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
-    metadata = {_KEY: json.dumps(state | {"format": _FORMAT, "model": weights_mark(model)})}
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str], what: str
+) -> None:
+    """Write a safetensors file, which appears whole, or not at all; into a device or pipe as it is.
+
+    Args:
+        path: the file; a link stays one.
+        tensors: copied to the CPU.
+        metadata: of the file's head.
+        what: what an error calls the file.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    from safetensors.torch import save
+
+    content = save({k: v.cpu().contiguous() for k, v in tensors.items()}, metadata=metadata)
+    real = Path(os.path.realpath(path))
+    whole = real.is_file() or not real.exists()
+    partial = real.with_name(f"{real.name}.{os.getpid()}.part") if whole else real
     try:
-        save_file({"mean": mean.cpu().contiguous()}, partial, metadata=metadata)
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
-        raise OSError(f"cannot write the checkpoint {path}: {error}") from error
+        with partial.open("wb") as file:
+            file.write(content)
+            if whole:
+                file.flush()
+                os.fsync(file.fileno())
+        if whole:
+            os.replace(partial, real)
+    except OSError as error:
+        if whole:
+            partial.unlink(missing_ok=True)
+        raise OSError(f"cannot write {what} {path}: {error}") from error
 
 
 def weights_mark(model: Any) -> str:

@@ -26,7 +26,7 @@ from tta_ext.decoding.search.chunk_beam import ChunkBeamSearch
 from tta_ext.decoding.search.outcome import SearchResult
 from tta_ext.decoding.search.re_control import ReControlSearch
 from tta_ext.decoding.search.reward_guided import RewardGuidedSearch
-from tta_ext.decoding.search.settings import SearchSettings
+from tta_ext.decoding.search.settings import SearchSettings, settings_facts
 from tta_ext.intervals import difference_interval
 from tta_ext.jobs import Crew, Here, Job, described
 from tta_ext.journal import WHOLE, Journal, Shard, model_facts, resume_key, run_facts
@@ -88,19 +88,27 @@ def parse_settings(items: Iterable[str]) -> dict[str, Any]:
     return found
 
 
+def setting_types(kind: type[SearchMethod[Any]]) -> dict[str, tuple[type, ...]]:
+    """What each setting of a method may be; without types: one of a few texts."""
+    found = {}
+    for name, hint in get_type_hints(kind.settings_type).items():
+        kinds = get_args(hint) or (hint,)
+        found[name] = tuple(get_origin(k) or k for k in kinds if get_origin(k) is not Literal)
+    return found
+
+
 def typed(kind: type[SearchMethod[Any]], settings: dict[str, Any]) -> dict[str, Any]:
     """Settings as they are, after a look at names and types.
 
     Raises:
         ValueError: a setting that the method does not have, or a value of a wrong type.
     """
-    hints = get_type_hints(kind.settings_type)
+    hints, types = get_type_hints(kind.settings_type), setting_types(kind)
     for name, value in settings.items():
         if name not in hints:
             known = ", ".join(hints)
             raise ValueError(f"{kind.name} has no setting {name!r}, expected one of {known}")
-        kinds = get_args(hints[name]) or (hints[name],)
-        allowed = tuple(get_origin(one) or one for one in kinds if get_origin(one) is not Literal)
+        allowed = types[name]
         allowed += (int,) if float in allowed else ()
         wrong = not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed)
         if allowed and wrong:
@@ -213,7 +221,7 @@ def compare(
         crew = Here(Comparing(model, tokenizer, reward, prompts, settings))
     places = shard.of(range(len(prompts)))
     how = {
-        label: {"method": name, "settings": asdict(chosen), "seed": seed, "tag": tag}
+        label: {"method": name, "seed": seed, "tag": tag, **settings_facts(chosen)}
         for label, (name, chosen) in settings.items()
     }
     keys = {

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TypedDict
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypedDict
 
 from tta_ext import rng
 from tta_ext.decoding.runtime.prompts import whole_number
 from tta_ext.decoding.runtime.stopping import StopStrings
 from tta_ext.decoding.search.ranges import check_range
 from tta_ext.decoding.search.sampling import Sampling
+from tta_ext.journal import fingerprint
 
-__all__ = ["SearchOptions", "SearchSettings", "check_counts", "check_samples"]
+__all__ = ["SearchOptions", "SearchSettings", "check_counts", "check_samples", "settings_facts"]
 
 
 @dataclass(frozen=True)
@@ -100,3 +102,10 @@ def check_counts(rollouts: int, iterations: int) -> None:
         raise ValueError(f"n is {rollouts}, expected 1 to {rng.ROLLOUTS} rollouts an iteration")
     if not 1 <= iterations <= rng.ITERATIONS:
         raise ValueError(f"iterations is {iterations}, expected 1 to {rng.ITERATIONS}")
+
+
+def settings_facts(settings: SearchSettings) -> dict[str, Any]:
+    """What a resume key holds of settings: themselves, and what is in the file that they name."""
+    path: str | None = getattr(settings, "value", None)
+    known = {} if path is None or not Path(path).is_file() else {"value": fingerprint(path)}
+    return {"settings": asdict(settings), **known}

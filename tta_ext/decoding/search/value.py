@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -24,12 +25,15 @@ from tta_ext import rng
 from tta_ext.decoding.rewards import Reward
 from tta_ext.decoding.runtime.models import device_of, head_inputs
 from tta_ext.decoding.search.best_of_n import BestOfN
+from tta_ext.decoding.search.checkpoint import write_tensors
 from tta_ext.decoding.search.engine import LocalEngine, RolloutTask
 from tta_ext.decoding.search.rollouts import PromptCache, Rollouts
 
-__all__ = ["ValueHead", "load_value", "train_value", "value_for"]
+__all__ = ["MARK", "ValueHead", "load_value", "train_value", "value_for"]
 
 _KEY = "tta_ext.value"
+# How a file of one begins: the size of its head, and the head.
+MARK = re.compile(rb'(?s).{8}\{"__metadata__":\{"' + re.escape(_KEY.encode()) + rb'"')
 
 
 class ValueHead(nn.Module):
@@ -105,12 +109,13 @@ class ValueHead(nn.Module):
         return moved.to(hidden.dtype)
 
     def save(self, path: str | Path) -> None:
-        """Write weights and facts to a safetensors file."""
-        from safetensors.torch import save_file
+        """Write weights and facts to a safetensors file, whole or not at all.
 
-        facts = json.dumps(self.facts)
-        tensors = {name: value.contiguous() for name, value in self.state_dict().items()}
-        save_file(tensors, path, metadata={_KEY: facts})
+        Raises:
+            OSError: it cannot be written.
+        """
+        facts = {_KEY: json.dumps(self.facts)}
+        write_tensors(Path(path), self.state_dict(), facts, "the value function")
 
 
 def load_value(path: str | Path, dimensions: int | None = None) -> ValueHead:
@@ -210,9 +215,8 @@ def train_value(
 
     method = BestOfN(model, reward, tokenizer, engine=engine, n=n, **settings)
     result = method.generate(prompts, seed=seed, progress=progress)
-    counts = [round(held_out * len(prompts))]
     order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed)).tolist()
-    kept_back = set(order[: min(max(counts[0], 1), len(prompts) - 1)])
+    kept_back = set(order[: min(max(round(held_out * len(prompts)), 1), len(prompts) - 1)])
     parts: dict[bool, tuple[list[Tensor], list[float]]] = {True: ([], []), False: ([], [])}
     for prompt, candidates in enumerate(result.candidates):
         hidden, target = parts[prompt in kept_back]

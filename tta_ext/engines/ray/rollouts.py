@@ -84,7 +84,7 @@ class Rollouts:
     :func:`tta_ext.ops.control_merge` adds those up here.
 
     Args:
-        workers, address, gpus_per_worker: see :class:`Workers`.
+        workers, address, gpus_per_worker, threads: see :class:`Workers`.
         load: in each worker, makes the model and the reward that the search has here too; None
             sends them there, once.
         cell: rollouts of a cell; those of all prompts of a batch go together.
@@ -106,11 +106,14 @@ class Rollouts:
         cell: int = 16,
         address: str | None = None,
         gpus_per_worker: float = 0.0,
+        threads: int | None = None,
     ) -> None:
         if cell < 1:
             raise ValueError(f"cell is {cell}, expected at least 1")
         self.cell, self.workers, self._load = cell, workers, load
-        self._options: dict[str, Any] = {"address": address, "gpus": gpus_per_worker}
+        self._options: dict[str, Any] = {
+            "address": address, "gpus": gpus_per_worker, "threads": threads
+        }  # fmt: skip
         self._crew: Workers | None = None
         self._held: tuple[Any, Any] = (None, None)
         self._searches = 0

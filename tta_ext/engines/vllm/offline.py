@@ -67,7 +67,8 @@ class OfflinePair:
             stop_strings: strings that end an answer.
 
         Raises:
-            ValueError: a prompt that has no tokens or does not fit, a temperature with greedy.
+            ValueError: a prompt that has no tokens, or that does not fit the engine's
+                ``max_model_len`` with ``max_new_tokens`` behind it; a temperature with greedy.
         """
         from vllm import SamplingParams
 
@@ -78,6 +79,13 @@ class OfflinePair:
             )
         start = perf_counter()
         encoded = encode_prompts(prompts, self.tokenizer)
+        limit = self.llm.llm_engine.model_config.max_model_len
+        for row, ids in enumerate(encoded):
+            if len(ids) + max_new_tokens > limit:  # vLLM would cut the answer short
+                raise ValueError(
+                    f"prompt {row} has {len(ids)} tokens and max_new_tokens is {max_new_tokens}, "
+                    f"but vLLM's max_model_len is {limit}"
+                )
         rows = [ids for ids in encoded for _ in range(num_return_sequences)]
         numbers = list(range(len(rows)) if sequence is None else sequence)
         rule, temperature = self.rule, self.rule.temperature if do_sample else 0.0
