@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from .harness import document, environment, table
+from .harness import check_files, document, environment, table
 from .vllm_others import contract, searches, server, smollm2
 from .vllm_session import BASE, NEW, REQUESTS, RULES, SHIPPED, Row, Session, cpu_seconds, make_proxy
 
@@ -198,6 +198,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="Markdown file for the tables")
     parser.add_argument("--inside", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
+    check_files(arguments.output)
     names = arguments.names or list(CONFIGURATIONS)
     if arguments.inside:
         run_one(names[0], arguments.inside)

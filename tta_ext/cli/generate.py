@@ -64,13 +64,13 @@ def generate(
     ] = None,
     answer_budget: Annotated[
         float | None,
-        typer.Option(help="Share that the proxy may write: of --max-new-tokens, or see next."),
+        typer.Option(
+            help="Share of --max-new-tokens (greedy spending) or of the answer (running) that the "
+            "proxy may write."
+        ),
     ] = None,
     answer_spending: Annotated[
-        str | None,
-        typer.Option(
-            help="How it is spent: greedy (default), or running, a share of the answer so far."
-        ),
+        str | None, typer.Option(help="How it is spent: greedy (default) or running.")
     ] = None,
     draft: Annotated[
         str | None, typer.Option(help="Who drafts: proxy (default), base or lookup.")

@@ -316,7 +316,9 @@ def _deferring(context: typer.Context, axes: Axes, journal: Journal) -> tuple[An
         return {k: v for k, v in one.facts().items() if k != "critical" or v != "exclude"}
 
     def given(chosen: dict[str, Any]) -> str:
-        anti = ", anti=anti" if chosen["rule"] == IMPLICIT_REWARD else ""
+        # The demo's pair brings one; others may do without, as an ensemble.
+        there = options["anti"] is not None or options["base"] is None
+        anti = ", anti=anti" if there and chosen["rule"] == IMPLICIT_REWARD else ""
         return f"base, proxy, tokenizer{anti}"
 
     return check, tries, "KnapsackDeferral", given, whole

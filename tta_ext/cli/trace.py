@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -142,6 +141,7 @@ def _deferral(context: typer.Context, asked: list[Any]) -> Account:
 def _search(context: typer.Context, asked: list[Any]) -> Account:
     """Answer by a search, and print its iterations."""
     from tta_ext.decoding.search.compare import method_class, typed
+    from tta_ext.decoding.search.settings import settings_facts
     from tta_ext.pages import search_page
 
     options = context.params
@@ -163,8 +163,9 @@ def _search(context: typer.Context, asked: list[Any]) -> Account:
         table.add_row(str(one.iteration), *("-" if x is None else f"{x:.4g}" for x in cells))
     common.show_table(table)
     run = run_facts(
-        method=kind.name, settings=asdict(searcher.settings), models={"model": model_facts(loaded)},
-        reward=reward_facts(options["reward"]), seed=result.seed, prompt=options["prompt"],
+        method=kind.name, **settings_facts(searcher.settings),
+        models={"model": model_facts(loaded)}, reward=reward_facts(options["reward"]),
+        seed=result.seed, prompt=options["prompt"],
     )  # fmt: skip
     lines = [({} if i else {"run": run}) | one.as_dict() for i, one in enumerate(result.curves[0])]
     facts = {"reward": options["reward"], "model": options["model"]}

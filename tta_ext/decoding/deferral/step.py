@@ -48,12 +48,9 @@ class Drawn(NamedTuple):
 def _index(rows: list[int], device: torch.device) -> Tensor:
     """Numbers of rows, int64 on a device; the host does not wait for the copy."""
     index = torch.tensor(rows)
-    # From pageable memory CUDA copies while the host waits.
-    return (
-        index.pin_memory().to(device, non_blocking=True)
-        if device.type == "cuda"
-        else index.to(device)
-    )
+    if device.type == "cuda":  # which copies from pageable memory while the host waits
+        return index.pin_memory().to(device, non_blocking=True)
+    return index.to(device)
 
 
 def deferral_step(
