@@ -1,7 +1,8 @@
 """Hooks of the site (``mkdocs.yml``): pages that stand elsewhere, formulas, docstrings.
 
-Nothing is written twice: README, CONTRIBUTING, CHANGELOG, the recorded benchmarks and the notebook
-are pages of the site as they are. A page that the nav names and that is not there is left out.
+Nothing is written twice: README, CONTRIBUTING, CHANGELOG, SECURITY, the recorded benchmarks and the
+notebook are pages of the site as they are. A page that the nav names and that is not there is left
+out.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ PAGES = {
     "README.md": "index.md",
     "CONTRIBUTING.md": "CONTRIBUTING.md",
     "CHANGELOG.md": "CHANGELOG.md",
+    "SECURITY.md": "SECURITY.md",
     "tools/ptx/README.md": "tools/ptx/README.md",
     "tools/triton/README.md": "tools/triton/README.md",
     **{
