@@ -17,8 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tta_ext.decoding.search.compare import parse_settings
-from tta_ext.intervals import difference_interval
+from tta_ext.decoding.search.compare import paired_scores, parse_settings
 from tta_ext.plots import mean, mean_and_error
 
 __all__ = ["Range", "Trial", "call", "grid", "parse_axis", "plot", "suggested", "table", "winner"]
@@ -204,24 +203,21 @@ def table(trials: Sequence[Trial]) -> list[dict[str, Any]]:
     default, rows = trials[0], []
     for trial in trials:
         pairs = list(zip(trial.scores, default.scores, strict=True))
-        deltas = [a - b if a != b else 0.0 for a, b in pairs]
-        middle, error = mean_and_error(deltas)
-        low, high = (math.nan, math.nan) if any(deltas) else (0.0, 0.0)
-        if any(deltas) and math.isfinite(error):
-            low, high = difference_interval(deltas, [0.0] * len(deltas))
+        one = paired_scores(trial.label, pairs)
+        low, high = (one.low, one.high) if one.ties < len(pairs) else (0.0, 0.0)
         rows.append(
             {
                 **trial.settings,
                 "scores": len(pairs),
                 "mean": trial.mean,
                 "error": trial.error,
-                "difference": middle,
-                "difference_error": error,
+                "difference": one.difference,
+                "difference_error": one.error,
                 "low": low,
                 "high": high,
-                "wins": sum(a > b for a, b in pairs),
-                "ties": sum(a == b for a, b in pairs),
-                "losses": sum(a < b for a, b in pairs),
+                "wins": one.wins,
+                "ties": one.ties,
+                "losses": one.losses,
                 "seconds": trial.seconds,
             }
         )

@@ -40,6 +40,7 @@ __all__ = [
     "compare",
     "curve_means",
     "paired",
+    "paired_scores",
     "parse_settings",
     "plot",
     "record_of",
@@ -380,15 +381,20 @@ def paired(records: Iterable[dict[str, Any]], baseline: str) -> list[Paired]:
     found = []
     for label, rows in table.items():
         pairs = [(row["reward"], base[i]["reward"]) for i, row in rows.items() if i in base]
-        deltas = [a - b if a != b else 0.0 for a, b in pairs]
-        mean, error = mean_and_error(deltas)
-        low = high = math.nan
-        if math.isfinite(error):
-            low, high = difference_interval(deltas, [0.0] * len(deltas))
-        wins, losses = sum(a > b for a, b in pairs), sum(a < b for a, b in pairs)
-        ties = len(pairs) - wins - losses
-        found.append(Paired(label, len(pairs), mean, error, low, high, wins, ties, losses))
+        found.append(paired_scores(label, pairs))
     return found
+
+
+def paired_scores(label: str, pairs: Sequence[tuple[float, float]]) -> Paired:
+    """Scores against others of the same prompts; infinite ones are allowed."""
+    deltas = [a - b if a != b else 0.0 for a, b in pairs]
+    mean, error = mean_and_error(deltas)
+    low = high = math.nan
+    if math.isfinite(error):
+        low, high = difference_interval(deltas, [0.0] * len(deltas))
+    wins, losses = sum(a > b for a, b in pairs), sum(a < b for a, b in pairs)
+    ties = len(pairs) - wins - losses
+    return Paired(label, len(pairs), mean, error, low, high, wins, ties, losses)
 
 
 def summary(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
