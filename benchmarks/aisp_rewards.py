@@ -1,48 +1,76 @@
-"""What AISP buys on a real model: several rewards, paired with best-of-n at equal samples.
+"""Searches by reward on a real model, as a sceptic would look at them.
 
 ``python -m benchmarks.aisp_rewards`` runs SmolLM2-135M-Instruct on prompts that were not used to
-choose any setting, and prints, for each reward: the mean reward of the first and the last iteration
-with the paired rise, and the best reward against best-of-n on the same number of samples, with
-standard errors, wins, ties and losses. ``--tune`` uses the other prompts: settings are chosen
-there.
+choose any setting: AISP in three forms beside its rivals, over rewards, answer lengths and budgets,
+at equal samples and at equal seconds. Beside the reward, which a search gets by whatever means, it
+prints what the means were: the divergence from the base model, how surprising the answer is to the
+base, how little it repeats itself (diversity) and how close it stays to the prompt (coherence),
+with standard errors over prompts, and the paired difference to best-of-n with wins, ties and
+losses.
 
-There are two baselines. ``best_of_n`` draws tokens at temperature 1, as best-of-n does; ``frozen``
-is best-of-n with the randomness of the first AISP contestant, that is AISP whose u stays 0: the
-difference to it is what the adaptation buys, the rest is what the noise buys. The answers of both
-do not depend on the reward, so they are drawn once and scored by every reward.
+Two rewards are words' (one letter, a lexicon of sentiment): kept as warnings. Two are learned:
+``style``, closeness of a sentence embedding to a wanted text, and ``preference``, a reward model
+that :mod:`benchmarks.preference` trains on first use. Best-of-n and its soft form do not look at
+the reward while they draw: at equal samples their answers are drawn once and scored by every
+reward.
 
-Each finished batch is on the disk before the next begins (``--journal``), and a run that was cut
-short goes on from there.
-
-``python -m benchmarks.aisp_rewards --timing --samples 64`` measures wall-clock instead, AISP's over
-best-of-n's: in turn, on the same rows and answer lengths, several times; the median of the ratios.
-Ratios are given in processor time as well, which other processes disturb less.
+The whole grid takes days of a core. Everything finished is on the disk before the next begins (a
+folder, ``--work``), so that a run may be cut short anywhere: the same command goes on, one with
+other axes adds to it, and ``--table`` prints what there is. Prompts come in blocks, all cells of
+one before the next, so that every cell has some. ``--tune`` uses the other prompts: settings are
+chosen there, and value functions trained.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
-from time import process_time
-from typing import Any
+from time import perf_counter
+from typing import Any, NamedTuple
 
 import torch
 
-from tta_ext.decoding import AdaptiveImportanceSampling, BestOfN
-from tta_ext.decoding.rewards import call_reward, parse_reward
+from tta_ext.decoding import BestOfN, load_value, train_value
+from tta_ext.decoding.rewards import (
+    DiversityReward,
+    EmbeddingReward,
+    Reward,
+    call_reward,
+    parse_reward,
+)
 from tta_ext.decoding.search import compare as comparison
-from tta_ext.decoding.search.base import SearchMethod
+from tta_ext.decoding.search.best_of_n import soft_choice
 from tta_ext.decoding.search.outcome import SearchResult, spread
 from tta_ext.demo import smollm2
-from tta_ext.journal import Journal, model_facts, resume_key
+from tta_ext.journal import Journal, fingerprint, model_facts, resume_key, run_facts
 
-from . import harness
+from . import aisp_table, harness, preference
 
-REWARDS = ("letter:s", "letter:s:distinct", "sentiment", "sentiment:negative")
+WANTED = "A warm letter to an old friend, full of thanks and fond memories of summers by the sea."
+REWARDS = ("preference", "letter:s", "style", "sentiment")
+LENGTHS = (24, 64, 128)
+SAMPLES = (64, 256, 1024)
+SECONDS = (10.0, 60.0)
+BASELINE = "best_of_n"
+# The guard's weight is a guess; --tune is where to choose it.
+# {value}: file of the reward's value function; {weight}: a standard deviation of the reward, among
+# the answers that trained it, weighs 2 nats; soft: a quarter of that deviation.
+METHODS = {
+    BASELINE: "best_of_n:group=16",
+    "soft": "best_of_n:group=16,soft={soft}",
+    "aisp_paper": "aisp:coherence=0.0,decoding=sample,kl_rollouts=4",
+    "aisp": "aisp:kl_rollouts=4",
+    "aisp_fisher": "aisp:guard=fisher,guard_lam=0.1,kl_rollouts=4",
+    "re_control": "re_control:value={value},n=16,kl_rollouts=4",
+    "chunk_beam": "chunk_beam:chunk=8",
+    "args": "args:weight={weight}",
+}
+POOLED = (BASELINE, "soft")
+TRAINING_ANSWERS = 8
 
 TUNING = (
     "Describe a quiet village.",
@@ -86,27 +114,44 @@ EVALUATION = (
     "Describe a game for children.",
 )
 
-DEFAULT_AISP = ("aisp",)
-BASELINE, FROZEN = "best_of_n", "frozen"
+
+class Cell(NamedTuple):
+    """One reward, length and budget."""
+
+    reward: str
+    length: int
+    samples: int | None
+    seconds: float | None
+
+    @property
+    def budget(self) -> str:
+        return f"{self.samples} samples" if self.seconds is None else f"{self.seconds:g} s"
+
+    @property
+    def order(self) -> tuple[int, float, int, str]:
+        return self.length, self.seconds or 0.0, self.samples or 0, self.reward
 
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m benchmarks.aisp_rewards", description=__doc__)
     p.add_argument("--reward", nargs="+", default=list(REWARDS), help="rewards (%(default)s)")
-    p.add_argument("--aisp", nargs="+", default=list(DEFAULT_AISP), metavar="LABEL=aisp:K=V,...")
-    p.add_argument("--samples", type=int, default=256, help="answers a prompt and method (256)")
-    p.add_argument("--group", type=int, default=16, help="answers drawn together (16)")
-    p.add_argument("--max-new-tokens", type=int, default=24)
+    p.add_argument(
+        "--method", nargs="+", default=list(METHODS),
+        help=f"of {', '.join(METHODS)}, or LABEL=METHOD:NAME=VALUE,... (all)",
+    )  # fmt: skip
+    p.add_argument("--length", nargs="+", type=int, default=list(LENGTHS), help="tokens an answer")
+    p.add_argument("--samples", nargs="*", type=int, help="answers a prompt (64 256 1024)")
+    p.add_argument("--seconds", nargs="*", type=float, help="seconds a prompt (10 60)")
     p.add_argument("--prompts", type=int, help="only the first so many")
-    p.add_argument("--at-once", type=int, default=8, help="prompts in a batch (8)")
+    p.add_argument("--at-once", type=int, default=4, help="prompts in a block (4)")
     p.add_argument("--tune", action="store_true", help="the prompts for choosing settings")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--threads", type=int, default=1)
-    p.add_argument("--journal", type=Path, default=Path("aisp_rewards.jsonl"))
+    p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    p.add_argument("--work", type=Path, default=Path("aisp_rewards"), help="folder of the journal")
+    p.add_argument("--table", action="store_true", help="only print what is finished")
     p.add_argument("--output", type=Path, help="where to write the table")
-    p.add_argument("--plot", type=Path, help="folder for one plot a reward")
-    p.add_argument("--timing", action="store_true", help="measure wall-clock instead")
-    p.add_argument("--repeats", type=int, default=5, help="of --timing (5)")
+    p.add_argument("--plot", type=Path, help="picture of rewards against what they cost")
     return p
 
 
@@ -114,12 +159,24 @@ def conversations(prompts: Sequence[str]) -> list[Any]:
     return [[{"role": "user", "content": prompt}] for prompt in prompts]
 
 
-def rescored(result: SearchResult, at: int, reward: Any) -> dict[str, Any]:
-    """The record of one prompt of a run, as if it had been made with another reward."""
+def slug(name: str) -> str:
+    return name.replace(":", "_")
+
+
+def indifferent(prompts: Sequence[Any], responses: Sequence[Any]) -> list[float]:
+    return [0.0] * len(responses)
+
+
+def rescored(
+    result: SearchResult, at: int, reward: Reward, choose: Callable[[Sequence[float]], int]
+) -> dict[str, Any]:
+    """The record of one prompt of best-of-n, as if it had been drawn for another reward."""
+    begin = perf_counter()
     candidates = result.candidates[at]
-    prompts = [result.prompts[at]] * len(candidates)
-    values = call_reward(reward, prompts, [one.text for one in candidates])
+    texts = [one.text for one in candidates]
+    values = call_reward(reward, [result.prompts[at]] * len(candidates), texts)
     record = comparison.record_of(result, at)
+    taken = perf_counter() - begin
     best = -float("inf")
     for point in record["curve"]:
         own = [
@@ -130,223 +187,259 @@ def rescored(result: SearchResult, at: int, reward: Any) -> dict[str, Any]:
         mean, highest, deviation = spread(own)
         best = max(best, highest)
         point.update(mean=mean, max=highest, std=deviation, best=best)
-    winner = values.index(max(values))
+    for name in ("total", "reward"):
+        record["timing"][name] += taken
+    winner = choose(values)
     return record | {"reward": values[winner], "text": candidates[winner].text}
 
 
-def indifferent(prompts: Sequence[Any], responses: Sequence[Any]) -> list[float]:
-    return [0.0] * len(responses)
+class Surprise:
+    """Minus the mean log-probability of an answer's tokens under a model, in nats: a metric."""
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self.model, self.tokenizer = model, tokenizer
+
+    @torch.inference_mode()
+    def __call__(self, prompts: Sequence[Any], responses: Sequence[str]) -> list[float]:
+        return [self._of(prompt, text) for prompt, text in zip(prompts, responses, strict=True)]
+
+    def _of(self, prompt: Any, text: str) -> float:
+        asked = self.tokenizer.apply_chat_template(
+            prompt, add_generation_prompt=True, return_dict=True
+        )["input_ids"]
+        said = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if not said:
+            return 0.0
+        ids = torch.tensor([asked + said])
+        logits = self.model(ids, logits_to_keep=len(said) + 1).logits[0, :-1].float()
+        return float(torch.nn.functional.cross_entropy(logits, ids[0, len(asked) :]))
 
 
-def baselines(model: Any, tokenizer: Any, args: argparse.Namespace) -> dict[str, SearchMethod[Any]]:
-    """The methods that do not look at the reward."""
-    first = comparison.Contestant.parse(args.aisp[0])
-    settings = first.resolved({"max_new_tokens": args.max_new_tokens}, args.samples, None)
-    # Equal rewards have equal weights, and those less 1/n are 0: u stays where it is.
-    frozen = asdict(settings) | {"baseline": True, "kl_rollouts": 0, "kl_budget": None}
-    return {
-        BASELINE: BestOfN(
-            model,
-            indifferent,
-            tokenizer,
-            n=args.samples,
-            group=args.group,
-            max_new_tokens=args.max_new_tokens,
-        ),
-        FROZEN: AdaptiveImportanceSampling(model, indifferent, tokenizer, probe=False, **frozen),
-    }
+class Bench:
+    """Models, rewards and value functions, loaded or made where they are first needed.
 
+    Args:
+        args: of :func:`parser`.
+        journal: of finished answers.
+        loaded: model, tokenizer and encoder in place of SmolLM2 and all-MiniLM-L6-v2.
+    """
 
-def baseline_records(
-    label: str,
-    method: SearchMethod[Any],
-    prompts: Sequence[Any],
-    args: argparse.Namespace,
-    file: Journal,
-) -> list[dict[str, Any]]:
-    """A baseline's answers, drawn once, with a record for every reward."""
-    scorers = {name: parse_reward(name) for name in args.reward}
-    settings = asdict(method.settings)
-    keys = {
-        (place, name): resume_key(
-            label=label, reward=name, place=place, prompt=prompts[place], settings=settings,
-            seed=args.seed, model=model_facts(method.model),
-        )
-        for place in range(len(prompts))
-        for name in scorers
-    }  # fmt: skip
-    for first in range(0, len(prompts), args.at_once):
-        part = [
-            place
-            for place in range(first, min(first + args.at_once, len(prompts)))
-            if any(keys[place, name] not in file.records for name in scorers)
-        ]
-        if not part:
-            continue
-        result = method.generate([prompts[i] for i in part], seed=args.seed, sequence=part)
-        file.add(
-            {
-                keys[place, name]: {"scorer": name, "index": place, "label": label}
-                | rescored(result, at, scorer)
-                for at, place in enumerate(part)
-                for name, scorer in scorers.items()
-                if keys[place, name] not in file.records
-            }
-        )
-        print(f"{label}: {part[-1] + 1} of {len(prompts)} prompts", flush=True)
-    return [file.records[key] for key in keys.values()]
-
-
-def steered_records(
-    model: Any, tokenizer: Any, prompts: Sequence[Any], args: argparse.Namespace, file: Journal
-) -> list[dict[str, Any]]:
-    """Every AISP contestant with every reward."""
-    contestants = [comparison.Contestant.parse(text) for text in args.aisp]
-    found: list[dict[str, Any]] = []
-    for name in args.reward:
-        records = comparison.compare(
-            model,
-            tokenizer,
-            parse_reward(name),
-            prompts,
-            contestants,
-            samples=args.samples,
-            seed=args.seed,
-            common={"max_new_tokens": args.max_new_tokens},
-            prompts_at_once=args.at_once,
-            tag=[model_facts(model), name],
-            journal=file,
-        )
-        print(f"{name}: {len(records)} answers", flush=True)
-        found += [record | {"scorer": name} for record in records]
-    return found
-
-
-HEADER = (
-    "reward", "method", "first iteration", "last", "rise", "best", f"- {BASELINE}",
-    "won/tied/lost", f"- {FROZEN}", "won/tied/lost", "KL",
-)  # fmt: skip
-
-
-def table_of(records: Sequence[dict[str, Any]]) -> str:
-    """Per reward, the rise of the mean and the paired differences of the best."""
-    rows = []
-    for name in dict.fromkeys(record["scorer"] for record in records):
-        own = [r for r in records if r["scorer"] == name]
-        methods = comparison.summary(own)
-        labels = [row["label"] for row in methods]
-        pairs = {
-            (base, pair.label): pair
-            for base in (BASELINE, FROZEN)
-            if base in labels
-            for pair in comparison.paired(own, base)
-        }
-        rows += [_cells(name, row, pairs) for row in methods]
-    return harness.table(HEADER, rows)
-
-
-def _cells(
-    name: str, row: dict[str, Any], pairs: Mapping[tuple[str, str], comparison.Paired]
-) -> list[str]:
-    cells = [
-        name,
-        row["label"],
-        f"{row['first']:.3f}",
-        f"{row['last']:.3f}",
-        f"{row['rise']:+.3f} ± {row['rise_error']:.3f}",
-        f"{row['reward']:.3f} ± {row['error']:.3f}",
-    ]
-    for base in (BASELINE, FROZEN):
-        pair = pairs.get((base, row["label"]))
-        cells += (
-            [f"{pair.difference:+.3f} ± {pair.error:.3f}", f"{pair.wins}/{pair.ties}/{pair.losses}"]
-            if pair
-            else ["", ""]
-        )
-    return [*cells, "" if row["kl"] is None else f"{row['kl']:.1f}"]
-
-
-def timing(model: Any, tokenizer: Any, prompts: Sequence[Any], args: argparse.Namespace) -> str:
-    """Time of AISP over best-of-n, the same rows and lengths, in turn."""
-    common = {"max_new_tokens": args.max_new_tokens, "eos_token_id": [], "probe": False}
-    scorer = parse_reward("letter:s")
-    iterations = args.samples // args.group
-    methods: dict[str, BestOfN | AdaptiveImportanceSampling] = {
-        "best_of_n": BestOfN(
-            model, scorer, tokenizer, n=iterations * args.group, group=args.group, **common
-        ),
-        "aisp": AdaptiveImportanceSampling(
-            model, scorer, tokenizer, n=args.group, iterations=iterations, **common
-        ),
-    }
-    part = prompts[: args.at_once]
-    for method in methods.values():
-        warm: dict[str, Any] = (
-            {"n": args.group} if method.name == "best_of_n" else {"iterations": 1}
-        )
-        method.run(part, seed=0, **warm)
-    seconds: dict[str, list[float]] = {name: [] for name in methods}
-    cpu: dict[str, list[float]] = {name: [] for name in methods}
-    ours: dict[str, list[float]] = {name: [] for name in methods}
-    for repeat in range(args.repeats):
-        # Turn about, so that a drift of the machine's speed meets both.
-        for name in sorted(methods, reverse=bool(repeat % 2)):
-            start = process_time()
-            result = methods[name].generate(part, seed=repeat)
-            cpu[name].append(process_time() - start)
-            seconds[name].append(result.timing.total)
-            ours[name].append(result.timing.other)
-    return timing_table(seconds, cpu, ours)
-
-
-def timing_table(
-    seconds: Mapping[str, Sequence[float]],
-    cpu: Mapping[str, Sequence[float]],
-    ours: Mapping[str, Sequence[float]],
-) -> str:
-    """Medians of each method, and AISP's over best-of-n's of the same repeat."""
-    rows = []
-    for name in seconds:
-        ratios, cpu_ratios = (
-            [a / b for a, b in zip(found[name], found[BASELINE], strict=True)]
-            for found in (seconds, cpu)
-        )
-        rows.append(
-            (
-                name,
-                f"{statistics.median(seconds[name]):.2f}",
-                f"{statistics.median(ours[name]):.2f}",
-                f"{statistics.median(ratios):.3f}",
-                f"{min(ratios):.3f} to {max(ratios):.3f}",
-                f"{statistics.median(cpu_ratios):.3f}",
+    def __init__(
+        self, args: argparse.Namespace, journal: Journal, loaded: tuple[Any, ...] | None = None
+    ) -> None:
+        self.args, self.journal = args, journal
+        self.prompts = conversations((TUNING if args.tune else EVALUATION)[: args.prompts])
+        if loaded is None:
+            loaded = (
+                *smollm2.load(dtype=getattr(torch, args.dtype)),
+                EmbeddingReward.from_pretrained(preference.encoder_folder()),
             )
+        self.model, self.tokenizer, self.coherence = loaded
+        self.rewards: dict[str, Reward] = {}
+
+    @cached_property
+    def metrics(self) -> dict[str, Reward]:
+        return {
+            "surprise": Surprise(self.model, self.tokenizer),
+            "diversity": DiversityReward(),
+            "coherence": self.coherence,
+        }
+
+    @property
+    def preference_file(self) -> Path:
+        return Path(self.args.work) / "preference.safetensors"
+
+    def reward(self, name: str) -> Reward:
+        if name not in self.rewards:
+            self.rewards[name] = self._reward(name)
+        return self.rewards[name]
+
+    def _reward(self, name: str) -> Reward:
+        if name == "style":
+            return EmbeddingReward(self.coherence.model, self.coherence.tokenizer, WANTED)
+        if name != "preference":
+            return parse_reward(name)
+        if not self.preference_file.is_file():
+            preference.make(self.preference_file, self.model, self.tokenizer, self.coherence)
+        return preference.PreferenceReward.load(self.coherence, self.preference_file)
+
+    def value_file(self, cell: Cell) -> Path:
+        """The value function of a reward at a length, trained on the tuning prompts."""
+        path = Path(self.args.work) / f"value-{slug(cell.reward)}-{cell.length}.safetensors"
+        if not path.is_file():
+            train_value(
+                self.model, self.reward(cell.reward), conversations(TUNING), self.tokenizer,
+                n=TRAINING_ANSWERS, max_new_tokens=cell.length, batch_size=64, seed=self.args.seed,
+            ).save(path)  # fmt: skip
+        return path
+
+    def tag(self, cell: Cell) -> dict[str, Any]:
+        self.reward(cell.reward)  # makes the file that it is known by
+        file = self.preference_file if cell.reward == "preference" else None
+        return {
+            "model": model_facts(self.model),
+            "reward": cell.reward,
+            "file": None if file is None else fingerprint(str(file)),
+            "wanted": WANTED if cell.reward == "style" else None,
+            "length": cell.length,
+            "budget": cell.budget,
+            "prompts": "tuning" if self.args.tune else "evaluation",
+        }
+
+    def contestant(self, method: str, cell: Cell) -> comparison.Contestant:
+        text = METHODS.get(method, method)
+        names = {}
+        if "{" in text:
+            path = self.value_file(cell)
+            deviation = float(load_value(path).deviation)
+            names = {"value": path, "weight": 2.0 / deviation, "soft": 0.25 * deviation}
+        label = f"{method}=" if method in METHODS else ""
+        return comparison.Contestant.parse(label + text.format(**names))
+
+    # ---- the work ------------------------------------------------------------------------------
+
+    def cells(self) -> list[Cell]:
+        """The axes' cells; the budgets' defaults count where neither is given."""
+        samples, seconds = self.args.samples, self.args.seconds
+        if samples is None and seconds is None:
+            samples, seconds = SAMPLES, SECONDS
+        budgets = [(n, None) for n in samples or ()] + [(None, s) for s in seconds or ()]
+        return [
+            Cell(reward, length, *budget)
+            for length in self.args.length
+            for budget in budgets
+            for reward in self.args.reward
+        ]
+
+    def run(self) -> None:
+        """Every cell of every block of prompts, but what the journal has."""
+        cells = self.cells()
+        for first in range(0, len(self.prompts), self.args.at_once):
+            upto = min(first + self.args.at_once, len(self.prompts))
+            for draw in dict.fromkeys(c._replace(reward="") for c in cells if c.samples):
+                mine = [c for c in cells if c._replace(reward="") == draw]
+                self.pool(mine, list(range(first, upto)))
+            for cell in cells:
+                pooled = POOLED if cell.samples else ()
+                self.search(cell, [m for m in self.args.method if m not in pooled], upto)
+
+    def search(self, cell: Cell, methods: Sequence[str], upto: int) -> None:
+        """Methods on the first prompts."""
+        begin = perf_counter()
+
+        def told(answers: int, tokens: int) -> None:
+            if tokens:
+                what = f"{cell.reward}, {cell.length} tokens, {cell.budget}, to {upto} prompts"
+                print(f"{what}: {answers} answers, {perf_counter() - begin:.0f} s", flush=True)
+
+        comparison.compare(
+            self.model,
+            self.tokenizer,
+            self.reward(cell.reward),
+            self.prompts[:upto],
+            [self.contestant(method, cell) for method in methods],
+            samples=cell.samples,
+            seconds=cell.seconds,
+            seed=self.args.seed,
+            common={"max_new_tokens": cell.length},
+            # A limit in seconds is a batch's.
+            prompts_at_once=1 if cell.samples is None else self.args.at_once,
+            tag=self.tag(cell),
+            journal=self.journal,
+            progress=told,
         )
-    names = ("method", "seconds", "outside model and reward", f"x {BASELINE}", "of all repeats",
-             "in processor time")  # fmt: skip
-    return harness.table(names, rows)
+
+    def pool(self, cells: Sequence[Cell], places: list[int]) -> None:
+        """Best-of-n's answers, drawn once, with a record for every reward and choice."""
+        wanted = {}
+        for cell in cells:
+            for method in POOLED:
+                if method not in self.args.method:
+                    continue
+                one = self.contestant(method, cell)
+                settings: Any = one.resolved({"max_new_tokens": cell.length}, cell.samples, None)
+                how = {
+                    "method": one.method, "seed": self.args.seed, "tag": self.tag(cell),
+                    "settings": asdict(settings),
+                }  # fmt: skip
+                for place in places:
+                    key = resume_key(**how, prompt=self.prompts[place], place=place)
+                    if key not in self.journal.records:
+                        wanted[key] = cell, method, place, settings, run_facts(**how)
+        if not wanted:
+            return
+        cell = cells[0]
+        drawn = BestOfN(
+            self.model, indifferent, self.tokenizer, n=cell.samples or 1, group=16,
+            max_new_tokens=cell.length,
+        )  # fmt: skip
+        result = drawn.generate(
+            [self.prompts[p] for p in places], seed=self.args.seed, sequence=places
+        )
+        items = {}
+        for key, (cell, method, place, settings, run) in wanted.items():
+            choose = self._choice(settings.soft, place)
+            record = rescored(result, place - places[0], self.reward(cell.reward), choose)
+            items[key] = {"index": place, "label": method, **record, "run": run}
+        self.journal.add(items)
+        print(f"{cell.length} tokens, {cell.budget}: best-of-n drawn to {places[-1] + 1} prompts",
+              flush=True)  # fmt: skip
+
+    def _choice(self, soft: float, place: int) -> Callable[[Sequence[float]], int]:
+        def choose(values: Sequence[float]) -> int:
+            if soft == 0.0:
+                return values.index(max(values))
+            return soft_choice(values, soft, self.args.seed, place)
+
+        return choose
+
+    # ---- what there is -------------------------------------------------------------------------
+
+    def finished(self) -> Iterator[tuple[Cell, list[dict[str, Any]]]]:
+        """All cells of the journal, those of the asked prompts, with their records and metrics."""
+        found: dict[tuple[Any, ...], dict[str, list[dict[str, Any]]]] = {}
+        which = "tuning" if self.args.tune else "evaluation"
+        for record in self.journal.records.values():
+            tag = record.get("run", {}).get("tag", {})
+            if tag.get("prompts") == which:
+                key = tag["reward"], tag["length"], tag["budget"]
+                found.setdefault(key, {}).setdefault(record["label"], []).append(record)
+        for (reward, length, budget), labels in found.items():
+            number, unit = budget.split()
+            limit = (int(number), None) if unit == "samples" else (None, float(number))
+            # Of a label that has had several settings, the last.
+            kept = [r for rows in labels.values() for r in rows if r["run"] == rows[-1]["run"]]
+            yield Cell(reward, length, *limit), [r | {"metrics": self.measured(r)} for r in kept]
+
+    def measured(self, record: dict[str, Any]) -> dict[str, float]:
+        """The metrics of an answer; they too are kept."""
+        what = {"prompt": record["prompt"], "text": record["text"]}
+        key = resume_key(metrics=list(self.metrics), model=model_facts(self.model), **what)
+        if key not in self.journal.records:
+            fresh = record | {}
+            comparison.measure([fresh], self.metrics)
+            self.journal.add({key: what | {"metrics": fresh["metrics"]}})
+        found: dict[str, float] = self.journal.records[key]["metrics"]
+        return found
 
 
 def main() -> None:
     args = parser().parse_args()
-    harness.check_files(args.output)
+    harness.check_files(args.output, args.plot)
     torch.set_num_threads(args.threads)
-    model, tokenizer = smollm2.load()
-    prompts = conversations((TUNING if args.tune else EVALUATION)[: args.prompts])
-    if args.timing:
-        table = timing(model, tokenizer, prompts, args)
-    else:
-        file = Journal(args.journal)
-        records: list[dict[str, Any]] = []
-        for label, method in baselines(model, tokenizer, args).items():
-            records += baseline_records(label, method, prompts, args, file)
-        records += steered_records(model, tokenizer, prompts, args, file)
-        table = table_of(records)
-        if args.plot is not None:
-            args.plot.mkdir(parents=True, exist_ok=True)
-            for name in args.reward:
-                own = [r for r in records if r["scorer"] == name]
-                comparison.plot(own, args.plot / f"{name.replace(':', '_')}.png", name)
-    harness.report(["python", "-m", "benchmarks.aisp_rewards", *sys.argv[1:]], table, args.output)
+    args.work.mkdir(parents=True, exist_ok=True)
+    with Journal(args.work / "journal.jsonl") as journal:
+        bench = Bench(args, journal)
+        if not args.table:
+            bench.run()
+        cells = sorted(bench.finished(), key=lambda item: item[0].order)
+        body = aisp_table.document(cells, BASELINE, list(METHODS))
+        if bench.preference_file.is_file():
+            head = preference.PreferenceReward.load(bench.coherence, bench.preference_file).head
+            body += f"\n\n{preference.described(head.facts)}\n"
+    if args.plot is not None:
+        aisp_table.draw(cells, args.plot)
+    harness.report(["python", "-m", "benchmarks.aisp_rewards", *sys.argv[1:]], body, args.output)
 
 
 if __name__ == "__main__":

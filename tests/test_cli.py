@@ -398,3 +398,10 @@ def test_compare_command(capsys: Any, pair: list[str], tmp_path: Path) -> None:
     assert report["paired"][0]["prompts"] == 2
     assert call(capsys, "compare", "--model", pair[1], "hello")[0] == 2
     assert call(capsys, *words, "--baseline", "x")[0] == 1
+    status, measured, _ = call(capsys, *words, "--metric", "diversity", "--metric", "words:2")
+    assert status == 0
+    assert "diversity" in measured and "words:2" in measured
+    metrics = json.loads((tmp_path / "o.json").read_text())["methods"][0]["metrics"]
+    assert list(metrics) == ["diversity", "words:2"]
+    assert 0.0 <= metrics["diversity"][0] <= 1.0
+    assert call(capsys, *words, "--metric", "beauty")[0] == 1

@@ -84,6 +84,29 @@ def test_compare_by_seconds_and_plot(tmp_path: Any, monkeypatch: Any) -> None:
         run(seconds=1.0)
 
 
+def test_metrics_are_measured_of_the_best_answers(tmp_path: Any) -> None:
+    def size(prompts: list[Any], responses: list[str]) -> list[float]:
+        return [float(len(p) - len(r)) for p, r in zip(prompts, responses, strict=True)]
+
+    path = tmp_path / "journal.jsonl"
+    plain = run(Journal(path))
+    lines = path.read_text()
+    records = run(Journal(path), metrics={"size": size})
+    assert path.read_text() == lines
+    assert [r | {"metrics": {}} for r in records] == [r | {"metrics": {}} for r in plain]
+    for r in records:
+        assert r["metrics"] == {"size": len(r["prompt"]) - len(r["text"])}
+    for row in comparison.summary(records):
+        own = [r["metrics"]["size"] for r in records if r["label"] == row["label"]]
+        assert row["metrics"]["size"] == pytest.approx((sum(own) / 3, stats.sem(own)))
+        last = [r["curve"][-1]["kl"] for r in records if r["label"] == row["label"]]
+        if None not in last:
+            assert (row["kl"], row["kl_error"]) == pytest.approx((sum(last) / 3, stats.sem(last)))
+    assert all(row["metrics"] == {} for row in comparison.summary(plain))
+    with pytest.raises(ValueError, match="answers have none; pass a tokenizer"):
+        comparison.measure([{"prompt": [1], "text": None}], {"size": size})
+
+
 def test_infinite_rewards_come_back_from_a_journal(tmp_path: Any) -> None:
     path = tmp_path / "journal.jsonl"
 

@@ -310,3 +310,51 @@ def test_prompts_of_ids_are_no_text(template: str | None) -> None:
     said = "an answer is refused by the chat template for the reward model: no such role"
     with pytest.raises(ValueError, match=said):
         rewards.ClassifierReward(classifier("llama"), words(), template=refusing)(["a"], ["b"])
+
+
+# ---- measures ----------------------------------------------------------------------------------
+
+
+def test_diversity_is_the_share_of_different_n_grams() -> None:
+    diversity = rewards.parse_reward("diversity")
+    texts = ["a b a b a b", "one two Three four", "so so", "", "no No NO no"]
+    # Of 5, 4 and 3 n-grams 2 each are different; of "no no no no" 1 of 3, of 2 and of 1.
+    expected = [2 / 5 * 2 / 4 * 2 / 3, 1.0, 1.0, 1.0, 1 / 3 * 1 / 2]
+    assert diversity([""] * 5, texts) == pytest.approx(expected)
+    with pytest.raises(ValueError, match="after the reward's colon is '3'"):
+        rewards.parse_reward("diversity:3")
+
+
+def test_closeness_is_the_cosine_of_mean_hidden_states(tmp_path: Path) -> None:
+    config = transformers.BertConfig(
+        vocab_size=120, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=16, pad_token_id=PAD,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.AutoModel.from_config(config, add_pooling_layer=False)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(8.0)
+    model.save_pretrained(tmp_path)  # without a pooler, which the mean does not need
+    make_tokenizer().save_pretrained(tmp_path)
+    reward = rewards.parse_reward(f"embedding:{tmp_path}")
+    assert isinstance(reward, rewards.EmbeddingReward)
+    prompts: list[Any] = ["abc", [{"role": "user", "content": "hello you"}], "z"]
+    answers = ["hi", "a longer answer than that", ""]
+
+    def mean(text: str) -> torch.Tensor:
+        ids = torch.tensor([make_tokenizer()(text)["input_ids"][:16]])
+        with torch.inference_mode():
+            return model.eval()(input_ids=ids).last_hidden_state[0].mean(0)
+
+    for place, prompt in enumerate(("abc", "hello you")):
+        cosine = torch.cosine_similarity(mean(prompt), mean(answers[place]), dim=0)
+        assert reward(prompts, answers)[place] == pytest.approx(float(cosine), abs=1e-5)
+    assert reward(prompts, answers)[2] == 0.0  # no token, no direction
+    assert reward(["same"], ["same"]) == pytest.approx([1.0])
+    near = rewards.parse_reward(f"embedding:{tmp_path}#hello you")
+    assert near([""], ["abc"]) == pytest.approx(reward(["abc"], ["hello you"]), abs=1e-5)
+    with pytest.raises(ValueError, match="names no model"):
+        rewards.parse_reward("embedding:")
+    with pytest.raises(ValueError, match="wanted is empty"):
+        rewards.parse_reward(f"embedding:{tmp_path}#")

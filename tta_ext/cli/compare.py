@@ -54,6 +54,13 @@ def compare(
     seconds: Annotated[
         float | None, typer.Option(help="Wall-clock for each method and prompt instead.")
     ] = None,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Something else to measure of the best answers, named as a reward: diversity, "
+            "embedding:PATH (closeness to the prompt); repeat it for several."
+        ),
+    ] = None,
     baseline: Annotated[
         str | None, typer.Option(help="Label to compare with. Default: best_of_n, or the last.")
     ] = None,
@@ -110,6 +117,7 @@ def compare(
     for one in contestants:  # before any model is loaded
         one.resolved(shared, samples, seconds)
     part = common.chosen_shard(context, "journal")
+    measures = {text: chosen_reward(text) for text in dict.fromkeys(metric or ())}
     common.check_output(output)
     if plot is not None:
         plots.check_plot(plot)
@@ -144,6 +152,7 @@ def compare(
                 failures=failures,
                 shard=part,
                 crew=crew,
+                metrics=measures,
             )
     told: Counter[str] = Counter()
     for place, error in failures.items():
@@ -178,7 +187,7 @@ def compare(
 
 
 def methods_tables(rows: list[dict[str, Any]]) -> list[Table]:
-    """What each method reached, and what it cost: narrow enough for a log."""
+    """What each method reached, what it cost, what else was measured; narrow, for logs."""
     reached = common.table("method", "best reward", "first mean", "last mean", "KL, nats")
     cost = common.table("method", "scored", "tokens", "seconds", "beside model\nand reward, s")
     trained = any(row["training"] for row in rows)
@@ -200,7 +209,12 @@ def methods_tables(rows: list[dict[str, Any]]) -> list[Table]:
             f"{row['other']:.2f}",
             *([f"{row['training']}"] if trained else []),
         )
-    return [reached, cost]
+    if not rows[0]["metrics"]:
+        return [reached, cost]
+    measured = common.table("of the best answers", *rows[0]["metrics"])
+    for row in rows:
+        measured.add_row(row["label"], *(with_error(*pair) for pair in row["metrics"].values()))
+    return [reached, cost, measured]
 
 
 def pairs_table(pairs: list[Any], baseline: str) -> Table:

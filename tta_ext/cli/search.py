@@ -47,7 +47,7 @@ RewardName = Annotated[
     str,
     typer.Option(
         help="Reward: letter:s, letter:s:distinct, sentiment, sentiment:negative, json, words:20, "
-        "classifier:PATH, python:MODULE:NAME."
+        "diversity, embedding:PATH#TEXT, classifier:PATH, python:MODULE:NAME."
     ),
 ]
 Settings = Annotated[
@@ -245,7 +245,7 @@ def reward_facts(reward: str) -> dict[str, str]:
     """What a resume key holds of a reward: its name, and the files behind it."""
     kind, _, rest = reward.partition(":")
     source = None
-    if kind == "classifier":
+    if kind in ("classifier", "embedding"):
         source = rest.partition("#")[0]
     elif kind == "python":
         _find_modules_here()  # the reward itself may be in workers only

@@ -16,7 +16,7 @@ from tta_ext.decoding.runtime.loading import LoadingOptions, load_classifier, lo
 from tta_ext.decoding.runtime.models import class_name, device_of
 from tta_ext.decoding.runtime.prompts import render
 
-__all__ = ["ClassifierReward", "prompt_text"]
+__all__ = ["ClassifierReward", "input_limit", "prompt_text"]
 
 
 def prompt_text(prompt: Any) -> str:
@@ -82,7 +82,7 @@ class ClassifierReward:
         self.model, self.tokenizer = model.eval(), tokenizer
         self.probability, self.template, self.single = probability, template, single
         self.batch_size, self.label = batch_size, self._find(label, model.config)
-        self.max_length = _limit(model, tokenizer) if max_length is None else max_length
+        self.max_length = input_limit(model, tokenizer) if max_length is None else max_length
         # Cuts from the left; the caller's tokenizer stays as it is.
         self._cutter = copy.deepcopy(tokenizer)
         self._cutter.truncation_side = "left"
@@ -210,7 +210,7 @@ def _padded(rows: Sequence[Sequence[int]], value: int) -> Tensor:
     return pad_sequence(blocks, batch_first=True, padding_value=value)
 
 
-def _limit(model: Any, tokenizer: Any) -> int | None:
+def input_limit(model: Any, tokenizer: Any) -> int | None:
     """Tokens that a model has positions for, and its tokenizer says it may have.
 
     Models whose positions start behind the padding id (RoBERTa) have fewer than their table has

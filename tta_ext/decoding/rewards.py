@@ -32,9 +32,12 @@ import torch
 
 from tta_ext._version import install
 from tta_ext.decoding.classifier import ClassifierReward
+from tta_ext.decoding.embedding import EmbeddingReward
 
 __all__ = [
     "ClassifierReward",
+    "DiversityReward",
+    "EmbeddingReward",
     "JsonReward",
     "LengthReward",
     "LetterReward",
@@ -282,6 +285,30 @@ class LengthReward:
         return [-abs(len(_WORD.findall(text)) - self.target) / self.target for text in responses]
 
 
+class DiversityReward:
+    """How little an answer repeats itself, 0 to 1: less is a word or phrase over and over.
+
+    The product over n = 2, 3, 4 of the share of n-grams of words that are different from each
+    other; 1 for an answer too short to repeat one. Letters' case does not tell words apart.
+
+    Source: Su et al., "A Contrastive Framework for Neural Text Generation", arXiv:2202.06417.
+    """
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
+    def __call__(self, prompts: Sequence[Any], responses: Sequence[str]) -> list[float]:
+        return [self._score(_WORD.findall(text.casefold())) for text in responses]
+
+    @staticmethod
+    def _score(words: Sequence[str]) -> float:
+        shares = 1.0
+        for n in (2, 3, 4):
+            grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+            shares *= len(set(grams)) / len(grams) if grams else 1.0
+        return shares
+
+
 class WeightedReward:
     """A weighted sum of rewards.
 
@@ -330,6 +357,13 @@ def _classifier(text: str) -> Reward:
     return ClassifierReward.from_pretrained(path, label=label or None)
 
 
+def _embedding(text: str) -> Reward:
+    path, hash_, wanted = text.partition("#")
+    if not path:
+        raise ValueError("embedding names no model, expected embedding:PATH or embedding:PATH#TEXT")
+    return EmbeddingReward.from_pretrained(path, wanted if hash_ else None)
+
+
 def _exactly(text: str, known: dict[str, Any]) -> Any:
     """What one of a few texts after a reward's name stands for."""
     try:
@@ -359,7 +393,9 @@ _KINDS: dict[str, Callable[[str], Reward]] = {
     "sentiment": lambda text: SentimentReward(_exactly(text, _SIGNS)),
     "json": lambda text: _exactly(text, {"": JsonReward})(),
     "words": _words,
+    "diversity": lambda text: _exactly(text, {"": DiversityReward})(),
     "classifier": _classifier,
+    "embedding": _embedding,
     "python": _named,
 }
 
@@ -369,7 +405,8 @@ def parse_reward(text: str) -> Reward:
 
     Args:
         text: ``letter:s``, ``letter:s:distinct``, ``sentiment``, ``sentiment:negative``, ``json``,
-            ``words:20``, ``classifier:PATH`` or ``classifier:PATH#LABEL`` (a
+            ``words:20``, ``diversity``, ``embedding:PATH`` (an encoder: closeness to the prompt) or
+            ``embedding:PATH#TEXT`` (to a text), ``classifier:PATH`` or ``classifier:PATH#LABEL`` (a
             sequence-classification model), ``python:MODULE:NAME`` (any callable).
 
     Raises:

@@ -19,7 +19,14 @@ from typing_extensions import Unpack
 
 from tta_ext.decoding.runtime.model_classes import adapter_base, generating_class
 
-__all__ = ["LoadingOptions", "load_classifier", "load_model", "load_tokenizer", "reading"]
+__all__ = [
+    "LoadingOptions",
+    "load_classifier",
+    "load_encoder",
+    "load_model",
+    "load_tokenizer",
+    "reading",
+]
 
 _INDEX = ".safetensors.index.json"
 # Where files come from, as opposed to what is made of them; tokenizers take these too.
@@ -79,6 +86,25 @@ def load_classifier(
     return _load(kind, "a reward model", path, dtype, device, options)
 
 
+def load_encoder(
+    path: str,
+    *,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str | None = None,
+    **options: Unpack[LoadingOptions],
+) -> Any:
+    """An encoder in evaluation mode, for its last hidden states; arguments as :func:`load_model`.
+
+    Weights of a pooler, which these do not pass through, may be missing.
+    """
+    from transformers import AutoModel
+
+    def kind(path: str, **hub: Any) -> Any:
+        return AutoModel
+
+    return _load(kind, "an encoder", path, dtype, device, options, unused="pooler.")
+
+
 def load_tokenizer(path: str, **options: Unpack[LoadingOptions]) -> Any:
     """The tokenizer that belongs to a model.
 
@@ -110,6 +136,7 @@ def _load(
     dtype: torch.dtype | str,
     device: torch.device | str | None,
     options: LoadingOptions,
+    unused: str | None = None,
 ) -> Any:
     given = _given(options)
     if device is not None and "device_map" in given:
@@ -133,7 +160,11 @@ def _load(
             **given,
         )
         # Transformers would draw them at random.
-        missing = [f"no weights for {name}" for name in sorted(report["missing_keys"])]
+        missing = [
+            f"no weights for {name}"
+            for name in sorted(report["missing_keys"])
+            if unused is None or not name.startswith(unused)
+        ]
         for name, found, expected in sorted(report["mismatched_keys"]):
             missing.append(f"{name} of shape {list(found)} where {list(expected)} is expected")
         if missing:

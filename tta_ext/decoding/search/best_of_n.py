@@ -26,7 +26,7 @@ from tta_ext.decoding.search.settings import (
     check_samples,
 )
 
-__all__ = ["BestOfN", "BestOfNSettings"]
+__all__ = ["BestOfN", "BestOfNSettings", "soft_choice"]
 
 
 @dataclass(frozen=True)
@@ -79,18 +79,19 @@ class _Run(Search[BestOfNSettings]):
         if soft == 0.0:
             return super().choose(prompt)
         candidates = self.candidates[prompt]
-        highest = max(one.reward for one in candidates)
-        if highest == -math.inf:
-            return candidates[0]
-        logits = [(one.reward - highest) / soft for one in candidates]
-        chosen = ops.categorical_sample(
-            torch.tensor([logits], dtype=torch.float32),
-            seed=self.seed,
-            position=0,
-            sequence=self.sequence[prompt],
-            stream=rng.REWARD,
-        )
-        return candidates[int(chosen)]
+        rewards = [one.reward for one in candidates]
+        return candidates[soft_choice(rewards, soft, self.seed, self.sequence[prompt])]
+
+
+def soft_choice(rewards: Sequence[float], soft: float, seed: int, sequence: int) -> int:
+    """Which answer soft best-of-n takes of those with these rewards."""
+    highest = max(rewards)
+    if highest == -math.inf:
+        return 0
+    logits = torch.tensor([[(one - highest) / soft for one in rewards]], dtype=torch.float32)
+    return int(
+        ops.categorical_sample(logits, seed=seed, position=0, sequence=sequence, stream=rng.REWARD)
+    )
 
 
 class BestOfN(SearchMethod[BestOfNSettings]):

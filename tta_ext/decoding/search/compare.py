@@ -12,8 +12,7 @@ for methods that judge unfinished answers, is reported beside it.
 from __future__ import annotations
 
 import ast
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -24,13 +23,13 @@ from tta_ext.decoding.search.base import SearchMethod
 from tta_ext.decoding.search.best_of_n import BestOfN
 from tta_ext.decoding.search.chunk_beam import ChunkBeamSearch
 from tta_ext.decoding.search.outcome import SearchResult
+from tta_ext.decoding.search.paired import Paired, measure, paired, paired_scores, summary
 from tta_ext.decoding.search.re_control import ReControlSearch
 from tta_ext.decoding.search.reward_guided import RewardGuidedSearch
 from tta_ext.decoding.search.settings import SearchSettings, settings_facts
-from tta_ext.intervals import difference_interval
 from tta_ext.jobs import Crew, Here, Job, described
 from tta_ext.journal import WHOLE, Journal, Shard, model_facts, resume_key, run_facts
-from tta_ext.plots import by_label, curve_means, mean, mean_and_error, plot
+from tta_ext.plots import curve_means, plot
 
 __all__ = [
     "METHODS",
@@ -39,6 +38,7 @@ __all__ = [
     "Paired",
     "compare",
     "curve_means",
+    "measure",
     "paired",
     "paired_scores",
     "parse_settings",
@@ -177,6 +177,7 @@ def compare(
     failures: dict[int, Exception] | None = None,
     shard: Shard = WHOLE,
     crew: Crew | None = None,
+    metrics: Mapping[str, Reward] | None = None,
 ) -> list[dict[str, Any]]:
     """Let every contestant answer every prompt.
 
@@ -200,6 +201,8 @@ def compare(
         shard: the part of the prompts to answer; they keep their places.
         crew: answers in place of model, tokenizer and reward, by a :class:`Comparing` over the
             same prompts and settings (:func:`resolved`).
+        metrics: rewards that decide nothing, by name: what each says of the best answers is in
+            ``record["metrics"]`` (:func:`measure`), and in no journal.
 
     Returns:
         One record for each prompt and contestant, in that order.
@@ -260,12 +263,14 @@ def compare(
         counted(len(done), tokens)
     # A label is only a name: it may have changed since the journal was written.
     with journal.reading():
-        return [
+        answers = [
             _numbers(journal.records[keys[place, label]]) | {"label": label}
             for place in places
             if not (failures and place in failures)
             for label in labels
         ]
+    measure(answers, metrics or {})
+    return answers
 
 
 def resolved(
@@ -337,105 +342,3 @@ def record_of(result: SearchResult, at: int) -> dict[str, Any]:
         "timing": timing,
         "training": result.training,
     }
-
-
-@dataclass(frozen=True)
-class Paired:
-    """A contestant against the baseline, over the prompts that both have answered.
-
-    Attributes:
-        label: the contestant.
-        prompts: number of prompts.
-        difference: mean of reward minus the baseline's reward.
-        error: standard error of that mean; nan for fewer than two prompts.
-        low, high: 95% interval of that mean by the paired bootstrap; nan likewise.
-        wins, ties, losses: prompts with a higher, equal or lower reward.
-    """
-
-    label: str
-    prompts: int
-    difference: float
-    error: float
-    low: float
-    high: float
-    wins: int
-    ties: int
-    losses: int
-
-    @property
-    def win_rate(self) -> float:
-        """Share of wins, ties counted half."""
-        return (self.wins + 0.5 * self.ties) / self.prompts if self.prompts else math.nan
-
-
-def paired(records: Iterable[dict[str, Any]], baseline: str) -> list[Paired]:
-    """Every other contestant against the baseline.
-
-    Raises:
-        ValueError: the baseline is not among the records.
-    """
-    table = by_label(records)
-    if baseline not in table:
-        raise ValueError(f"baseline is {baseline!r}, expected one of {', '.join(table)}")
-    base = table.pop(baseline)
-    found = []
-    for label, rows in table.items():
-        pairs = [(row["reward"], base[i]["reward"]) for i, row in rows.items() if i in base]
-        found.append(paired_scores(label, pairs))
-    return found
-
-
-def paired_scores(label: str, pairs: Sequence[tuple[float, float]]) -> Paired:
-    """Scores against others of the same prompts; infinite ones are allowed."""
-    deltas = [a - b if a != b else 0.0 for a, b in pairs]
-    mean, error = mean_and_error(deltas)
-    low = high = math.nan
-    if math.isfinite(error):
-        low, high = difference_interval(deltas, [0.0] * len(deltas))
-    wins, losses = sum(a > b for a, b in pairs), sum(a < b for a, b in pairs)
-    ties = len(pairs) - wins - losses
-    return Paired(label, len(pairs), mean, error, low, high, wins, ties, losses)
-
-
-def summary(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For each contestant: reward, cost, and how its mean reward moved.
-
-    ``first`` and ``last`` are the mean rewards of the first and the last iteration, ``rise`` their
-    paired difference with ``rise_error``; equal where there is one iteration only.
-    """
-    rows = []
-    for label, answers in by_label(records).items():
-        items = [answers[i] for i in sorted(answers)]
-        reward, error = mean_and_error([item["reward"] for item in items])
-        first, last = ([item["curve"][at] for item in items] for at in (0, -1))
-        rises = [b["mean"] - a["mean"] for a, b in zip(first, last, strict=True)]
-        rise, rise_error = mean_and_error(rises)
-        timing = [item["timing"] for item in items]
-        rows.append(
-            {
-                "label": label,
-                "prompts": len(items),
-                "reward": reward,
-                "error": error,
-                "first": _mean_of(first, "mean"),
-                "last": _mean_of(last, "mean"),
-                "rise": rise,
-                "rise_error": rise_error,
-                "asked": _mean_of(last, "samples"),
-                "training": max(item.get("training", 0) for item in items),
-                "tokens": _mean_of(timing, "tokens"),
-                "seconds": _mean_of(timing, "total"),
-                "model": _mean_of(timing, "model"),
-                "reward_seconds": _mean_of(timing, "reward"),
-                "other": _mean_of(timing, "other"),
-                "kl": _mean_of(last, "kl"),
-                "norm": _mean_of(last, "norm"),
-                "ess": _mean_of(last, "ess"),
-            }
-        )
-    return rows
-
-
-def _mean_of(rows: Iterable[dict[str, Any]], name: str) -> float | None:
-    values = [row[name] for row in rows if row[name] is not None]
-    return mean(values) if values else None
