@@ -1,6 +1,6 @@
 """How long a draft to ask for: a fixed length, or one that follows what was measured.
 
-Drafts change no token (:mod:`tta_ext.decoding.deferral.speculative`): a bad length costs time alone.
+Drafts change no token (:mod:`tta_ext.decoding.deferral.speculative`): a bad length costs time.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class Memory:
     judged: float = 4.0
     steps: int = 0
     rounds: int = 0
-    credit: float = 5.0
+    credit: float = 4.0
     note: str = ""
     paused: bool = False
 
@@ -127,12 +127,12 @@ class AutoLength:
     Plain steps come first and tell what a step costs, later one between ten rounds. Few lengths are
     tried, so that much is known of each, long ones after shorter ones. What a round loses is taken
     from a credit, which gains fill up. Without it, or where all lengths seem to lose, drafts pause
-    until plain steps earned a try by a hundredth of their time, all that bad drafts cost later.
+    until plain steps earned a try by .007 of their time, which is all that bad drafts cost later.
     """
 
     LENGTHS, START = (1, 3, 7), 3  # two, four and eight columns, as matrix products are made for
     FIRST, ENOUGH, REFRESH = 12, 3, 10  # plain steps: of all, of about so many rows, again
-    HOPELESS, RATE, TRY, MOST = 0.95, 0.01, 1.0, 20.0
+    HOPELESS, RATE, TRY, MOST = 0.97, 0.007, 1.0, 20.0
 
     def __init__(self, memory: Memory) -> None:
         self.memory = memory
