@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 
-from .harness import check_files, document, environment, table
-from .vllm_others import contract, searches, server, smollm2
+from .harness import check_files, report, table
+from .vllm_others import contract, searches, server, smollm2, workers
 from .vllm_session import BASE, NEW, REQUESTS, RULES, SHIPPED, Row, Session, cpu_seconds, make_proxy
 
 
@@ -140,6 +140,13 @@ def own_tokens(session: Session, rule: dict[str, Any]) -> int:
     return sum(map(len, found.tokens))
 
 
+def parallel(folder: Path, pair: Path, proxy: Path) -> Session:
+    """Each layer of both models over two processes."""
+    session = Session("one model, tensor parallel 2", pair, proxy, tensor_parallel_size=2)
+    session.rules([8])
+    return session
+
+
 def tight(folder: Path, pair: Path, proxy: Path) -> Session:
     """Prompts in pieces of 32 tokens, and a cache too small for all requests at once."""
     session = Session(
@@ -151,7 +158,7 @@ def tight(folder: Path, pair: Path, proxy: Path) -> Session:
         enable_prefix_caching=False,
     )
     session.rules([REQUESTS])
-    session.figures["preemptions"] = session.preemptions()
+    session.preempted()
     return session
 
 
@@ -168,17 +175,19 @@ def fallback(folder: Path, pair: Path, proxy: Path) -> Session:
     )
     session.rules([8], RULES[:1])
     session.rules([REQUESTS])
-    session.figures["preemptions"] = session.preemptions()
+    session.preempted()
     return session
 
 
 CONFIGURATIONS = {
     "plain": plain,
+    "parallel": parallel,
     "tight": tight,
     "fallback": fallback,
     "searches": searches,
     "server": server,
     "smollm2": smollm2,
+    "workers": workers,
     "contract": contract,
 }
 
@@ -234,10 +243,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if figures:
         cells = [(run, what, f"{value:.0f}") for run, what, value in figures]
         body += "\n\n" + table(("run", "tokens per CPU second, or a count", "value"), cells)
-    print(body)
-    if arguments.output:
-        head = document("vLLM", "python -m benchmarks.vllm_equality", environment(), body)
-        arguments.output.write_text(head)
+    command = ["python -m benchmarks.vllm_equality", *(sys.argv[1:] if argv is None else argv)]
+    report(command, body, arguments.output)
     wrong = [row for row in rows if row[2] != row[3]]
     print(f"{len(rows) - len(wrong)} passed, {len(wrong) + len(failed)} failed")
     return 1 if wrong or failed else 0

@@ -19,6 +19,7 @@ from benchmarks import (
     eager,
     gpu_times,
     harness,
+    scale,
 )
 from benchmarks.__main__ import STEMS, main
 from benchmarks.data import SHAPES, language_model_logits, nucleus, shaped_pair
@@ -45,6 +46,15 @@ def test_shapes_are_what_they_are_called() -> None:
     for width in (0.5, 1, 2.2, 4):
         name = f"Gaussian {width:g}".replace("0.", ".")
         assert rows[name].std().item() == pytest.approx(width, rel=0.02)
+
+
+def test_the_page_about_scale_has_what_the_simulation_says(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    scale.tables(scale.Machine())
+    told = capsys.readouterr().out
+    assert told.count("\n") > 40
+    assert f"```text\n{told}```\n" in (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
 
 
 def test_the_worst_cell_stands_beside_the_kind_one() -> None:

@@ -111,6 +111,26 @@ def test_prompts_by_two_workers(cluster: Any, tmp_path: Path) -> None:
         decoder({"prompt": PROMPTS})
 
 
+@pytest.mark.slow
+def test_a_pipeline_of_ray_data(cluster: Any) -> None:
+    """Answers of different lengths, and rows in any order."""
+    data = pytest.importorskip("ray.data", reason="no Ray Data: pip install 'ray[data]'")
+    from tta_ext.engines.ray import Decoder
+
+    options = {"seed": 3, "max_new_tokens": 32}
+    whole = bench_ray.load_pair().generate(PROMPTS, **options)
+    assert len({len(tokens) for tokens in whole.tokens}) > 1
+    rows = [{"prompt": prompt, "index": i} for i, prompt in enumerate(PROMPTS)]
+    found = data.from_items(rows[::-1]).map_batches(
+        Decoder, fn_constructor_kwargs={"load": bench_ray.load_pair, **options}, batch_size=2,
+        compute=data.ActorPoolStrategy(size=2),
+    ).take_all()  # fmt: skip
+    found.sort(key=lambda row: row["index"])
+    assert [list(row["tokens"]) for row in found] == whole.tokens
+    assert [row["text"] for row in found] == whole.texts
+    assert [row["prompt"] for row in found] == PROMPTS
+
+
 @pytest.mark.parametrize("name", sorted(bench_ray.METHODS))
 def test_rollouts_by_workers_that_die(cluster: Any, name: str) -> None:
     from tta_ext.engines.ray import Rollouts

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tta_ext.decoding.rewards import Reward, RewardStream
 from tta_ext.decoding.runtime.fit import Fit, fit_model
+from tta_ext.decoding.runtime.prompts import text_of
 from tta_ext.decoding.runtime.stopping import StopStrings
 from tta_ext.decoding.runtime.vocabulary import Vocabulary
 from tta_ext.decoding.search.outcome import Candidate
@@ -69,7 +70,7 @@ class Scorer:
         if self.tokenizer is None:
             stream.put(key, self.prompts[prompt], tokens)
             return None
-        text: str = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        text = text_of(self.tokenizer, tokens)
         text = text if self.stop is None else self.stop.cut(text)
         stream.put(key, self.prompts[prompt], text)
         return text
