@@ -104,7 +104,7 @@ class Memory:
         stood, judged: draft tokens that stood, of those judged; they fade, and begin with a guess.
         steps, rounds: plain steps so far, and rounds since the last one.
         credit: how many plain steps' time rounds may still lose.
-        paused, note: whether only plain steps are taken; why they are or lately were.
+        paused, note: plain steps until drafts are tried again; why they pause or lately did.
     """
 
     costs: dict[int, _Costs] = field(default_factory=partial(defaultdict, _Costs))
@@ -114,7 +114,7 @@ class Memory:
     rounds: int = 0
     credit: float = 4.0
     note: str = ""
-    paused: bool = False
+    paused: int = 0
 
     def of(self, rows: int) -> _Costs:
         """The costs for a number of rows."""
@@ -125,14 +125,14 @@ class AutoLength:
     """The length that should write most tokens a second, or none where no length would.
 
     Plain steps come first and tell what a step costs, later one between ten rounds. Few lengths are
-    tried, so that much is known of each, long ones after shorter ones. What a round loses is taken
-    from a credit, which gains fill up. Without it, or where all lengths seem to lose, drafts pause
-    until plain steps earned a try by .007 of their time, which is all that bad drafts cost later.
+    tried, so that much is known of each, long ones after shorter ones. Drafts pause where all seem
+    to lose, or have used up a credit of lost time, which gains fill up; they go on where plain
+    steps have become dearer, and after PAUSE of those are tried again, whatever is known.
     """
 
-    LENGTHS, START = (1, 3, 7), 3  # two, four and eight columns, as matrix products are made for
+    LENGTHS = 1, 3, 7  # two, four and eight columns, as matrix products are made for
     FIRST, ENOUGH, REFRESH = 12, 3, 10  # plain steps: of all, of about so many rows, again
-    HOPELESS, RATE, TRY, MOST = 0.97, 0.007, 1.0, 20.0
+    HOPELESS, PROMISING, PAUSE, TRY, MOST = 0.97, 1.2, 150, 1.0, 20.0
 
     def __init__(self, memory: Memory) -> None:
         self.memory = memory
@@ -145,21 +145,23 @@ class AutoLength:
         """Draft lengths, or None for a plain step; as :meth:`FixedLength.plan`."""
         memory, costs, most = self.memory, self.memory.of(len(room)), max(room)
         new = memory.steps < self.FIRST or len(costs.alone) + len(costs.asked) < self.ENOUGH
-        if new or most < 1 or memory.paused or memory.rounds >= self.REFRESH:
+        if new or most < 1 or memory.rounds >= self.REFRESH:
             return None
-        reach = max(self.START, 2 * max(costs.rest, default=0) + 1)
+        reach = 2 * max(costs.rest, default=1) + 1
         lengths = {min(one, most) for one in self.LENGTHS if one <= reach}
         gains = costs.gains(memory.stood / memory.judged, lengths)
         gain, length = max((gain, length) for length, gain in gains.items())
-        if gain >= self.HOPELESS and memory.credit > 0.0:
+        if gain >= (self.PROMISING if memory.paused else self.HOPELESS) and memory.credit > 0.0:
+            memory.paused = 0
             return [min(length, one) for one in room]
-        note = (
-            f"speculative decoding pauses: {memory.stood / memory.judged:.0%} of the draft tokens "
-            f"stood, with which the best draft would run at {gain:.2f}x the plain loop's speed"
-        )
-        if not memory.note:
-            log.warning(note)
-        memory.note, memory.paused, memory.credit = note, True, min(memory.credit, 0.0)
+        if not memory.paused:
+            note = (
+                f"speculative decoding pauses: {memory.stood / memory.judged:.0%} of the draft "
+                f"tokens stood, and the best draft would run at {gain:.2f}x the plain loop's speed"
+            )
+            if not memory.note:
+                log.warning(note)
+            memory.note, memory.paused = note, self.PAUSE
         return None
 
     def report(self, step: StepReport) -> None:
@@ -175,20 +177,19 @@ class AutoLength:
             if memory.rounds >= self.REFRESH:
                 costs.forget()
             memory.steps, memory.rounds = memory.steps + 1, 0
-            memory.credit += self.RATE * memory.paused
-            if memory.paused and memory.credit >= self.TRY:  # half of what was known is in doubt
-                memory.paused = False
-                memory.stood = (memory.stood + Memory.stood) / 2
-                memory.judged = (memory.judged + Memory.judged) / 2
-                for one in memory.costs.values():
-                    one.forget()
+            if memory.paused:
+                memory.paused -= 1
+                if not memory.paused:  # half of what was known is in doubt
+                    memory.credit = max(memory.credit, self.TRY)
+                    memory.stood = (memory.stood + Memory.stood) / 2
+                    memory.judged = (memory.judged + Memory.judged) / 2
+                    costs.forget()
             return
         memory.rounds += 1
         costs.draft.append(step.draft_seconds / longest)
         costs.rest[longest].append(step.seconds - step.draft_seconds)
         for length, accepted in zip(step.drafts, step.accepted, strict=True):
             memory.stood = 0.99 * memory.stood + accepted
-            # A row without a draft gains no more than one whose draft fails.
             memory.judged = 0.99 * memory.judged + min(accepted + 1, max(length, 1))
         took = longest * _middle(costs.draft) + _middle(costs.rest[longest])
         lost = took / costs.plain()[1] - 1.0 - sum(step.accepted) / step.rows
