@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import triton.language as tl
 from torch import Tensor
@@ -13,7 +11,7 @@ from tta_ext.backends.reference._common import KeyArguments, inverse_temperature
 from tta_ext.backends.triton import numerics as num
 from tta_ext.backends.triton import rows
 from tta_ext.backends.triton.launch import jit, launch, operator, scratch
-from tta_ext.backends.triton.law import Rows, Softmax, logits, probability, tile
+from tta_ext.backends.triton.rows import Rows, Softmax, logits, probability, tile
 
 
 @jit
@@ -57,27 +55,25 @@ def _scores(base_logits: Tensor, expert: Tensor, anti: Tensor | None, beta: Tens
     x = Rows.of(scratch(base_logits, batch, vocab, dtype=torch.float32))
     other = None if anti is None else Rows.of(anti, batch)
     beta = beta.to(x.data.device).contiguous()
-    launch(score_tiles, x.rows * x.tiles, Rows.of(base_logits), Rows.of(expert, batch), other,
+    launch(score_tiles, x.programs, Rows.of(base_logits), Rows.of(expert, batch), other,
            beta, beta.numel(), x.data, num_warps=8)  # fmt: skip
-    return rows.statistics(x, inverse_temperature(temperature))
+    return Softmax.of(x, inverse_temperature(temperature))
 
 
 @operator
 def implicit_reward_probs(
     base_logits: Tensor, expert_logits: Tensor, anti_logits: Tensor | None, beta: Tensor,
     temperature: float, check: bool, *, out: Tensor,
-) -> Callable[[], Tensor]:  # fmt: skip
+) -> None:  # fmt: skip
     s = _scores(base_logits, expert_logits, anti_logits, beta, temperature)
     launch(sum_rows, s.x.rows, s)
-    launch(prob_tiles, s.x.rows * s.x.tiles, s, out, num_warps=8)
-    return lambda: torch.isnan(out[:, 0])
+    launch(prob_tiles, s.x.programs, s, out, num_warps=8)
 
 
 @operator
 def implicit_reward_sample(
     base_logits: Tensor, expert_logits: Tensor, anti_logits: Tensor | None, beta: Tensor,
     temperature: float, key: KeyArguments, check: bool, *, out: Tensor,
-) -> Callable[[], Tensor]:  # fmt: skip
+) -> None:  # fmt: skip
     s = _scores(base_logits, expert_logits, anti_logits, beta, temperature)
-    rows.sample(s, rows.Key.of(key), rng.BASE, out)
-    return lambda: out < 0
+    rows.sample(s, rows.key_of(key), rng.BASE, out)

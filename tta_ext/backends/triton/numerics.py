@@ -10,6 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from tta_ext import rng
+
 TILE = tl.constexpr(4096)
 LANES = tl.constexpr(128)
 GROUPS = tl.constexpr(32)  # of 128 lanes in a tile
@@ -56,22 +58,7 @@ _LOG = _floats(
     -2.0,
 )
 _K = tl.constexpr(-(2.0**-22))
-
-
-@triton.jit
-def minus_two_log(x):
-    """log_pack<N, -2> of core/math.h, for positive normal x."""
-    offset = x.to(tl.int32, bitcast=True) - 0x3F3504F3
-    exponent = offset & -0x00800000
-    k = exponent.to(tl.float32)
-    f = (x.to(tl.int32, bitcast=True) - exponent).to(tl.float32, bitcast=True) - 1.0
-    f2 = f * f
-    tail = tl.fma(k, _K * _LN2_LOW, f2 * f * polynomial(f, _LOG, 8))
-    return tl.fma(k, _K * _LN2_HIGH, tl.fma(f, -2.0, f2 + tail))
-
-
-_ONE_LESS = tl.constexpr(1.0 - 2.0**-24)
-_HALF_MORE = tl.constexpr(1.5 - 2.0**-22)
+_ONE_LESS, _HALF_MORE = tl.constexpr(1.0 - 2.0**-24), tl.constexpr(1.5 - 2.0**-22)
 _SINE = _floats("0x1.4bc820p-13 -0x1.32ca9cp-8 0x1.466bbap-4 -0x1.4abbcep-1 0x1.921fb6p+0")
 _COSINE = _floats("0x1.d9f6eep-11 -0x1.55c662p-6 0x1.03c1dep-2 -0x1.3bd3ccp+0 0x1p+0")
 
@@ -79,12 +66,20 @@ _COSINE = _floats("0x1.d9f6eep-11 -0x1.55c662p-6 0x1.03c1dep-2 -0x1.3bd3ccp+0 0x
 @triton.jit
 def normal_pair(a, b):
     """normal_pack of core/math.h: two words -> two standard normals, by Box-Muller."""
+    # log_pack<N, -2> of a uniform.
     u = ((a >> 9) + 0x3F800000).to(tl.float32, bitcast=True) - _ONE_LESS
+    exponent = (u.to(tl.int32, bitcast=True) - 0x3F3504F3) & -0x00800000
+    k = exponent.to(tl.float32)
+    f = (u.to(tl.int32, bitcast=True) - exponent).to(tl.float32, bitcast=True) - 1.0
+    f2 = f * f
+    tail = f2 + tl.fma(k, _K * _LN2_LOW, f2 * f * polynomial(f, _LOG, 8))
+    square = tl.fma(k, _K * _LN2_HIGH, tl.fma(f, -2.0, tail))
+    # The angle: a quadrant, and what is left of it.
     turn = b + 0x20000000
     fraction = (turn & 0x3FFFFE00) >> 7
     f = (fraction + 0x3F800000).to(tl.float32, bitcast=True) - _HALF_MORE
     s, c = polynomial(f * f, _SINE, 4) * f, polynomial(f * f, _COSINE, 4)
-    radius = tl.sqrt_rn(minus_two_log(u)).to(tl.uint32, bitcast=True) ^ (turn & 0x80000000)
+    radius = tl.sqrt_rn(square).to(tl.uint32, bitcast=True) ^ (turn & 0x80000000)
     radius = radius.to(tl.float32, bitcast=True)
     swap = (turn & 0x40000000) != 0
     return radius * tl.where(swap, -s, c), radius * tl.where(swap, c, s)
@@ -121,30 +116,26 @@ def number(x, index):
 @triton.jit
 def double(x, index):
     """The same of float64; a number comes as its bits (Triton passes floats as float32)."""
-    value = number(x, index)
-    if value.dtype == tl.int64:
-        value = value.to(tl.float64, bitcast=True)
-    return value
+    if x.dtype.is_ptr():
+        return tl.load(x + index)
+    return x.to(tl.int64).to(tl.float64, bitcast=True)
 
 
 @triton.jit
-def word3(tag, iteration, rollout):
-    return (rollout & 0xFFFF) | (iteration << 16) | (tag << 28)
-
-
-@triton.jit
-def block_of(seed, c0, c1, c2, c3):
-    """Philox of int64 counters; the first sets the shape."""
-    zero = (c0 * 0).to(tl.uint32)
+def block_of(seed, c0, c1, c2, tag, iteration, rollout):
+    """The four words of a counter (rng.py has the map), whose rollout, int64, sets the shape."""
+    zero = rollout * 0
+    c0, c1, c2 = (zero + c0).to(tl.uint32), (zero + c1).to(tl.uint32), (zero + c2).to(tl.uint32)
+    c3 = (rollout & 0xFFFF) | ((zero + iteration) << 16) | ((zero + tag) << 28)
     low, high = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
-    c0, c1, c2, c3 = c0.to(tl.uint32), c1.to(tl.uint32), c2.to(tl.uint32), c3.to(tl.uint32)
-    return philox4x32(c0, zero + c1, zero + c2, zero + c3, low, high)
+    return philox4x32(c0, c1, c2, c3.to(tl.uint32), low, high)
 
 
 @triton.jit
-def normals(seed, block, step, sequence, word):
+def normals(seed, block, step, sequence, iteration, rollout):
     """The 4 n dimensions of counters ``block`` [..., n], in order of dimension."""
-    a0, b0, a1, b1 = block_of(seed, block, step, sequence, word)
+    rollout = block * 0 + rollout
+    a0, b0, a1, b1 = block_of(seed, block, step, sequence, rng.NOISE, iteration, rollout)
     cosine0, sine0 = normal_pair(a0, b0)
     cosine1, sine1 = normal_pair(a1, b1)
     return tl.interleave(tl.interleave(cosine0, cosine1), tl.interleave(sine0, sine1))
@@ -153,42 +144,29 @@ def normals(seed, block, step, sequence, word):
 # ---- sums in the canonical order ----------------------------------------------------------------
 
 
+@triton.constexpr_function
+def halvings(n):
+    """How often a power of two is halved until it is 1."""
+    return n.bit_length() - 1
+
+
 @triton.jit
-def fold(lanes, ROWS: tl.constexpr):
-    """[ROWS, 128] -> [ROWS]: l + 64, l + 32, ... l + 1. A sum of two has one order."""
+def fold(lanes):
+    """[n, 128] -> [n]: l + 64, l + 32, ... l + 1. A sum of two has one order."""
+    n: tl.constexpr = lanes.shape[0]
     for k in tl.static_range(7):
-        lanes = tl.sum(tl.reshape(lanes, (ROWS, 2, 64 >> k)), 1)
-    return tl.reshape(lanes, (ROWS,))
+        lanes = tl.sum(tl.reshape(lanes, (n, 2, 64 >> k)), 1)
+    return tl.reshape(lanes, (n,))
 
 
 @triton.jit
-def tree(x, LEVELS: tl.constexpr, N: tl.constexpr):
-    """[2^LEVELS, N] -> [N]: neighbours first, a pairwise tree."""
-    for k in tl.static_range(LEVELS):
-        x = tl.sum(tl.reshape(x, (1 << (LEVELS - 1 - k), 2, N)), 1)
-    return tl.reshape(x, (N,))
-
-
-@triton.jit
-def push(stack, level, count, x):
-    """The binary counter of a pairwise sum: tree number ``count`` joins those that wait.
-
-    ``stack`` [LEVELS, n] holds a finished subtree a level; ``level`` [LEVELS, 1] numbers them.
-    """
-    carry = count * 0
-    while ((count >> carry) & 1) == 1:
-        x = tl.sum(tl.where(level == carry, stack, 0.0), 0) + x
-        carry += 1
-    return tl.where(level == carry, x[None, :], stack)
-
-
-@triton.jit
-def counted(stack, level, count):
-    """The sum of ``count`` trees, which trees of zeros make a power of two; never -0."""
-    while (count & (count - 1)) != 0:
-        stack = push(stack, level, count, tl.sum(tl.zeros_like(stack), 0))
-        count += 1
-    return tl.sum(tl.where((count >> level) == 1, stack, 0.0), 0) + 0.0
+def tree(x):
+    """[2^k, n] -> [n]: neighbours first, a pairwise tree."""
+    leaves: tl.constexpr = x.shape[0]
+    n: tl.constexpr = x.shape[1]
+    for k in tl.static_range(halvings(leaves)):
+        x = tl.sum(tl.reshape(x, (leaves >> (k + 1), 2, n)), 1)
+    return tl.reshape(x, (n,))
 
 
 # ---- the order of a vocabulary ------------------------------------------------------------------

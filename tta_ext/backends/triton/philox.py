@@ -5,9 +5,8 @@ from __future__ import annotations
 import triton.language as tl
 from torch import Tensor
 
-from tta_ext import rng
 from tta_ext.backends.triton import numerics as num
-from tta_ext.backends.triton.launch import jit, launch, number
+from tta_ext.backends.triton.launch import jit, launch, number, operator
 
 BLOCK = tl.constexpr(256)
 
@@ -26,6 +25,7 @@ def philox_kernel(counter, key_low, key_high, out, count):
     tl.store(out + at, tl.reshape(word, (BLOCK, 4)).to(tl.int64), mask=inside)
 
 
+@operator
 def philox(counter: Tensor, key: Tensor, *, out: Tensor) -> None:
     count = counter.numel() // 4
     launch(philox_kernel, -(-count // BLOCK.value), counter.contiguous(), number(key[:1]),
@@ -35,13 +35,13 @@ def philox(counter: Tensor, key: Tensor, *, out: Tensor) -> None:
 @jit
 def normal_kernel(out, seed, step, sequence, iteration, rollout, count):
     program = tl.program_id(0).to(tl.int64)
-    word = num.word3(rng.NOISE, iteration.to(tl.int64), rollout.to(tl.int64))
     block = program * BLOCK + tl.arange(0, BLOCK)
-    eps = num.normals(num.number(seed, 0), block, step.to(tl.int64), sequence.to(tl.int64), word)
+    eps = num.normals(num.number(seed, 0), block, step, sequence, iteration, rollout)
     j = program * (4 * BLOCK) + tl.arange(0, 4 * BLOCK)
     tl.store(out + j, eps, mask=j < count)
 
 
+@operator
 def normal(
     n: int, seed: Tensor, step: int, sequence: int, iteration: int, rollout: int, *, out: Tensor
 ) -> None:

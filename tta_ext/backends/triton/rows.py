@@ -1,51 +1,174 @@
-"""Kernels over rows that every operator of deferral and sampling is made of: statistics, draws.
+"""Rows of logits and their laws: statistics of tiles, what they make of a token, draws.
 
 A row is cut into tiles of 4096. A kernel over tiles is a program a tile or few; what needs a whole
 row (its sum, a draw) is a second kernel, a program a row. Programs never wait for each other: a
-kernel's end is the only barrier.
+kernel's end is the only barrier, and what it learnt stands in the records below.
 
-Both take a softmax of logits and, given a rule's law beside it, the residual law (verify.py). They
-differ in what a token counts, and in how a tile's tokens are scaled to weights of at most 1, so
-that a draw keeps its resolution: by exp(x - m), or by the power of two above the largest.
+Statistics and draws take a softmax of logits or, given a rule's law beside it, the residual law of
+verification, max((1 - mu) p - (1 - D) q, 0). These differ in what a token counts, and in how a
+tile's tokens become weights of at most 1, so that a draw keeps its resolution: by exp(x - m), or by
+the power of two above the largest.
 """
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from tta_ext import rules
 from tta_ext.backends.reference._common import KeyArguments
 from tta_ext.backends.triton import numerics as num
-from tta_ext.backends.triton.launch import jit, launch, number, per_row, tuned
-from tta_ext.backends.triton.law import Rows, Softmax, logits, residual, tiles_of
+from tta_ext.backends.triton.launch import jit, launch, number, per_row, scratch, tuned
 
 
-@triton.jit
-def place(x, T: tl.constexpr):
-    """For a program T tiles: its row, where results of its tiles go, which of them exist, and the
-    tokens of their first groups of 128.
+class Rows(NamedTuple):
+    """Logits ``[B, V]`` or ``[B, K, V]``.
+
+    Row r is (r // inner, r % inner); of its ``inner`` positions only ``limit`` may exist.
     """
-    tiles = tiles_of(x.vocab)
-    blocks = tl.cdiv(tiles, T)
-    row = (tl.program_id(0) // blocks).to(tl.int64)
-    t = tl.program_id(0) % blocks * T + tl.arange(0, T)
-    j = t[:, None] * num.TILE + tl.arange(0, num.LANES)[None, :]
-    return row, row * tiles + t, t < tiles, j
+
+    data: Tensor
+    outer_stride: int
+    inner_stride: int
+    inner: int
+    limit: int
+    vocab: int
+    tiles: int  # of a row
+    groups: int  # of 128 logits, in its longest tile
+
+    @classmethod
+    def of(cls, logits: Tensor, positions: int = 1) -> Rows:
+        x = logits if logits.dim() == 3 else logits.unsqueeze(1)
+        limit, vocab = x.shape[1:]
+        tiles, groups = -(-vocab // num.TILE.value), -(-min(vocab, num.TILE.value) // 128)
+        inner = positions if x is logits else 1
+        return cls(logits, x.stride(0), x.stride(1), inner, limit, vocab, tiles, groups)
+
+    @property
+    def rows(self) -> int:
+        return self.data.shape[0] * self.inner
+
+    @property
+    def programs(self) -> int:
+        return self.rows * self.tiles
+
+    def blocks(self, sizes: dict[str, Any]) -> int:
+        """Programs that take ``T`` tiles each."""
+        return self.rows * -(-self.tiles // int(sizes["T"]))
+
+    def work(self) -> int:
+        """Bytes, about: tiles to the next power of two. What block sizes are tuned for."""
+        return int(triton.next_power_of_2(max(self.programs, 1)) * self.data.element_size())
+
+
+class Softmax(NamedTuple):
+    """Rows at a temperature, with canonical statistics, of tiles ``[rows, tiles]`` and of rows."""
+
+    x: Rows
+    inverse: float  # 1/T
+    tile_top: Tensor  # float32
+    tile_sum: Tensor  # float32, relative to the tile's maximum; NaN where a logit is NaN or +inf
+    top: Tensor  # float32
+    z: Tensor  # float64; NaN for a row that has no law
+
+    @classmethod
+    def of(cls, x: Rows, inverse: float, law: Law | None = None, rule: int = 0,
+           active: Tensor | None = None) -> Softmax:  # fmt: skip
+        """Launch tile_stats; the rows' own are added by :func:`total`."""
+        tiles = (scratch(x.data, x.rows, x.tiles, dtype=torch.float32) for _ in range(2))
+        top = scratch(x.data, x.rows, dtype=torch.float32)
+        s = cls(x, inverse, *tiles, top, scratch(x.data, x.rows))
+        launch(tile_stats, x.blocks, s, law, active, x.work(), RULE=rule)
+        return s
+
+
+class Law(NamedTuple):
+    """Two models' rows, at the temperature of sampling and of the rule, and what the rule makes of
+    them, ``[rows]``.
+    """
+
+    p: Softmax
+    q: Softmax | None
+    rule_p: Softmax
+    rule_q: Softmax | None
+    limit: Tensor  # float64: the probability that decides, or the knapsack's capacity in weights
+    fraction: Tensor  # of the critical item that is deferred
+    mass: Tensor  # deferred, and kept
+    kept: Tensor
+    cut: Tensor  # int64: the knapsack defers what is ordered before it
+    critical: Tensor  # -1: none
+    valid: Tensor  # bool; not where a row that was read has no law, or the parameter is none
+
+
+# ---- tokens --------------------------------------------------------------------------------------
 
 
 @triton.jit
-def groups_of(vocab):
-    """How many groups of 128 the longest tile of a row has."""
-    return tl.minimum(num.GROUPS, tl.cdiv(vocab, num.LANES))
+def logits(x, row, j):
+    """Logits j of a row as float32: -inf beyond its end, and in a row that does not exist."""
+    first = x.data + (row // x.inner) * x.outer_stride + (row % x.inner) * x.inner_stride
+    end = tl.where(row % x.inner < x.limit, x.vocab, 0)
+    return tl.load(first + j, mask=j < end, other=-num.INFINITY).to(tl.float32)
 
 
 @triton.jit
-def relative(x, top, inverse):
-    """exp(x - m_t), float32; a tile of only -inf has no mass."""
-    return num.exp((x - tl.where(top == -num.INFINITY, 0.0, top)) * inverse)
+def probability(s, row, x):
+    """fl32(exp(x - m) / Z), of one logit or many."""
+    w = num.exp((x - tl.load(s.top + row)) * s.inverse)
+    return (w.to(tl.float64) / tl.load(s.z + row)).to(tl.float32)
+
+
+@triton.jit
+def deferred(law, row, j, x, RULE: tl.constexpr):
+    """A rule's verdict on tokens j, whose logits are x: whether it defers them whole."""
+    limit = tl.load(law.limit + row)
+    if RULE == rules.KNAPSACK:
+        verdict = num.order(x, j) < tl.load(law.cut + row)
+    elif RULE == rules.PROXY_BELOW or RULE == rules.PROXY_ABOVE:
+        q = probability(law.rule_q, row, logits(law.rule_q.x, row, j)).to(tl.float64)
+        verdict = q < limit if RULE == rules.PROXY_BELOW else q > limit
+    else:
+        verdict = probability(law.rule_p, row, x).to(tl.float64) < limit
+    return verdict
+
+
+@triton.jit
+def mu(law, row, j, x, RULE: tl.constexpr):
+    """How much of tokens j a rule defers, float64: all, or the critical item's share."""
+    share = tl.where(j == tl.load(law.critical + row), tl.load(law.fraction + row), 0.0)
+    return tl.where(deferred(law, row, j, x, RULE), 1.0, share)
+
+
+@triton.jit
+def parts(law, row, j, RULE: tl.constexpr):
+    """(1 - mu) p and q of tokens j, float64; p and q are rounded to float32 before."""
+    x = logits(law.p.x, row, j)
+    p = probability(law.p, row, x).to(tl.float64)
+    q = probability(law.q, row, logits(law.q.x, row, j)).to(tl.float64)
+    return (1.0 - mu(law, row, j, x, RULE)) * p, q
+
+
+@triton.jit
+def policy(law, row, j, RULE: tl.constexpr):
+    """pi(v) = (1 - mu(v)) p(v) + q(v) D, the sum in float64, rounded once."""
+    kept, q = parts(law, row, j, RULE)
+    return (kept + q * tl.load(law.mass + row)).to(tl.float32)
+
+
+@triton.jit
+def value(s, law, row, j, RULE: tl.constexpr):
+    """What tokens count, float32: logits or, given a law, its residual, rounded once."""
+    if law is None:
+        x = logits(s.x, row, j)
+    else:
+        kept, q = parts(law, row, j, RULE)
+        x = (kept - tl.load(law.kept + row) * q).to(tl.float32)
+        x = tl.where(x > 0.0, x, 0.0)
+    return x
 
 
 @triton.jit
@@ -57,29 +180,18 @@ def power_above(most, SIGN: tl.constexpr):
 
 
 @triton.jit
-def value(s, law, row, j, RULE: tl.constexpr):
-    """What tokens count: logits or, given a law, its residual."""
-    if law is None:
-        x = logits(s.x, row, j)
-    else:
-        x = residual(law, row, j, RULE)
-    return x
-
-
-@triton.jit
 def weight(s, law, x, top):
     """Values as weights in [0, 1], relative to the largest of their tile."""
-    if law is None:
-        w = relative(x, top, s.inverse)
+    if law is None:  # a tile of only -inf has no mass
+        w = num.exp((x - tl.where(top == -num.INFINITY, 0.0, top)) * s.inverse)
     else:
         w = (x.to(tl.float64) * power_above(top, -1)).to(tl.float32)
     return w
 
 
 @triton.jit
-def scale(s, law, at, row_top):
-    """What a tile's weights are multiplied by, float64."""
-    top = tl.load(s.tile_top + at)
+def scale(s, law, top, row_top):
+    """What the weights of a tile are multiplied by, float64."""
     if law is None:
         factor = num.exp((top - row_top) * s.inverse).to(tl.float64)
     else:
@@ -87,7 +199,30 @@ def scale(s, law, at, row_top):
     return factor
 
 
-@tuned((4, 4), (1, 1), (1, 4), (2, 4), (8, 8))
+# ---- tiles ---------------------------------------------------------------------------------------
+
+
+@triton.jit
+def tile(x):
+    """For a program a tile: its row, the tokens of the tile, and their logits."""
+    row, t = (tl.program_id(0) // x.tiles).to(tl.int64), tl.program_id(0) % x.tiles
+    j = t * num.TILE + tl.arange(0, num.TILE)
+    return row, j, logits(x, row, j)
+
+
+@triton.jit
+def place(x, T: tl.constexpr):
+    """For a program T tiles: its row, where results of its tiles go, which of them exist, and the
+    tokens of their first groups of 128.
+    """
+    blocks = tl.cdiv(x.tiles, T)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    t = tl.program_id(0) % blocks * T + tl.arange(0, T)
+    j = t[:, None] * num.TILE + tl.arange(0, num.LANES)[None, :]
+    return row, row * x.tiles + t, t < x.tiles, j
+
+
+@tuned
 def tile_stats(s, law, active, work, RULE: tl.constexpr, T: tl.constexpr):
     """Maximum and canonical sum of each tile of the active rows; others are left alone."""
     row, at, there, first = place(s.x, T)
@@ -95,63 +230,16 @@ def tile_stats(s, law, active, work, RULE: tl.constexpr, T: tl.constexpr):
         if tl.load(active + row) == 0:
             return
     top = tl.full((T, num.LANES), -num.INFINITY, tl.float32)
-    for g in range(groups_of(s.x.vocab)):
+    for g in range(s.x.groups):
         x = value(s, law, row, first + g * num.LANES, RULE)
         top = tl.where(x > top, x, top)
     top = tl.max(top, 1)
     lanes = tl.zeros((T, num.LANES), tl.float32)
-    for g in range(groups_of(s.x.vocab)):
+    for g in range(s.x.groups):
         x = value(s, law, row, first + g * num.LANES, RULE)
         lanes = lanes + weight(s, law, x, top[:, None])
     tl.store(s.tile_top + at, top, mask=there)
-    tl.store(s.tile_sum + at, num.fold(lanes, T), mask=there)
-
-
-def statistics(x: Rows, inverse: float, law: Any = None, rule: int = 0,
-               active: Any = None) -> Softmax:  # fmt: skip
-    """Launch tile_stats."""
-    s = Softmax.of(x, inverse)
-    launch(tile_stats, x.blocks, s, law, active, x.work, RULE=rule)
-    return s
-
-
-@triton.jit
-def total(s, law, row):
-    """The maximum of a row and its mass, tiles from left to right in float64; noted as well."""
-    tiles = tiles_of(s.x.vocab)
-    top, _ = best_tile(s.tile_top, row, tiles)
-    z = tl.zeros((), tl.float64)
-    for t in range(tiles):
-        at = row * tiles + t
-        z = z + tl.load(s.tile_sum + at).to(tl.float64) * scale(s, law, at, top)
-    tl.store(s.top + row, top)
-    tl.store(s.z + row, z)
-    return top, z
-
-
-@triton.jit
-def draw(s, law, row, top, z, u, RULE: tl.constexpr):
-    """Inverse CDF at u: the first tile whose cumulative mass passes the target, then a token of it.
-
-    Where rounding lets no tile pass: the last one that has a mass, and a target beyond all sums.
-    """
-    tiles = tiles_of(s.x.vocab)
-    target, before = u * z, tl.zeros((), tl.float64)
-    found, last = tl.full((), -1, tl.int32), tl.full((), 0, tl.int32)
-    for t in range(tiles):
-        at = row * tiles + t
-        mass = tl.load(s.tile_sum + at).to(tl.float64) * scale(s, law, at, top)
-        passes = (found < 0) & (before + mass > target)
-        last = tl.where((found < 0) & (mass > 0.0), t, last)
-        found = tl.where(passes, t, found)
-        before = tl.where(found < 0, before + mass, before)
-    target = tl.where(found < 0, num.INFINITY, target)
-    t = tl.where(found < 0, last, found)
-    at = row * tiles + t
-    x = value(s, law, row, t * num.TILE + tl.arange(0, num.TILE), RULE)
-    inside = weight(s, law, x, tl.load(s.tile_top + at))
-    inside = num.find_in_tile(inside, scale(s, law, at, top), before, target)
-    return (t * num.TILE + inside).to(tl.int64)
+    tl.store(s.tile_sum + at, num.fold(lanes), mask=there)
 
 
 @triton.jit
@@ -170,32 +258,64 @@ def first_of(flags, j):
     return tl.min(tl.where(flags, j, tl.max(j, 0)), 0).to(tl.int64)
 
 
-class Key(NamedTuple):
+# ---- rows ----------------------------------------------------------------------------------------
+
+
+@triton.jit
+def tile_mass(s, law, at, row_top):
+    mass = tl.load(s.tile_sum + at).to(tl.float64)
+    return mass * scale(s, law, tl.load(s.tile_top + at), row_top)
+
+
+@triton.jit
+def total(s, law, row):
+    """The maximum of a row and its mass, tiles from left to right in float64; noted as well."""
+    top, _ = best_tile(s.tile_top, row, s.x.tiles)
+    z = tl.zeros((), tl.float64)
+    for t in range(s.x.tiles):
+        z = z + tile_mass(s, law, row * s.x.tiles + t, top)
+    tl.store(s.top + row, top)
+    tl.store(s.z + row, z)
+    return top, z
+
+
+@triton.jit
+def draw(s, law, row, top, z, u, RULE: tl.constexpr):
+    """Inverse CDF at u: the first tile whose cumulative mass passes the target, then a token of it.
+
+    Where rounding lets no tile pass: the last one that has a mass, and a target beyond all sums.
+    """
+    target, before = u * z, tl.zeros((), tl.float64)
+    found, last = tl.full((), -1, tl.int32), tl.full((), 0, tl.int32)
+    for t in range(s.x.tiles):
+        mass = tile_mass(s, law, row * s.x.tiles + t, top)
+        passes = (found < 0) & (before + mass > target)
+        last = tl.where((found < 0) & (mass > 0.0), t, last)
+        found = tl.where(passes, t, found)
+        before = tl.where(found < 0, before + mass, before)
+    target = tl.where(found < 0, num.INFINITY, target)
+    t = tl.where(found < 0, last, found)
+    tile_top = tl.load(s.tile_top + row * s.x.tiles + t)
+    x = value(s, law, row, t * num.TILE + tl.arange(0, num.TILE), RULE)
+    weights, factor = weight(s, law, x, tile_top), scale(s, law, tile_top, top)
+    return (t * num.TILE + num.find_in_tile(weights, factor, before, target)).to(tl.int64)
+
+
+def key_of(key: KeyArguments, draw_number: int = 0) -> tuple[Any, ...]:
     """Whose random numbers, as kernels take them; without a seed nothing is drawn."""
-
-    seed: Any
-    position: Any
-    sequence: Any
-    rollout: Any
-    strides: Any
-    iteration: int
-    draw: int
-
-    @classmethod
-    def of(cls, key: KeyArguments, draw: int = 0) -> Key:
-        position, sequence, rollout, strides = per_row(key.position, key.sequence, key.rollout)
-        seed = number(key.seed) if key.do_sample else None
-        return cls(seed, position, sequence, rollout, strides, key.iteration, draw)
+    seed = number(key.seed) if key.do_sample else None
+    places = per_row(key.position, key.sequence, key.rollout)
+    return seed, *places, key.iteration, draw_number
 
 
 @triton.jit
 def coin(key, b, k, tag):
     """The uniform of row b, k tokens after its position, for one purpose (philox_uniform)."""
-    seed, position, sequence, rollout, strides, iteration, draw = key
+    seed, position, sequence, rollout, strides, iteration, draw_number = key
     at = num.number(position, b * strides[0]) + k
     who, which = num.number(sequence, b * strides[1]), num.number(rollout, b * strides[2])
-    word = num.word3(b * 0 + tag, iteration.to(tl.int64), which)
-    first, _, _, _ = num.block_of(num.number(seed, 0), draw.to(tl.int64), at, who, word)
+    seed, draw_number = num.number(seed, 0), draw_number.to(tl.int64)
+    first, _, _, _ = num.block_of(seed, draw_number, at, who, tag, iteration, which)
     return first.to(tl.float64) * 2.0**-32
 
 
@@ -215,13 +335,14 @@ def sample_rows(s, active, seed, position, sequence, rollout, strides, iteration
         key = seed, position, sequence, rollout, strides, iteration, draw_number
         v = draw(s, None, row, top, z, coin(key, row, 0, tag), 0)
     else:
-        _, j = best_tile(s.tile_top, row, tiles_of(s.x.vocab))
+        _, j = best_tile(s.tile_top, row, s.x.tiles)
         v = first_of(logits(s.x, row, j) == top, j)
     tl.store(token + row, tl.where(z == z, v, -1))
     if active is not None:
         tl.store(active + row, z == z)
 
 
-def sample(s: Softmax, key: Key, tag: int, token: Tensor, active: Any = None) -> None:
+def sample(s: Softmax, key: tuple[Any, ...], tag: int, token: Tensor,
+           active: Tensor | None = None) -> None:  # fmt: skip
     """Launch sample_rows."""
     launch(sample_rows, s.x.rows, s, active, *key, tag, token, num_warps=8)
