@@ -79,6 +79,15 @@ def test_every_shape_is_timed(capsys: pytest.CaptureFixture[str]) -> None:
             assert any(row[3:5] == [shape, dtype] for row in cells), (op, shape, dtype)
 
 
+@pytest.mark.usefixtures("native")
+def test_a_call_is_the_sum_of_its_parts(capsys: pytest.CaptureFixture[str]) -> None:
+    main("calls --seconds 0.01".split())
+    rows = [line.split("|") for line in capsys.readouterr().out.splitlines() if "deferral_" in line]
+    assert len(rows) == 5
+    for whole, *parts in ([float(cell) for cell in row[2:-1]] for row in rows):
+        assert whole == pytest.approx(sum(parts[:4]), abs=0.25)  # each is rounded to a tenth
+
+
 @pytest.mark.parametrize("stem", STEMS)
 def test_every_operator_passes_its_check(stem: str) -> None:
     """Eager, reference and ours agree with float64."""
