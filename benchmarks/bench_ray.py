@@ -243,7 +243,7 @@ def main() -> None:
     check_files(args.output)
     counts = [int(text) for text in args.workers.split(",")]
 
-    import ray
+    from tta_ext.engines.ray.workers import ray
 
     torch.set_num_threads(1)
     # Workers share the cores there are; Ray must think that each has one.

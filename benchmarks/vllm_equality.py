@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -33,7 +34,7 @@ def plain(folder: Path, pair: Path, proxy: Path) -> Session:
     session.rules([REQUESTS])
     sources(session)
     mixed(session)
-    allowed(session)
+    masks(session)
     throughput(session)
     return session
 
@@ -88,26 +89,32 @@ def mixed(session: Session) -> None:
     )
 
 
-def allowed(session: Session) -> None:
-    """A mask of the engine's holds for both models."""
+def masks(session: Session) -> None:
+    """What the engine forbids is forbidden to both models."""
     from transformers import LogitsProcessorList
+    from vllm.sampling_params import StructuredOutputsParams
 
-    keep = [*range(0, 512, 2), 1]
+    tokenizer, rows = session.own.tokenizer, range(8)
+    half = [*range(0, 512, 2), 1]
+    # At each place this grammar allows the same ids: those of digits and spaces, and the end.
+    spaced = [i for i in range(512) if re.fullmatch("[0-9 ]+", tokenizer.decode([i]))]
+    grammar = StructuredOutputsParams(regex="[0-9 ]*")
+    for what, keep, asked in (
+        ("half of the ids allowed", half, {"allowed_token_ids": half}),
+        ("a grammar", [*spaced, tokenizer.eos_token_id], {"structured_outputs": grammar}),
+    ):
+        banned = torch.ones(512, dtype=torch.bool).index_fill(0, torch.tensor(keep), False)
 
-    def mask(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        banned = torch.ones(scores.shape[-1], dtype=torch.bool)
-        banned[keep] = False
-        return scores.masked_fill(banned, -torch.inf)
+        def mask(
+            input_ids: torch.Tensor, scores: torch.Tensor, banned: torch.Tensor = banned
+        ) -> torch.Tensor:
+            return scores.masked_fill(banned, -torch.inf)
 
-    rows = range(8)
-    found = session.ask(
-        [(i, session.params(RULES[0], i, True, allowed_token_ids=keep)) for i in rows]
-    )
-    wanted = session.wanted(RULES[0], rows, True, logits_processor=LogitsProcessorList([mask]))
-    session.compare(
-        "8 requests, half of the ids allowed", [list(one.token_ids) for one in found],
-        wanted.tokens,
-    )  # fmt: skip
+        found = session.ask([(i, session.params(RULES[0], i, True, **asked)) for i in rows])
+        wanted = session.wanted(RULES[0], rows, True, logits_processor=LogitsProcessorList([mask]))
+        session.compare(
+            f"8 requests, {what}", [list(one.token_ids) for one in found], wanted.tokens
+        )
 
 
 def throughput(session: Session, repeats: int = 3) -> None:

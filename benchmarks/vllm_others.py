@@ -83,18 +83,18 @@ def length_reward(prompts: Sequence[str], responses: Sequence[str]) -> list[floa
 def searches(folder: Path, pair: Path, proxy: Path) -> Findings:
     """AISP and best-of-n: rollouts and u."""
     session = Search("searches", BASE, [problem.prompt for problem in evaluation_problems(2)])
-    options: dict[str, Any] = {"n": 16, "max_new_tokens": 32, "probe": False}
+    options: dict[str, Any] = {"n": 16, "max_new_tokens": 24, "probe": False}
     for coherence in (0.5, 1.0):
         for decoding in ("sample", "greedy"):
             session.both(
                 f"AISP, coherence {coherence}, {decoding}",
                 AdaptiveImportanceSampling,
-                iterations=4,
+                iterations=3,
                 coherence=coherence,
                 decoding=decoding,
                 **options,
             )
-    session.both("AISP, coherence 0, top-k 20", AdaptiveImportanceSampling, iterations=3,
+    session.both("AISP, coherence 0, top-k 20", AdaptiveImportanceSampling, iterations=2,
                  coherence=0.0, top_k=20, **options)  # fmt: skip
     session.both("best of 16", BestOfN, **options)
     return session

@@ -28,7 +28,9 @@ OPTIONS: dict[str, Any] = {"seed": 3, "max_new_tokens": 4, "eos_token_id": []}
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
     """Ray on this machine, small; for two workers at a time."""
-    ray = pytest.importorskip("ray", reason="Ray is not installed: pip install '.[ray]'")
+    pytest.importorskip("ray", reason="Ray is not installed: pip install '.[ray]'")
+    from tta_ext.engines.ray.workers import ray
+
     ray.init(
         include_dashboard=False, num_cpus=4, object_store_memory=100_000_000,
         log_to_driver=False, logging_level="ERROR",
