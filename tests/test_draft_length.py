@@ -67,7 +67,7 @@ def test_nothing_is_drafted_before_plain_steps_have_told_their_cost() -> None:
         assert policy.plan([90 - step]) is None
         # The first one runs the prompt too.
         policy.report(StepReport([], [], 1, 1.0 + 9.0 * (step == 0), 0.0))
-    assert policy.plan([80]) == [AutoLength.START]
+    assert policy.plan([80]) == [AutoLength.LENGTHS[1]]
     assert policy.plan([1]) == [1]
     assert policy.plan([0]) is None
     # Other numbers of rows have other costs.
@@ -77,7 +77,7 @@ def test_nothing_is_drafted_before_plain_steps_have_told_their_cost() -> None:
 def test_lengths_grow_where_drafts_stand_and_columns_are_cheap() -> None:
     machine = Machine(stand=0.9)
     speed, lengths, policy = machine.call(96)
-    assert lengths[0] <= AutoLength.START
+    assert lengths[0] <= AutoLength.LENGTHS[1]
     assert max(lengths) == AutoLength.LENGTHS[-1]
     assert speed > 1.3
     assert policy.note == ""

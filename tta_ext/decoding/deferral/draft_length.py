@@ -117,7 +117,6 @@ class Memory:
     paused: int = 0
 
     def of(self, rows: int) -> _Costs:
-        """The costs for a number of rows."""
         return self.costs[round(2 * log2(rows))]
 
 
