@@ -57,9 +57,10 @@ class Rows(NamedTuple):
 
     def walk(self, kernel: Any, *args: Any, **constants: Any) -> None:
         """Launch a tuned kernel, whose programs take T tiles; its work is about that many bytes."""
-        work = triton.next_power_of_2(max(self.programs, 1)) * self.data.element_size()
-        programs = lambda sizes: self.rows * -(-self.tiles // sizes["T"])  # noqa: E731
-        launch(kernel, programs, *args, work, **constants)
+        if self.programs:
+            work = triton.next_power_of_2(self.programs) * self.data.element_size()
+            programs = lambda sizes: self.rows * -(-self.tiles // sizes["T"])  # noqa: E731
+            launch(kernel, programs, *args, work, **constants)
 
 
 class Softmax(NamedTuple):
