@@ -1,6 +1,6 @@
 """What nvcc makes of every CUDA kernel on four architectures, as a Markdown table.
 
-    [TTA_EXT_CUDA_VARIANT=typed,float-division] python -m tools.ptx.kernel_table [--short] [FILE ...]
+    [TTA_EXT_CUDA_VARIANT=typed,float-division] python -m tools.ptx.kernel_table [--short] [FILE.cu]
 
 Needs nvcc (found as the extension's build finds it) with its ptxas, c++filt, and cuobjdump (PATH,
 ``CUOBJDUMP`` or the triton package). That no kernel spills is checked by .ci/spills.py, which needs
