@@ -252,9 +252,10 @@ def main() -> int:
         f"| kernel | warps | {' | '.join(options.targets)} |",
         f"|---|---{'|---' * len(options.targets)}|",
     ]
-    for label, one in launches(options.all).items():
-        if options.only not in label:
-            continue
+    chosen = {k: one for k, one in launches(options.all).items() if options.only in k}
+    if not chosen:
+        failed.append(f"no kernel has {options.only!r} in its label")
+    for label, one in chosen.items():
         cells = []
         for name in options.targets:
             try:

@@ -79,15 +79,12 @@ def operator(function: Callable[..., Invalid | None]) -> Callable[..., None]:
     return run
 
 
-def bits(value: float) -> int:
-    """A double as the integer of its bits (Triton passes floats as float32)."""
-    return int(torch.tensor(value, dtype=torch.float64).view(torch.int64))
-
-
 def number(values: Tensor) -> Any:
-    """Per-row numbers for a kernel: the tensor, or the number that the host knows."""
+    """Per-row numbers for a kernel: the tensor, or the number that the host knows, of a double the
+    integer of its bits (Triton passes floats as float32).
+    """
     if values.is_cpu and values.numel() == 1:
-        return bits(float(values)) if values.is_floating_point() else int(values)
+        return int(values.view(torch.int64) if values.is_floating_point() else values)
     return values.contiguous()
 
 

@@ -6,23 +6,15 @@ then the sums of these.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from tta_ext.backends.triton import numerics as num
-from tta_ext.backends.triton.launch import (
-    Invalid,
-    bits,
-    jit,
-    launch,
-    number,
-    operator,
-    outside,
-    per_row,
-    scratch,
-)
+from tta_ext.backends.triton.launch import jit, launch, number, operator, outside, per_row, scratch
 
 
 @triton.jit
@@ -73,7 +65,7 @@ def perturb_rows(hidden, hidden_stride, mean, prompts, horizon, dim, step, promp
 def prelogit_perturb(
     hidden: Tensor, mean: Tensor, step: Tensor, row: Tensor, sequence: Tensor, rollout: Tensor,
     iteration: int, sigma: float, seed: Tensor, check: bool, *, out: Tensor, dot: Tensor,
-) -> Invalid:  # fmt: skip
+) -> Callable[[], Tensor]:  # fmt: skip
     prompts, horizon, dim = mean.shape
     places = per_row(step, row, sequence, rollout)
     launch(perturb_rows, len(hidden), hidden, hidden.stride(0), mean.contiguous(), prompts, horizon,
@@ -122,7 +114,8 @@ def importance_weights(
     rows, count = reward.shape
     padded = triton.next_power_of_2(max(count, 1))
     slack = 0.0 if sigma == 0 else (1.0 - alpha) / sigma
-    numbers = map(bits, (1.0 / lam if lam else 0.0, slack, 0.5 * slack * slack))
+    numbers = (1.0 / lam if lam else 0.0, slack, 0.5 * slack * slack)
+    numbers = [number(torch.tensor([x], dtype=torch.float64)) for x in numbers]
     given = [x if x.stride(-1) == 1 or count == 1 else x.contiguous() for x in (reward, dot, norm2)]
     launch(weight_rows, rows, *given, tuple(x.stride(0) for x in given), count, *numbers, weights,
            ess, HARD=lam == 0, COUNT=padded, num_warps=min(max(padded // 256, 4), 16))  # fmt: skip
@@ -181,7 +174,7 @@ def control_update(
     mean: Tensor, weights: Tensor, length: Tensor | None, seed: Tensor, sequence: Tensor,
     iteration: int, sigma: float, start: int, stop: int, partial: bool, check: bool, *,
     out: Tensor,
-) -> Invalid:  # fmt: skip
+) -> Callable[[], Tensor]:  # fmt: skip
     (prompts, horizon, dim), rollouts = mean.shape, weights.shape[1]
     stop, length = min(stop, rollouts), None if length is None else length.contiguous()
     padded = triton.next_power_of_2(max(stop - start, 1))

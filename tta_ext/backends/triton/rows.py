@@ -1,13 +1,11 @@
 """Rows of logits and their laws: statistics of tiles, what they make of a token, draws.
 
-A row is cut into tiles of 4096. A kernel over tiles is a program a tile or few; what needs a whole
-row (its sum, a draw) is a second kernel, a program a row. Programs never wait for each other: a
-kernel's end is the only barrier, and what it learnt stands in the records below.
+A kernel over tiles of 4096 is a program a tile or few; what needs a whole row (a sum, a draw) is a
+second one, a program a row. A kernel's end is the only barrier; what it learnt stands in records.
 
 Statistics and draws take a softmax of logits or, given a rule's law beside it, the residual law of
-verification, max((1 - mu) p - (1 - D) q, 0). These differ in what a token counts, and in how a
-tile's tokens become weights of at most 1, so that a draw keeps its resolution: by exp(x - m), or by
-the power of two above the largest.
+verification, max((1 - mu) p - (1 - D) q, 0). These differ in what a token counts, and in what makes
+a tile's tokens weights of at most 1: exp(x - m), or the power of two above the largest.
 """
 
 from __future__ import annotations
@@ -54,15 +52,15 @@ class Rows(NamedTuple):
 
     @property
     def programs(self) -> int:
+        """One a tile."""
         return self.rows * self.tiles
 
-    def blocks(self, sizes: dict[str, Any]) -> int:
-        """Programs that take ``T`` tiles each."""
-        return self.rows * -(-self.tiles // int(sizes["T"]))
-
-    def work(self) -> int:
-        """Bytes, about: tiles to the next power of two. What block sizes are tuned for."""
-        return int(triton.next_power_of_2(max(self.programs, 1)) * self.data.element_size())
+    def walk(self, kernel: Any, *args: Any, **constants: Any) -> None:
+        """Launch a tuned kernel, whose programs take T tiles; its work is about that many bytes."""
+        if self.programs:
+            work = triton.next_power_of_2(self.programs) * self.data.element_size()
+            programs = lambda sizes: self.rows * -(-self.tiles // sizes["T"])  # noqa: E731
+            launch(kernel, programs, *args, work, **constants)
 
 
 class Softmax(NamedTuple):
@@ -82,7 +80,7 @@ class Softmax(NamedTuple):
         tiles = (scratch(x.data, x.rows, x.tiles, dtype=torch.float32) for _ in range(2))
         top = scratch(x.data, x.rows, dtype=torch.float32)
         s = cls(x, inverse, *tiles, top, scratch(x.data, x.rows))
-        launch(tile_stats, x.blocks, s, law, active, x.work(), RULE=rule)
+        x.walk(tile_stats, s, law, active, RULE=rule)
         return s
 
 

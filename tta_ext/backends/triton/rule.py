@@ -2,9 +2,8 @@
 
 A rule that tests a probability is resolved to the one that decides. The knapsack cuts at its
 critical item, the first whose canonical mass exceeds the budget. Its search sorts nothing: tokens
-are numbered by logit and id, each launch adds up the mass at or below 32 numbers at once and keeps
-one of 32 parts of what is left. Every sum is the canonical one, so the item is the one that the
-definition gives.
+are numbered by logit and id, and each launch adds up the mass at or below 32 numbers, canonically,
+and keeps one of 32 parts of what is left.
 """
 
 from __future__ import annotations
@@ -266,7 +265,7 @@ def mass_rows(law, s, deferred, kept):
 def sum_up(law: Law, rule: int, s: Softmax | None = None) -> Tensor:
     """The deferred and the kept mass, at the temperature of sampling or of ``s``; the first."""
     s, sums = s or law.p, scratch(law.mass, 2, law.p.x.programs)
-    launch(masked_tiles, s.x.blocks, law, s, *sums, s.x.work(), RULE=rule)
+    s.x.walk(masked_tiles, law, s, *sums, RULE=rule)
     launch(mass_rows, s.x.rows, law, s, *sums)
     return law.mass
 
