@@ -125,8 +125,8 @@ def resolved(base_logits: Tensor, proxy_logits: Tensor | None, rule: RuleArgumen
     kinds = [torch.float64] * 4 + [torch.int64] * 2 + [torch.bool]
     law = Law(p, q, rule_p, rule_q, *(scratch(base_logits, count, dtype=kind) for kind in kinds))
     param, each = rule.param, int(rule.param.numel() != 1)
-    if each:  # a row, or a position
-        param = param.reshape(len(base_logits), -1).expand(-1, base.inner)
+    if each and param.numel() == len(base_logits):  # one a row, not a position
+        param = param.reshape(-1, 1).expand(-1, base.inner)
     distances = None
     for again in range(1 + (rule.code == rules.OPTIMAL)):
         if again:  # now that the rows are summed
