@@ -134,7 +134,8 @@ TTA_NOINLINE static double rough_total_variation(const RowPair& rows) {
   const Stats &p = rows.base_rule(), &q = rows.proxy_rule();
   const F p_max = set1(p.max), q_max = set1(q.max);
   const F octave = set1(per_octave(p.inv_temperature));
-  const F p_each = set1(p.max_probability()), q_each = set1(q.max_probability());
+  constexpr float kScale = 0x1p24f;  // or the least weights would give subnormals, which are slow
+  const F p_each = set1(kScale * p.max_probability()), q_each = set1(kScale * q.max_probability());
   double total = 0.0;
   for (int t = 0; t < rows.base.tiles(); ++t) {
     const Tile base = load_tile(rows.base, t, base_scratch);
@@ -150,7 +151,7 @@ TTA_NOINLINE static double rough_total_variation(const RowPair& rows) {
     }
     for (int k = 0; k < kPack; ++k) total += static_cast<double>(reduce_add_unordered(acc[k]));
   }
-  return total;
+  return total / static_cast<double>(kScale);
 }
 
 // The total variation of p and q, sum max(p - q, 0), at the rule's temperature: p and q rounded to

@@ -1,10 +1,11 @@
 """Does the shape of a row matter to the CUDA kernels? Machine instructions an element, by shape.
 
-    python -m tools.ptx.shapes [--vocab V] [--all]
+    python -m tools.ptx.shapes [--vocab V] [--op OP ...] [--budget B ...] [--all]
 
 Needs what emulate.py needs. Every operator that finds or uses the knapsack's cut, over rows of the
 shapes of common_cases.cpp and several budgets, one row a call. The table has each operator's kind
-row (a language model's, a budget of .3) beside its worst.
+row (a language model's, a budget of .3) beside its worst. A cell takes about ten seconds of a core
+at the default size, one of verify some minutes.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from .emulator import Emulator, Failed, concurrently
 OPS = ("propose", "sample", "mask", "probs", "stats", "verify")
 SHAPES = ("language-model", "small-model", "constant", "gaussian-.5", "gaussian-1", "gaussian-4",
           "zipf", "impossible", "ties", "plateaus")  # fmt: skip
-BUDGETS = (0.001, 0.3, 0.95)
+BUDGETS = (0.3,)
 KIND = ("language-model", 0.3)
-VOCAB = 8 * 4096
+VOCAB = 4 * 4096
 DRAFT = 4
 # No shape takes more than so many times the kind one's instructions.
 MOST = 1.5
@@ -45,7 +46,7 @@ def instructions(emulator: Emulator, op: str, shape: str, budget: float, vocab: 
 def lines(found: dict[Cell, float]) -> list[list[str]]:
     """A line an operator."""
     made = []
-    for op in OPS:
+    for op in dict.fromkeys(cell[0] for cell in found):
         here = {cell[1:]: count for cell, count in found.items() if cell[0] == op}
         worst = max(here, key=here.__getitem__)
         ratio = here[worst] / here[KIND]
@@ -58,9 +59,12 @@ def lines(found: dict[Cell, float]) -> list[list[str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--vocab", type=int, default=VOCAB, help=f"({VOCAB})")
+    parser.add_argument("--op", nargs="+", choices=OPS, default=OPS)
+    parser.add_argument("--budget", nargs="+", type=float, default=[], help="beside .3")
     parser.add_argument("--all", action="store_true", help="every cell, not only the worst")
     arguments = parser.parse_args()
-    cells = list(itertools.product(OPS, SHAPES, BUDGETS))
+    budgets = dict.fromkeys((*BUDGETS, *arguments.budget))
+    cells = list(itertools.product(arguments.op, SHAPES, budgets))
     try:
         with tempfile.TemporaryDirectory() as folder:
             emulator = Emulator(Path(folder))

@@ -8,7 +8,7 @@ from tools.ptx import shapes
 
 
 def test_the_worst_row_stands_beside_the_kind_one() -> None:
-    cells = itertools.product(shapes.OPS, shapes.SHAPES, shapes.BUDGETS)
+    cells = itertools.product(shapes.OPS, shapes.SHAPES, (0.001, 0.3, 0.95))
     found = dict.fromkeys(cells, 20.0)
     found["mask", "zipf", 0.95] = 29.0
     found["probs", "ties", 0.001] = 31.0
