@@ -114,8 +114,8 @@ def importance_weights(
     rows, count = reward.shape
     padded = triton.next_power_of_2(max(count, 1))
     slack = 0.0 if sigma == 0 else (1.0 - alpha) / sigma
-    numbers = (1.0 / lam if lam else 0.0, slack, 0.5 * slack * slack)
-    numbers = [number(torch.tensor([x], dtype=torch.float64)) for x in numbers]
+    values = (1.0 / lam if lam else 0.0, slack, 0.5 * slack * slack)
+    numbers = [number(torch.tensor([x], dtype=torch.float64)) for x in values]
     given = [x if x.stride(-1) == 1 or count == 1 else x.contiguous() for x in (reward, dot, norm2)]
     launch(weight_rows, rows, *given, tuple(x.stride(0) for x in given), count, *numbers, weights,
            ess, HARD=lam == 0, COUNT=padded, num_warps=min(max(padded // 256, 4), 16))  # fmt: skip

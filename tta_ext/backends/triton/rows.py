@@ -77,9 +77,11 @@ class Softmax(NamedTuple):
     def of(cls, x: Rows, inverse: float, law: Law | None = None, rule: int = 0,
            active: Tensor | None = None) -> Softmax:  # fmt: skip
         """Launch tile_stats; the rows' own are added by :func:`total`."""
-        tiles = (scratch(x.data, x.rows, x.tiles, dtype=torch.float32) for _ in range(2))
-        top = scratch(x.data, x.rows, dtype=torch.float32)
-        s = cls(x, inverse, *tiles, top, scratch(x.data, x.rows))
+        top, total, end = (
+            scratch(x.data, *shape, dtype=torch.float32)
+            for shape in ((x.rows, x.tiles), (x.rows, x.tiles), (x.rows,))
+        )
+        s = cls(x, inverse, top, total, end, scratch(x.data, x.rows))
         x.walk(tile_stats, s, law, active, RULE=rule)
         return s
 
