@@ -57,6 +57,9 @@ def _scores(base_logits: Tensor, expert: Tensor, anti: Tensor | None, beta: Tens
     beta = beta.to(x.data.device).contiguous()
     launch(score_tiles, x.programs, Rows.of(base_logits), Rows.of(expert, batch), other,
            beta, beta.numel(), x.data, num_warps=8)  # fmt: skip
+    if anti is not None:  # where both rule all out their pair says nothing, and hides it
+        empty = torch.minimum(expert.amax(-1), anti.amax(-1)) == -torch.inf
+        x.data.masked_fill_((empty & (beta != 0.0)[:, None]).any(0)[:, None], torch.nan)
     return Softmax.of(x, inverse_temperature(temperature))
 
 

@@ -338,7 +338,7 @@ def greedy(law, kept, row, RULE: tl.constexpr):
     fallback = rows.first_of(logits(p.x, row, j) == tl.load(p.top + row), j)
     fallback = tl.where(splits, item, fallback)
     ahead = (two + mass).to(tl.float32) < one
-    needs = ((some | splits) == 0) | ((mass > 0.0) & (ahead == 0))
+    needs = ((some | splits) == 0) | (ahead == 0)
     return tl.where(some, token, fallback), needs
 
 
