@@ -155,8 +155,8 @@ class AutoLength:
             return [min(length, one) for one in room]
         if not memory.paused:
             note = (
-                f"speculative decoding pauses: {memory.stood / memory.judged:.0%} of the draft "
-                f"tokens stood, and the best draft would run at {gain:.2f}x the plain loop's speed"
+                "speculative decoding pauses, as drafts lost time or would: of their tokens "
+                f"{memory.stood / memory.judged:.0%} stood, the best draft would run at {gain:.2f}x"
             )
             if not memory.note:
                 log.warning(note)
