@@ -36,6 +36,7 @@ STEMS = {
 # With command lines of their own.
 OTHERS = {
     "architectures": "architectures",
+    "calls": "bench_calls",
     "claims": "claims",
     "decoding": "bench_decoding",
     "shapes": "bench_shapes",

@@ -1,6 +1,6 @@
 """Ray beside the plain process: equal answers for 1, 2, 4 workers, with and without kills; cost.
 
-    python -m benchmarks.bench_ray [--workers 1,2,4] [--kills 1] [--seed 0] [--only AISP]
+    python -m benchmarks.bench_ray [--workers 1,2,4] [--kills 1] [--seed 0] [--output FILE]
 
 The shipped pair answers (KAD) and is searched (AISP, best-of-n). Each line compares one run with
 the plain process: answers that are the same tokens, with AISP rewards and u bit for bit. A run with
@@ -21,11 +21,15 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from operator import eq
+from pathlib import Path
 from statistics import median
 from time import perf_counter, sleep
 from typing import Any
 
 import torch
+
+from .harness import check_files, report
+from .harness import table as markdown
 
 PROMPTS = [f"Q: {a} + {b}" for a in range(2, 8) for b in (11, 25)]
 PAIR: dict[str, Any] = {"rule": "threshold", "param": 0.4}
@@ -148,7 +152,7 @@ def same(here: Any, there: Any) -> tuple[int, int, bool]:
 
 
 class Table:
-    """Prints a line a run, and remembers whether all were equal.
+    """The runs, told as they come, and whether all were equal.
 
     Args:
         counts: of workers.
@@ -158,15 +162,16 @@ class Table:
 
     def __init__(self, counts: list[int], kills: int, rng: random.Random) -> None:
         self.counts, self.kills, self.rng, self.right = counts, kills, rng, True
-        print("          workers  killed    equal  bits  seconds  ratio", flush=True)
+        self.rows: list[tuple[str, ...]] = []
 
     def line(self, name: str, workers: Any, killed: Any, found: Any, *numbers: float) -> None:
         """One run: ``found`` is (equal, of how many, whether all bits are)."""
         equal, of, bits = found
         self.right = self.right and equal == of and bits
-        seconds, *ratio = numbers
-        print(f"{name:9} {workers:>7} {killed:>7} {equal:>5}/{of:<3} {'yes' if bits else 'NO':>4} "
-              f"{seconds:8.2f}" + "".join(f" {one:6.2f}" for one in ratio), flush=True)  # fmt: skip
+        same = "yes" if bits else "NO"
+        figures = [f"{one:.2f}" for one in numbers]
+        self.rows.append((name, str(workers), str(killed), f"{equal} of {of}", same, *figures))
+        print(*self.rows[-1], flush=True)
 
     def runs(
         self,
@@ -233,11 +238,12 @@ def main() -> None:
     parser.add_argument("--workers", default="1,2,4")
     parser.add_argument("--kills", type=int, default=1, help="workers that die in a run of kills")
     parser.add_argument("--seed", type=int, default=0, help="of answers and of kills")
-    parser.add_argument("--only", choices=["KAD", *METHODS])
+    parser.add_argument("--output", type=Path, help="Markdown file for the table")
     args = parser.parse_args()
+    check_files(args.output)
     counts = [int(text) for text in args.workers.split(",")]
 
-    import ray
+    from tta_ext.engines.ray.workers import ray
 
     torch.set_num_threads(1)
     # Workers share the cores there are; Ray must think that each has one.
@@ -245,15 +251,15 @@ def main() -> None:
         include_dashboard=False, num_cpus=max(counts), object_store_memory=150_000_000,
         log_to_driver=False, logging_level="ERROR",
     )  # fmt: skip
-    load = " ".join(f"{one:.1f}" for one in os.getloadavg())
-    print(f"{os.cpu_count()} cores, load {load}, torch {torch.__version__}, Ray {ray.__version__}")
+    before = " ".join(f"{one:.2f}" for one in os.getloadavg())
     table = Table(counts, args.kills, random.Random(args.seed))
-    if args.only in (None, "KAD"):
-        kad(table, args.seed)
+    kad(table, args.seed)
     for name in METHODS:
-        if args.only in (None, name):
-            search(table, name, args.seed)
+        search(table, name, args.seed)
     ray.shutdown()
+    columns = ("method", "workers", "killed", "equal", "bits", "seconds", "ratio to plain")
+    body = f"Load average before the first run: {before}.\n\n" + markdown(columns, table.rows)
+    report(["python -m benchmarks.bench_ray", *sys.argv[1:]], body, args.output)
     if not table.right:
         sys.exit("answers differ")
 

@@ -9,13 +9,15 @@ as often as on a real task:
   which are read and multiplied like any other and change nothing. Drafts pay.
 * ``slow proxy``: the proxy's are, and the base drafts.
 * ``even``: the proxy's are widened until it costs what the base does. Drafts cost.
+* ``bad drafts``: the pair as it is, and drafts by lookup, of which few stand.
 * ``short``: answers of a few tokens by the large base.
 
-``auto`` remembers what earlier rounds measured; ``auto, first`` is a new object each time. In the
-second table ``auto`` runs 40 times beside two plain runs, whose ratio says what the machine's noise
-is; its times are of the process's CPU. The third counts equal answers where models compute in few
-digits, so that a forward of several columns rounds otherwise than one of one column; given equal
-logits all are equal, which ``tests/test_speculative.py`` shows.
+``auto`` is one object for all rounds and remembers what earlier ones measured, as a user's later
+calls do; ``auto, first`` is a new object each time. In the second table one object's first 40 calls
+run between two plain runs each, and a ratio is to the mean of both; ``plain again`` over ``plain``
+says what the machine's noise is. Its times are of the process's CPU. The third counts equal answers
+where models compute in few digits, so that a forward of several columns rounds otherwise than one
+of one column; given equal logits all are equal, which ``tests/test_speculative.py`` shows.
 """
 
 from __future__ import annotations
@@ -152,7 +154,10 @@ HEADER = (
     "setting", "rule", "rows", "provider", "tokens/s", "x plain", "x, CPU", "all rounds",
     "accepted", "a base forward", "base", "proxy", "ours", "equal", "note",
 )  # fmt: skip
-LONG = ("setting", "rule", "provider", "runs", "least", "median", "all", "tokens a forward", "note")
+LONG = (
+    "setting", "rule", "provider", "runs", "least", "q.1", "median", "all", "tokens a forward",
+    "note",
+)  # fmt: skip
 
 
 def _head(setting: Setting) -> list[str]:
@@ -186,15 +191,21 @@ def speeds(setting: Setting) -> list[list[str]]:
 
 def long_run(setting: Setting) -> tuple[list[list[str]], float]:
     """Lines of the second table, and the speed of ``auto`` over all its runs."""
-    plain, again, auto = run(setting)
+    plain, auto, again = run(setting)
+    both = [(a + b) / 2 for a, b in zip(plain.cpu, again.cpu, strict=True)]
     lines = []
-    for one in (again, auto):
-        each = ratios(one, plain, "cpu")
-        cells = [one.name, str(len(each)), f"{min(each):.2f}", f"{statistics.median(each):.2f}",
-                 f"{sum(plain.cpu) / sum(one.cpu):.2f}",
+    for one, beside in ((again, plain.cpu), (auto, both)):
+        each = sorted(a / b for a, b in zip(beside, one.cpu, strict=True))
+        shown = (
+            each[0],
+            each[len(each) // 10],
+            statistics.median(each),
+            sum(beside) / sum(one.cpu),
+        )
+        cells = [one.name, str(len(each)), *(f"{x:.2f}" for x in shown),
                  f"{one.stats.tokens_per_base_forward:.2f}", one.stats.speculation]  # fmt: skip
         lines.append(_head(setting) + cells)
-    return lines, sum(plain.cpu) / sum(auto.cpu)
+    return lines, sum(both) / sum(auto.cpu)
 
 
 def equal_answers(pair: Any, dtype: torch.dtype, rule: tuple[str, float]) -> list[str]:
@@ -229,9 +240,10 @@ def settings(pair: Any, args: argparse.Namespace) -> Iterator[Setting]:
         for rule in RULES:
             lengths = LENGTHS if rows == 1 else LENGTHS[:2]
             others = [Provider(f"speculative {k}", k) for k in lengths]
+            others.append(Provider("auto", "auto"))
             if rows == 1:
-                others.append(Provider("lookup 5", 5, "lookup"))
-            others += [Provider("auto", "auto"), Provider("auto, first", "auto", fresh=True)]
+                others.append(Provider("auto, first", "auto", fresh=True))
+                others += [Provider("lookup 5", 5, "lookup")] * (rule is RULES[0])
             yield Setting("large base", large, rule, rows, args.tokens, args.rounds, others)
     slow = (pair.base, widen(pair.proxy, args.width), pair.tokenizer)
     others = [Provider("base 5", 5, "base"), Provider("auto, base", "auto", "base")]
@@ -242,10 +254,14 @@ def long_settings(pair: Any, args: argparse.Namespace) -> Iterator[Setting]:
     """The second table's."""
     large = (widen(pair.base, args.width), pair.proxy, pair.tokenizer)
     even = (pair.base, as_slow(pair.proxy, pair.base), pair.tokenizer)
-    for name, models, tokens in (("large base", large, 48), ("even", even, args.tokens),
-                                 ("short", large, SHORT)):  # fmt: skip
-        for rule in RULES[: 1 + (name == "even")]:
-            others = [Provider("plain again"), Provider("auto", "auto")]
+    for name, models, tokens, draft, rules in (
+        ("large base", large, 32, "proxy", RULES[:1]),
+        ("even", even, args.tokens, "proxy", RULES),
+        ("bad drafts", tuple(pair), args.tokens, "lookup", RULES[:1]),
+        ("short", large, SHORT, "proxy", RULES[:1]),
+    ):
+        for rule in rules:
+            others = [Provider("auto", "auto", draft), Provider("plain again")]
             yield Setting(name, models, rule, 1, tokens, args.runs, others)
 
 
@@ -255,7 +271,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks speculative")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4])
-    parser.add_argument("--tokens", type=int, default=64, help="of each answer (64)")
+    parser.add_argument("--tokens", type=int, default=48, help="of each answer (48)")
     parser.add_argument("--width", type=int, default=32768, help="units of the wide MLPs (32768)")
     parser.add_argument("--rounds", type=int, default=3, help="of all providers (3)")
     parser.add_argument("--runs", type=int, default=RUNS, help=f"of the second table ({RUNS})")

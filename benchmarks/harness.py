@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from tta_ext import plots
-from tta_ext.journal import check_output
+from tta_ext.files import check_output, write_file
 
 TARGET_SECONDS = 0.001  # a round repeats a fast call until it fills this
 MIN_ROUNDS = 3
@@ -223,7 +223,7 @@ def check_files(output: Path | None, plot: Path | None = None) -> None:
     """An error before the work if a document or picture cannot be written, or is another's file.
 
     Raises:
-        ImportError, OSError, ValueError: as of :func:`tta_ext.journal.check_output` and
+        ImportError, OSError, ValueError: as of :func:`tta_ext.files.check_output` and
             :func:`tta_ext.plots.check_plot`.
     """
     check_output(output, MARK)
@@ -238,7 +238,7 @@ def report(command: Sequence[str], body: str, path: Path | None) -> None:
     if path is None:
         return
     check_files(path)
-    path.write_text(document(path.stem, " ".join(command), environment(), body), encoding="utf-8")
+    write_file(path, document(path.stem, " ".join(command), environment(), body))
     print(f"written: {path}")
 
 

@@ -6,15 +6,17 @@ one) and this package installed. Base and proxy are the shipped ones.
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 from tta_ext.decoding import KnapsackDeferral, load_tokenizer
 from tta_ext.demo.pair import ASSETS
 from tta_ext.demo.task import evaluation_problems
 
-from .harness import table
+from .harness import check_files, report, table
 
 SEED, NEW, REQUESTS = 7, 32, 12
 RULES: tuple[dict[str, Any], ...] = (
@@ -38,6 +40,10 @@ ENGINE: dict[str, Any] = {
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--output", type=Path, help="Markdown file for the table")
+    args = parser.parse_args()
+    check_files(args.output)
     os.environ["TTA_EXT_SGLANG_PROXY"] = str(ASSETS / "proxy")
     import sglang
 
@@ -79,7 +85,8 @@ def main() -> int:
                 wrong += equal != REQUESTS
     finally:
         engine.shutdown()
-    print(table(("what", "equal"), rows))
+    command = ["python -m benchmarks.sglang_equality", *sys.argv[1:]]
+    report(command, table(("what", "equal"), rows), args.output)
     print(f"{len(rows) - wrong} passed, {wrong} failed")
     return 1 if wrong else 0
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -21,8 +22,8 @@ from typing import Any
 
 import torch
 
-from .harness import check_files, document, environment, table
-from .vllm_others import contract, searches, server, smollm2
+from .harness import check_files, report, table
+from .vllm_others import contract, searches, server, smollm2, workers
 from .vllm_session import BASE, NEW, REQUESTS, RULES, SHIPPED, Row, Session, cpu_seconds, make_proxy
 
 
@@ -33,7 +34,7 @@ def plain(folder: Path, pair: Path, proxy: Path) -> Session:
     session.rules([REQUESTS])
     sources(session)
     mixed(session)
-    allowed(session)
+    masks(session)
     throughput(session)
     return session
 
@@ -88,26 +89,32 @@ def mixed(session: Session) -> None:
     )
 
 
-def allowed(session: Session) -> None:
-    """A mask of the engine's holds for both models."""
+def masks(session: Session) -> None:
+    """What the engine forbids is forbidden to both models."""
     from transformers import LogitsProcessorList
+    from vllm.sampling_params import StructuredOutputsParams
 
-    keep = [*range(0, 512, 2), 1]
+    tokenizer, rows = session.own.tokenizer, range(8)
+    half = [*range(0, 512, 2), 1]
+    # At each place this grammar allows the same ids: those of digits and spaces, and the end.
+    spaced = [i for i in range(512) if re.fullmatch("[0-9 ]+", tokenizer.decode([i]))]
+    grammar = StructuredOutputsParams(regex="[0-9 ]*")
+    for what, keep, asked in (
+        ("half of the ids allowed", half, {"allowed_token_ids": half}),
+        ("a grammar", [*spaced, tokenizer.eos_token_id], {"structured_outputs": grammar}),
+    ):
+        banned = torch.ones(512, dtype=torch.bool).index_fill(0, torch.tensor(keep), False)
 
-    def mask(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        banned = torch.ones(scores.shape[-1], dtype=torch.bool)
-        banned[keep] = False
-        return scores.masked_fill(banned, -torch.inf)
+        def mask(
+            input_ids: torch.Tensor, scores: torch.Tensor, banned: torch.Tensor = banned
+        ) -> torch.Tensor:
+            return scores.masked_fill(banned, -torch.inf)
 
-    rows = range(8)
-    found = session.ask(
-        [(i, session.params(RULES[0], i, True, allowed_token_ids=keep)) for i in rows]
-    )
-    wanted = session.wanted(RULES[0], rows, True, logits_processor=LogitsProcessorList([mask]))
-    session.compare(
-        "8 requests, half of the ids allowed", [list(one.token_ids) for one in found],
-        wanted.tokens,
-    )  # fmt: skip
+        found = session.ask([(i, session.params(RULES[0], i, True, **asked)) for i in rows])
+        wanted = session.wanted(RULES[0], rows, True, logits_processor=LogitsProcessorList([mask]))
+        session.compare(
+            f"8 requests, {what}", [list(one.token_ids) for one in found], wanted.tokens
+        )
 
 
 def throughput(session: Session, repeats: int = 3) -> None:
@@ -140,6 +147,13 @@ def own_tokens(session: Session, rule: dict[str, Any]) -> int:
     return sum(map(len, found.tokens))
 
 
+def parallel(folder: Path, pair: Path, proxy: Path) -> Session:
+    """Each layer of both models over two processes."""
+    session = Session("one model, tensor parallel 2", pair, proxy, tensor_parallel_size=2)
+    session.rules([8])
+    return session
+
+
 def tight(folder: Path, pair: Path, proxy: Path) -> Session:
     """Prompts in pieces of 32 tokens, and a cache too small for all requests at once."""
     session = Session(
@@ -151,7 +165,7 @@ def tight(folder: Path, pair: Path, proxy: Path) -> Session:
         enable_prefix_caching=False,
     )
     session.rules([REQUESTS])
-    session.figures["preemptions"] = session.preemptions()
+    session.preempted()
     return session
 
 
@@ -168,17 +182,19 @@ def fallback(folder: Path, pair: Path, proxy: Path) -> Session:
     )
     session.rules([8], RULES[:1])
     session.rules([REQUESTS])
-    session.figures["preemptions"] = session.preemptions()
+    session.preempted()
     return session
 
 
 CONFIGURATIONS = {
     "plain": plain,
+    "parallel": parallel,
     "tight": tight,
     "fallback": fallback,
     "searches": searches,
     "server": server,
     "smollm2": smollm2,
+    "workers": workers,
     "contract": contract,
 }
 
@@ -234,10 +250,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if figures:
         cells = [(run, what, f"{value:.0f}") for run, what, value in figures]
         body += "\n\n" + table(("run", "tokens per CPU second, or a count", "value"), cells)
-    print(body)
-    if arguments.output:
-        head = document("vLLM", "python -m benchmarks.vllm_equality", environment(), body)
-        arguments.output.write_text(head)
+    command = ["python -m benchmarks.vllm_equality", *(sys.argv[1:] if argv is None else argv)]
+    report(command, body, arguments.output)
     wrong = [row for row in rows if row[2] != row[3]]
     print(f"{len(rows) - len(wrong)} passed, {len(wrong) + len(failed)} failed")
     return 1 if wrong or failed else 0

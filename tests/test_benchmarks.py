@@ -19,6 +19,7 @@ from benchmarks import (
     eager,
     gpu_times,
     harness,
+    scale,
 )
 from benchmarks.__main__ import STEMS, main
 from benchmarks.data import SHAPES, language_model_logits, nucleus, shaped_pair
@@ -47,6 +48,15 @@ def test_shapes_are_what_they_are_called() -> None:
         assert rows[name].std().item() == pytest.approx(width, rel=0.02)
 
 
+def test_the_page_about_scale_has_what_the_simulation_says(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    scale.tables(scale.Machine())
+    told = capsys.readouterr().out
+    assert told.count("\n") > 40
+    assert f"```text\n{told}```\n" in (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
+
+
 def test_the_worst_cell_stands_beside_the_kind_one() -> None:
     def cell(shape: str, rows: float, ratio: float) -> bench_shapes.Cell:
         return bench_shapes.Cell("deferral_sample", shape, "float32", "knapsack .3", rows, ratio)
@@ -67,6 +77,15 @@ def test_every_shape_is_timed(capsys: pytest.CaptureFixture[str]) -> None:
             lines = [line for line in printed.splitlines() if line.startswith(f"| {op} ")]
             cells = [[part.strip() for part in line.split("|")] for line in lines]
             assert any(row[3:5] == [shape, dtype] for row in cells), (op, shape, dtype)
+
+
+@pytest.mark.usefixtures("native")
+def test_a_call_is_the_sum_of_its_parts(capsys: pytest.CaptureFixture[str]) -> None:
+    main("calls --seconds 0.01".split())
+    rows = [line.split("|") for line in capsys.readouterr().out.splitlines() if "deferral_" in line]
+    assert len(rows) == 5
+    for whole, *parts in ([float(cell) for cell in row[2:-1]] for row in rows):
+        assert whole == pytest.approx(sum(parts[:4]), abs=0.25)  # each is rounded to a tenth
 
 
 @pytest.mark.parametrize("stem", STEMS)

@@ -22,6 +22,8 @@ from tta_ext.cli.app import COMMANDS
 from tta_ext.cli.prompts import Asked, read_prompts
 from tta_ext.journal import json_line
 
+SEARCH = ["search", "--model", "demo", "--reward", "letter:s", "--method", "best-of-n", "--n", "2",
+          "--max-new-tokens", "2"]  # fmt: skip
 HELP = """
 import sys
 sys.argv = sys.orig_argv = ["tta", *{arguments}]
@@ -332,9 +334,12 @@ def test_errors_of_other_code_say_where(tmp_path: Path) -> None:
     assert common.sentence(told.value).endswith("it is kept")
 
 
-def test_shards_merge_into_what_one_run_writes(capsys: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("command", [GENERATE, SEARCH])
+def test_shards_merge_into_what_one_run_writes(
+    capsys: Any, tmp_path: Path, command: list[str]
+) -> None:
     prompts = ["Q: a", "Q: b", "Q: c", "Q: d", "Q: e"]
-    words = [*GENERATE, *prompts, "--seed", "7", "--output"]
+    words = [*command, *prompts, "--seed", "7", "--output"]
     parts = [str(tmp_path / f"{i}.jsonl") for i in (1, 2)]
     for i, part in enumerate(parts, 1):
         assert call(capsys, *words, part, "--shard", f"{i}/2")[0] == 0
@@ -345,10 +350,24 @@ def test_shards_merge_into_what_one_run_writes(capsys: Any, tmp_path: Path) -> N
     assert "2 of 5 are missing, at 1, 3, of the run" in errors
     assert not merged.exists()
     assert call(capsys, "merge", *parts, "--output", str(merged))[0] == 0
-    assert lines(merged) == lines(one)
+    runs = [[one | {"timing": 0, "curve": 0} for one in lines(path)] for path in (merged, one)]
+    assert runs[0] == runs[1]
     assert "0 answered, 5 were there" in call(capsys, *words, str(merged))[2]
     assert "expected i/n" in call(capsys, *words, str(one), "--shard", "3/2")[2]
-    assert "--shard needs --seed" in call(capsys, *GENERATE, "Q", "--shard", "1/2")[2]
+    assert "--shard needs --seed" in call(capsys, *command, "Q", "--shard", "1/2")[2]
+
+
+def test_parts_by_torchrun(capsys: Any, tmp_path: Path) -> None:
+    words = [*GENERATE, "Q: a", "Q: b", "Q: c", "--seed", "7", "--output"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    part, one, merged = (str(tmp_path / name) for name in ("{shard}", "one.jsonl", "merged.jsonl"))
+    command = [*torchrun, "2", "-m", "tta_ext.cli", *words, part, "--shard", "env"]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    parts = [str(tmp_path / number) for number in "12"]
+    assert call(capsys, "merge", *parts, "--output", merged)[0] == 0
+    assert call(capsys, *words, one)[0] == 0
+    assert lines(Path(merged)) == lines(Path(one))
 
 
 def test_shards_of_evaluations_and_comparisons(capsys: Any, tmp_path: Path) -> None:

@@ -69,6 +69,26 @@ def test_a_plot_replaces_plots_alone(capsys: Any, tmp_path: Path) -> None:
             check_plot(tmp_path / name)
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no device that is full")
+@pytest.mark.parametrize(
+    "words",
+    [
+        REPORTS[0],
+        [*REPORTS[0][:-1], "--plot"],
+        REPORTS[1],
+        [*REPORTS[1][:-1], "--html"],
+        ["sweep", "--axis", "param=0.2", "--n", "1", "--mode", "greedy", "--max-new-tokens", "1",
+         "--csv"],
+    ],
+)  # fmt: skip
+def test_a_full_disk_is_told_with_the_file(capsys: Any, tmp_path: Path, words: list[str]) -> None:
+    path = tmp_path / "full.png"
+    path.symlink_to("/dev/full")
+    status, _, errors = call(capsys, *words, str(path))
+    assert status == 1
+    assert f"No space left on device: '{path}'" in errors
+
+
 @pytest.mark.parametrize("words", [["eval", "base", "argmax"], ["sweep", "--params", "0.2,0.4"]])
 def test_pictures_of_evaluations(capsys: Any, tmp_path: Path, words: list[str]) -> None:
     pytest.importorskip("matplotlib")

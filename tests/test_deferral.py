@@ -348,6 +348,20 @@ def test_ties_go_to_the_lowest_id(backend: str) -> None:
     assert int(best.token) == 0
 
 
+@pytest.mark.parametrize("rule", ["knapsack", "threshold"])
+def test_greedy_ties_are_those_of_probabilities(rule: str, backend: str) -> None:
+    """The lowest id wins where logits differ but their float32 probabilities do not, D = 0 too."""
+    base = torch.tensor([[-3.0, 0.0, 1e-9, -1.0], [1e-9, 0.0, -1.0, 2e-9], [0.0, 1.0, 2.0, -1.0]])
+    kwargs: dict[str, Any] = {"rule": rule, "param": 0.0, "do_sample": False}
+    law = ops.deferral_probs(base, base, rule=rule, param=0.0)
+    assert (law == law.amax(-1, keepdim=True)).sum(-1).tolist() == [2, 3, 1]
+    best = ops.deferral_sample(base, base, **kwargs)
+    assert best.token.tolist() == [1, 0, 2]
+    proposal = ops.deferral_propose(base, **kwargs)
+    assert proposal.deferred.tolist() == [True, True, False]  # no lead without asking q
+    assert int(proposal.token[2]) == 2
+
+
 def test_unread_proxy_rows_may_hold_anything(backend: str) -> None:
     """A proxy row is looked at only where the base model's token was rejected."""
     base, proxy = two_models(Case(64, 127, torch.float32, "contiguous", "model"))

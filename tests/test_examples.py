@@ -10,8 +10,6 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import subprocess
-import sys
 from collections import Counter
 from itertools import groupby
 from pathlib import Path
@@ -82,25 +80,6 @@ def test_python(
     assert capsys.readouterr().out.strip() or "print(" not in code
 
 
-@pytest.mark.parametrize("page", those("sh", needs=False))
-def test_commands(page: Path, tmp_path: Path) -> None:
-    pytest.importorskip("typer")
-    pytest.importorskip("matplotlib")
-    code = "\n".join(one.code for one in blocks(page) if one.language == "sh" and not one.needs)
-    # The command of this tree, whatever is installed.
-    command = tmp_path / "bin" / "tta"
-    command.parent.mkdir()
-    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m tta_ext.cli "$@"\n')
-    command.chmod(0o755)
-    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", code],
-        check=True,
-        cwd=tmp_path,
-        env={**os.environ, "PATH": f"{command.parent}:{os.environ['PATH']}", "PYTHONPATH": paths},
-    )
-
-
 @pytest.mark.parametrize("page", those("python", needs=True))
 def test_python_that_needs_more_compiles(page: Path) -> None:
     for one in blocks(page):
@@ -109,16 +88,31 @@ def test_python_that_needs_more_compiles(page: Path) -> None:
 
 
 def commands(code: str) -> list[list[str]]:
-    """The words of each ``tta`` command in a shell script."""
+    """The words of each ``tta`` command in a shell script, those after ``# then:`` too."""
+    code = re.sub(r"(?m)(^|\s)#(?! then: ).*$", "", code.replace("\\\n", " "))
+    words = shlex.shlex(code.replace("# then: ", ""), posix=True, punctuation_chars="&;|\n")
+    words.whitespace, words.commenters, words.whitespace_split = " \t", "", True
     found = []
-    for line in code.replace("\\\n", " ").splitlines():
-        words = shlex.shlex(line.removeprefix("# then: "), posix=True, punctuation_chars="&;|")
-        words.whitespace_split = True
-        for end, part in groupby(words, lambda word: word[0] in "&;|"):
-            one = list(part)
-            if not end and "tta" in one:
-                found.append(one[one.index("tta") + 1 :])
+    for end, part in groupby(words, lambda word: word != "" and word[0] in "&;|\n"):
+        one = list(part)
+        if not end and "tta" in one:
+            found.append(one[one.index("tta") + 1 :])
     return found
+
+
+@pytest.mark.parametrize("page", those("sh", needs=False))
+def test_commands(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of one process: a second one would import torch and transformers anew."""
+    pytest.importorskip("typer")
+    pytest.importorskip("matplotlib")
+    from tta_ext.cli.app import run
+
+    monkeypatch.chdir(tmp_path)
+    code = "".join(one.code for one in blocks(page) if one.language == "sh" and not one.needs)
+    words = commands(code)
+    assert len(words) == len(re.findall(r"(?m)^(?!#).*\btta\b", code))
+    for one in words:
+        assert run(one) == 0, one
 
 
 @pytest.mark.parametrize("page", those("sh", needs=True))

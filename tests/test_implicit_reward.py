@@ -108,6 +108,27 @@ def test_impossible_tokens(backend: str) -> None:
         assert token.tolist() == [-1]
 
 
+@pytest.mark.parametrize("silent", ["expert_logits", "anti_logits"])
+def test_a_model_without_a_token_is_refused(silent: str, backend: str) -> None:
+    """Though its partner hides it: of a token that both rule out a pair says nothing."""
+    inf = torch.inf
+    base = torch.zeros(2, 300)
+    some = torch.full((2, 2, 300), -inf)
+    some[:, 0] = 0.0
+    some[0, 1, 299] = 1.0
+    none = some.clone()
+    none[1, 1] = -inf
+    base[1, 299] = -inf
+    some[1, 1, 299] = 1.0  # the base rules it out, whatever sign it has
+    pair = (none, some) if silent == "expert_logits" else (some, none)
+    with pytest.raises(ValueError, match=rf"row 1 of {silent}\[1\] has .*no finite value"):
+        ops.implicit_reward_probs(base, *pair, [1.0, 0.5])
+    bad = ops.implicit_reward_probs(base, *pair, [1.0, 0.5], check=False)
+    assert bad.isnan().all(-1).tolist() == [False, True]
+    off = ops.implicit_reward_probs(base, *pair, [1.0, 0.0])  # not read
+    torch.testing.assert_close(off, softmax64(base).float())
+
+
 def test_several_experts_add_up(backend: str) -> None:
     case = Case(4, 127, torch.float32, "contiguous", "model")
     base, plus, minus = models(case, 2)

@@ -18,6 +18,7 @@ FLOORS = [
         "rng",
         "build",
         "env",
+        "files",
         "journal",
         "jobs",
         "intervals",

@@ -27,7 +27,7 @@ EURO = "€".encode()
 class Tokenizer:
     """Ids of :data:`PIECES`; behind them the euro sign in two parts."""
 
-    def decode(self, ids: list[int]) -> str:
+    def decode(self, ids: list[int], **options: bool) -> str:
         known = [piece.encode() for piece in PIECES] + [EURO[:1], EURO[1:]]
         return b"".join(known[i] for i in ids).decode(errors="replace")
 

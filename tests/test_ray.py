@@ -11,13 +11,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 from commands import call
+from models import base_model
 
 from benchmarks import bench_ray
+from tta_ext.decoding import AdaptiveImportanceSampling, BestOfN
 from tta_ext.jobs import Here
 from tta_ext.journal import Journal
 
@@ -28,7 +31,9 @@ OPTIONS: dict[str, Any] = {"seed": 3, "max_new_tokens": 4, "eos_token_id": []}
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
     """Ray on this machine, small; for two workers at a time."""
-    ray = pytest.importorskip("ray", reason="Ray is not installed: pip install '.[ray]'")
+    pytest.importorskip("ray", reason="Ray is not installed: pip install '.[ray]'")
+    from tta_ext.engines.ray.workers import ray
+
     ray.init(
         include_dashboard=False, num_cpus=4, object_store_memory=100_000_000,
         log_to_driver=False, logging_level="ERROR",
@@ -45,6 +50,17 @@ def test_without_ray_a_sentence(monkeypatch: Any) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ImportError, match="engine ray needs Ray: pip install"):
         importlib.import_module("tta_ext.engines.ray")
+
+
+def test_an_engine_by_its_name() -> None:
+    def reward(prompts: Any, answers: Any) -> list[float]:
+        return [0.0] * len(answers)
+
+    parts = base_model(), reward
+    with pytest.raises(ValueError, match="engine is 'rays', expected 'ray' or a function"):
+        AdaptiveImportanceSampling(*parts, engine="rays")
+    with pytest.raises(ValueError, match="workers is 2, but only engine='ray' has workers"):
+        BestOfN(*parts, workers=2)
 
 
 def test_options_of_workers_are_of_ray_alone(capsys: Any) -> None:
@@ -111,6 +127,26 @@ def test_prompts_by_two_workers(cluster: Any, tmp_path: Path) -> None:
         decoder({"prompt": PROMPTS})
 
 
+@pytest.mark.slow
+def test_a_pipeline_of_ray_data(cluster: Any) -> None:
+    """Answers of different lengths, and rows in any order."""
+    data = pytest.importorskip("ray.data", reason="no Ray Data: pip install 'ray[data]'")
+    from tta_ext.engines.ray import Decoder
+
+    options = {"seed": 3, "max_new_tokens": 32}
+    whole = bench_ray.load_pair().generate(PROMPTS, **options)
+    assert len({len(tokens) for tokens in whole.tokens}) > 1
+    rows = [{"prompt": prompt, "index": i} for i, prompt in enumerate(PROMPTS)]
+    found = data.from_items(rows[::-1]).map_batches(
+        Decoder, fn_constructor_kwargs={"load": bench_ray.load_pair, **options}, batch_size=2,
+        compute=data.ActorPoolStrategy(size=2),
+    ).take_all()  # fmt: skip
+    found.sort(key=lambda row: row["index"])
+    assert [list(row["tokens"]) for row in found] == whole.tokens
+    assert [row["text"] for row in found] == whole.texts
+    assert [row["prompt"] for row in found] == PROMPTS
+
+
 @pytest.mark.parametrize("name", sorted(bench_ray.METHODS))
 def test_rollouts_by_workers_that_die(cluster: Any, name: str) -> None:
     from tta_ext.engines.ray import Rollouts
@@ -131,6 +167,17 @@ def test_rollouts_by_workers_that_die(cluster: Any, name: str) -> None:
     assert found.timing.reward_items == whole.timing.reward_items
     with pytest.raises(ValueError, match="cell is 0"):
         Rollouts(cell=0)
+
+
+def test_workers_of_a_search_by_name(cluster: Any) -> None:
+    small: dict[str, Any] = {"seed": 5, "n": 8, "max_new_tokens": 4}
+    here = bench_ray.search_method("AISP")
+    whole = here.generate("Q: 2 + 3", **small)
+    named = AdaptiveImportanceSampling(
+        here.model, here.reward, here.tokenizer, engine="ray", workers=2, **asdict(here.settings)
+    )
+    found = named.generate("Q: 2 + 3", **small)
+    assert bench_ray.same(found, whole) == (len(whole.candidates[0]),) * 2 + (True,)
 
 
 def records(path: Path) -> list[dict[str, Any]]:

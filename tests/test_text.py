@@ -17,8 +17,13 @@ from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, trainer
 from tokenizers.models import BPE, WordPiece
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast, StopStringCriteria
 
+from tta_ext.decoding import BestOfN, KnapsackDeferral
+from tta_ext.decoding.deferral.result import source_spans
+from tta_ext.decoding.runtime.prompts import text_of
 from tta_ext.decoding.runtime.stopping import StopStrings
 from tta_ext.decoding.runtime.streaming import TextDeltas
+from tta_ext.demo.pair import ASSETS
+from tta_ext.demo.task import evaluation_problems
 
 TEXT = (
     "Hello there, User: the quick brown fox.\n\nUser: one more, isn't it? ### End\n"
@@ -96,6 +101,42 @@ def test_pieces_are_the_text(kind: str) -> None:
     for tokens in answers(tokenizer, 150, seed=0, noise=kind != "sentencepiece"):
         text = tokenizer.decode(tokens, skip_special_tokens=True)
         assert "".join(pieces(TextDeltas(tokenizer), tokens)) == text
+
+
+def test_nothing_is_cleaned_up() -> None:
+    """As transformers would where a tokenizer says so: a stream cannot take back its spaces."""
+    tokenizer = ByT5Tokenizer(extra_ids=0, clean_up_tokenization_spaces=True)
+    text = "it 's so , he said ."
+    tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(tokens) == "it's so, he said."
+    assert text_of(tokenizer, tokens) == text
+    assert "".join(pieces(TextDeltas(tokenizer), tokens)) == text
+    stop = StopStrings(" ,", tokenizer)
+    assert [stop(tokens[:n]) for n in (9, 10)] == [False, True]
+    spans = source_spans(tokens, [False] * len(tokens), tokenizer)
+    assert "".join(piece for piece, _ in spans) == text
+
+
+def test_answers_are_not_cleaned_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = PreTrainedTokenizerFast.decode
+
+    def decode(
+        self: Any, ids: Any, clean_up_tokenization_spaces: Any = None, **options: Any
+    ) -> str:
+        text = plain(self, ids, **options)
+        return text if clean_up_tokenization_spaces is False else text.replace(" ", "")
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "decode", decode)
+    kad = KnapsackDeferral.from_pretrained(str(ASSETS / "base"), str(ASSETS / "proxy"))
+    prompt = evaluation_problems(1)[0].prompt
+    options: dict[str, Any] = {"seed": 0, "max_new_tokens": 12, "eos_token_id": []}
+    text = kad.generate(prompt, **options).text
+    assert " " in text
+    assert "".join(event.text or "" for event in kad.stream(prompt, **options)) == text
+    search = BestOfN(kad.base, lambda _, texts: [t.count(" ") for t in texts], kad.tokenizer, n=4)
+    found = search.generate(prompt, **options)
+    assert max(found.rewards[0]) > 0
+    assert " " in found.text
 
 
 @pytest.mark.parametrize("kind", ["byte-level", "sentencepiece", "python"])

@@ -216,6 +216,18 @@ def test_greedy(kwargs: dict[str, Any], backend: str) -> None:
         assert bool(got.deferred) == flags[wrong]
 
 
+def test_greedy_bonus_among_ties_of_probability(backend: str) -> None:
+    """Logits that differ where their float32 probabilities do not, and nothing is deferred."""
+    base = torch.tensor([[[-3.0, 0.0, 1e-9]], [[0.0, 1.0, 3.0]]])
+    none = torch.zeros(2, 0, dtype=torch.int64)
+    kwargs: dict[str, Any] = {"rule": "threshold", "param": 0.0, "do_sample": False}
+    for proxies, token, deferred in ((1, [1, 2], [False, False]), (0, [-1, 2], [True, False])):
+        length = torch.zeros(2, dtype=torch.int64)
+        got = ops.deferral_verify(base, base[:, :proxies], none, length, **kwargs)
+        assert got.token.tolist() == token
+        assert got.deferred.tolist() == deferred
+
+
 def test_missing_bonus_row_is_left_to_the_caller(backend: str) -> None:
     """With K proxy rows a rejected bonus is -1, and drawing it from q (PROXY) completes it."""
     base, proxy = models(4)

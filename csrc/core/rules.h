@@ -58,6 +58,10 @@ struct RuleTest {
     return above ? x > threshold : x < threshold;
   }
 
+  bool operator==(const RuleTest& b) const {
+    return threshold == b.threshold && by_proxy == b.by_proxy && above == b.above;
+  }
+
   // p, q: statistics of the rows, with their max_probability(); q's only of a rule that reads q.
   // distance(): their total variation, float64, asked for by a rule that needs it.
   template <class Statistics, class Distance>

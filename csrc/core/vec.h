@@ -152,6 +152,12 @@ TTA_INLINE void multiply_wide(I a, I b, I* high, I* low) {
 TTA_INLINE I load_i(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
 TTA_INLINE void store(int32_t* p, I a) { _mm512_storeu_si512(p, a.v); }
 
+// A byte, 0 or 1, of each of kBools lanes: of kBools / kWidth masks.
+constexpr int kBools = 16;
+TTA_INLINE void store_bools(bool* p, const M* m) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_maskz_set1_epi8(m->v, 1));
+}
+
 #elif TTA_ISA_LEVEL == 1
 
 constexpr int kWidth = 8;
@@ -318,6 +324,20 @@ TTA_INLINE I load_i(const int32_t* p) {
 }
 TTA_INLINE void store(int32_t* p, I a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a.v); }
 
+// A byte, 0 or 1, of each of kBools lanes: of kBools / kWidth masks.
+constexpr int kBools = 32;
+TTA_INLINE void store_bools(bool* p, const M* m) {
+  __m256i v[4];
+  for (int k = 0; k < 4; ++k) v[k] = _mm256_castps_si256(m[k].v);
+  // Packing goes by 128-bit halves.
+  const __m256i packed =
+      _mm256_packs_epi16(_mm256_packs_epi32(v[0], v[1]), _mm256_packs_epi32(v[2], v[3]));
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  _mm256_storeu_si256(
+      reinterpret_cast<__m256i*>(p),
+      _mm256_and_si256(_mm256_permutevar8x32_epi32(packed, order), _mm256_set1_epi8(1)));
+}
+
 #else  // scalar: any C++17 compiler and architecture, and one thread of a CUDA kernel
 
 constexpr int kWidth = 1;
@@ -446,6 +466,9 @@ TTA_INLINE void multiply_wide(I a, I b, I* high, I* low) {
 }
 TTA_INLINE I load_i(const int32_t* p) { return {static_cast<uint32_t>(*p)}; }
 TTA_INLINE void store(int32_t* p, I a) { *p = static_cast<int32_t>(a.v); }
+
+constexpr int kBools = 1;
+TTA_INLINE void store_bools(bool* p, const M* m) { *p = m->v; }
 
 #endif
 

@@ -10,7 +10,8 @@
 //   sample, kept        base once, plus the tiles that hold anything above the drawn token
 //   sample, deferred    the same, plus the proxy once
 //   probs               base 2-4 times (statistics, cut, S, write), proxy twice, 4 V bytes written
-// Work is split over rows; a row's result depends on nothing but the row.
+// Operators that need the whole cut keep the base's weights, 4 V bytes a thread, between the
+// passes. Work is split over rows; a row's result depends on nothing but the row.
 
 #define TTA_TARGET_FILE "cpu/deferral.cpp"
 #include "cpu/foreach_isa.h"
@@ -28,6 +29,7 @@ static void mask_row(const MaskArgs& a, int64_t b) {
   bool* out = a.mask + b * a.mask_stride;
   RowPair rows;
   Deferral d;
+  rows.keeps_weights = a.rule.rule == kKnapsack;
   if (!rows.read(a, b, rule_needs_proxy(a.rule.rule)) || !resolve(a.rule, b, rows, &d)) {
     std::memset(out, 0, static_cast<size_t>(a.base.vocab));
     a.critical_index[b] = -2;
@@ -42,10 +44,15 @@ static void mask_row(const MaskArgs& a, int64_t b) {
     const int64_t left = a.base.vocab - begin;
     const int count = left < kTile ? static_cast<int>(left) : kTile;
     with_mode(d.cut, t, [&](auto mode) {
-      for (int j = 0; j < count; j += kWidth) {
-        const uint32_t in = lanes(deferred_as<mode>(d, load(tile.x + j), begin + j));
-        write_bools(out + begin + j, in, count - j < kWidth ? count - j : kWidth);
+      const auto in = [&](int j) { return deferred_as<mode>(d, load(tile.x + j), begin + j); };
+      int j = 0;
+      for (; j + kBools <= count; j += kBools) {
+        M pack[kBools / kWidth];
+        for (int k = 0; k < kBools / kWidth; ++k) pack[k] = in(j + k * kWidth);
+        store_bools(out + begin + j, pack);
       }
+      for (; j < count; j += kWidth)
+        write_bools(out + begin + j, lanes(in(j)), count - j < kWidth ? count - j : kWidth);
     });
   }
   a.critical_index[b] = d.critical;
@@ -61,6 +68,7 @@ static void probs_row(const ProbsArgs& a, int64_t b) {
   float* out = a.out + b * a.out_stride;
   RowPair rows;
   Deferral d;
+  rows.keeps_weights = true;
   if (!rows.read(a, b, true) || !resolve(a.rule, b, rows, &d)) {
     for (int64_t v = 0; v < a.base.vocab; ++v) out[v] = std::numeric_limits<float>::quiet_NaN();
     return;
@@ -108,6 +116,7 @@ static float lowest_kept_logit(const RowPair& rows, const Deferral& d) {
 static void stats_row(const StatsArgs& a, int64_t b) {
   RowPair rows;
   Deferral d;
+  rows.keeps_weights = true;
   if (!rows.read(a, b, rule_needs_proxy(a.rule.rule)) || !resolve(a.rule, b, rows, &d)) {
     a.deferred_mass[b] = a.used[b] = std::numeric_limits<double>::quiet_NaN();
     a.critical_index[b] = -2;
@@ -129,6 +138,7 @@ static void sample_row(const SampleArgs& a, int64_t b) {
   a.deferred[b] = false;
   RowPair rows;
   if (!a.rule.valid_param(b)) return;
+  rows.keeps_weights = !a.key.do_sample;
   if (!rows.read(a, b, needs_proxy || (!a.key.do_sample && !a.propose))) return;
   if (!a.key.do_sample) {
     Deferral d;

@@ -8,8 +8,9 @@
 //    so tells whether the sample spoke true. If not, the whole row is counted; at worst all is
 //    listed.
 // 3. The list is shortened by probing it, or by counting where one logit is left of it, and sorted.
-// 4. Masses so far were rough (`kRough`). Where they leave several items in question, the canonical
-//    sum S decides, guided by them: a pass over the row, then the tiles of an item or two.
+// 4. Masses so far were rough (`kRough`, or float32's rounding where the weights were kept). Where
+//    they leave several items in question, the canonical sum S decides, guided by them: a pass over
+//    the row, then the tiles of an item or two.
 // So the result is the one the definition gives, whatever the sample and the roughness were.
 // Bytes: about 2.1 row reads after row_stats where all tiles hold something beyond the cut.
 
@@ -110,12 +111,13 @@ static bool narrow_by_bands(const Bands& bands, float step, const Stats& s, doub
       spread += share < 1.0 ? in * weight * weight / (share * share) : 0.0;
     }
     const double one = share < 1.0 ? weight / share : 0.0;  // as if one more were there, unseen
-    const double away = kDeviations * std::sqrt(spread + one * one) + mass * kRough;
-    if (mass + away <= bound) {
+    const double away = kDeviations * kDeviations * (spread + one * one);  // squared: no root
+    const double room = bound - mass - mass * kRough, beyond = mass - mass * kRough - bound;
+    if (room >= 0.0 && room * room >= away) {
       low = band;
       low_mass = mass;
       low_spread = spread;
-    } else if (mass - away > bound) {
+    } else if (beyond > 0.0 && beyond * beyond > away) {
       high = band;
     }
   }
@@ -181,11 +183,12 @@ static Bracket guess_by_row(const Row& row, const Stats& s, double bound) {
 
 // ---- 2. the list -----------------------------------------------------------------------------
 
-constexpr int kChain = 512;  // rough weights added up in float32: 3e-5 is their rounding
+constexpr int kChain = 512;  // weights added up in float32: 3e-5 is the rounding of rough ones,
+constexpr double kChainRounding = 0x1p-17;  // and this what that of others is below
 
-// Lists what is inside the bracket; the rough mass of what lies below it or, where `kAbove`, above
-// it: then most of a peaked row is one comparison.
-template <bool kAbove>
+// Lists what is inside the bracket; the mass of what lies below it or, where `kAbove`, above it:
+// then most of a peaked row is one comparison. Rough, unless weights were kept.
+template <bool kAbove, bool kWeights>
 static double collect(const Row& row, const Stats& s, const Bracket& bracket, Candidates* list) {
   constexpr int kVectors = kWidth == 1 ? 1 : 2;  // more would not fit AVX2's registers
   alignas(64) float scratch[kTile];
@@ -211,7 +214,10 @@ static double collect(const Row& row, const Stats& s, const Bracket& bracket, Ca
         for (int k = 0; k < kVectors; ++k) x[k] = load(tile.x + j + k * kWidth);
         for (int k = 0; k < kVectors; ++k) above[k] = less(low, x[k]);
         if (kAbove && !lanes(mask_or(above[0], above[kVectors - 1]))) continue;
-        rough_pack<kVectors>(tile.x + j, m, octave, w);
+        if constexpr (kWeights)
+          for (int k = 0; k < kVectors; ++k) w[k] = load(s.kept(t) + j + k * kWidth);
+        else
+          rough_pack<kVectors>(tile.x + j, m, octave, w);
         for (int k = 0; k < kVectors; ++k) {
           const M beyond = less(high, x[k]);
           sum = add(sum, keep(kAbove ? beyond : mask_not(above[k]), w[k]));
@@ -226,6 +232,15 @@ static double collect(const Row& row, const Stats& s, const Bracket& bracket, Ca
   }
   list->count = count;
   return side;
+}
+
+static double collect(bool above, const Row& row, const Stats& s, const Bracket& bracket,
+                      Candidates* list) {
+  if (s.weights)
+    return above ? collect<true, true>(row, s, bracket, list)
+                 : collect<false, true>(row, s, bracket, list);
+  return above ? collect<true, false>(row, s, bracket, list)
+               : collect<false, false>(row, s, bracket, list);
 }
 
 static double rough_weight(const Stats& s, float x) {
@@ -439,12 +454,13 @@ static KnapsackCut knapsack_cut(const Row& row, const Stats& s, double bound, Pr
     bracket = attempt == 0   ? guess_by_sample(row, s, bound, &list)
               : attempt == 1 ? guess_by_row(row, s, bound)
                              : Bracket{};
-    const double side =
-        above ? collect<true>(row, s, bracket, &list) : collect<false>(row, s, bracket, &list);
+    const double side = collect(above, row, s, bracket, &list);
     if (!list.count) continue;
     const double inside = survey(s, &list);
     bracket.below = above ? s.z - side - inside : side;
-    bracket.error = (side + inside) * kRough + s.z * 0x1p-18 + kVague;
+    // S rounds what it adds up, and Z, of which the mass above was taken.
+    bracket.error = side * (s.weights ? kChainRounding : kRough) + inside * kRough +
+                    (above ? 2.0 * s.z : side + inside) * 0x1p-18 + kVague;
     if ((bracket.low == -kInfinity || bracket.below + bracket.error <= bound) &&
         (bracket.high == kInfinity || bracket.below + inside - bracket.error > bound))
       break;

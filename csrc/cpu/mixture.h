@@ -58,8 +58,9 @@ static void load_mixture(const Mixture& mixture, int64_t row, int64_t begin, int
   std::memcpy(out, score, static_cast<size_t>(count) * sizeof(float));
 }
 
-// A row found invalid: which tensor is to blame.
-static int64_t blame(const Mixture& mixture, int64_t row) {
+// The first tensor of which bad(data, x) is true, 1 + 2 experts if there is none.
+template <class Bad>
+static int64_t first_tensor(const Mixture& mixture, int64_t row, Bad bad) {
   const MixtureArgs& a = *mixture.args;
   const int64_t tensors = 1 + (a.anti.data ? 2 : 1) * a.experts;
   for (int64_t i = 0; i < tensors; ++i) {
@@ -67,16 +68,34 @@ static int64_t blame(const Mixture& mixture, int64_t row) {
     const int64_t e = is_base ? 0 : is_expert ? i - 1 : i - 1 - a.experts;
     const Logits& x = is_base ? a.base : is_expert ? a.expert : a.anti;
     if (!is_base && a.beta[e] == 0.0f) continue;
-    const char* data = mixture_row(x, e, row);
+    if (bad(mixture_row(x, e, row), x)) return i;
+  }
+  return 1 + 2 * a.experts;
+}
+
+// Each model has a token that it does not rule out. Only pairs can hide that one has none: where
+// both rule all out they say nothing. The first token tells, as a rule.
+static bool all_have_a_token(const Mixture& mixture, int64_t row) {
+  const auto empty = [](const char* data, const Logits& x) {
+    for (int64_t v = 0; v < x.vocab; ++v)
+      if (element(data, x.dtype, v) != -kInfinity) return false;
+    return true;
+  };
+  return !mixture.args->anti.data ||
+         first_tensor(mixture, row, empty) == 1 + 2 * mixture.args->experts;
+}
+
+// A row found invalid: which tensor is to blame.
+static int64_t blame(const Mixture& mixture, int64_t row) {
+  return first_tensor(mixture, row, [](const char* data, const Logits& x) {
     bool finite = false;
     for (int64_t v = 0; v < x.vocab; ++v) {
       const float value = element(data, x.dtype, v);
-      if (!(value < kInfinity)) return i;
+      if (!(value < kInfinity)) return true;
       finite = finite || value != -kInfinity;
     }
-    if (!finite) return i;
-  }
-  return 1 + 2 * a.experts;
+    return !finite;
+  });
 }
 
 }  // namespace TTA_ISA

@@ -9,7 +9,8 @@
 //
 // Passes over memory: `row_stats` reads the row once (each 16 KiB tile twice, the second time from
 // L1). `prefix_sum` reads only the tiles whose maximum lies beyond the cut, `prefix_reaches` only
-// as many of those as the answer takes.
+// as many of those as the answer takes. Where masked sums are certain to follow, `row_stats` keeps
+// the weights, and they read these instead of making them again.
 
 #include "cpu/canonical.h"
 
@@ -82,7 +83,7 @@ constexpr int kPack = kWidth == 1 ? 1 : 4;  // weights computed together
 
 // Weights to within kRough of theirs, at half the cost, N at a time: 2^n (1 + a cubic in the
 // remainder). 8e-5 is the cubic's (minimax), 3e-5 both sides' rounding of exponents up to 88. Below
-// that, where weights are 0, they are at most 2^-126.
+// that, where weights are 0, they are at most 2^-125: no subnormals, which are slow.
 // `per_octave` is inv_temperature log2 e.
 constexpr double kRough = 0x1p-12;
 constexpr double kVague = 1e-31;  // more than 2^20 of what is 0 on one side
@@ -91,7 +92,7 @@ TTA_INLINE void rough_pack(const float* x, F tile_max, F per_octave, F* w) {
   F y[N], shifted[N];
   const F magic = set1(0x1.8p23f);
   for (int k = 0; k < N; ++k)
-    y[k] = max(mul(sub(load(x + k * kWidth), tile_max), per_octave), set1(-126.0f));
+    y[k] = max(mul(sub(load(x + k * kWidth), tile_max), per_octave), set1(-125.0f));
   for (int k = 0; k < N; ++k) shifted[k] = add(y[k], magic);
   for (int k = 0; k < N; ++k) y[k] = sub(y[k], sub(shifted[k], magic));
   for (int k = 0; k < N; ++k) w[k] = fma(set1(0x1.c3f760p-5f), y[k], set1(0x1.f0de1ap-3f));
@@ -129,11 +130,15 @@ TTA_INLINE M admitted(F x, F cut_x, I lane_index, I limit) {
   return mask_or(less(x, cut_x), mask_and(equal(x, cut_x), less(lane_index, limit)));
 }
 
-template <int kMode, bool kRoughly = false>
-static float tile_sum_as(Tile tile, float max_value, float inv_temperature, float cut_x,
-                         int32_t cut_limit) {
+// Where a tile's weights come from: exp, exp whose results go to `kept` too, what an earlier sum
+// left in `kept`, or rough_pack.
+enum Source { kMade, kMadeAndKept, kKept, kRoughlyMade };
+
+template <int kMode, Source kSource>
+static float tile_sum_as(Tile tile, float max_value, float inv_temperature, float cut_x = 0.0f,
+                         int32_t cut_limit = 0, float* kept = nullptr) {
   const F m = set1(max_value), cx = set1(cut_x);
-  const F s = set1(kRoughly ? per_octave(inv_temperature) : inv_temperature);
+  const F s = set1(kSource == kRoughlyMade ? per_octave(inv_temperature) : inv_temperature);
   const I limit = set1i(cut_limit);
   F acc[kAcc];
   for (int h = 0; h < kHalves; ++h) {
@@ -143,12 +148,15 @@ static float tile_sum_as(Tile tile, float max_value, float inv_temperature, floa
     for (int j = h * kSweep * kWidth; j < tile.count; j += kLanes) {
       for (int k = 0; k < kSweep; k += kPack) {
         F w[kPack];
-        if constexpr (kRoughly)
+        if constexpr (kSource == kRoughlyMade)
           rough_pack<kPack>(tile.x + j + k * kWidth, m, s, w);
+        else if constexpr (kSource == kKept)
+          for (int i = 0; i < kPack; ++i) w[i] = load(kept + j + (k + i) * kWidth);
         else
           weight_pack<kPack>(tile.x + j + k * kWidth, m, s, w);
         for (int i = 0; i < kPack; ++i) {
           const int at = j + (k + i) * kWidth;
+          if constexpr (kSource == kMadeAndKept) store(kept + at, w[i]);
           if constexpr (kMode != kNoMask)
             w[i] =
                 keep(admitted<kMode>(load(tile.x + at), cx, add(iota(), set1i(at)), limit), w[i]);
@@ -161,22 +169,18 @@ static float tile_sum_as(Tile tile, float max_value, float inv_temperature, floa
   return fold(acc);
 }
 
-static float tile_sum(Tile tile, float max_value, float inv_temperature) {
-  return tile_sum_as<kNoMask>(tile, max_value, inv_temperature, 0.0f, 0);
-}
-
-template <bool kRoughly = false>
+template <Source kSource>
 static float tile_sum_before(Tile tile, float max_value, float inv_temperature, const Cut& cut,
-                             int t) {
+                             int t, float* kept = nullptr) {
   switch (mask_mode(cut, t)) {
     case kBelow:
-      return tile_sum_as<kBelow, kRoughly>(tile, max_value, inv_temperature, cut.x, 0);
+      return tile_sum_as<kBelow, kSource>(tile, max_value, inv_temperature, cut.x, 0, kept);
     case kAtOrBelow:
-      return tile_sum_as<kAtOrBelow, kRoughly>(tile, max_value, inv_temperature, cut.x, 0);
+      return tile_sum_as<kAtOrBelow, kSource>(tile, max_value, inv_temperature, cut.x, 0, kept);
     default:
-      return tile_sum_as<kMixed, kRoughly>(
+      return tile_sum_as<kMixed, kSource>(
           tile, max_value, inv_temperature, cut.x,
-          static_cast<int32_t>(cut.id - static_cast<int64_t>(t) * kTile));
+          static_cast<int32_t>(cut.id - static_cast<int64_t>(t) * kTile), kept);
   }
 }
 
@@ -198,7 +202,10 @@ struct Stats {
   float tile_max[kMaxTiles];
   float tile_sum[kMaxTiles];  // relative to the tile's own maximum
   double scale[kMaxTiles];    // exp(m_t - m_row)
+  // Where row_stats is to keep the weights, relative to their tiles' maxima; none of -inf tiles.
+  float* weights = nullptr;
 
+  float* kept(int t) const { return weights + static_cast<int64_t>(t) * kTile; }
   double mass(int t) const { return static_cast<double>(tile_sum[t]) * scale[t]; }
   float probability(float x) const {
     const float w = exp_scalar((x - max) * inv_temperature);
@@ -217,6 +224,17 @@ static void finish_stats(Stats* s) {
     s->scale[t] = static_cast<double>(exp_scalar((s->tile_max[t] - m) * s->inv_temperature));
     s->z += s->mass(t);
   }
+}
+
+// Room for the weights of a row, this thread's; grows to the largest row seen.
+static float* room_for_weights(int64_t vocab) {
+  static thread_local std::unique_ptr<float[]> room;
+  static thread_local int tiles = 0;
+  if (tiles_of(vocab) > tiles) {
+    tiles = tiles_of(vocab);
+    room.reset(new float[static_cast<size_t>(tiles) * kTile]);
+  }
+  return room.get();
 }
 
 // Reads the row once, at one or two temperatures. False: NaN, +inf or nothing but -inf.
@@ -238,8 +256,10 @@ static bool row_stats(const Row& row, float inv_temperature, Stats* a, float inv
       valid = valid && all_minus_infinity(tile);
     } else {
       finite = true;
-      sum = tile_sum(tile, m, inv_temperature);
-      if (second) sum_second = tile_sum(tile, m, inv_second);
+      sum = a->weights
+                ? tile_sum_as<kNoMask, kMadeAndKept>(tile, m, inv_temperature, 0.0f, 0, a->kept(t))
+                : tile_sum_as<kNoMask, kMade>(tile, m, inv_temperature);
+      if (second) sum_second = tile_sum_as<kNoMask, kMade>(tile, m, inv_second);
       valid = valid && sum == sum;
     }
     a->tile_max[t] = m;
@@ -264,10 +284,12 @@ TTA_INLINE bool tile_before(const Stats& s, int t, const Cut& cut) {
 template <bool kRoughly = false>
 static double tile_mass_before(const Row& row, const Stats& s, int t, const Cut& cut,
                                float* scratch) {
+  constexpr Source kSource = kRoughly ? kRoughlyMade : kMade;
   const Tile tile = load_tile(row, t, scratch);
-  return static_cast<double>(
-             tile_sum_before<kRoughly>(tile, s.tile_max[t], s.inv_temperature, cut, t)) *
-         s.scale[t];
+  const float sum =
+      s.weights ? tile_sum_before<kKept>(tile, s.tile_max[t], s.inv_temperature, cut, t, s.kept(t))
+                : tile_sum_before<kSource>(tile, s.tile_max[t], s.inv_temperature, cut, t);
+  return static_cast<double>(sum) * s.scale[t];
 }
 
 // S: the canonical masked sum of everything before a cut that moves; only tiles that hold something
@@ -424,52 +446,78 @@ static int64_t draw(const Row& row, const Stats& s, double u) {
 
 // ---- probabilities ---------------------------------------------------------------------------
 
-// fl32(fl64(w / z)) for many w and one z, without dividing: y = fl(1 / z), q = fl(w y), and one
-// correction q += (w - q z) y (Markstein 1990). That leaves q as the division does, or one of two
-// neighbours that w / z lies between, closer to their middle than 2^-50 of their distance. Only
-// where the middle of two float32 is one of them would the result differ: csrc/testing/row_test.cpp
-// tries all such middles and finds one z, whose mantissa is all ones.
+// fl32(fl64(w / z)) for many w of 0 or at least 2^-126 and one z, hardly ever dividing. The
+// quotient is found to 46 bits, as w times the sum of two floats, and rounded a little above and a
+// little below: where both are the same number that is it. Where they are not (one weight in 2^15),
+// and where float32 cannot hold what is left over, float64 divides.
 class DivideBy {
  public:
-  explicit DivideBy(double z) : z_(set1d(z)), minus_z_(set1d(-z)), y_(set1d(1.0 / z)) {
-    uint64_t u;
-    std::memcpy(&u, &z, sizeof u);
-    divide_ = TTA_ISA_LEVEL == 0 || (u & 0xfffffffffffffull) == 0xfffffffffffffull;
+  explicit DivideBy(double z) : z_(set1d(z)) {
+    const double y = 1.0 / z;
+    const float high = static_cast<float>(y);
+    y_high_ = set1(high);
+    minus_y_high_ = set1(-high);
+    minus_y_low_ = set1(-static_cast<float>(y - static_cast<double>(high)));
   }
   // In place, N vectors at a time.
   template <int N>
   TTA_INLINE void operator()(F* w) const {
-    D a[N], q[N], e[N];
-    for (int k = 0; k < N; ++k) a[k] = widen(w[k]);
-    if (TTA_UNLIKELY(divide_)) {
-      for (int k = 0; k < N; ++k) w[k] = narrow(div(a[k], z_));
-      return;
+    if constexpr (TTA_ISA_LEVEL > 0) {
+      // 0 < q < 2^-100 by its bits: what is subnormal below is no more than rounding there.
+      const I shift = set1i(0x7fffffff), tiny = set1i(-0x72800002);
+      F q[N], rest[N];
+      for (int k = 0; k < N; ++k) q[k] = mul(w[k], y_high_);
+      for (int k = 0; k < N; ++k) rest[k] = fma(w[k], minus_y_high_, q[k]);
+      for (int k = 0; k < N; ++k) rest[k] = fma(w[k], minus_y_low_, rest[k]);
+      M sure[N];
+      for (int k = 0; k < N; ++k) {
+        const F slack = mul(q[k], set1(0x1p-40f));
+        const F below = sub(q[k], add(rest[k], slack)), above = sub(q[k], sub(rest[k], slack));
+        sure[k] = mask_and(equal(below, above), less(tiny, add(bits(q[k]), shift)));
+        q[k] = below;
+      }
+      for (int k = 1; k < N; ++k) sure[0] = mask_and(sure[0], sure[k]);
+      if (!TTA_UNLIKELY(lanes(mask_not(sure[0])))) {
+        for (int k = 0; k < N; ++k) w[k] = q[k];
+        return;
+      }
     }
-    for (int k = 0; k < N; ++k) q[k] = mul(a[k], y_);
-    for (int k = 0; k < N; ++k) e[k] = fma(q[k], minus_z_, a[k]);
-    for (int k = 0; k < N; ++k) q[k] = fma(e[k], y_, q[k]);
-    for (int k = 0; k < N; ++k) w[k] = narrow(q[k]);
+    for (int k = 0; k < N; ++k) w[k] = narrow(div(widen(w[k]), z_));
   }
 
  private:
-  D z_, minus_z_, y_;
-  bool divide_;
+  D z_;
+  F y_high_, minus_y_high_, minus_y_low_;
 };
 
-static void write_probabilities(Tile tile, const Stats& s, float* out) {
+// Those of packs j of which wanted(j) is true; of the others nothing is written.
+template <class Wanted>
+static void write_probabilities(Tile tile, const Stats& s, Wanted wanted, float* out) {
+  constexpr int kStep = kPack * kWidth;
   const F m = set1(s.max), inv = set1(s.inv_temperature);
   const DivideBy z(s.z);
-  for (int j = 0; j < tile.count; j += kPack * kWidth) {
+  int16_t pack[kTile / kStep];
+  int packs = 0;
+  for (int j = 0; j < tile.count; j += kStep) {
+    pack[packs] = static_cast<int16_t>(j);
+    packs += wanted(j);
+  }
+  for (int i = 0; i < packs; ++i) {
+    const int j = pack[i];
     F w[kPack];
     weight_pack<kPack>(tile.x + j, m, inv, w);
     for (int k = 0; k < kPack; ++k) store(out + j + k * kWidth, w[k]);
   }
-  for (int j = 0; j < tile.count; j += kPack * kWidth) {
+  for (int i = 0; i < packs; ++i) {
+    float* const at = out + pack[i];
     F w[kPack];
-    for (int k = 0; k < kPack; ++k) w[k] = load(out + j + k * kWidth);
+    for (int k = 0; k < kPack; ++k) w[k] = load(at + k * kWidth);
     z.operator()<kPack>(w);
-    for (int k = 0; k < kPack; ++k) store(out + j + k * kWidth, w[k]);
+    for (int k = 0; k < kPack; ++k) store(at + k * kWidth, w[k]);
   }
+}
+static void write_probabilities(Tile tile, const Stats& s, float* out) {
+  write_probabilities(tile, s, [](int) { return true; }, out);
 }
 
 // ---- sets of tokens below a probability

@@ -15,6 +15,7 @@ static double uniform(const KeySpec& key, int64_t b, int64_t ahead, Stream strea
 struct RowPair {
   Row base, proxy;
   bool same_temperature = true;
+  bool keeps_weights = false;  // of the base, where there is one temperature: masked sums follow
   Stats base_stats, proxy_stats;
   Stats base_rule_stats, proxy_rule_stats;
 
@@ -25,6 +26,7 @@ struct RowPair {
   bool read(const DeferralArgs& a, int64_t b, bool with_proxy, int64_t k = 0, int64_t number = -1) {
     same_temperature = a.rule.inv_temperature == a.rule.inv_rule_temperature;
     base = row_of(a.base, b, k);
+    if (keeps_weights && same_temperature) base_stats.weights = room_for_weights(base.vocab);
     if (!row_stats(base, a.rule.inv_temperature, &base_stats, a.rule.inv_rule_temperature,
                    same_temperature ? nullptr : &base_rule_stats)) {
       a.invalid->note(number < 0 ? b : number, kBaseLogits);
@@ -79,6 +81,15 @@ TTA_INLINE M deferred_as(const Deferral& d, F x, int64_t first) {
   return d.upper ? mask_not(in) : in;
 }
 
+// Whether any of kPack kWidth tokens is kept, the critical item among them.
+template <int kMode>
+TTA_INLINE bool keeps_any(const Deferral& d, const float* x, int64_t first) {
+  M all = deferred_as<kMode>(d, load(x), first);
+  for (int k = kWidth; k < kPack * kWidth; k += kWidth)
+    all = mask_and(all, deferred_as<kMode>(d, load(x + k), first + k));
+  return lanes(mask_not(all)) != 0;
+}
+
 // body(mode) with the tile's mode as a constant, so that loops inside need not ask for it.
 template <class Body>
 TTA_INLINE void with_mode(const Cut& cut, int t, Body body) {
@@ -115,8 +126,36 @@ static double split_fraction(const Stats& s, double bound, double before, float 
   return static_cast<double>(static_cast<float>(part < 0.0 ? 0.0 : part > 1.0 ? 1.0 : part));
 }
 
+// The total variation of p and q to within kRoughDistance, at half the cost. Not inlined, nor is
+// the other: their arrays would widen the frames of all rules.
+constexpr double kRoughDistance = 4.0 * kRough;  // p and q add up to 1, and sums round
+TTA_NOINLINE static double rough_total_variation(const RowPair& rows) {
+  alignas(64) float base_scratch[kTile], proxy_scratch[kTile];
+  const Stats &p = rows.base_rule(), &q = rows.proxy_rule();
+  const F p_max = set1(p.max), q_max = set1(q.max);
+  const F octave = set1(per_octave(p.inv_temperature));
+  constexpr float kScale = 0x1p24f;  // or the least weights would give subnormals, which are slow
+  const F p_each = set1(kScale * p.max_probability()), q_each = set1(kScale * q.max_probability());
+  double total = 0.0;
+  for (int t = 0; t < rows.base.tiles(); ++t) {
+    const Tile base = load_tile(rows.base, t, base_scratch);
+    const Tile proxy = load_tile(rows.proxy, t, proxy_scratch);
+    F acc[kPack];
+    for (int k = 0; k < kPack; ++k) acc[k] = set1(0.0f);
+    for (int j = 0; j < base.count; j += kPack * kWidth) {
+      F w[kPack], v[kPack];
+      rough_pack<kPack>(base.x + j, p_max, octave, w);
+      rough_pack<kPack>(proxy.x + j, q_max, octave, v);
+      for (int k = 0; k < kPack; ++k)
+        acc[k] = add(acc[k], max(sub(mul(w[k], p_each), mul(v[k], q_each)), set1(0.0f)));
+    }
+    for (int k = 0; k < kPack; ++k) total += static_cast<double>(reduce_add_unordered(acc[k]));
+  }
+  return total / static_cast<double>(kScale);
+}
+
 // The total variation of p and q, sum max(p - q, 0), at the rule's temperature: p and q rounded to
-// float32, then their difference. Not inlined: its arrays would widen the frames of all rules.
+// float32, then their difference.
 TTA_NOINLINE static double total_variation(const RowPair& rows) {
   alignas(64) float base_scratch[kTile], proxy_scratch[kTile], p[kTile], q[kTile];
   double total = 0.0;
@@ -135,10 +174,23 @@ TTA_NOINLINE static double total_variation(const RowPair& rows) {
   return total;
 }
 
-// The test of any rule but the knapsack.
+// The test of any rule but the knapsack. A threshold rises or falls with the distance throughout,
+// so that what two distances agree on holds between them.
 static RuleTest test_of(const RuleSpec& rule, int64_t b, const RowPair& rows) {
-  return RuleTest::of(rule.rule, rule.param[b], rows.base_rule(), rows.proxy_rule(),
-                      [&] { return total_variation(rows); });
+  bool asked = false;
+  const auto test = [&](auto distance) {
+    return RuleTest::of(rule.rule, rule.param[b], rows.base_rule(), rows.proxy_rule(), [&] {
+      asked = true;
+      return distance();
+    });
+  };
+  double rough = 0.0;
+  const RuleTest least = test([&] {
+    rough = rough_total_variation(rows);
+    return rough > kRoughDistance ? rough - kRoughDistance : 0.0;
+  });
+  if (!asked || test([&] { return rough + kRoughDistance; }) == least) return least;
+  return test([&] { return total_variation(rows); });
 }
 
 static bool resolve(const RuleSpec& rule, int64_t b, const RowPair& rows, Deferral* d) {
@@ -195,7 +247,8 @@ static bool judge(const RuleSpec& rule, int64_t b, const RowPair& rows, int64_t 
 
 // Canonical sum of the base weights of the tokens a rule defers, or of those it keeps; the critical
 // item counts as kept. The general form: prefix_sum is the quick one for what a cut defers.
-static double judged_sum(const RowPair& rows, const Stats& s, const Deferral& d, bool kept) {
+template <bool kWeights>
+static double judged_sum_as(const RowPair& rows, const Stats& s, const Deferral& d, bool kept) {
   alignas(64) float base_scratch[kTile];
   alignas(64) float proxy_scratch[kTile];
   double total = 0.0;
@@ -213,12 +266,20 @@ static double judged_sum(const RowPair& rows, const Stats& s, const Deferral& d,
         const int i = j + k * kWidth;
         const M deferred = deferred_lanes(d, load(judged.x + i), begin + i, t);
         const M in = kept ? mask_not(deferred) : deferred;
-        acc[k] = add(acc[k], keep(in, weight(load(base.x + i), m, inv)));
+        F w;
+        if constexpr (kWeights)
+          w = load(s.kept(t) + i);
+        else
+          w = weight(load(base.x + i), m, inv);
+        acc[k] = add(acc[k], keep(in, w));
       }
     }
     total += static_cast<double>(fold(acc)) * s.scale[t];
   }
   return total;
+}
+static double judged_sum(const RowPair& rows, const Stats& s, const Deferral& d, bool kept) {
+  return s.weights ? judged_sum_as<true>(rows, s, d, kept) : judged_sum_as<false>(rows, s, d, kept);
 }
 
 // sum_v mu(v) p(v) with p at the temperature of `s` (statistics of the base row).
@@ -260,13 +321,21 @@ class PolicyTile {
     const Stats& p = rows_.base_stats;
     const Stats& q = rows_.proxy_stats;
     alignas(64) float moved[kTile];
-    // Three short loops, each with its constants in registers; the tile stays in L1 between them.
-    write_probabilities(base, p, out);
-    write_probabilities(proxy, q, moved);
     const D mass = set1d(mass_);
     const float* judged = d_.by_proxy ? proxy.x : base.x;
     const int64_t begin = static_cast<int64_t>(t) * kTile;
+    // Short loops, each with its constants in registers; the tile stays in L1 between them.
+    if (mass_ > 0.0) write_probabilities(proxy, q, moved);
     with_mode(d_.cut, t, [&](auto mode) {
+      const auto keeps = [&](int j) { return keeps_any<mode>(d_, judged + j, begin + j); };
+      write_probabilities(base, p, keeps, out);
+      if (!(mass_ > 0.0)) {
+        for (int j = 0; j < base.count; j += kWidth) {
+          const M in = deferred_as<mode>(d_, load(judged + j), begin + j);
+          store(out + j, keep(mask_not(in), load(out + j)));
+        }
+        return;
+      }
       for (int j = 0; j < base.count; j += kWidth) {
         const M in = deferred_as<mode>(d_, load(judged + j), begin + j);
         const D kept = widen(keep(mask_not(in), load(out + j)));
@@ -372,12 +441,12 @@ static KeptBest best_kept(const RowPair& rows, const Deferral& d) {
 }
 
 // Greedy choice without q: the most probable kept token, and whether q could still change it. pi of
-// any other token is at most fl32(second best kept p + D), pi of this one at least its p.
+// any other token is at most fl32(second best kept p + D), pi of this one at least its p. Logits
+// may differ where the float32 p do not, so that with D = 0 too the lead must be one of p.
 static int64_t propose_greedy(const RowPair& rows, const Deferral& d, double mass,
                               bool* needs_proxy) {
   const KeptBest best = best_kept(rows, d);
-  *needs_proxy =
-      best.id < 0 || (mass > 0.0 && !(static_cast<float>(best.second + mass) < best.first));
+  *needs_proxy = best.id < 0 || !(static_cast<float>(best.second + mass) < best.first);
   return best.id < 0 ? first_of_value(rows.base, rows.base_stats, rows.base_stats.max) : best.id;
 }
 

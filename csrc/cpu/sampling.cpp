@@ -60,7 +60,7 @@ static void mixture_rows(void* context, int64_t begin, int64_t end) {
     row.vocab = a.base.vocab;
     row.mixture = &mixture;
     row.index = b;
-    const bool valid = row_stats(row, a.inv_temperature, &s);
+    const bool valid = row_stats(row, a.inv_temperature, &s) && all_have_a_token(mixture, b);
     if (!valid) a.invalid->note(b, blame(mixture, b));
     if (a.token) {
       a.token[b] = valid ? pick(row, s, a.key, b, kBase, 0) : -1;

@@ -65,18 +65,21 @@ class Residual {
     alignas(64) float q[kTile];
     const Tile base = load_tile(rows_.base, t, base_scratch);
     const Tile proxy = load_tile(rows_.proxy, t, proxy_scratch);
-    write_probabilities(base, rows_.base_stats, out);
-    write_probabilities(proxy, rows_.proxy_stats, q);
     const float* judged = d_.by_proxy ? proxy.x : base.x;
     const int64_t begin = static_cast<int64_t>(t) * kTile;
+    with_mode(d_.cut, t, [&](auto mode) {
+      const auto keeps = [&](int j) { return keeps_any<mode>(d_, judged + j, begin + j); };
+      write_probabilities(base, rows_.base_stats, keeps, out);
+      write_probabilities(proxy, rows_.proxy_stats, keeps, q);
+    });
     const D kept = set1d(kept_);
     const bool split_here = d_.fraction > 0.0 && d_.critical / kTile == t;
     const int at = split_here ? static_cast<int>(d_.critical - begin) : 0;
     const double critical_p = split_here ? static_cast<double>(out[at]) : 0.0;
     for (int j = 0; j < base.count; j += kWidth) {
-      const M in = deferred_lanes(d_, load(judged + j), begin + j, t);
-      const D p = widen(keep(mask_not(in), load(out + j)));
-      const F w = narrow(sub(p, mul(kept, widen(load(q + j)))));
+      const M stays = mask_not(deferred_lanes(d_, load(judged + j), begin + j, t));
+      const D p = widen(keep(stays, load(out + j)));  // of what is deferred neither may be written
+      const F w = narrow(sub(p, mul(kept, widen(keep(stays, load(q + j))))));
       store(out + j, max(w, set1(0.0f)));
     }
     if (split_here) {

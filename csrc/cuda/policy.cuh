@@ -340,7 +340,8 @@ __device__ __forceinline__ Kept kept_of_row(const Kad& a, const RowState& r, int
 }
 
 // The most probable kept token of a row. pi of any other token is at most fl32(second best kept p +
-// D), pi of this one at least its p.
+// D), pi of this one at least its p. Logits may differ where the float32 p do not, so that with D =
+// 0 too the lead must be one of p.
 __device__ __forceinline__ Choice choose_kept(const Kad& a, const RowState& r, int64_t row) {
   const Deferral d = r.deferral;
   Kept best = kept_of_row(a, r, row);
@@ -358,8 +359,7 @@ __device__ __forceinline__ Choice choose_kept(const Kad& a, const RowState& r, i
     }
   }
   const bool needs_proxy =
-      best.id < 0 ||
-      (r.masses.deferred > 0.0 && !(static_cast<float>(add_rn(second, r.masses.deferred)) < first));
+      best.id < 0 || !(static_cast<float>(add_rn(second, r.masses.deferred)) < first);
   if (best.id < 0) best.id = first_of_max(a.base_row(row), a.s, row, 0, p.max);
   return {best.id, needs_proxy};
 }

@@ -40,6 +40,7 @@ struct Categorical {
   __device__ __forceinline__ void invalid(int64_t row) const {
     report(a.invalid, row, kBaseLogits);
   }
+  __device__ __forceinline__ bool all_have_a_token(int64_t) const { return true; }
 };
 
 // The same where the build wants kernels to know their dtype (Typed in kad.cuh).
@@ -82,6 +83,26 @@ struct Mixed {
     report(a.invalid, row, culprit);
   }
 
+  // Each model has a token that it does not rule out. Only pairs can hide that one has none: where
+  // both rule all out they say nothing. A warp a tensor; the first tokens tell, as a rule.
+  __device__ __forceinline__ bool all_have_a_token(int64_t row) const {
+    if (!a.anti.data) return true;
+    const MixtureRow mixture{a, row};
+    bool empty = false;
+    for (int64_t i = warp_id(); i < 2 * a.experts; i += kWarps) {
+      if (a.beta[i / 2] == 0.0f) continue;
+      const Logits& x = i % 2 ? a.anti : a.expert;
+      const char* data = mixture.data(x, i / 2);
+      bool found = false;
+      for (int64_t first = 0; first < x.vocab && !found; first += 32) {
+        const int64_t v = first + lane_id();
+        found = __any_sync(kFullWarp, v < x.vocab && read_one(data, x.dtype, v) != -kInfinity);
+      }
+      empty = empty || !found;
+    }
+    return !__syncthreads_or(empty);
+  }
+
   __device__ __forceinline__ bool bad_tensor(const MixtureRow& mixture, int64_t i) const {
     const bool is_base = i == 0, is_expert = i >= 1 && i <= a.experts;
     const int64_t e = is_base ? 0 : is_expert ? i - 1 : i - 1 - a.experts;
@@ -115,7 +136,8 @@ __global__ void __launch_bounds__(kThreads, Op::kResident) sampling_draw_kernel(
   if (threadIdx.x == kThreads - 1 && op.token() && op.key().do_sample)
     coin = uniform_of(op.key(), row, 0, op.stream(), op.number());
   SlotNumbers numbers;
-  const bool valid = finish_slot(op.s, row, 0, 0, op.inv_temperature(), cum, &numbers);
+  const bool valid =
+      finish_slot(op.s, row, 0, 0, op.inv_temperature(), cum, &numbers) && op.all_have_a_token(row);
   if (!valid) op.invalid(row);
   if (!op.token()) {
     if (threadIdx.x == 0) {

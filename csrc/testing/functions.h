@@ -177,8 +177,13 @@ static void testing_stats(const RowView& view, testing::RowStats* out) {
 static void testing_prefix_sum(const RowView& view, const CutView* cut, int64_t n, double* out) {
   Stats s;
   const Row row = testing_row(view);
+  float* const kept = room_for_weights(view.vocab);
+  s.weights = kept;
   row_stats(row, view.inv_temperature, &s);
-  for (int64_t i = 0; i < n; ++i) out[i] = prefix_sum(row, s, Cut{cut[i].x, cut[i].id});
+  for (int64_t i = 0; i < n; ++i) {
+    s.weights = i % 2 ? kept : nullptr;
+    out[i] = prefix_sum(row, s, Cut{cut[i].x, cut[i].id});
+  }
 }
 
 static void testing_prefix_at_most(const RowView& view, const CutView* cut, const double* bound,
@@ -194,11 +199,16 @@ static void testing_knapsack_cut(const RowView& view, const double* bound, int64
                                  CriticalItem* out) {
   Stats s;
   const Row row = testing_row(view);
+  float* const kept = room_for_weights(view.vocab);
+  s.weights = kept;
   row_stats(row, view.inv_temperature, &s);
   for (int64_t i = 0; i < n; ++i) {
-    PrefixSum sum(row, s);
+    s.weights = nullptr;
+    PrefixSum sum(row, s), again(row, s);
     const KnapsackCut cut = knapsack_cut(row, s, bound[i], &sum);
-    out[i] = {cut.critical, cut.x};
+    s.weights = kept;
+    const KnapsackCut same = knapsack_cut(row, s, bound[i], &again);
+    out[i] = {same.critical == cut.critical ? cut.critical : -2, same.x};
   }
 }
 

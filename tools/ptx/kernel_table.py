@@ -1,6 +1,6 @@
 """What nvcc makes of every CUDA kernel on four architectures, as a Markdown table.
 
-    [TTA_EXT_CUDA_VARIANT=typed,float-division] python -m tools.ptx.kernel_table [FILE.cu ...]
+    [TTA_EXT_CUDA_VARIANT=typed,float-division] python -m tools.ptx.kernel_table [--short] [FILE.cu]
 
 Needs nvcc (found as the extension's build finds it) with its ptxas, c++filt, and cuobjdump (PATH,
 ``CUOBJDUMP`` or the triton package). That no kernel spills is checked by .ci/spills.py, which needs
@@ -252,10 +252,27 @@ def render(kernels: Sequence[Kernel], compiler: str) -> str:
     return "\n".join(lines)
 
 
+def summary(kernels: Sequence[Kernel], compiler: str) -> str:
+    """Registers a thread / spilled bytes, a line a kernel, a column an architecture."""
+    cells: dict[str, dict[str, str]] = {}
+    for k in kernels:
+        cells.setdefault(k.kernel, {})[k.arch] = f"{k.registers} / {k.spills}"
+    names = list(dict.fromkeys(k.arch for k in kernels))
+    lines = [
+        f"Registers a thread / spilled bytes, by {compiler}.",
+        "",
+        f"| kernel | {' | '.join(names)} |",
+        "|---|" + "---|" * len(names),
+        *(f"| `{k}` | {' | '.join(row[a] for a in names)} |" for k, row in cells.items()),
+    ]
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("files", nargs="*", type=Path, help="those of csrc/cuda, if none is named")
     parser.add_argument("--arch", nargs="+", default=cuda.ARCHITECTURES, choices=list(SM))
+    parser.add_argument("--short", action="store_true", help="registers and spilled bytes alone")
     arguments = parser.parse_args()
     try:
         toolkit = cuda.find_toolkit()
@@ -263,7 +280,8 @@ def main() -> None:
     except BuildError as error:
         sys.exit(f"kernel_table: {error}")
     files = arguments.files or sorted((CSRC / "cuda").glob("*.cu"))
-    print(render(measure(toolkit, files, arguments.arch), toolkit.compiler.version))
+    kernels = measure(toolkit, files, arguments.arch)
+    print((summary if arguments.short else render)(kernels, toolkit.compiler.version))
 
 
 if __name__ == "__main__":

@@ -252,9 +252,11 @@ def main() -> int:
         f"| kernel | warps | {' | '.join(options.targets)} |",
         f"|---|---{'|---' * len(options.targets)}|",
     ]
-    for label, one in launches(options.all).items():
-        if options.only not in label:
-            continue
+    header = len(lines)
+    chosen = {k: one for k, one in launches(options.all).items() if options.only in k}
+    if not chosen:
+        failed.append(f"no kernel has {options.only!r} in its label")
+    for label, one in chosen.items():
         cells = []
         for name in options.targets:
             try:
@@ -266,8 +268,10 @@ def main() -> int:
                 failed.append(f"{label} for {name}: {str(error).splitlines()[:4]}")
         lines.append(f"| {label} | {one.options['num_warps']} | {' | '.join(cells)} |")
         print(lines[-1], flush=True)
-    if options.output:
-        options.output.write_text("\n".join(lines) + "\n")
+        if options.output:  # a run takes long: what it has is there if it does not end
+            left = len(chosen) - (len(lines) - header)
+            note = f"\nThe run that writes this has {left} kernels to go.\n" if left else ""
+            options.output.write_text("\n".join(lines) + "\n" + note)
     print(
         "\n".join(f"FAILED {line}" for line in failed)
         or "all compiled; nothing foreign in the code"

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.console import Console
 
+from tta_ext.files import check_output, write_file
 from tta_ext.jobs import Crew, Here, Machine
-from tta_ext.journal import WHOLE, Shard, check_output, strict
+from tta_ext.journal import WHOLE, Shard, strict
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -241,10 +242,7 @@ def write_report(path: Path | None, value: Any) -> None:
     """Write a JSON file if one was asked for."""
     if path is not None:
         text = json.dumps(strict(value), indent=1, allow_nan=False, default=str) + "\n"
-        try:
-            path.write_text(text, encoding="utf-8")
-        except OSError as error:  # of a full disk it names no file
-            raise OSError(error.errno, error.strerror, str(path)) from error
+        write_file(path, text)
         errors.print(f"written: {path}")
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tta_ext.journal import read_text
+from tta_ext.files import read_text
 
 __all__ = ["Config", "commands_beside", "load", "read"]
 

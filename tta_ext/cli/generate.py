@@ -214,11 +214,16 @@ class _Pair:
         asked: Sequence[Asked],
         options: dict[str, Any],
     ) -> None:
-        models = common.load_models(**loading)
-        self.facts: Callable[[], dict[str, Any]] = models.facts
-        self.kad: Any = models.decoder(setting, **pair_options)
+        self.kad, self.facts = self.load(loading, setting, pair_options)
         self.kad.request([[0]], **options)  # what is wrong with them is no prompt's fault
         self.asked, self.options = asked, options
+
+    def load(
+        self, loading: dict[str, Any], setting: Setting, pair_options: dict[str, Any]
+    ) -> tuple[Any, Callable[[], dict[str, Any]]]:
+        """What answers, and the facts of its models."""
+        models = common.load_models(**loading)
+        return models.decoder(setting, **pair_options), models.facts
 
     def arguments(self, places: list[int]) -> dict[str, Any]:
         """Of the call that answers some places."""
@@ -236,14 +241,9 @@ class _Pair:
 class _VLLM(_Pair):
     """The pair in vLLM; of several GPUs each has a part of every layer."""
 
-    def __init__(
-        self,
-        loading: dict[str, Any],
-        setting: Setting,
-        pair_options: dict[str, Any],
-        asked: Sequence[Asked],
-        options: dict[str, Any],
-    ) -> None:
+    def load(
+        self, loading: dict[str, Any], setting: Setting, pair_options: dict[str, Any]
+    ) -> tuple[Any, Callable[[], dict[str, Any]]]:
         from tta_ext.engines.vllm.offline import OfflinePair
         from tta_ext.engines.vllm.pair import write_pair
         from tta_ext.rules import Rule
@@ -254,16 +254,18 @@ class _VLLM(_Pair):
         self.folder = TemporaryDirectory()
         pair = write_pair(named["base"], named["proxy"], self.folder.name)
         size = max(1, int(loading["gpus"]))
-        self.kad = OfflinePair(pair, rule, dtype=loading["dtype"], tensor_parallel_size=size)
+        engine = OfflinePair(pair, rule, dtype=loading["dtype"], tensor_parallel_size=size)
         import vllm  # a pair has told if it is missing
 
-        self.asked, self.options = asked, options
-        self.facts = lambda: (
-            {"backend": "vllm", "vllm": vllm.__version__, "tensor_parallel_size": size}
-            | {
-                name: {"fingerprint": fingerprint(source), "dtype": loading["dtype"]}
-                for name, source in named.items()
-            }
+        return (
+            engine,
+            lambda: (
+                {"backend": "vllm", "vllm": vllm.__version__, "tensor_parallel_size": size}
+                | {
+                    name: {"fingerprint": fingerprint(source), "dtype": loading["dtype"]}
+                    for name, source in named.items()
+                }
+            ),
         )
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tta_ext._version import install
-from tta_ext.journal import numbered_jsonl, read_text
+from tta_ext.files import read_text
+from tta_ext.journal import numbered_jsonl
 
 __all__ = ["Asked", "read_prompts"]
 

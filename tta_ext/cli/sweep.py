@@ -36,6 +36,7 @@ from tta_ext.cli.search import (
     load_model_and_tokenizer,
     reward_facts,
 )
+from tta_ext.files import write_file
 from tta_ext.journal import Journal, model_facts, run_facts
 
 if TYPE_CHECKING:
@@ -228,7 +229,7 @@ def _sweep_axes(context: typer.Context, axis: Sequence[str]) -> None:
     chosen = whole(best.settings)
     common.echo(call(name, given(chosen), chosen))
     if options["table"] is not None:
-        options["table"].write_text(as_csv(rows), encoding="utf-8")
+        write_file(options["table"], as_csv(rows))
         errors.print(f"written: {options['table']}")
     if options["plot"] is not None:
         draw(done, options["plot"], f"{name}, {len(done[0].scores)} scores a trial")

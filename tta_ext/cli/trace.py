@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +23,7 @@ from tta_ext.cli.search import (
     load_model_and_tokenizer,
     reward_facts,
 )
+from tta_ext.files import write_file
 from tta_ext.journal import json_line, model_facts, run_facts
 
 __all__ = ["trace"]
@@ -82,10 +84,9 @@ def trace(
     asked = [one.prompt for one in read_prompts([prompt], None, chat)]
     lines, page = (_deferral if reward is None else _search)(context, asked)
     if output is not None:
-        text = "".join(map(json_line, lines))
-        output.write_text(text, encoding="utf-8", newline="\n")
+        write_file(output, "".join(map(json_line, lines)))
     if html is not None:
-        html.write_text(page(), encoding="utf-8", newline="\n")
+        write_file(html, page())
         errors.print(f"written: {html}")
 
 
@@ -95,6 +96,7 @@ Account = tuple[list[dict[str, Any]], Callable[[], str]]
 
 def _deferral(context: typer.Context, asked: list[Any]) -> Account:
     """Answer by deferral, and print the account."""
+    from tta_ext.decoding.runtime.prompts import text_of
     from tta_ext.pages import deferral_page
 
     options = context.params
@@ -108,7 +110,7 @@ def _deferral(context: typer.Context, asked: list[Any]) -> Account:
         max_new_tokens=options["max_new_tokens"], trace=True,
     )  # fmt: skip
     assert result.trace is not None
-    decode = kad.tokenizer.decode
+    decode = partial(text_of, kad.tokenizer, special=True)
     common.echo_coloured(result.source_spans(0, kad.tokenizer))
     table = Table("token", "source", "p", "q", "deferred mass", "critical", box=None)
     for t in result.trace[0]:

@@ -16,6 +16,7 @@ from typing import Any
 
 from tta_ext._version import __version__, install
 from tta_ext.decoding import Generation, SearchResult
+from tta_ext.decoding.runtime.prompts import text_of
 from tta_ext.decoding.search.outcome import Candidate, IterationRecord
 
 __all__ = ["MARK", "deferral_page", "search_page"]
@@ -57,7 +58,7 @@ def deferral_page(
         raise ValueError("the generation has no trace; call generate(..., trace=True)")
 
     def text(token: int) -> str:
-        return str(tokenizer.decode([token]))
+        return text_of(tokenizer, [token], special=True)
 
     written = _pieces(result.tokens[row], tokenizer)
     tokens = []
@@ -73,7 +74,7 @@ def deferral_page(
         "seed": result.seed,
         "sequence": result.sequence[row],
     }
-    prompt = tokenizer.decode(result.prompt_tokens[row])
+    prompt = text_of(tokenizer, result.prompt_tokens[row], special=True)
     return _render("deferral.html.j2", prompt=prompt, tokens=tokens, facts=shown)
 
 
@@ -127,10 +128,10 @@ def _pieces(tokens: Sequence[int], tokenizer: Any) -> list[str]:
     """What each token adds to the text; ◌ where it is a part of a character."""
     pieces, written, start = [], "", 0
     for end in range(1, len(tokens) + 1):
-        if tokenizer.decode(tokens[start:end]).endswith("�") and end < len(tokens):
+        if text_of(tokenizer, tokens[start:end], special=True).endswith("�") and end < len(tokens):
             pieces.append("◌")
             continue
-        text = tokenizer.decode(tokens[:end])
+        text = text_of(tokenizer, tokens[:end], special=True)
         pieces.append(text[len(written) :])
         written, start = text, end
     return pieces

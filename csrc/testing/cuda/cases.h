@@ -19,6 +19,8 @@ struct Options {
   std::string op;
   int64_t batch = 1;
   int dtype = kFloat32;
+  std::string shape = "normal";  // of the logits
+  double budget = -1.0;          // of a knapsack in place of the call's own rule
 };
 
 void deferral_cases(const Options&, Random*);
@@ -33,6 +35,7 @@ void normal_case(int64_t count, int64_t skip, Random*);
 void philox_case(int64_t blocks, int64_t skip, Random*);
 // One call of `op` as a decoding loop makes it, for profiles. False: there is no such operator.
 bool common_case(const Options&, Random*);
+bool known_shape(const std::string& name);  // of `common`
 
 double random_normal(Random*);
 // A vocabulary up to `most`: small ones, odd ones, around the tile's borders.

@@ -1,5 +1,8 @@
 // One call of an operator as decoding loops make it most of the time, for profiles: every row valid
 // and aligned. Still compared with the CPU.
+#include <cmath>
+#include <limits>
+
 #include "testing/cuda/cases.h"
 
 namespace tta {
@@ -8,17 +11,58 @@ namespace {
 
 constexpr int64_t kDim = 4096, kRollouts = 32, kSteps = 32, kDraft = 4, kShards = 8;
 
-// Aligned rows of normal logits, not much different from a language model's.
-Twin<char> plain_rows(int64_t rows, int64_t vocab, int dtype, Random* random) {
-  Twin<char> data(rows * vocab * bytes_of(dtype));
-  for (int64_t i = 0; i < rows * vocab; ++i)
-    store(data.at(kHost), dtype, i, 3.0f * static_cast<float>(random_normal(random)));
+double peaked(double exponent, int64_t vocab, Random* random) {
+  return random_normal(random) - exponent * std::log(static_cast<double>(random->below(vocab) + 3));
+}
+
+// One logit of a row; benchmarks/data.py has the same shapes.
+struct Shape {
+  const char* name;
+  double (*logit)(int64_t vocab, Random* random);
+};
+const Shape kShapes[] = {
+    {"normal", [](int64_t, Random* r) { return 3.0 * random_normal(r); }},
+    {"language-model", [](int64_t v, Random* r) { return peaked(1.6, v, r); }},
+    {"small-model", [](int64_t v, Random* r) { return peaked(1.04, v, r); }},
+    {"constant", [](int64_t, Random*) { return 1.5; }},
+    {"gaussian-.5", [](int64_t, Random* r) { return 0.5 * random_normal(r); }},
+    {"gaussian-1", [](int64_t, Random* r) { return random_normal(r); }},
+    {"gaussian-4", [](int64_t, Random* r) { return 4.0 * random_normal(r); }},
+    {"zipf", [](int64_t v, Random* r) { return -std::log(static_cast<double>(r->below(v) + 1)); }},
+    {"impossible",
+     [](int64_t, Random* r) {
+       return r->below(1000) ? -std::numeric_limits<double>::infinity() : random_normal(r);
+     }},
+    {"ties", [](int64_t, Random* r) { return std::round(16.0 * random_normal(r)) / 4.0; }},
+    {"plateaus", [](int64_t, Random* r) { return static_cast<double>(r->below(2)); }}};
+
+const Shape* shape_of(const std::string& name) {
+  for (const Shape& shape : kShapes)
+    if (name == shape.name) return &shape;
+  return nullptr;
+}
+
+// Aligned rows of one shape; the first token is always possible.
+Twin<char> shaped_rows(const Options& o, int64_t rows, Random* random) {
+  const Shape* shape = shape_of(o.shape);
+  Twin<char> data(rows * o.vocab * bytes_of(o.dtype));
+  for (int64_t i = 0; i < rows * o.vocab; ++i)
+    store(data.at(kHost), o.dtype, i,
+          i % o.vocab ? static_cast<float>(shape->logit(o.vocab, random)) : 0.0f);
   data.upload();
   return data;
 }
 
+// The same, of numbers that are no logits.
+Twin<char> plain_rows(int64_t rows, int64_t count, int dtype, Random* random) {
+  Options o;
+  o.vocab = count;
+  o.dtype = dtype;
+  return shaped_rows(o, rows, random);
+}
+
 void categorical(const Options& o, Random* random) {
-  const Twin<char> logits = plain_rows(o.batch, o.vocab, o.dtype, random);
+  const Twin<char> logits = shaped_rows(o, o.batch, random);
   const Keys keys(o.batch, random);
   const Twin<int64_t> token(o.batch);
   call_both<CategoricalArgs>(
@@ -43,10 +87,10 @@ struct Pair {
   int rule;
   Pair(const Options& options, int64_t rows, int rule, double param, Random* random)
       : o(options),
-        base(plain_rows(rows, o.vocab, o.dtype, random)),
-        proxy(plain_rows(rows, o.vocab, o.dtype, random)),
-        param(param),
-        rule(rule) {}
+        base(shaped_rows(o, rows, random)),
+        proxy(shaped_rows(o, rows, random)),
+        param(o.budget < 0.0 ? param : o.budget),
+        rule(o.budget < 0.0 ? rule : kKnapsack) {}
   template <class Args>
   Args at(Side side, int64_t positions = 1) const {
     Args a;
@@ -77,7 +121,7 @@ void draw(const Options& o, int rule, double param, bool propose, bool do_sample
       },
       o.op);
   out.compare_in(o.op);
-  for (int64_t b = 0; b < o.batch; ++b)
+  for (int64_t b = 0; b < o.batch && o.budget < 0.0; ++b)
     CHECK(out.deferred[b] == is_deferred, "row %" PRId64 " is %sdeferred", b,
           is_deferred ? "not " : "");
 }
@@ -184,9 +228,9 @@ void verify(const Options& o, bool aligned, bool return_mass, Random* random) {
 
 // Proxy tuning: one expert against its anti-expert.
 void mixture(const Options& o, bool probabilities, Random* random) {
-  const Twin<char> base = plain_rows(o.batch, o.vocab, o.dtype, random);
-  const Twin<char> expert = plain_rows(o.batch, o.vocab, o.dtype, random);
-  const Twin<char> anti = plain_rows(o.batch, o.vocab, o.dtype, random);
+  const Twin<char> base = shaped_rows(o, o.batch, random);
+  const Twin<char> expert = shaped_rows(o, o.batch, random);
+  const Twin<char> anti = shaped_rows(o, o.batch, random);
   const Twin<float> beta = twin_of(std::vector<float>{0.5f});
   const Keys keys(o.batch, random);
   const Twin<int64_t> token(o.batch);
@@ -399,6 +443,8 @@ const Common kCommon[] = {
     {"philox", [](const Options& o, Random* r) { philox_case(o.batch * kSteps * kDim, 0, r); }}};
 
 }  // namespace
+
+bool known_shape(const std::string& name) { return shape_of(name) != nullptr; }
 
 bool common_case(const Options& options, Random* random) {
   for (const Common& common : kCommon)

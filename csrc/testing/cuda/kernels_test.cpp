@@ -4,8 +4,9 @@
 //   kernels_test [all|deferral|verify|sampling|knapsack|prelogit|control]
 //                [--repetitions N] [--seed S] [--vocab LARGEST] [--width BLOCKS]
 //   kernels_test common OPERATOR [--batch B] [--vocab V] [--seed S] [--width BLOCKS]
-//                [--dtype float32|float16|bfloat16]
-// `common` takes the call of common_cases.cpp that has this name. Where no more than `width` blocks
+//                [--dtype float32|float16|bfloat16] [--shape SHAPE] [--budget BUDGET]
+// `common` takes the call of common_cases.cpp that has this name, over logits of one of its shapes,
+// by its own rule or a knapsack. Where no more than `width` blocks
 // fill the device (1: always), blocks take several tiles.
 #include <cstdlib>
 #include <cstring>
@@ -34,6 +35,12 @@ bool read_number(const char* text, int64_t least, int64_t* value) {
   return *text && !*end && *value >= least;
 }
 
+bool read_budget(const char* text, double* value) {
+  char* end = nullptr;
+  *value = std::strtod(text, &end);
+  return *text && !*end && *value >= 0.0;
+}
+
 bool read_dtype(const char* text, int* dtype) {
   const char* names[] = {"float32", "float16", "bfloat16"};
   for (int i = 0; i < 3; ++i)
@@ -58,6 +65,11 @@ bool read_options(int argc, char** argv, Options* o) {
     bool good = false;
     if (!std::strcmp(name, "--dtype")) {
       good = read_dtype(value, &o->dtype);
+    } else if (!std::strcmp(name, "--shape")) {
+      o->shape = value;
+      good = tta::testing::known_shape(o->shape);
+    } else if (!std::strcmp(name, "--budget")) {
+      good = read_budget(value, &o->budget);
     } else if (!std::strcmp(name, "--repetitions")) {
       good = read_number(value, 1, &o->repetitions);
     } else if (!std::strcmp(name, "--seed")) {
@@ -101,7 +113,8 @@ int main(int argc, char** argv) {
                  "                    [--repetitions N] [--seed S] [--vocab LARGEST]\n"
                  "                    [--width BLOCKS]\n"
                  "       kernels_test common OPERATOR [--batch B] [--vocab V] [--seed S]\n"
-                 "                    [--width BLOCKS] [--dtype float32|float16|bfloat16]\n");
+                 "                    [--width BLOCKS] [--dtype float32|float16|bfloat16]\n"
+                 "                    [--shape SHAPE] [--budget BUDGET]\n");
     return kUsage;
   }
   return tta::testing::finish("kernels_test");

@@ -57,3 +57,5 @@ def test_what_is_seen_of_a_kernel(tmp_path: Path) -> None:
     assert (wide.stack, wide.spills, wide.local_accesses) == (0, 0, 0)
     assert (wide.loads_128, wide.stores_128, wide.loads_64) == (1, 1, 0)
     assert f"| planted.cu | wide | {wide.arch} | " in kernel_table.render(kernels, "nvcc")
+    line = f"| `wide` | {' | '.join(f'{k.registers} / 0' for k in kernels[len(kernels) // 2 :])} |"
+    assert kernel_table.summary(kernels, "nvcc").endswith(line)

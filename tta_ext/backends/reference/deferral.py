@@ -228,13 +228,15 @@ def base_choice(
 def _greedy_choice(s: Screen, p: Softmax, compute_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The best kept token, and whether the proxy could still change the choice.
 
-    pi differs from the kept mass by q D, which is at most D: a lead greater than D is final.
+    pi differs from the kept mass by q D, which is at most D: a lead greater than D is final, where
+    pi as it is rounded shows it.
     """
     kept = (1.0 - s.mu) * p.prob
     anything = (kept > 0).any(-1)
     token = torch.where(anything, common.argmax(kept), common.argmax(p.prob))
     others = kept.scatter(-1, token.unsqueeze(-1), 0.0).amax(-1)
-    final = common.pick(kept, token) > others + deferred_mass(s.mu, p)
+    rivals = (others + deferred_mass(s.mu, p)).to(compute_dtype)
+    final = common.pick(kept, token).to(compute_dtype) > rivals
     return token, ~(final & anything)
 
 

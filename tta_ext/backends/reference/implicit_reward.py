@@ -47,11 +47,12 @@ def _scores(
     base = base_logits.to(compute_dtype)
     total = base
     for e in range(expert_logits.shape[0]):
-        expert = expert_logits[e]
-        invalid = invalid | common.check_logits(f"expert_logits[{e}]", expert, check)
+        expert, read = expert_logits[e], (weights[e] != 0).expand(invalid.shape)
+        invalid = invalid | common.check_logits(f"expert_logits[{e}]", expert, check, read)
         anti = None
         if anti_logits is not None:
-            invalid = invalid | common.check_logits(f"anti_logits[{e}]", anti_logits[e], check)
+            bad = common.check_logits(f"anti_logits[{e}]", anti_logits[e], check, read)
+            invalid = invalid | bad
             anti = anti_logits[e].to(compute_dtype)
         total = total + _term(expert.to(compute_dtype), anti, weights[e])
     total = torch.where(torch.isneginf(base), -torch.inf, total)

@@ -1,10 +1,9 @@
-"""From the operators' arguments to kernel launches: rows, numbers, errors, block sizes."""
+"""From the operators' arguments to kernel launches: numbers, errors, block sizes."""
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
@@ -13,15 +12,13 @@ from torch import Tensor
 from tta_ext import rng, schemas
 from tta_ext.backends import reference
 from tta_ext.backends.reference._common import flat
-from tta_ext.backends.triton.numerics import TILE
 
 # A kernel is given one number a row as a pointer or, where the host knows it, as a number; these
 # must not become constants of the kernel when they happen to be 1 or a multiple of 16.
 NUMBERS = [
-    *("seed", "position", "sequence", "rollout", "iteration", "draw", "tag"),
-    *("param", "step", "prompt"),
-    *("work", "start", "stop", "count", "key_low", "key_high", "experts", "horizon", "prompts"),
-    *("shards", "size", "inv_lambda", "slack", "cost", "offset", "previous_step"),
+    *("seed", "position", "sequence", "rollout", "iteration", "draw_number", "tag"),
+    *("param", "step", "prompt", "work", "start", "stop", "count", "key_low", "key_high"),
+    *("experts", "horizon", "prompts", "inv_lambda", "slack", "cost", "offset", "last_step"),
 ]
 # What check=True asks of arguments beside logits, where only the counter limits them.
 LIMITS = dict.fromkeys(("position", "sequence", "step"), rng.WORD) | {"rollout": rng.ROLLOUTS}
@@ -29,41 +26,23 @@ LIMITS = dict.fromkeys(("position", "sequence", "step"), rng.WORD) | {"rollout":
 jit = triton.jit(do_not_specialize=NUMBERS)
 
 
-def tuned(*configs: tuple[dict[str, int], int]) -> Callable[[Any], Any]:
-    """A kernel tried with each (block sizes, warps) once an amount of work.
+def tuned(kernel: Any) -> Any:
+    """A kernel tried with each number of tiles a program and of warps, once an amount of work.
 
     The amount is the argument ``work`` of the kernel. What was found is kept on disk in Triton's
     cache. Sums have one order whatever the block sizes, so the choice changes no bit.
     """
-    if triton.knobs.runtime.interpret:
-        configs = configs[:1]
-    options = [triton.Config(sizes, num_warps=warps) for sizes, warps in configs]
-    tune = triton.autotune(options, key=["work"], cache_results=True)
-    return lambda kernel: tune(jit(kernel))
-
-
-def tensors(values: tuple[Any, ...]) -> Iterator[Tensor]:
-    """All tensors among arguments, those in groups included."""
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, tuple):
-            yield from tensors(value)
+    sizes = [(4, 4), (1, 1), (1, 4), (2, 4), (8, 8)][: 1 if triton.knobs.runtime.interpret else 5]
+    options = [triton.Config({"T": tiles}, num_warps=warps) for tiles, warps in sizes]
+    return triton.autotune(options, key=["work"], cache_results=True)(jit(kernel))
 
 
 def launch(kernel: Any, programs: int | Callable[[dict[str, Any]], int], *args: Any,
            **constants: Any) -> None:  # fmt: skip
-    """Run a kernel on the device of its first tensor; programs may depend on block sizes."""
-    if not programs:
-        return
-    grid = (lambda sizes: (programs(sizes),)) if callable(programs) else (programs,)
-    options = {"enable_fp_fusion": False, **constants}
-    device = next(tensors(args)).device
-    if device.type == "cpu":
-        kernel[grid](*args, **options)
-        return
-    with torch.get_device_module(device).device(device):
-        kernel[grid](*args, **options)
+    """Run a kernel, if not on nothing; the number of programs may depend on block sizes."""
+    if programs:
+        grid = (lambda sizes: (programs(sizes),)) if callable(programs) else (programs,)
+        kernel[grid](*args, enable_fp_fusion=False, **constants)
 
 
 def outside(values: Tensor, stop: int) -> Tensor:
@@ -71,81 +50,47 @@ def outside(values: Tensor, stop: int) -> Tensor:
     return (values < 0) | (values >= stop)
 
 
-def operator(function: Callable[..., Callable[[], Tensor] | None]) -> Callable[..., None]:
-    """An operator in the arguments of its schema, of a function that takes groups of them whole.
+Invalid = Callable[[], Tensor]
 
-    The function may return what says which rows are invalid: with ``check`` that is asked, and the
-    error is the one that the reference raises for these arguments.
+
+def operator(function: Callable[..., Invalid | None]) -> Callable[..., None]:
+    """An operator in the arguments of its schema, of a function that takes groups of them whole;
+    its kernels run on the device of its outputs.
+
+    With ``check`` the outputs are asked whether a row was invalid (a NaN, or if no output is a
+    float a negative token), or what the function returns is; the error is then the one that the
+    reference raises for these arguments.
     """
     grouped, spec = flat(function), schemas.OPS[function.__name__]
 
     def run(*args: Any, **outputs: Tensor) -> None:
-        invalid = grouped(*args, **outputs)
-        if invalid is None or not args[-1]:
+        given = dict(zip(spec.inputs, args, strict=True))
+        with torch.accelerator.device_index(next(iter(outputs.values())).device.index):
+            invalid = grouped(*args, **outputs)
+        if not given.get("check"):
             return
-        limited = ((x, LIMITS.get(name)) for name, x in zip(spec.inputs, args, strict=True))
-        wrong = [bool(outside(x, stop).any()) for x, stop in limited if stop]
-        if any(wrong) or bool(invalid().any()):
+        floats = [x.isnan() for x in outputs.values() if x.is_floating_point()]
+        found = [invalid()] if invalid else floats or [next(iter(outputs.values())) < 0]
+        found += [outside(x, LIMITS[name]) for name, x in given.items() if name in LIMITS]
+        if any(bool(x.any()) for x in found):
             getattr(reference, spec.name)(*args)
             raise RuntimeError("a kernel found a row invalid that the reference does not")
 
     return run
 
 
-def bits(value: float) -> int:
-    """A double as the integer of its bits (Triton passes floats as float32)."""
-    return int(struct.unpack("<q", struct.pack("<d", value))[0])
-
-
 def number(values: Tensor) -> Any:
-    """Per-row numbers for a kernel: the tensor, or the number that the host knows."""
+    """Per-row numbers for a kernel: the tensor, or the number that the host knows, of a double the
+    integer of its bits (Triton passes floats as float32).
+    """
     if values.is_cpu and values.numel() == 1:
-        value = values.item()
-        return bits(value) if values.is_floating_point() else value
+        return int(values.view(torch.int64) if values.is_floating_point() else values)
     return values.contiguous()
 
 
 def per_row(*values: Tensor) -> tuple[Any, ...]:
     """Each as :func:`number`, and their strides: 0 where one holds for all rows, or 1."""
     return *map(number, values), tuple(int(x.numel() != 1) for x in values)
-
-
-class Rows(NamedTuple):
-    """Logits ``[B, V]`` or ``[B, K, V]`` as kernels take them.
-
-    Row r is (r // inner, r % inner); of its ``inner`` positions only ``limit`` may exist.
-    """
-
-    data: Tensor
-    outer_stride: int
-    inner_stride: int
-    inner: int
-    limit: int
-    vocab: int
-
-    @classmethod
-    def of(cls, logits: Tensor, positions: int = 1) -> Rows:
-        if logits.dim() == 2:
-            return cls(logits, logits.stride(0), 0, 1, 1, logits.shape[1])
-        return cls(logits, logits.stride(0), logits.stride(1), positions, *logits.shape[1:])
-
-    @property
-    def rows(self) -> int:
-        return self.data.shape[0] * self.inner
-
-    @property
-    def tiles(self) -> int:
-        return -(-self.vocab // TILE.value)
-
-    @property
-    def work(self) -> int:
-        """Bytes, about: tiles to the next power of two. What block sizes are tuned for."""
-        tiles = triton.next_power_of_2(max(self.rows * self.tiles, 1))
-        return int(tiles * self.data.element_size())
-
-    def blocks(self, sizes: dict[str, Any]) -> int:
-        """Programs that take ``T`` tiles each."""
-        return self.rows * -(-self.tiles // int(sizes["T"]))
 
 
 def scratch(like: Tensor, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -1,8 +1,11 @@
-"""Kernels over rows of logits that every operator of deferral and sampling is made of.
+"""Rows of logits and their laws: statistics of tiles, what they make of a token, draws.
 
-A row is cut into tiles of 4096, a program takes one or a few; what needs a whole row (its sum, a
-draw) is a second kernel, a program a row. Programs never wait for each other: a kernel's end is the
-only barrier.
+A kernel over tiles of 4096 is a program a tile or few; what needs a whole row (a sum, a draw) is a
+second one, a program a row. A kernel's end is the only barrier; what it learnt stands in records.
+
+Statistics and draws take a softmax of logits or, given a rule's law beside it, the residual law of
+verification, max((1 - mu) p - (1 - D) q, 0). These differ in what a token counts, and in what makes
+a tile's tokens weights of at most 1: exp(x - m), or the power of two above the largest.
 """
 
 from __future__ import annotations
@@ -14,26 +17,94 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tta_ext import rules
 from tta_ext.backends.reference._common import KeyArguments
 from tta_ext.backends.triton import numerics as num
-from tta_ext.backends.triton.launch import Rows, jit, launch, number, per_row, scratch, tuned
+from tta_ext.backends.triton.launch import jit, launch, number, per_row, scratch, tuned
 
 
-class Stats(NamedTuple):
-    """What one pass learns about rows, float32 ``[rows, tiles]``: maxima and canonical sums.
+class Rows(NamedTuple):
+    """Logits ``[B, V]`` or ``[B, K, V]``.
 
-    Sums are relative to the tile's maximum. Without ``tile_max`` they are masses, whole ones.
+    Row r is (r // inner, r % inner); of its ``inner`` positions only ``limit`` may exist.
     """
 
-    tile_max: Any
-    tile_sum: Tensor
-    rule_sum: Tensor  # that at the rule's temperature
+    data: Tensor
+    outer_stride: int
+    inner_stride: int
+    inner: int
+    limit: int
+    vocab: int
+    tiles: int  # of a row
+    groups: int  # of 128 logits, in its longest tile
+
+    @classmethod
+    def of(cls, logits: Tensor, positions: int = 1) -> Rows:
+        x = logits if logits.dim() == 3 else logits.unsqueeze(1)
+        limit, vocab = x.shape[1:]
+        tiles, groups = -(-vocab // num.TILE.value), -(-min(vocab, num.TILE.value) // 128)
+        inner = positions if x is logits else 1
+        return cls(logits, x.stride(0), x.stride(1), inner, limit, vocab, tiles, groups)
+
+    @property
+    def rows(self) -> int:
+        return self.data.shape[0] * self.inner
+
+    @property
+    def programs(self) -> int:
+        """One a tile."""
+        return self.rows * self.tiles
+
+    def walk(self, kernel: Any, *args: Any, **constants: Any) -> None:
+        """Launch a tuned kernel, whose programs take T tiles; its work is about that many bytes."""
+        if self.programs:
+            work = triton.next_power_of_2(self.programs) * self.data.element_size()
+            programs = lambda sizes: self.rows * -(-self.tiles // sizes["T"])  # noqa: E731
+            launch(kernel, programs, *args, work, **constants)
 
 
-@triton.jit
-def part(count):
-    """The row of this program, and its number among the ``count`` programs of the row."""
-    return (tl.program_id(0) // count).to(tl.int64), tl.program_id(0) % count
+class Softmax(NamedTuple):
+    """Rows at a temperature, with canonical statistics, of tiles ``[rows, tiles]`` and of rows."""
+
+    x: Rows
+    inverse: float  # 1/T
+    tile_top: Tensor  # float32
+    tile_sum: Tensor  # float32, relative to the tile's maximum; NaN where a logit is NaN or +inf
+    top: Tensor  # float32
+    z: Tensor  # float64; NaN for a row that has no law
+
+    @classmethod
+    def of(cls, x: Rows, inverse: float, law: Law | None = None, rule: int = 0,
+           active: Tensor | None = None) -> Softmax:  # fmt: skip
+        """Launch tile_stats; the rows' own are added by :func:`total`."""
+        top, total, end = (
+            scratch(x.data, *shape, dtype=torch.float32)
+            for shape in ((x.rows, x.tiles), (x.rows, x.tiles), (x.rows,))
+        )
+        s = cls(x, inverse, top, total, end, scratch(x.data, x.rows))
+        x.walk(tile_stats, s, law, active, RULE=rule)
+        return s
+
+
+class Law(NamedTuple):
+    """Two models' rows, at the temperature of sampling and of the rule, and what the rule makes of
+    them, ``[rows]``.
+    """
+
+    p: Softmax
+    q: Softmax | None
+    rule_p: Softmax
+    rule_q: Softmax | None
+    limit: Tensor  # float64: the probability that decides, or the knapsack's capacity in weights
+    fraction: Tensor  # of the critical item that is deferred
+    mass: Tensor  # deferred, and kept
+    kept: Tensor
+    cut: Tensor  # int64: the knapsack defers what is ordered before it
+    critical: Tensor  # -1: none
+    valid: Tensor  # bool; not where a row that was read has no law, or the parameter is none
+
+
+# ---- tokens --------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -45,179 +116,212 @@ def logits(x, row, j):
 
 
 @triton.jit
-def groups_of(vocab):
-    """How many groups of 128 the longest tile of a row has."""
-    return tl.minimum(num.GROUPS, tl.cdiv(vocab, num.LANES))
+def probability(s, row, x):
+    """fl32(exp(x - m) / Z), of one logit or many."""
+    w = num.exp((x - tl.load(s.top + row)) * s.inverse)
+    return (w.to(tl.float64) / tl.load(s.z + row)).to(tl.float32)
 
 
 @triton.jit
-def tiles_of(vocab):
-    return tl.cdiv(vocab, num.TILE)
+def deferred(law, row, j, x, RULE: tl.constexpr):
+    """A rule's verdict on tokens j, whose logits are x: whether it defers them whole."""
+    limit = tl.load(law.limit + row)
+    if RULE == rules.KNAPSACK:
+        verdict = num.order(x, j) < tl.load(law.cut + row)
+    elif RULE == rules.PROXY_BELOW or RULE == rules.PROXY_ABOVE:
+        q = probability(law.rule_q, row, logits(law.rule_q.x, row, j)).to(tl.float64)
+        verdict = q < limit if RULE == rules.PROXY_BELOW else q > limit
+    else:
+        verdict = probability(law.rule_p, row, x).to(tl.float64) < limit
+    return verdict
 
 
 @triton.jit
-def finite(top):
-    """A tile's maximum as what its logits are taken relative to."""
-    return tl.where(top == -num.INFINITY, 0.0, top)
+def mu(law, row, j, x, RULE: tl.constexpr):
+    """How much of tokens j a rule defers, float64: all, or the critical item's share."""
+    share = tl.where(j == tl.load(law.critical + row), tl.load(law.fraction + row), 0.0)
+    return tl.where(deferred(law, row, j, x, RULE), 1.0, share)
 
 
-@tuned(({"T": 4}, 4), ({"T": 1}, 1), ({"T": 1}, 4), ({"T": 2}, 4), ({"T": 8}, 8))
-def tile_stats(x, s, active, inverse, rule_inverse, work, T: tl.constexpr):
-    """Maximum and canonical sum of each tile, at one or two temperatures.
+@triton.jit
+def parts(law, row, j, RULE: tl.constexpr):
+    """(1 - mu) p and q of tokens j, float64; p and q are rounded to float32 before."""
+    x = logits(law.p.x, row, j)
+    p = probability(law.p, row, x).to(tl.float64)
+    q = probability(law.q, row, logits(law.q.x, row, j)).to(tl.float64)
+    return (1.0 - mu(law, row, j, x, RULE)) * p, q
 
-    NaN and +inf come back as a NaN sum. Rows that are not ``active`` are left alone.
+
+@triton.jit
+def policy(law, row, j, RULE: tl.constexpr):
+    """pi(v) = (1 - mu(v)) p(v) + q(v) D, the sum in float64, rounded once."""
+    kept, q = parts(law, row, j, RULE)
+    return (kept + q * tl.load(law.mass + row)).to(tl.float32)
+
+
+@triton.jit
+def value(s, law, row, j, RULE: tl.constexpr):
+    """What tokens count, float32: logits or, given a law, its residual, rounded once."""
+    if law is None:
+        x = logits(s.x, row, j)
+    else:
+        kept, q = parts(law, row, j, RULE)
+        x = (kept - tl.load(law.kept + row) * q).to(tl.float32)
+        x = tl.where(x > 0.0, x, 0.0)
+    return x
+
+
+@triton.jit
+def power_above(most, SIGN: tl.constexpr):
+    """The power of two above a float32, or its inverse, float64; of 0 it is 1."""
+    raw = most.to(tl.float64).to(tl.int64, bitcast=True)
+    exponent = tl.where(most > 0.0, (raw >> 52) - 1022, 0)
+    return ((SIGN * exponent + 1023) << 52).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def weight(s, law, x, top):
+    """Values as weights in [0, 1], relative to the largest of their tile."""
+    if law is None:  # a tile of only -inf has no mass
+        w = num.exp((x - tl.where(top == -num.INFINITY, 0.0, top)) * s.inverse)
+    else:
+        w = (x.to(tl.float64) * power_above(top, -1)).to(tl.float32)
+    return w
+
+
+@triton.jit
+def scale(s, law, top, row_top):
+    """What the weights of a tile are multiplied by, float64."""
+    if law is None:
+        factor = num.exp((top - row_top) * s.inverse).to(tl.float64)
+    else:
+        factor = power_above(top, 1)
+    return factor
+
+
+# ---- tiles ---------------------------------------------------------------------------------------
+
+
+@triton.jit
+def tile(x):
+    """For a program a tile: its row, the tokens of the tile, and their logits."""
+    row, t = (tl.program_id(0) // x.tiles).to(tl.int64), tl.program_id(0) % x.tiles
+    j = t * num.TILE + tl.arange(0, num.TILE)
+    return row, j, logits(x, row, j)
+
+
+@triton.jit
+def place(x, T: tl.constexpr):
+    """For a program T tiles: its row, where results of its tiles go, which of them exist, and the
+    tokens of their first groups of 128.
     """
-    tiles = tiles_of(x.vocab)
-    row, block = part(tl.cdiv(tiles, T))
+    blocks = tl.cdiv(x.tiles, T)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    t = tl.program_id(0) % blocks * T + tl.arange(0, T)
+    j = t[:, None] * num.TILE + tl.arange(0, num.LANES)[None, :]
+    return row, row * x.tiles + t, t < x.tiles, j
+
+
+@tuned
+def tile_stats(s, law, active, work, RULE: tl.constexpr, T: tl.constexpr):
+    """Maximum and canonical sum of each tile of the active rows; others are left alone."""
+    row, at, there, first = place(s.x, T)
     if active is not None:
         if tl.load(active + row) == 0:
             return
-    here = block * T + tl.arange(0, T)
-    begin = here[:, None] * num.TILE + tl.arange(0, num.LANES)[None, :]
     top = tl.full((T, num.LANES), -num.INFINITY, tl.float32)
-    for g in range(groups_of(x.vocab)):
-        y = logits(x, row, begin + g * num.LANES)
-        top = tl.where(y > top, y, top)
+    for g in range(s.x.groups):
+        x = value(s, law, row, first + g * num.LANES, RULE)
+        top = tl.where(x > top, x, top)
     top = tl.max(top, 1)
-    base = finite(top)[:, None]
     lanes = tl.zeros((T, num.LANES), tl.float32)
-    second = lanes
-    for g in range(groups_of(x.vocab)):
-        y = logits(x, row, begin + g * num.LANES) - base
-        lanes = lanes + num.exp(y * inverse)
-        if rule_inverse is not None:
-            second = second + num.exp(y * rule_inverse)
-    at = row * tiles + here
-    tl.store(s.tile_max + at, top, mask=here < tiles)
-    tl.store(s.tile_sum + at, num.fold(lanes, T), mask=here < tiles)
-    if rule_inverse is not None:
-        tl.store(s.rule_sum + at, num.fold(second, T), mask=here < tiles)
-
-
-def stats(x: Rows, inverse: float, rule_inverse: float | None = None, active: Any = None) -> Stats:
-    """Launch tile_stats over rows."""
-    both = rule_inverse not in (None, inverse)
-    new = [scratch(x.data, x.rows, x.tiles, dtype=torch.float32) for _ in range(2 + both)]
-    s = Stats(new[0], new[1], new[-1])
-    launch(tile_stats, x.blocks, x, s, active, inverse, rule_inverse if both else None, x.work)
-    return s
+    for g in range(s.x.groups):
+        x = value(s, law, row, first + g * num.LANES, RULE)
+        lanes = lanes + weight(s, law, x, top[:, None])
+    tl.store(s.tile_top + at, top, mask=there)
+    tl.store(s.tile_sum + at, num.fold(lanes), mask=there)
 
 
 @triton.jit
-def row_max(tile_max, row, tiles):
+def best_tile(tile_top, row, tiles):
+    """The largest of a row's tiles' values, and the tokens of the first tile that has it."""
     t = tl.arange(0, num.MAX_TILES)
-    return tl.max(tl.load(tile_max + row * tiles + t, mask=t < tiles, other=-num.INFINITY), 0)
+    tops = tl.load(tile_top + row * tiles + t, mask=t < tiles, other=-num.INFINITY)
+    top = tl.max(tops, 0)
+    first = tl.min(tl.where((tops == top) & (t < tiles), t, tiles - 1), 0)
+    return top, first * num.TILE + tl.arange(0, num.TILE)
 
 
 @triton.jit
-def tile_scale(tile_max, at, top, inverse):
-    """exp(m_t - m_row), float64."""
-    return num.exp((tl.load(tile_max + at) - top) * inverse).to(tl.float64)
+def first_of(flags, j):
+    """The first token that has a flag, one at any rate."""
+    return tl.min(tl.where(flags, j, tl.max(j, 0)), 0).to(tl.int64)
+
+
+# ---- rows ----------------------------------------------------------------------------------------
 
 
 @triton.jit
-def tile_mass(tile_max, sums, at, top, inverse):
-    mass = tl.load(sums + at).to(tl.float64)
-    if tile_max is not None:
-        mass = mass * tile_scale(tile_max, at, top, inverse)
-    return mass
+def tile_mass(s, law, at, row_top):
+    mass = tl.load(s.tile_sum + at).to(tl.float64)
+    return mass * scale(s, law, tl.load(s.tile_top + at), row_top)
 
 
 @triton.jit
-def row_sum(tile_max, sums, row, tiles, top, inverse):
-    """Z: tiles from left to right in float64. NaN for a row that has no law."""
+def total(s, law, row):
+    """The maximum of a row and its mass, tiles from left to right in float64; noted as well."""
+    top, _ = best_tile(s.tile_top, row, s.x.tiles)
     z = tl.zeros((), tl.float64)
-    for t in range(tiles):
-        z = z + tile_mass(tile_max, sums, row * tiles + t, top, inverse)
-    return z
+    for t in range(s.x.tiles):
+        z = z + tile_mass(s, law, row * s.x.tiles + t, top)
+    tl.store(s.top + row, top)
+    tl.store(s.z + row, z)
+    return top, z
 
 
 @triton.jit
-def mass_sum(mass, row, tiles):
-    """The same of whole masses."""
-    return row_sum(None, mass, row, tiles, 0.0, 0.0)
+def draw(s, law, row, top, z, u, RULE: tl.constexpr):
+    """Inverse CDF at u: the first tile whose cumulative mass passes the target, then a token of it.
 
-
-@triton.jit
-def probability(x, top, inverse, z):
-    """fl32(exp(x - m) / Z), of one logit or many."""
-    return (num.exp((x - top) * inverse).to(tl.float64) / z).to(tl.float32)
-
-
-@triton.jit
-def find_tile(tile_max, sums, row, tiles, top, inverse, target):
-    """The first tile whose cumulative mass passes the target, the mass before it, and the target.
-
-    Where rounding lets none pass: the last tile that has a mass, and a target beyond all sums.
+    Where rounding lets no tile pass: the last one that has a mass, and a target beyond all sums.
     """
-    before = tl.zeros((), tl.float64)
-    found = tl.full((), -1, tl.int32)
-    last = tl.full((), 0, tl.int32)
-    for t in range(tiles):
-        mass = tile_mass(tile_max, sums, row * tiles + t, top, inverse)
-        open_ = found < 0
-        hit = open_ & (before + mass > target)
-        last = tl.where(open_ & (mass > 0.0), t, last)
-        found = tl.where(hit, t, found)
-        before = tl.where(open_ & (hit == 0), before + mass, before)
-    return tl.where(found < 0, last, found), before, tl.where(found < 0, num.INFINITY, target)
+    target, before = u * z, tl.zeros((), tl.float64)
+    found, last = tl.full((), -1, tl.int32), tl.full((), 0, tl.int32)
+    for t in range(s.x.tiles):
+        mass = tile_mass(s, law, row * s.x.tiles + t, top)
+        passes = (found < 0) & (before + mass > target)
+        last = tl.where((found < 0) & (mass > 0.0), t, last)
+        found = tl.where(passes, t, found)
+        before = tl.where(found < 0, before + mass, before)
+    target = tl.where(found < 0, num.INFINITY, target)
+    t = tl.where(found < 0, last, found)
+    tile_top = tl.load(s.tile_top + row * s.x.tiles + t)
+    x = value(s, law, row, t * num.TILE + tl.arange(0, num.TILE), RULE)
+    weights, factor = weight(s, law, x, tile_top), scale(s, law, tile_top, top)
+    return (t * num.TILE + num.find_in_tile(weights, factor, before, target)).to(tl.int64)
 
 
-@triton.jit
-def draw_row(x, s, row, top, z, inverse, u):
-    """Inverse CDF at u: a tile, then a token of it."""
-    tiles = tiles_of(x.vocab)
-    t, before, target = find_tile(s.tile_max, s.tile_sum, row, tiles, top, inverse, u * z)
-    at = row * tiles + t
-    y = logits(x, row, t * num.TILE + tl.arange(0, num.TILE))
-    weight = num.exp((y - tl.load(s.tile_max + at)) * inverse)
-    scale = tile_scale(s.tile_max, at, top, inverse)
-    return (t * num.TILE + num.find_in_tile(weight, scale, before, target)).to(tl.int64)
-
-
-@triton.jit
-def first_of_value(x, s, row, value):
-    """The lowest id whose logit is ``value``, which is some tile's maximum."""
-    tiles = tiles_of(x.vocab)
-    t = tl.arange(0, num.MAX_TILES)
-    top = tl.load(s.tile_max + row * tiles + t, mask=t < tiles, other=-num.INFINITY)
-    where = tl.min(tl.where((top == value) & (t < tiles), t, tiles - 1), 0)
-    j = tl.arange(0, num.TILE)
-    inside = tl.min(tl.where(logits(x, row, where * num.TILE + j) == value, j, num.TILE - 1), 0)
-    return (where * num.TILE + inside).to(tl.int64)
-
-
-class Key(NamedTuple):
+def key_of(key: KeyArguments, draw_number: int = 0) -> tuple[Any, ...]:
     """Whose random numbers, as kernels take them; without a seed nothing is drawn."""
-
-    seed: Any
-    position: Any
-    sequence: Any
-    rollout: Any
-    strides: Any
-    iteration: int
-    draw: int
-
-    @classmethod
-    def of(cls, key: KeyArguments, draw: int = 0) -> Key:
-        position, sequence, rollout, strides = per_row(key.position, key.sequence, key.rollout)
-        seed = number(key.seed) if key.do_sample else None
-        return cls(seed, position, sequence, rollout, strides, key.iteration, draw)
+    seed = number(key.seed) if key.do_sample else None
+    places = per_row(key.position, key.sequence, key.rollout)
+    return seed, *places, key.iteration, draw_number
 
 
 @triton.jit
 def coin(key, b, k, tag):
-    """The uniform of row b, k tokens after its position, for one purpose."""
-    seed, position, sequence, rollout, strides, iteration, draw = key
-    place = num.integer(position, b * strides[0]) + k
-    who, which = num.integer(sequence, b * strides[1]), num.integer(rollout, b * strides[2])
-    word = num.word3(tag, iteration.to(tl.int64), which)
-    return num.uniform(num.integer(seed, 0), draw.to(tl.int64), place, who, word)
+    """The uniform of row b, k tokens after its position, for one purpose (philox_uniform)."""
+    seed, position, sequence, rollout, strides, iteration, draw_number = key
+    at = num.number(position, b * strides[0]) + k
+    who, which = num.number(sequence, b * strides[1]), num.number(rollout, b * strides[2])
+    seed, draw_number = num.number(seed, 0), draw_number.to(tl.int64)
+    first, _, _, _ = num.block_of(seed, draw_number, at, who, tag, iteration, which)
+    return first.to(tl.float64) * 2.0**-32
 
 
 @jit
-def sample_rows(x, s, active, inverse, seed, position, sequence, rollout, strides, iteration, draw,
-                tag, token):  # fmt: skip
+def sample_rows(s, active, seed, position, sequence, rollout, strides, iteration, draw_number, tag,
+                token):  # fmt: skip
     """A token a row, drawn or, without a seed, the most probable; -1 where a row has no law.
 
     Only of the active rows, if that is given; a row whose token becomes -1 is active no more.
@@ -226,21 +330,19 @@ def sample_rows(x, s, active, inverse, seed, position, sequence, rollout, stride
     if active is not None:
         if tl.load(active + row) == 0:
             return
-    tiles = tiles_of(x.vocab)
-    top = row_max(s.tile_max, row, tiles)
-    z = row_sum(s.tile_max, s.tile_sum, row, tiles, top, inverse)
+    top, z = total(s, None, row)
     if seed is not None:
-        key = seed, position, sequence, rollout, strides, iteration, draw
-        u = coin(key, row, 0, tag.to(tl.int64))
-        v = draw_row(x, s, row, top, z, inverse, u)
+        key = seed, position, sequence, rollout, strides, iteration, draw_number
+        v = draw(s, None, row, top, z, coin(key, row, 0, tag), 0)
     else:
-        v = first_of_value(x, s, row, top)
+        _, j = best_tile(s.tile_top, row, s.x.tiles)
+        v = first_of(logits(s.x, row, j) == top, j)
     tl.store(token + row, tl.where(z == z, v, -1))
     if active is not None:
         tl.store(active + row, z == z)
 
 
-def sample(x: Rows, s: Stats, inverse: float, key: Key, tag: int, token: Tensor,
-           active: Any = None) -> None:  # fmt: skip
+def sample(s: Softmax, key: tuple[Any, ...], tag: int, token: Tensor,
+           active: Tensor | None = None) -> None:  # fmt: skip
     """Launch sample_rows."""
-    launch(sample_rows, x.rows, x, s, active, inverse, *key, tag, token, num_warps=8)
+    launch(sample_rows, s.x.rows, s, active, *key, tag, token, num_warps=8)

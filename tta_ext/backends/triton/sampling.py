@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from torch import Tensor
 
 from tta_ext.backends.reference._common import KeyArguments, inverse_temperature
-from tta_ext.backends.triton.launch import Rows, operator
-from tta_ext.backends.triton.rows import Key, sample, stats
+from tta_ext.backends.triton import rows
+from tta_ext.backends.triton.launch import operator
 
 
 @operator
 def categorical_sample(
     logits: Tensor, temperature: float, key: KeyArguments, stream: int, draw: int, check: bool, *,
     out: Tensor,
-) -> Callable[[], Tensor]:  # fmt: skip
-    x, inverse = Rows.of(logits), inverse_temperature(temperature)
-    sample(x, stats(x, inverse), inverse, Key.of(key, draw), stream, out)
-    return lambda: out < 0
+) -> None:  # fmt: skip
+    s = rows.Softmax.of(rows.Rows.of(logits), inverse_temperature(temperature))
+    rows.sample(s, rows.key_of(key, draw), stream, out)

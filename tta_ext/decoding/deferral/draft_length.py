@@ -1,18 +1,16 @@
 """How long a draft to ask for: a fixed length, or one that follows what was measured.
 
-Drafts change no token (:mod:`tta_ext.decoding.deferral.speculative`), so a length is a matter of
-speed alone, and a wrong guess costs time and nothing else.
+Drafts change no token (:mod:`tta_ext.decoding.deferral.speculative`): a bad length costs time.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from math import log2
-from typing import TypeAlias
 
 __all__ = ["AutoLength", "DraftLength", "FixedLength", "Memory", "StepReport"]
 
@@ -54,9 +52,9 @@ class FixedLength:
         """A step is over."""
 
 
-def _low(window: deque[float]) -> float:
-    """The lower quartile: what disturbs a step makes it slower."""
-    return sorted(window)[len(window) // 4] if window else 0.0
+def _middle(window: deque[float]) -> float:
+    """The median: near the mean of such times, whatever a prompt among them took."""
+    return sorted(window)[(len(window) - 1) // 2] if window else 0.0
 
 
 class _Costs:
@@ -65,30 +63,36 @@ class _Costs:
     """
 
     def __init__(self) -> None:
-        window = partial(deque[float], maxlen=8)
+        window = partial(deque[float], maxlen=16)
         self.alone, self.asked, self.draft = window(), window(), window()
         self.rest: dict[int, deque[float]] = defaultdict(window)
         self.turns = self.steps = 0.0
 
     def plain(self) -> tuple[float, float]:
         """Seconds of a plain step: without the drafting model, and with its usual share."""
-        alone = _low(self.alone) or max(_low(self.asked) - _low(self.draft), 0.0)
-        return alone, alone + self.turns / self.steps * max(_low(self.asked) - alone, 0.0)
+        alone = _middle(self.alone) or max(_middle(self.asked) - _middle(self.draft), 0.0)
+        return alone, alone + self.turns / self.steps * max(_middle(self.asked) - alone, 0.0)
 
-    def gains(self, stood: float, most: int) -> list[float]:
-        """Speed of rounds of lengths 1 to ``most`` over the plain loop's: each emits
-        1 + a + ... + a^K tokens a row, a the share of draft tokens that stand, not one.
+    def gains(self, stood: float, lengths: Iterable[int]) -> dict[int, float]:
+        """Speed of rounds of some lengths over the plain loop's: each emits 1 + a + ... + a^K
+        tokens a row, a the share of draft tokens that stand. Few rounds may have been slow ones.
         """
-        draft, (alone, step) = _low(self.draft), self.plain()
-        more = {length: max(_low(known) - alone, 0.0) for length, known in self.rest.items()}
-        found, tokens = [], 1.0
-        for length in range(1, most + 1):
-            tokens += stood**length
+        draft, (alone, step) = _middle(self.draft), self.plain()
+        found = {}
+        for length in lengths:
             extra = 0.25 * alone  # what several columns cost over one, at a guess
-            if more:  # often most for two columns, so that a longer draft costs little
-                extra = more[min(more, key=lambda tried: abs(tried - length))]
-            found.append(tokens * step / (length * draft + alone + extra))
+            if self.rest:  # often most for two columns, so that a longer draft costs little
+                known = self.rest[min(self.rest, key=lambda tried: abs(tried - length))]
+                extra = max(_middle(known) - alone, 0.0) * (1.0 - 0.5 / len(known))
+            tokens = sum(stood**k for k in range(length + 1))
+            found[length] = tokens * step / (length * draft + alone + extra)
         return found
+
+    def forget(self) -> None:
+        """Forget the older half of the rounds of every length."""
+        for known in self.rest.values():
+            for _ in range(len(known) // 2):
+                known.popleft()
 
 
 @dataclass
@@ -100,9 +104,7 @@ class Memory:
         stood, judged: draft tokens that stood, of those judged; they fade, and begin with a guess.
         steps, rounds: plain steps so far, and rounds since the last one.
         credit: how many plain steps' time rounds may still lose.
-        rate: what each plain step adds to it, less after every pause.
-        note: why drafts pause or did lately.
-        paused: only plain steps are taken.
+        paused, note: plain steps until drafts are tried again; why they pause or lately did.
     """
 
     costs: dict[int, _Costs] = field(default_factory=partial(defaultdict, _Costs))
@@ -110,28 +112,26 @@ class Memory:
     judged: float = 4.0
     steps: int = 0
     rounds: int = 0
-    credit: float = 0.5
-    rate: float = 0.02
+    credit: float = 4.0
     note: str = ""
-    paused: bool = False
+    paused: int = 0
 
     def of(self, rows: int) -> _Costs:
-        """The costs for a number of rows."""
         return self.costs[round(2 * log2(rows))]
 
 
 class AutoLength:
     """The length that should write most tokens a second, or none where no length would.
 
-    Plain steps come first and tell what a step costs. Then lengths are tried, each at most twice
-    the longest one before. What a round loses is taken from a credit, which gains fill up; without
-    credit drafts pause until plain steps have filled it, each time more slowly. So drafts that do
-    not pay cost a few steps, and later nearly none, however wrong the estimates are.
+    Plain steps come first and tell what a step costs, later one between ten rounds. Few lengths are
+    tried, so that much is known of each, long ones after shorter ones. Drafts pause where all seem
+    to lose, or have used up a credit of lost time, which gains fill up; they go on where plain
+    steps have become dearer, and after PAUSE of those are tried again, whatever is known.
     """
 
-    FIRST, ENOUGH = 12, 3  # plain steps before drafts: of all, and of about so many rows
-    PROMISING, HOPELESS, DEBT, MOST = 1.1, 0.85, 2.0, 6.0
-    LONGEST, START, REFRESH, LEAST_RATE = 8, 4, 20, 0.002
+    LENGTHS = 1, 3, 7  # two, four and eight columns, as matrix products are made for
+    FIRST, ENOUGH, REFRESH = 12, 3, 10  # plain steps: of all, of about so many rows, again
+    HOPELESS, PROMISING, PAUSE, TRY, MOST = 0.97, 1.2, 150, 1.0, 20.0
 
     def __init__(self, memory: Memory) -> None:
         self.memory = memory
@@ -142,26 +142,25 @@ class AutoLength:
 
     def plan(self, room: Sequence[int]) -> list[int] | None:
         """Draft lengths, or None for a plain step; as :meth:`FixedLength.plan`."""
-        memory, costs = self.memory, self.memory.of(len(room))
-        most = min(self.LONGEST, max(room), max(self.START, 2 * max(costs.rest, default=0)))
+        memory, costs, most = self.memory, self.memory.of(len(room)), max(room)
         new = memory.steps < self.FIRST or len(costs.alone) + len(costs.asked) < self.ENOUGH
-        if new or most < 1 or memory.paused or memory.rounds >= self.REFRESH:
+        if new or most < 1 or memory.rounds >= self.REFRESH:
             return None
-        gains = costs.gains(memory.stood / memory.judged, most)
-        gain = max(gains)
-        # Bad luck is forgiven where the estimate is good.
-        debt = self.DEBT if gain >= self.PROMISING else 0.0
-        if gain >= self.HOPELESS and memory.credit + debt > 0.0:
-            return [min(gains.index(gain) + 1, one) for one in room]
-        note = (
-            f"speculative decoding pauses: {memory.stood / memory.judged:.0%} of the draft tokens "
-            f"stood, with which the best draft would run at {gain:.2f}x the speed of the plain "
-            "loop, too little for what drafts have lost"
-        )
-        if not memory.note:
-            log.warning(note)
-        memory.note, memory.paused, memory.credit = note, True, min(memory.credit, 0.0)
-        memory.rate = max(memory.rate / 2, self.LEAST_RATE)
+        reach = 2 * max(costs.rest, default=1) + 1
+        lengths = {min(one, most) for one in self.LENGTHS if one <= reach}
+        gains = costs.gains(memory.stood / memory.judged, lengths)
+        gain, length = max((gain, length) for length, gain in gains.items())
+        if gain >= (self.PROMISING if memory.paused else self.HOPELESS) and memory.credit > 0.0:
+            memory.paused = 0
+            return [min(length, one) for one in room]
+        if not memory.paused:
+            note = (
+                "speculative decoding pauses, as drafts lost time or would: of their tokens "
+                f"{memory.stood / memory.judged:.0%} stood, the best draft would run at {gain:.2f}x"
+            )
+            if not memory.note:
+                log.warning(note)
+            memory.note, memory.paused = note, self.PAUSE
         return None
 
     def report(self, step: StepReport) -> None:
@@ -171,29 +170,31 @@ class AutoLength:
         if longest == 0:
             asked = step.draft_seconds > 0.0
             (costs.asked if asked else costs.alone).append(step.seconds)
-            costs.turns = 0.99 * costs.turns + asked
-            costs.steps = 0.99 * costs.steps + 1.0
+            costs.turns, costs.steps = 0.99 * costs.turns + asked, 0.99 * costs.steps + 1.0
             if asked and (memory.paused or len(costs.draft) < self.ENOUGH):
                 costs.draft.append(step.draft_seconds)
+            if memory.rounds >= self.REFRESH:
+                costs.forget()
             memory.steps, memory.rounds = memory.steps + 1, 0
-            memory.credit = max(memory.credit, min(memory.credit + memory.rate, Memory.credit))
-            if memory.paused and memory.credit >= Memory.credit:  # another try, from the start
-                memory.paused, memory.stood, memory.judged = False, Memory.stood, Memory.judged
-                for one in memory.costs.values():
-                    one.rest.clear()
+            if memory.paused:
+                memory.paused -= 1
+                if not memory.paused:  # half of what was known is in doubt
+                    memory.credit = max(memory.credit, self.TRY)
+                    memory.stood = (memory.stood + Memory.stood) / 2
+                    memory.judged = (memory.judged + Memory.judged) / 2
+                    costs.forget()
             return
         memory.rounds += 1
         costs.draft.append(step.draft_seconds / longest)
         costs.rest[longest].append(step.seconds - step.draft_seconds)
         for length, accepted in zip(step.drafts, step.accepted, strict=True):
             memory.stood = 0.99 * memory.stood + accepted
-            # A row without a draft gains no more than one whose draft fails.
             memory.judged = 0.99 * memory.judged + min(accepted + 1, max(length, 1))
-        took = longest * _low(costs.draft) + _low(costs.rest[longest])
+        took = longest * _middle(costs.draft) + _middle(costs.rest[longest])
         lost = took / costs.plain()[1] - 1.0 - sum(step.accepted) / step.rows
         memory.credit = min(memory.credit - lost, self.MOST)
-        if memory.credit >= self.MOST / 2:
-            memory.note, memory.rate = "", Memory.rate
+        if memory.credit >= Memory.credit:
+            memory.note = ""
 
 
-DraftLength: TypeAlias = "FixedLength | AutoLength"
+DraftLength = FixedLength | AutoLength

@@ -38,6 +38,7 @@ from tta_ext.decoding.runtime.prompts import (
     id_rows,
     normalise_prompts,
     sequence_ids,
+    text_of,
     unpad,
     whole_number,
 )
@@ -409,7 +410,7 @@ class Request:
         rows, tokenizer, stop = loop.rows, self.models.tokenizer, self.limits.stop
         texts = None
         if tokenizer is not None:
-            texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in rows.tokens]
+            texts = [text_of(tokenizer, ids) for ids in rows.tokens]
             if stop is not None:
                 texts = [stop.cut(text) for text in texts]
         return Generation(

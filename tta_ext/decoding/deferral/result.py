@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tta_ext.decoding.deferral.trace import TokenTrace
+from tta_ext.decoding.runtime.prompts import text_of
 from tta_ext.decoding.runtime.rows import picked_rows
 from tta_ext.frames import to_pandas
 
@@ -269,11 +270,11 @@ def source_spans(
     spans: list[tuple[str, bool]] = []
     written, start = "", 0
     for end, from_proxy in enumerate(deferred, 1):
-        piece = tokenizer.decode(tokens[start:end], skip_special_tokens=False)
+        piece = text_of(tokenizer, tokens[start:end], special=True)
         if piece.endswith("�") and end < len(tokens):
             continue
         # Decoding from the answer's start keeps the tokenizer's spacing rules in force.
-        text = tokenizer.decode(tokens[:end], skip_special_tokens=False)
+        text = text_of(tokenizer, tokens[:end], special=True)
         spans.append((text[len(written) :], bool(from_proxy)))
         written, start = text, end
     return spans

@@ -29,6 +29,7 @@ __all__ = [
     "normalise_prompts",
     "render",
     "sequence_ids",
+    "text_of",
     "unpad",
     "whole_number",
 ]
@@ -281,6 +282,23 @@ def encode_prompts(
             ids = [start]
         encoded.append(list(ids))
     return encoded
+
+
+def text_of(tokenizer: Any, ids: Sequence[int], special: bool = False) -> str:
+    """The text of token ids as it stands, whatever the tokenizer would clean up.
+
+    Cleaning up takes spaces out of text that a stream has given away, and out of what stop strings
+    are looked for in.
+
+    Args:
+        tokenizer: decodes ids.
+        ids: of an answer, or a part of it.
+        special: with the special tokens.
+    """
+    text: str = tokenizer.decode(
+        ids, skip_special_tokens=not special, clean_up_tokenization_spaces=False
+    )
+    return text
 
 
 def check_prompts(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from tta_ext.decoding.runtime.prompts import integers, is_id
+from tta_ext.decoding.runtime.prompts import integers, is_id, text_of
 
 __all__ = ["StopStrings", "end_ids"]
 
@@ -74,14 +74,14 @@ class StopStrings:
         self._tokenizer = tokenizer
         # Decoders treat the first word in their own way, so the answer's text comes after another.
         self._before = tokenizer("abcdef", add_special_tokens=False)["input_ids"]
-        self._skip = len(tokenizer.decode(self._before))
+        self._skip = len(text_of(tokenizer, self._before, special=True))
         # A character may take four byte-level tokens.
         self._window = 4 * max(map(len, self.strings), default=0) + 4
 
     def __call__(self, tokens: Sequence[int]) -> bool:
         """Whether the newest token completed a stop string."""
         window = [*self._before, *tokens[-self._window :]]
-        text = self._tokenizer.decode(window, skip_special_tokens=False)[self._skip :]
+        text = text_of(self._tokenizer, window, special=True)[self._skip :]
         return any(s in text for s in self.strings)
 
     def cut(self, text: str) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 from tokenizers.decoders import DecodeStream
 
 from tta_ext.decoding.runtime.generate_options import check_processors
+from tta_ext.decoding.runtime.prompts import text_of
 from tta_ext.decoding.runtime.stopping import StopStrings
 
 __all__ = ["StreamEvent", "TextDeltas", "check_streamer"]
@@ -94,8 +95,5 @@ class TextDeltas:
             return self._whole()
 
     def _whole(self, last: bool = False) -> str:
-        # Cleaning up would change text that is out already.
-        text = self._tokenizer.decode(
-            self._tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+        text = text_of(self._tokenizer, self._tokens)
         return "" if text.endswith("\ufffd") and not last else text[self._decoded :]

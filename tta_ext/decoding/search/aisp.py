@@ -46,10 +46,9 @@ from tta_ext.decoding.search.aisp_settings import (
 )
 from tta_ext.decoding.search.base import Search, SearchMethod
 from tta_ext.decoding.search.engine import (
+    EngineFactory,
     LocalEngine,
-    RolloutEngine,
     RolloutJob,
-    RolloutTask,
     Scored,
 )
 from tta_ext.decoding.search.guards import bounded, pull_back
@@ -336,7 +335,8 @@ class AdaptiveImportanceSampling(SearchMethod[AISPSettings]):
             chat_template: str | None = None,
             probe: bool = True,
             runner: str | None = None,
-            engine: Callable[[Any, RolloutTask], RolloutEngine] = LocalEngine,
+            engine: EngineFactory | str = LocalEngine,
+            workers: int | None = None,
             **settings: Unpack[AISPOptions],
         ) -> None: ...
 

@@ -33,12 +33,14 @@ from tta_ext.decoding.runtime.stopping import StopStrings, end_ids
 from tta_ext.decoding.runtime.views import as_model
 from tta_ext.decoding.runtime.vocabulary import align_vocabularies
 from tta_ext.decoding.search.engine import (
+    EngineFactory,
     LocalEngine,
     RolloutEngine,
     RolloutJob,
     RolloutTask,
     Scored,
     Scorer,
+    engine_of,
 )
 from tta_ext.decoding.search.outcome import (
     Candidate,
@@ -51,7 +53,6 @@ from tta_ext.decoding.search.outcome import (
 from tta_ext.decoding.search.settings import SearchSettings
 
 __all__ = ["Scored", "Search", "SearchMethod"]
-
 
 S = TypeVar("S", bound=SearchSettings)
 
@@ -67,9 +68,8 @@ class SearchMethod(Generic[S]):
         probe: try the model on two short rows, to learn whether rows of different length can share
             its batch.
         runner: ``"ragged"`` or ``"lockstep"``; None chooses by what the model is.
-        engine: ``(model, task) -> RolloutEngine``, what draws the rollouts; the model itself, in
-            this process (:class:`~tta_ext.decoding.search.engine.LocalEngine`), unless another is
-            given.
+        engine, workers: what draws the rollouts: the model here; ``"ray"``, with so many workers
+            (1); or any ``(model, task) -> RolloutEngine`` (:mod:`~tta_ext.decoding.search.engine`).
         settings: fields of the method's settings class.
 
     Raises:
@@ -99,7 +99,8 @@ class SearchMethod(Generic[S]):
         chat_template: str | None = None,
         probe: bool = True,
         runner: str | None = None,
-        engine: Callable[[Any, RolloutTask], RolloutEngine] = LocalEngine,
+        engine: EngineFactory | str = LocalEngine,
+        workers: int | None = None,
         **settings: Any,
     ) -> None:
         refuse_path(model, "model", type(self).__name__)
@@ -111,7 +112,7 @@ class SearchMethod(Generic[S]):
             raise ValueError(
                 f"{type(self).__name__} looks at rollouts token by token; it takes no engine"
             )
-        self.engine = engine
+        self.engine = engine_of(engine, workers)
         self.model, self.reward, self.tokenizer = model, reward, tokenizer
         self.chat_template = chat_template
         self.settings: S = self._merge(None, settings)

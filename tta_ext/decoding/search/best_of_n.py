@@ -16,7 +16,7 @@ from typing_extensions import Unpack
 from tta_ext import ops, rng
 from tta_ext.decoding.rewards import Reward
 from tta_ext.decoding.search.base import Search, SearchMethod
-from tta_ext.decoding.search.engine import LocalEngine, RolloutEngine, RolloutTask
+from tta_ext.decoding.search.engine import EngineFactory, LocalEngine
 from tta_ext.decoding.search.outcome import Candidate, SearchResult
 from tta_ext.decoding.search.ranges import check_range
 from tta_ext.decoding.search.settings import (
@@ -123,7 +123,8 @@ class BestOfN(SearchMethod[BestOfNSettings]):
             chat_template: str | None = None,
             probe: bool = True,
             runner: str | None = None,
-            engine: Callable[[Any, RolloutTask], RolloutEngine] = LocalEngine,
+            engine: EngineFactory | str = LocalEngine,
+            workers: int | None = None,
             **settings: Unpack[BestOfNOptions],
         ) -> None: ...
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from tta_ext.decoding.rewards import Reward, RewardStream
 from tta_ext.decoding.runtime.fit import Fit, fit_model
+from tta_ext.decoding.runtime.prompts import text_of
 from tta_ext.decoding.runtime.stopping import StopStrings
 from tta_ext.decoding.runtime.vocabulary import Vocabulary
 from tta_ext.decoding.search.outcome import Candidate
@@ -24,6 +26,7 @@ from tta_ext.decoding.search.rollouts import PromptCache, Rollouts
 from tta_ext.decoding.search.sampling import Noise, Sampling
 
 __all__ = [
+    "EngineFactory",
     "LocalEngine",
     "OnFinish",
     "RolloutBatch",
@@ -33,6 +36,7 @@ __all__ = [
     "Scored",
     "Scorer",
     "Scores",
+    "engine_of",
 ]
 
 # What is measured of some cells, by their number: of rollouts and of batches.
@@ -69,7 +73,7 @@ class Scorer:
         if self.tokenizer is None:
             stream.put(key, self.prompts[prompt], tokens)
             return None
-        text: str = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        text = text_of(self.tokenizer, tokens)
         text = text if self.stop is None else self.stop.cut(text)
         stream.put(key, self.prompts[prompt], text)
         return text
@@ -278,3 +282,26 @@ class LocalEngine:
         if dots:
             batch.dot, batch.common_dot = torch.cat(dots), torch.cat(common_dots)
         return batch
+
+
+# Opens an engine for a search of a model.
+EngineFactory: TypeAlias = "Callable[[Any, RolloutTask], RolloutEngine]"
+
+
+def engine_of(engine: EngineFactory | str, workers: int | None) -> EngineFactory:
+    """What a search's ``engine`` and ``workers`` ask for.
+
+    Raises:
+        ImportError: Ray is not installed.
+        ValueError: another name, or workers of an engine that has none.
+    """
+    if not isinstance(engine, str):
+        if workers is not None:
+            raise ValueError(f"workers is {workers}, but only engine='ray' has workers")
+        return engine
+    if engine != "ray":
+        raise ValueError(f"engine is {engine!r}, expected 'ray' or a function of model and task")
+    # By its name, as searches know no foreign engine.
+    rollouts = import_module("tta_ext.engines.ray").Rollouts
+    found: EngineFactory = rollouts(1 if workers is None else workers)
+    return found

@@ -12,6 +12,8 @@ from tta_ext._version import install
 from tta_ext.jobs import Done, Here, Job
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# Of a Ray that is started here: workers do this process's work, and give way no more than it.
+os.environ.setdefault("RAY_worker_niceness", "0")
 try:
     import ray
     from ray.exceptions import RayActorError, RayTaskError

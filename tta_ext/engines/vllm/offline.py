@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 from tta_ext._version import install
 from tta_ext.decoding.deferral.result import DecodeStats, Generation
@@ -17,7 +17,15 @@ from tta_ext.engines.vllm.arguments import PROCESSED
 from tta_ext.engines.vllm.pair import PROCESSOR
 from tta_ext.rules import Rule
 
-__all__ = ["OfflinePair"]
+__all__ = ["Asking", "OfflinePair"]
+
+
+class Asking(NamedTuple):
+    """One answer: the prompt's ids, the sequence id, vLLM's ``SamplingParams``."""
+
+    ids: list[int]
+    sequence: int
+    params: Any
 
 
 class OfflinePair:
@@ -45,7 +53,7 @@ class OfflinePair:
         self.rule, self.tokenizer = rule, load_tokenizer(str(pair))
         self.llm = LLM(str(pair), logits_processors=[PROCESSOR], logprobs_mode=PROCESSED, **engine)
 
-    def generate(
+    def request(
         self,
         prompts: Sequence[Any],
         *,
@@ -55,8 +63,8 @@ class OfflinePair:
         max_new_tokens: int = 256,
         num_return_sequences: int = 1,
         stop_strings: Sequence[str] | None = None,
-    ) -> Generation:
-        """Answers to prompts: the tokens of :meth:`tta_ext.KnapsackDeferral.generate`.
+    ) -> list[Asking]:
+        """What vLLM is asked, for each answer.
 
         Args:
             prompts: texts, conversations, token ids.
@@ -77,7 +85,6 @@ class OfflinePair:
                 f"temperature is {self.rule.temperature}, expected 1: vLLM has none for greedy "
                 "requests"
             )
-        start = perf_counter()
         encoded = encode_prompts(prompts, self.tokenizer)
         limit = self.llm.llm_engine.model_config.max_model_len
         for row, ids in enumerate(encoded):
@@ -87,7 +94,6 @@ class OfflinePair:
                     f"but vLLM's max_model_len is {limit}"
                 )
         rows = [ids for ids in encoded for _ in range(num_return_sequences)]
-        numbers = list(range(len(rows)) if sequence is None else sequence)
         rule, temperature = self.rule, self.rule.temperature if do_sample else 0.0
         about = {
             "tta_rule": rule.name,
@@ -96,18 +102,33 @@ class OfflinePair:
             "tta_rule_temperature": rule.rule_temperature,
             "tta_seed": seed,
         }
-        params = [
-            SamplingParams(
-                temperature=temperature,
-                max_tokens=max_new_tokens,
-                logprobs=0,
-                stop=list(stop_strings or ()),
-                extra_args={**about, "tta_sequence": number},
+        numbers = range(len(rows)) if sequence is None else sequence
+        return [
+            Asking(
+                ids,
+                number,
+                SamplingParams(
+                    temperature=temperature,
+                    max_tokens=max_new_tokens,
+                    logprobs=0,
+                    stop=list(stop_strings or ()),
+                    extra_args={**about, "tta_sequence": number},
+                ),
             )
-            for number in numbers
+            for ids, number in zip(rows, numbers, strict=True)
         ]
-        asked: Any = [{"prompt_token_ids": ids} for ids in rows]
-        found = [one.outputs[0] for one in self.llm.generate(asked, params, use_tqdm=False)]
+
+    def generate(self, prompts: Sequence[Any], *, seed: int, **options: Any) -> Generation:
+        """Answers to prompts: the tokens of :meth:`tta_ext.KnapsackDeferral.generate`.
+
+        Args:
+            prompts, seed, options: of :meth:`request`.
+        """
+        start = perf_counter()
+        asked = self.request(prompts, seed=seed, **options)
+        given: Any = [{"prompt_token_ids": one.ids} for one in asked]
+        outputs = self.llm.generate(given, [one.params for one in asked], use_tqdm=False)
+        found = [one.outputs[0] for one in outputs]
         tokens = [list(one.token_ids) for one in found]
         deferred = [
             [source(step[token].logprob).deferred for step, token in zip(steps, ids, strict=True)]
@@ -117,9 +138,9 @@ class OfflinePair:
             tokens=tokens,
             deferred=deferred,
             finish=[_finish(one) for one in found],
-            prompt_tokens=rows,
+            prompt_tokens=[one.ids for one in asked],
             texts=[one.text for one in found],
-            sequence=numbers,
+            sequence=[one.sequence for one in asked],
             seed=seed,
             stats=DecodeStats(
                 tokens=sum(map(len, tokens)),
