@@ -56,7 +56,6 @@ LENGTHS = (24, 64, 128)
 SAMPLES = (64, 256, 1024)
 SECONDS = (10.0, 60.0)
 BASELINE = "best_of_n"
-# The guard's weight is a guess; --tune is where to choose it.
 # {value}: file of the reward's value function; {weight}: a standard deviation of the reward, among
 # the answers that trained it, weighs 2 nats; soft: a quarter of that deviation.
 METHODS = {
@@ -64,7 +63,7 @@ METHODS = {
     "soft": "best_of_n:group=16,soft={soft}",
     "aisp_paper": "aisp:coherence=0.0,decoding=sample,kl_rollouts=4",
     "aisp": "aisp:kl_rollouts=4",
-    "aisp_fisher": "aisp:guard=fisher,guard_lam=0.1,kl_rollouts=4",
+    "aisp_fisher": "aisp:guard=fisher,kl_rollouts=4",
     "re_control": "re_control:value={value},n=16,kl_rollouts=4",
     "chunk_beam": "chunk_beam:chunk=8",
     "args": "args:weight={weight}",
