@@ -31,21 +31,28 @@ def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str,
     return status, captured.out, captured.err
 
 
-@contextmanager
-def started(words: list[str], method: str, times: int) -> Iterator[BaseProcess]:
-    """A command in a process of its own, in which a method of the journal has returned so often."""
-    fork = multiprocessing.get_context("fork")
-    done, plain = fork.Semaphore(0), getattr(Journal, method)
+def _watched(words: list[str], method: str, done: Any) -> None:
+    plain = getattr(Journal, method)
 
     def told(self: Journal, *arguments: Any) -> None:
         plain(self, *arguments)
         done.release()
 
-    def work() -> None:
-        setattr(Journal, method, told)
-        run(words)
+    setattr(Journal, method, told)
+    run(words)
 
-    child = fork.Process(target=work)
+
+@contextmanager
+def started(words: list[str], method: str, times: int) -> Iterator[BaseProcess]:
+    """A command in a process of its own, in which a method of the journal has returned so often.
+
+    It is a fork of a process without threads, which this one is not: whatever lock a thread holds
+    at a fork is held in the child for ever.
+    """
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload([__name__])
+    done = server.Semaphore(0)
+    child = server.Process(target=_watched, args=(words, method, done))
     child.start()
     try:
         for _ in range(times):

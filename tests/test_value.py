@@ -233,7 +233,8 @@ def test_a_resume_key_has_what_is_in_the_file(tmp_path: Path) -> None:
 def test_the_command_replaces_value_functions_alone(capsys: Any, tmp_path: Path) -> None:
     path = tmp_path / "value.safetensors"
     path.write_bytes(b"of someone else")
-    words = ["value", "--reward", "letter:s", "--model", "nowhere", "--output", str(path), "a", "b"]
+    nowhere = str(tmp_path / "nowhere")  # a name would be looked for on the hub, for a minute
+    words = ["value", "--reward", "letter:s", "--model", nowhere, "--output", str(path), "a", "b"]
     assert "it is kept" in call(capsys, *words)[2]
     assert path.read_bytes() == b"of someone else"
     random_head().save(path)  # whole or not at all: nothing else is left
