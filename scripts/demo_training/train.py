@@ -61,8 +61,8 @@ class Stage:
     documents: int | None = None  # at most this many documents, then again from the first
 
 
-BASE = Shape(hidden=256, layers=4, heads=4, feed_forward=640)
-PROXY = Shape(hidden=96, layers=3, heads=4, feed_forward=256)
+BASE = Shape(hidden=192, layers=4, heads=6, feed_forward=512)
+PROXY = Shape(hidden=96, layers=3, heads=3, feed_forward=256)
 BASE_STAGES = (
     Stage("base/knowledge", "knowledge", 2000, 1.5e-3),
     Stage("base/final", "final", 4200, 1.5e-3),
