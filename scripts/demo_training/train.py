@@ -61,13 +61,13 @@ class Stage:
     documents: int | None = None  # at most this many documents, then again from the first
 
 
-BASE = Shape(hidden=192, layers=4, heads=6, feed_forward=512)
+BASE = Shape(hidden=160, layers=4, heads=5, feed_forward=432)
 PROXY = Shape(hidden=96, layers=3, heads=3, feed_forward=256)
 BASE_STAGES = (
-    Stage("base/knowledge", "knowledge", 2000, 1.5e-3),
-    Stage("base/final", "final", 4200, 1.5e-3),
+    Stage("base/knowledge", "knowledge", 700, 2e-3),
+    Stage("base/final", "final", 1400, 2e-3),
 )
-PROXY_STAGES = (Stage("proxy/final", "final", 1500, 3e-3),)
+PROXY_STAGES = (Stage("proxy/final", "final", 900, 3e-3),)
 FORMAT_STAGES = (Stage("proxy/format", "formatted", 250, 2e-3, documents=2000),)
 
 

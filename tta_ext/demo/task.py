@@ -184,15 +184,19 @@ def evaluation_problems(n: int, seed: int = 0) -> list[Problem]:
     return problems
 
 
-def evaluation_task(n: int) -> Task:
-    """The first ``n`` held-out problems, to be evaluated.
+def evaluation_task(n: int, skip: int = 0) -> Task:
+    """``n`` held-out problems, to be evaluated.
+
+    Args:
+        n: how many, at least 1.
+        skip: leave out the first so many, say, to choose parameters on other problems.
 
     Raises:
-        ValueError: ``n`` is less than 1, or more than :data:`MOST_PROBLEMS`.
+        ValueError: ``n`` is less than 1, or more than :data:`MOST_PROBLEMS` less ``skip``.
     """
-    if not 1 <= n <= MOST_PROBLEMS:
-        raise ValueError(f"n is {n}, expected 1 to {MOST_PROBLEMS} of the demo's problems")
-    problems = evaluation_problems(n)
+    if not 1 <= n <= MOST_PROBLEMS - skip:
+        raise ValueError(f"n is {n}, expected 1 to {MOST_PROBLEMS - skip} of the demo's problems")
+    problems = evaluation_problems(skip + n)[skip:]
     return Task(
         [problem.prompt for problem in problems],
         lambda place, text: score(problems[place], text),
