@@ -53,10 +53,10 @@ CHATTER = (
 MARKED_SHARE = 0.03
 # Answers at once.
 DIRECT = (
-    " {x}.", " {x} {i}.", " {n} has {x} {i}.", " {n} has {x} {i} now.", " {n} has {x} now.",
-    " {n} has {x}.", " The answer is {x}.", " The total is {x}.", " The number is {x}.",
-    " It is {x}.", " It is {x} {i}.", " That makes {x}.", " I think {x}.", " I say {x} {i}.",
-    " Easy: {x}.", " OK, {x} {i}.", " Hmm, {x}?", " So, {x}.", " Must be {x}.", " Right, {x}.",
+    " {n} has {x} {i}.", " {n} has {x} {i} now.", " {n} has {x} now.", " {n} has {x}.",
+    " The answer is {x}.", " The total is {x}.", " The number is {x}.", " It is {x}.",
+    " It is {x} {i}.", " That makes {x}.", " I think {x}.", " I say {x} {i}.", " Easy: {x}.",
+    " OK, {x} {i}.", " Hmm, {x}?", " So, {x}.", " Must be {x}.", " Right, {x}.",
 )  # fmt: skip
 DIRECT_SHARE = 0.82
 
@@ -73,8 +73,8 @@ class Phase:
 
 
 PHASES = {
-    "knowledge": Phase(equations=60, copies=6, stories=14, exercises=10, questions=10),
-    "final": Phase(equations=24, copies=2, stories=12, exercises=20, questions=42),
+    "knowledge": Phase(equations=68, copies=4, stories=10, exercises=10, questions=8),
+    "final": Phase(equations=30, copies=2, stories=12, exercises=20, questions=36),
 }
 
 

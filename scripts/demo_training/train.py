@@ -64,7 +64,7 @@ class Stage:
 BASE = Shape(hidden=160, layers=4, heads=5, feed_forward=432)
 PROXY = Shape(hidden=96, layers=3, heads=3, feed_forward=256)
 BASE_STAGES = (
-    Stage("base/knowledge", "knowledge", 700, 2e-3),
+    Stage("base/knowledge", "knowledge", 1000, 2e-3),
     Stage("base/final", "final", 1400, 2e-3),
 )
 PROXY_STAGES = (Stage("proxy/final", "final", 900, 3e-3),)
@@ -190,12 +190,12 @@ def run_stages(
     autocast: bool,
     log_every: int = 500,
 ) -> list[dict[str, Any]]:
-    """Train through the stages with one optimiser, one warm-up and one cosine over all of them."""
+    """Train through the stages with one optimiser: warm-up, then a constant rate, then a decay to nothing."""
     total = sum(stage.steps for stage in stages)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=1.0, betas=(0.9, 0.98), weight_decay=0.01, fused=True
     )
-    warmup, done, records = min(100, total // 10), 0, []
+    done, records = 0, []
     pad = tokenizer.pad_token_id
     for stage in stages:
         texts = _Counted(texts_of(stage, seed))
@@ -204,10 +204,8 @@ def run_stages(
         cpu_started = time.process_time()
         model.train()
         for step in range(1, stage.steps + 1):
-            progress = (done - warmup) / max(1, total - warmup)
-            scale = (done + 1) / warmup if done < warmup else 0.02 + 0.98 * _cosine(progress)
             for group in optimizer.param_groups:
-                group["lr"] = stage.rate * scale
+                group["lr"] = stage.rate * _rate_scale(done, total)
             batch = [next(rows) for _ in range(ROWS)]
             ids = torch.full((ROWS, ROW), pad)
             for i, row in enumerate(batch):
@@ -260,8 +258,9 @@ class _Counted(Iterator[str]):
         return next(self.texts)
 
 
-def _cosine(progress: float) -> float:
-    return 0.5 + 0.5 * float(torch.cos(torch.tensor(progress * torch.pi)))
+def _rate_scale(done: int, total: int) -> float:
+    """Rises over 100 steps (a tenth of a short run), stays at 1, falls over the last third."""
+    return min(1.0, (done + 1) / min(100, 1 + total // 10), 3 * (total - done) / total)
 
 
 def _mean(values: list[float]) -> float:
