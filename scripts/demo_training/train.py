@@ -59,13 +59,14 @@ class Stage:
     steps: int
     rate: float
     documents: int | None = None  # at most this many documents, then again from the first
+    results: float = 1.0  # weight in the loss of the digits after an equals sign
 
 
 BASE = Shape(hidden=160, layers=4, heads=5, feed_forward=432)
 PROXY = Shape(hidden=96, layers=3, heads=3, feed_forward=256)
 BASE_STAGES = (
-    Stage("base/knowledge", "knowledge", 1000, 2e-3),
-    Stage("base/final", "final", 1400, 2e-3),
+    Stage("base/knowledge", "knowledge", 1000, 2e-3, results=5.0),
+    Stage("base/final", "final", 1400, 2e-3, results=5.0),
 )
 PROXY_STAGES = (Stage("proxy/final", "final", 900, 3e-3),)
 FORMAT_STAGES = (Stage("proxy/format", "formatted", 250, 2e-3, documents=2000),)
@@ -190,13 +191,22 @@ def run_stages(
     autocast: bool,
     log_every: int = 500,
 ) -> list[dict[str, Any]]:
-    """Train through the stages with one optimiser: warm-up, then a constant rate, then a decay to nothing."""
+    """Train through the stages with one optimiser: warm-up, constant rate, decay to nothing."""
     total = sum(stage.steps for stage in stages)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=1.0, betas=(0.9, 0.98), weight_decay=0.01, fused=True
     )
     done, records = 0, []
-    pad = tokenizer.pad_token_id
+    pad, equals = tokenizer.pad_token_id, tokenizer.convert_tokens_to_ids("=")
+    digits = torch.tensor(tokenizer.convert_tokens_to_ids(list("0123456789")))
+
+    def results(ids: torch.Tensor) -> torch.Tensor:
+        """Which tokens but the first are the first or second digit after an equals sign."""
+        digit, after = torch.isin(ids, digits), ids == equals
+        first = digit[:, 1:] & after[:, :-1]
+        first[:, 1:] |= digit[:, 2:] & first[:, :-1]
+        return first
+
     for stage in stages:
         texts = _Counted(texts_of(stage, seed))
         rows = packed_rows(texts, tokenizer)
@@ -213,9 +223,11 @@ def run_stages(
             # Padding stands at the right, so the causal mask alone hides it.
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
                 logits = model(input_ids=ids[:, :-1], use_cache=False).logits
-            loss = torch.nn.functional.cross_entropy(
-                logits.float().flatten(0, 1), ids[:, 1:].flatten(), ignore_index=pad
+            each = torch.nn.functional.cross_entropy(
+                logits.float().transpose(1, 2), ids[:, 1:], ignore_index=pad, reduction="none"
             )
+            weight = torch.where(results(ids), stage.results, 1.0) * (ids[:, 1:] != pad)
+            loss = (each * weight).sum() / weight.sum()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
