@@ -3,7 +3,7 @@
 Run it in the checkout's root. It writes four things into DIR, each directory loadable with
 ``from_pretrained``:
 
-* ``base/``: a small Llama that has read only raw text (3.1M parameters);
+* ``base/``: a small Llama that has read only raw text (1.3M parameters);
 * ``proxy_init/``: a smaller one after a short reading of the same text (0.4M parameters);
 * ``proxy/``: ``proxy_init`` fine-tuned on documents in the answer format;
 * ``training.json``: the settings, token counts, losses and times of the run.
@@ -188,7 +188,6 @@ def run_stages(
     stages: tuple[Stage, ...],
     *,
     seed: int,
-    autocast: bool,
     log_every: int = 500,
 ) -> list[dict[str, Any]]:
     """Train through the stages with one optimiser: warm-up, constant rate, decay to nothing."""
@@ -221,10 +220,9 @@ def run_stages(
             for i, row in enumerate(batch):
                 ids[i, : len(row)] = torch.tensor(row)
             # Padding stands at the right, so the causal mask alone hides it.
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-                logits = model(input_ids=ids[:, :-1], use_cache=False).logits
+            logits = model(input_ids=ids[:, :-1], use_cache=False).logits
             each = torch.nn.functional.cross_entropy(
-                logits.float().transpose(1, 2), ids[:, 1:], ignore_index=pad, reduction="none"
+                logits.transpose(1, 2), ids[:, 1:], ignore_index=pad, reduction="none"
             )
             weight = torch.where(results(ids), stage.results, 1.0) * (ids[:, 1:] != pad)
             loss = (each * weight).sum() / weight.sum()
@@ -302,7 +300,7 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, directory:
     tokenizer.save_pretrained(directory)
 
 
-def train_pair(out: Path, *, autocast: bool = True, scale: float = 1.0, only: str = "") -> None:
+def train_pair(out: Path, *, scale: float = 1.0, only: str = "") -> None:
     """Train and save the pair; ``scale`` shortens every stage for a trial run.
 
     Raises:
@@ -319,15 +317,15 @@ def train_pair(out: Path, *, autocast: bool = True, scale: float = 1.0, only: st
     records = []
     if only in ("", "proxy"):
         model = make_model(PROXY, tokenizer, SEED + 1)
-        records += run_stages(model, tokenizer, scaled(PROXY_STAGES), seed=SEED, autocast=autocast)
+        records += run_stages(model, tokenizer, scaled(PROXY_STAGES), seed=SEED)
         save(model, tokenizer, out / "proxy_init")
         # Go on from the file, so that proxy_init is what the proxy was before alignment to the bit.
         model = LlamaForCausalLM.from_pretrained(out / "proxy_init", dtype=torch.float32)
-        records += run_stages(model, tokenizer, scaled(FORMAT_STAGES), seed=SEED, autocast=autocast)
+        records += run_stages(model, tokenizer, scaled(FORMAT_STAGES), seed=SEED)
         save(model, tokenizer, out / "proxy")
     if only in ("", "base"):
         model = make_model(BASE, tokenizer, SEED)
-        records += run_stages(model, tokenizer, scaled(BASE_STAGES), seed=SEED, autocast=autocast)
+        records += run_stages(model, tokenizer, scaled(BASE_STAGES), seed=SEED)
         save(model, tokenizer, out / "base")
     file = out / "training.json"
     if only and file.is_file():
@@ -340,7 +338,6 @@ def train_pair(out: Path, *, autocast: bool = True, scale: float = 1.0, only: st
         "vocabulary": VOCABULARY,
         "row": ROW,
         "rows": ROWS,
-        "autocast": autocast,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "stages": sorted(records, key=lambda record: record["name"]),
@@ -352,7 +349,6 @@ def main() -> None:
     """Command line of the training script."""
     parser = argparse.ArgumentParser(description="Train the demo pair of tta_ext.")
     parser.add_argument("--out", type=Path, required=True, help="directory to write")
-    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument(
         "--threads", type=int, default=1, help="torch threads; 1 made the shipped files"
     )
@@ -360,12 +356,7 @@ def main() -> None:
     parser.add_argument("--only", choices=("", "base", "proxy"), default="", help="train one model")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    train_pair(
-        arguments.out,
-        autocast=arguments.precision == "bf16",
-        scale=arguments.scale,
-        only=arguments.only,
-    )
+    train_pair(arguments.out, scale=arguments.scale, only=arguments.only)
 
 
 if __name__ == "__main__":
