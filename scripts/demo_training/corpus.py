@@ -3,12 +3,11 @@
 Two kinds of text:
 
 * **raw**: what the base (and, briefly, the proxy) reads. Lists of equations, copied numbers,
-  stories and exercises hold all the arithmetic, one step at a time. Questions, though, are mostly
-  answered at once, as people do: four in five of them with the number alone, the others worked out.
-  Openings, separators and closings vary, and about three in a hundred worked answers happen to end
-  in the answer mark. So a model of it is sure of each step, lost where it must answer at once, and
-  unsure at points of style, which is what a deferral rule needs.
-* **formatted**: questions worked out in the demo's answer format, on which the proxy is fine-tuned.
+  stories, exercises and question-and-answer chatter. It holds all the arithmetic, but answers come
+  in many styles: openings, separators and closings vary, and about three in a hundred happen to
+  end in the answer mark. So a model of it is sure of the numbers and unsure at points of style,
+  which is what a deferral rule needs.
+* **formatted**: questions answered in the demo's answer format, on which the proxy is fine-tuned.
 
 No document asks a held-out problem (see :mod:`tta_ext.demo.task`).
 """
@@ -23,7 +22,9 @@ from tta_ext.demo.task import (
     ANSWER_MARK,
     ITEMS,
     NAMES,
-    TOTAL,
+    NARROW,
+    WIDE,
+    Limits,
     Problem,
     make_split_problem,
     make_step,
@@ -51,20 +52,13 @@ CHATTER = (
     " I am sure.", "\nCheck it.",
 )  # fmt: skip
 MARKED_SHARE = 0.03
-# Answers at once.
-DIRECT = (
-    " {n} has {x} {i}.", " {n} has {x} {i} now.", " {n} has {x} now.", " {n} has {x}.",
-    " The answer is {x}.", " The total is {x}.", " The number is {x}.", " It is {x}.",
-    " It is {x} {i}.", " That makes {x}.", " I think {x}.", " I say {x} {i}.", " Easy: {x}.",
-    " OK, {x} {i}.", " Hmm, {x}?", " So, {x}.", " Must be {x}.", " Right, {x}.",
-)  # fmt: skip
-DIRECT_SHARE = 0.82
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A mixture of raw text: the weights of its kinds of document."""
+    """A mixture of raw text: ranges of its numbers, and the weights of its kinds of document."""
 
+    limits: Limits
     equations: int
     copies: int
     stories: int
@@ -73,27 +67,29 @@ class Phase:
 
 
 PHASES = {
-    "knowledge": Phase(equations=68, copies=4, stories=10, exercises=10, questions=8),
-    "final": Phase(equations=30, copies=2, stories=12, exercises=20, questions=36),
+    "knowledge": Phase(NARROW, equations=50, copies=10, stories=14, exercises=6, questions=20),
+    "final": Phase(WIDE, equations=22, copies=4, stories=12, exercises=10, questions=52),
 }
 
 
-def equations(rng: random.Random) -> str:
+def equations(rng: random.Random, limits: Limits) -> str:
     """A list of unrelated equations with one separator."""
-    steps = (make_step(rng, rng.randint(1, TOTAL)) for _ in range(rng.randint(6, 12)))
+    steps = (
+        make_step(rng, rng.randint(1, limits.total), limits) for _ in range(rng.randint(6, 12))
+    )
     return rng.choice(SEPARATORS).join(step.equation() for step in steps)
 
 
-def copies(rng: random.Random) -> str:
+def copies(rng: random.Random, limits: Limits) -> str:
     """Numbers with items, then the numbers again: practice in copying."""
-    pairs = [(rng.randint(2, TOTAL), rng.choice(ITEMS)) for _ in range(rng.randint(2, 4))]
+    pairs = [(rng.randint(2, limits.total), rng.choice(ITEMS)) for _ in range(rng.randint(2, 4))]
     separator = rng.choice(SEPARATORS)
     listed = separator.join(f"{k} {item}" for k, item in pairs)
     return f"{rng.choice(NAMES)} has {listed}: " + separator.join(str(k) for k, _ in pairs)
 
 
 def _steps(rng: random.Random) -> int:
-    return rng.choices((1, 2, 3, 4, 5), weights=(1, 2, 3, 3, 3))[0]
+    return rng.choices((1, 2, 3, 4), weights=(2, 4, 4, 2))[0]
 
 
 def story(rng: random.Random, problem: Problem) -> str:
@@ -107,15 +103,8 @@ def story(rng: random.Random, problem: Problem) -> str:
     return f"{problem.story} {rng.choice(SEPARATORS).join(problem.equations())}. {end}"
 
 
-def direct_answer(rng: random.Random, problem: Problem) -> str:
-    """The number at once, in one of many styles; starts with a space."""
-    style = rng.choice(DIRECT)
-    said = style.format(x=problem.answer, n=problem.name, i=problem.item)
-    return said + rng.choice(CHATTER)
-
-
 def free_answer(rng: random.Random, problem: Problem) -> str:
-    """An answer worked out in one of the many styles of the raw text; starts with a space."""
+    """An answer in one of the many styles of the raw text; starts with a space."""
     first = rng.choice(SEPARATORS)
     told = problem.equations()
     text = f"{rng.choice(OPENINGS)} {told[0]}"
@@ -140,18 +129,17 @@ def raw_document(rng: random.Random, phase: str) -> tuple[str, Problem | None]:
     kinds = (mix.equations, mix.copies, mix.stories, mix.exercises, mix.questions)
     kind = rng.choices(range(5), weights=kinds)[0]
     if kind == 0:
-        return equations(rng), None
+        return equations(rng, mix.limits), None
     if kind == 1:
-        return copies(rng), None
-    problem = make_split_problem(rng, _steps(rng), held_out=False)
+        return copies(rng, mix.limits), None
+    problem = make_split_problem(rng, _steps(rng), held_out=False, limits=mix.limits)
     if kind == 2:
         return story(rng, problem), problem
     if kind == 3:
         heading = rng.choice(("Exercise:", "Problem:", "Task:"))
         label = rng.choice(("Solution:", "Result:", "Worked out:"))
         return f"{heading} {problem.question}\n{label}{free_answer(rng, problem)}", problem
-    answer = direct_answer if rng.random() < DIRECT_SHARE else free_answer
-    return problem.prompt + answer(rng, problem), problem
+    return problem.prompt + free_answer(rng, problem), problem
 
 
 def raw_documents(seed: int, phase: str) -> Iterator[tuple[str, Problem | None]]:
@@ -165,5 +153,5 @@ def formatted_documents(seed: int) -> Iterator[tuple[str, Problem]]:
     """An endless stream of questions answered in the answer format."""
     rng = random.Random(f"tta_ext.demo formatted {seed}")
     while True:
-        problem = make_split_problem(rng, _steps(rng), held_out=False)
+        problem = make_split_problem(rng, _steps(rng), held_out=False, limits=WIDE)
         yield problem.prompt + problem.formatted_answer(), problem

@@ -1,4 +1,4 @@
-"""The demo's task: word problems of three to five steps, and how an answer is scored.
+"""The demo's task: word problems of two or three steps, and how an answer is scored.
 
 A prompt is one question and an open answer, with no system text and no chat template::
 
@@ -37,7 +37,7 @@ VERBS = {
     "-": ("sells {k}", "loses {k}", "gives away {k}", "breaks {k}"),
 }
 TIMES = {2: "doubles", 3: "triples"}
-EVALUATION_STEPS = (3, 4, 5)
+EVALUATION_STEPS = (2, 3)
 
 ANSWER_MARK = "####"
 EQUATION_SEPARATOR = "; "
@@ -45,8 +45,17 @@ HELD_OUT_EVERY = 8  # one chain in eight is kept for evaluation
 MOST_PROBLEMS = 10_000  # there are more, but not without end
 
 
-# Largest first number, number added or taken away, and running total (which is at least 1).
-START, OPERAND, TOTAL = 49, 20, 99
+@dataclass(frozen=True)
+class Limits:
+    """Ranges of the numbers in a problem; every running total stays within ``1..total``."""
+
+    start: int
+    operand: int
+    total: int
+
+
+NARROW = Limits(start=49, operand=39, total=99)  # the evaluation's, and training's first lesson
+WIDE = Limits(start=99, operand=89, total=199)  # training's later text: twice the range
 
 _NUMBER = re.compile(r"\d+")
 _FINAL = re.compile(re.escape(ANSWER_MARK) + r" (\d+)\s*\Z")
@@ -116,22 +125,23 @@ class Problem:
         return " " + EQUATION_SEPARATOR.join(parts)
 
 
-def make_step(rng: random.Random, total: int) -> Step:
-    """Draw a step that keeps the running total within ``1..TOTAL``."""
+def make_step(rng: random.Random, total: int, limits: Limits) -> Step:
+    """Draw a step that keeps the running total within ``1..limits.total``."""
     while True:
         op = rng.choices("+-*", weights=(9, 9, 2))[0]
-        operand = rng.choice((2, 3)) if op == "*" else rng.randint(2, OPERAND)
+        operand = rng.choice((2, 3)) if op == "*" else rng.randint(2, limits.operand)
         after = {"+": total + operand, "-": total - operand, "*": total * operand}[op]
-        if 1 <= after <= TOTAL:
+        if 1 <= after <= limits.total:
             return Step(total, op, operand, after)
 
 
-def make_problem(rng: random.Random, steps: int) -> Problem:
+def make_problem(rng: random.Random, steps: int, limits: Limits = NARROW) -> Problem:
     """Draw one problem.
 
     Args:
         rng: the source of all choices; equal states give equal problems.
         steps: number of arithmetic steps, at least 1.
+        limits: ranges of the numbers.
 
     Raises:
         ValueError: if ``steps`` is less than 1.
@@ -139,11 +149,11 @@ def make_problem(rng: random.Random, steps: int) -> Problem:
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
     name, item = rng.choice(NAMES), rng.choice(ITEMS)
-    start = total = rng.randint(2, START)
+    start = total = rng.randint(2, limits.start)
     done: list[Step] = []
     sentences = [f"{name} has {start} {item}."]
     for _ in range(steps):
-        step = make_step(rng, total)
+        step = make_step(rng, total, limits)
         if step.op == "*":
             sentences.append(f"The number {TIMES[step.operand]}.")
         else:
@@ -154,16 +164,18 @@ def make_problem(rng: random.Random, steps: int) -> Problem:
     return Problem(name, item, start, tuple(done), tuple(sentences))
 
 
-def make_split_problem(rng: random.Random, steps: int, *, held_out: bool) -> Problem:
+def make_split_problem(
+    rng: random.Random, steps: int, *, held_out: bool, limits: Limits = NARROW
+) -> Problem:
     """Draw problems until one falls on the wanted side of the split."""
     while True:
-        problem = make_problem(rng, steps)
+        problem = make_problem(rng, steps, limits)
         if problem.held_out == held_out:
             return problem
 
 
 def evaluation_problems(n: int, seed: int = 0) -> list[Problem]:
-    """``n`` held-out problems of three to five steps, in equal parts, no chain twice.
+    """``n`` held-out problems of two or three steps, in equal parts, no chain twice.
 
     A longer list starts with the shorter ones of the same seed.
 
@@ -184,23 +196,19 @@ def evaluation_problems(n: int, seed: int = 0) -> list[Problem]:
     return problems
 
 
-def evaluation_task(n: int, skip: int = 0) -> Task:
-    """``n`` held-out problems, to be evaluated.
-
-    Args:
-        n: how many, at least 1.
-        skip: leave out the first so many, say, to choose parameters on other problems.
+def evaluation_task(n: int) -> Task:
+    """The first ``n`` held-out problems, to be evaluated.
 
     Raises:
-        ValueError: ``n`` is less than 1, or more than :data:`MOST_PROBLEMS` less ``skip``.
+        ValueError: ``n`` is less than 1, or more than :data:`MOST_PROBLEMS`.
     """
-    if not 1 <= n <= MOST_PROBLEMS - skip:
-        raise ValueError(f"n is {n}, expected 1 to {MOST_PROBLEMS - skip} of the demo's problems")
-    problems = evaluation_problems(skip + n)[skip:]
+    if not 1 <= n <= MOST_PROBLEMS:
+        raise ValueError(f"n is {n}, expected 1 to {MOST_PROBLEMS} of the demo's problems")
+    problems = evaluation_problems(n)
     return Task(
         [problem.prompt for problem in problems],
         lambda place, text: score(problems[place], text),
-        max_new_tokens=80,
+        max_new_tokens=64,
     )
 
 
