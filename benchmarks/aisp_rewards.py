@@ -162,10 +162,6 @@ def slug(name: str) -> str:
     return name.replace(":", "_")
 
 
-def indifferent(prompts: Sequence[Any], responses: Sequence[Any]) -> list[float]:
-    return [0.0] * len(responses)
-
-
 def rescored(
     result: SearchResult, at: int, reward: Reward, choose: Callable[[Sequence[float]], int]
 ) -> dict[str, Any]:
@@ -369,7 +365,7 @@ class Bench:
             return
         cell = cells[0]
         drawn = BestOfN(
-            self.model, indifferent, self.tokenizer, n=cell.samples or 1, group=16,
+            self.model, preference.indifferent, self.tokenizer, n=cell.samples or 1, group=16,
             max_new_tokens=cell.length,
         )  # fmt: skip
         result = drawn.generate(

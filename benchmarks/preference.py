@@ -118,14 +118,15 @@ class PreferenceReward:
         return values
 
 
+def indifferent(prompts: Sequence[Any], responses: Sequence[Any]) -> list[float]:
+    """The reward of searches that only draw answers."""
+    return [0.0] * len(responses)
+
+
 def drawn_answers(
     model: Any, tokenizer: Any, prompts: Sequence[Any], n: int, length: int, seed: int
 ) -> list[list[str]]:
     """Texts of n answers to each prompt: half sampled, half under AISP's noise."""
-
-    def indifferent(asked: Sequence[Any], answers: Sequence[Any]) -> list[float]:
-        return [0.0] * len(answers)
-
     shared: dict[str, Any] = {"max_new_tokens": length, "batch_size": 64}
     arguments = model, indifferent, tokenizer
     noisy = AdaptiveImportanceSampling(

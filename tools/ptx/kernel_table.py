@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -239,17 +239,17 @@ def measure(
     return sorted(kernels, key=lambda k: (k.file, k.kernel, int(k.arch[3:])))
 
 
+def _page(head: str, names: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A sentence, and a table in Markdown."""
+    header, *lines = (f"| {' | '.join(row)} |" for row in (names, *rows))
+    return "\n".join([head, "", header, "|" + "---|" * len(names), *lines])
+
+
 def render(kernels: Sequence[Kernel], compiler: str) -> str:
     """The table as Markdown."""
     names = [field.name for field in fields(Kernel)]
-    lines = [
-        f"Compiled by {compiler}; no GPU was involved.",
-        "",
-        f"| {' | '.join(names)} |",
-        "|" + "---|" * len(names),
-        *(f"| {' | '.join(str(getattr(k, name)) for name in names)} |" for k in kernels),
-    ]
-    return "\n".join(lines)
+    rows = ([str(getattr(k, name)) for name in names] for k in kernels)
+    return _page(f"Compiled by {compiler}; no GPU was involved.", names, rows)
 
 
 def summary(kernels: Sequence[Kernel], compiler: str) -> str:
@@ -258,14 +258,8 @@ def summary(kernels: Sequence[Kernel], compiler: str) -> str:
     for k in kernels:
         cells.setdefault(k.kernel, {})[k.arch] = f"{k.registers} / {k.spills}"
     names = list(dict.fromkeys(k.arch for k in kernels))
-    lines = [
-        f"Registers a thread / spilled bytes, by {compiler}.",
-        "",
-        f"| kernel | {' | '.join(names)} |",
-        "|---|" + "---|" * len(names),
-        *(f"| `{k}` | {' | '.join(row[a] for a in names)} |" for k, row in cells.items()),
-    ]
-    return "\n".join(lines)
+    rows = ([f"`{kernel}`", *(row[arch] for arch in names)] for kernel, row in cells.items())
+    return _page(f"Registers a thread / spilled bytes, by {compiler}.", ["kernel", *names], rows)
 
 
 def main() -> None:

@@ -257,16 +257,13 @@ class _VLLM(_Pair):
         engine = OfflinePair(pair, rule, dtype=loading["dtype"], tensor_parallel_size=size)
         import vllm  # a pair has told if it is missing
 
-        return (
-            engine,
-            lambda: (
-                {"backend": "vllm", "vllm": vllm.__version__, "tensor_parallel_size": size}
-                | {
-                    name: {"fingerprint": fingerprint(source), "dtype": loading["dtype"]}
-                    for name, source in named.items()
-                }
-            ),
-        )
+        def facts() -> dict[str, Any]:
+            return {"backend": "vllm", "vllm": vllm.__version__, "tensor_parallel_size": size} | {
+                name: {"fingerprint": fingerprint(source), "dtype": loading["dtype"]}
+                for name, source in named.items()
+            }
+
+        return engine, facts
 
 
 class _Stream(_Pair):
