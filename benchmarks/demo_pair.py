@@ -1,7 +1,9 @@
-"""All rules on the demo's held-out problems, many parameters, with paired differences.
+"""All rules on the demo's held-out problems, with paired differences.
 
-``python -m benchmarks.demo_pair --n 500 --json OUT`` prints the whole table; ``tta demo`` shows a
-short one. With ``--journal`` a run that was cut off goes on from its last batch.
+``python -m benchmarks.demo_pair --json OUT``: each rule's parameter is chosen on problems kept for
+tuning, one for greedy and sampled answers alike; the chosen settings and both models alone then
+answer the ``--n`` evaluation problems. ``tta demo`` shows a short table. With ``--journal`` a run
+that was cut off goes on from its last batch.
 """
 
 from __future__ import annotations
@@ -9,9 +11,10 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import math
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -24,8 +27,10 @@ from tta_ext.evaluation import (
     IMPLICIT_REWARD,
     MODES,
     PROXY_ALONE,
+    Models,
     Row,
     Setting,
+    Task,
     difference,
     evaluate,
 )
@@ -37,74 +42,80 @@ def _settings(rule: str, *params: float, critical: str = "exclude") -> tuple[Set
 
 
 SWEEP = (
-    Setting(BASE_ALONE),
-    Setting(PROXY_ALONE),
-    *_settings("knapsack", 0.1, 0.3, 0.5, 0.7, 0.9, 0.95),
-    *_settings("knapsack", 0.5, 0.9, critical="include"),
-    *_settings("knapsack", 0.5, 0.9, critical="split"),
-    *_settings("threshold", 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 0.95),
-    *_settings("confidence_bet", 0.0, 0.2, 0.4, 0.6, 0.8),
-    *_settings("nudging", 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 0.95),
-    *_settings("relative", 0.05, 0.2, 0.5),
+    *_settings("knapsack", 0.3, 0.6, 0.9),
+    *_settings("threshold", 0.2, 0.3, 0.4, 0.5, 0.6),
+    *_settings("confidence_bet", 0.0, 0.2, 0.4, 0.6),
+    *_settings("nudging", 0.3, 0.4, 0.5, 0.6),
+    *_settings("relative", 0.05, 0.2),
     Setting("argmax"),
-    *_settings("proxy_below", -0.5, -0.2, 0.0),
-    *_settings("proxy_above", -0.2, 0.0, 0.3),
-    *_settings("relative_ratio", 0.3, 0.6, 0.9),
+    *_settings("proxy_below", -0.2, 0.0),
+    *_settings("proxy_above", -0.2, 0.0),
+    *_settings("relative_ratio", 0.1, 0.3, 0.6),
     *_settings("optimal", -0.3, 0.0, 0.3),
     *_settings(IMPLICIT_REWARD, 0.5, 1.0, 1.5),
 )
+KAD_RULES = ("knapsack", "threshold")
 
 
-def best_by_rule(rows: Iterable[Row], mode: str) -> dict[str, Row]:
-    """The row of highest exact match for each rule; ties to the earlier."""
-    best: dict[str, Row] = {}
+def chosen(rows: Iterable[Row]) -> list[Setting]:
+    """A setting for each rule, by the mean of its exact match over the modes; the best rule first.
+
+    Ties go to the earlier setting.
+    """
+    found: dict[Setting, list[float]] = {}
     for row in rows:
-        rule = row.setting.rule
-        if row.mode == mode and (rule not in best or row.exact > best[rule].exact):
-            best[rule] = row
-    return best
+        found.setdefault(row.setting, []).append(row.exact)
+    best: dict[str, Setting] = {}
+    for setting in sorted(found, key=lambda one: -sum(found[one])):
+        best.setdefault(setting.rule, setting)
+    return list(best.values())
 
 
 def summary(rows: Sequence[Row]) -> dict[str, Any]:
-    """The table's main comparisons for each mode, with paired standard errors.
+    """What the first setting of knapsack or threshold gains in each mode, with paired errors.
 
-    Parameters are chosen on the same problems, which flatters every swept rule alike.
+    Each entry is a pair: difference, standard error. ``behind`` holds every other setting's.
     """
     result: dict[str, Any] = {}
     for mode in dict.fromkeys(row.mode for row in rows):
-        best = best_by_rule(rows, mode)
-        kad = [best[rule] for rule in ("knapsack", "threshold") if rule in best]
-        if not kad or BASE_ALONE not in best or PROXY_ALONE not in best:
+        by = {row.setting.rule: row for row in reversed(rows) if row.mode == mode}
+        kad = next((r for r in rows if r.mode == mode and r.setting.rule in KAD_RULES), None)
+        if kad is None or BASE_ALONE not in by or PROXY_ALONE not in by:
             continue
-        top = max(kad, key=lambda row: row.exact)
-        base, proxy = best[BASE_ALONE], best[PROXY_ALONE]
-        steered = [row for rule, row in best.items() if rule not in (BASE_ALONE, PROXY_ALONE)]
-        ranked = sorted(steered, key=lambda row: -row.exact)
-        pairs = []
-        for i, one in enumerate(ranked):
-            for other in ranked[i + 1 :]:
-                mean, error = difference(one, other)
-                apart = mean / error if error else (math.inf if mean else 0.0)
-                pairs.append(
-                    {
-                        "better": one.setting.label,
-                        "worse": other.setting.label,
-                        "difference": round(mean, 4),
-                        "stderr": round(error, 4),
-                        "stderrs_apart": None if math.isinf(apart) else round(apart, 1),
-                    }
-                )
+        base, proxy = by[BASE_ALONE], by[PROXY_ALONE]
         result[mode] = {
-            "best_kad": top.setting.label,
-            "exact": top.exact,
-            "over_base": difference(top, base),
-            "over_proxy": difference(top, proxy),
+            "kad": kad.setting.label,
+            "exact": kad.exact,
             "base_lenient": base.lenient,
-            "over_base_lenient": difference(top.outcomes, base.lenient_outcomes),
-            "best_by_rule": {row.setting.rule: [row.setting.label, row.exact] for row in ranked},
-            "differences": pairs,
+            "over_base": difference(kad, base),
+            "over_base_lenient": difference(kad.outcomes, base.lenient_outcomes),
+            "over_proxy": difference(kad, proxy),
+            "behind": {
+                row.setting.label: difference(kad, row)
+                for row in rows
+                if row.mode == mode and row.setting.rule not in (BASE_ALONE, PROXY_ALONE)
+            },
         }
     return result
+
+
+def speeds(models: Models, setting: Setting, rounds: int = 20) -> list[dict[str, Any]]:
+    """Tokens a second of the plain loop and of ``speculative="auto"``, in turns."""
+    keys: dict[str, Any] = {"max_new_tokens": 32, "eos_token_id": []}
+    found = []
+    for count in (1, 16):
+        prompts = evaluation_task(count).prompts
+        loops = {name: models.decoder(setting, speculative=name) for name in (None, "auto")}
+        seconds: dict[Any, list[float]] = {name: [] for name in loops}
+        for seed in range(-1, rounds):
+            for name, kad in loops.items():
+                start = time.perf_counter()
+                kad.generate(prompts, seed=max(seed, 0), **keys)
+                if seed >= 0:  # the first one warms up
+                    seconds[name].append(time.perf_counter() - start)
+        plain, drafted = (32 * count / median(seconds[name]) for name in loops)
+        found.append({"rows": count, "plain": round(plain), "speculative": round(drafted)})
+    return found
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -113,6 +124,7 @@ def table(rows: Sequence[Row]) -> str:
         "exact",
         "±",
         "lenient",
+        "±",
         "formatted",
         "proxy calls",
         "deferred",
@@ -124,14 +136,15 @@ def table(rows: Sequence[Row]) -> str:
         deferred = "-" if row.deferred_rate is None else f"{row.deferred_rate:.3f}"
         lines.append(
             f"| {row.setting.label} | {row.mode} | {row.exact:.3f} | {row.exact_stderr:.3f} "
-            f"| {row.lenient:.3f} | {row.formatted:.3f} | {row.proxy_call_rate:.3f} "
-            f"| {deferred} | {row.tokens:.1f} | {row.tokens_per_second:.0f} |"
+            f"| {row.lenient:.3f} | {row.lenient_stderr:.3f} | {row.formatted:.3f} "
+            f"| {row.proxy_call_rate:.3f} | {deferred} | {row.tokens:.1f} "
+            f"| {row.tokens_per_second:.0f} |"
         )
     return "\n".join(lines)
 
 
-def report(result: dict[str, Any], rows: Sequence[Row]) -> str:
-    """A Markdown page: how it was run, what was found, the table."""
+def report(result: dict[str, Any], rows: Sequence[Row], tuning: Sequence[Row]) -> str:
+    """A Markdown page: how it was run, what was found, the tables."""
     lines = [
         "# Demo pair: all rules",
         "",
@@ -139,42 +152,59 @@ def report(result: dict[str, Any], rows: Sequence[Row]) -> str:
         "",
         f"n = {result['n']} held-out problems, seed {result['seed']}, pair {result['pair']}, torch "
         f"{result['torch']}, {result['threads']} thread(s), batches of {result['batch_size']}. "
-        "Standard errors are binomial; differences are paired over problems. Parameters are chosen "
-        "on the same problems, which flatters every swept rule alike.",
+        "Standard errors are binomial; differences are paired over problems. Each rule has one "
+        f"setting for both modes, chosen on {result['tuning']} other problems (last table).",
         *(["", result["note"]] if result.get("note") else []),
         "",
     ]
+
+    def gain(pair: tuple[float, float]) -> str:
+        return f"{pair[0]:+.3f} ± {pair[1]:.3f}"
+
     for mode, found in result["summary"].items():
-        base, proxy = found["over_base"], found["over_proxy"]
-        gain, error = found["over_base_lenient"]
-        verdict = "beats" if gain > 2 * error else "loses to" if gain < -2 * error else "equals"
         lines += [
-            f"**{mode}**: {found['best_kad']} {found['exact']:.3f}; over the base alone "
-            f"{base[0]:+.3f} ± {base[1]:.3f}, over the proxy alone {proxy[0]:+.3f} ± "
-            f"{proxy[1]:.3f}; with its exact match it {verdict} (within two standard errors) the "
-            f"base's format-free score {found['base_lenient']:.3f}: {gain:+.3f} ± {error:.3f}.",
+            f"**{mode}**: {found['kad']} {found['exact']:.3f}; over the base's format-free score "
+            f"{found['base_lenient']:.3f} {gain(found['over_base_lenient'])}; over the base "
+            f"{gain(found['over_base'])}; over the proxy {gain(found['over_proxy'])}.",
             "",
-            "| best of each rule | exact | behind the first |",
-            "|---|---:|---:|",
         ]
-        behind = {}
-        for pair in found["differences"]:
-            if pair["better"] == next(iter(found["best_by_rule"].values()))[0]:
-                behind[pair["worse"]] = f"{pair['difference']:.3f} ± {pair['stderr']:.3f}"
-        for label, exact in found["best_by_rule"].values():
-            lines.append(f"| {label} | {exact:.3f} | {behind.get(label, '')} |")
+    lines += [table(rows), ""]
+    if result.get("speeds"):
+        lines += [
+            f"Tokens a second of {result['kad']}, sampled, plain and with drafts "
+            '(`speculative="auto"`), medians of twenty runs in turns:',
+            "",
+            "| rows | plain | speculative |",
+            "|---:|---:|---:|",
+            *(f"| {s['rows']} | {s['plain']} | {s['speculative']} |" for s in result["speeds"]),
+            "",
+        ]
+    if result["summary"]:
+        modes = list(result["summary"])
+        lines += [
+            f"| behind {result['kad']} | {' | '.join(modes)} |",
+            "|---|" + "---|" * len(modes),
+        ]
+        for label in result["summary"][modes[0]]["behind"]:
+            if label != result["kad"]:
+                cells = [gain(result["summary"][mode]["behind"][label]) for mode in modes]
+                lines.append(f"| {label} | {' | '.join(cells)} |")
         lines.append("")
-    return "\n".join([*lines, table(rows), ""])
+    if tuning:
+        lines += [f"The sweep, on {result['tuning']} problems that are not among these:", ""]
+        lines += [table(tuning), ""]
+    return "\n".join(lines)
 
 
 def main() -> None:
     """Command line of the evaluation."""
     parser = argparse.ArgumentParser(description="Evaluate deferral rules on the demo pair.")
-    parser.add_argument("--n", type=int, default=500, help="number of held-out problems")
-    parser.add_argument("--rules", nargs="*", help="e.g. base threshold:0.4 knapsack:0.9:split")
+    parser.add_argument("--n", type=int, default=1000, help="number of held-out problems")
+    parser.add_argument("--tuning", type=int, default=100, help="other problems, for parameters")
+    parser.add_argument("--rules", nargs="*", help="these settings alone, e.g. base threshold:0.4")
     parser.add_argument("--modes", nargs="*", default=list(MODES), choices=MODES)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch-size", type=int, default=100)
+    parser.add_argument("--batch-size", type=int, default=250)
     parser.add_argument("--pair", type=Path, default=ASSETS, help="directory of another pair")
     parser.add_argument("--journal", type=Path, help="JSONL file; a cut-off run resumes from it")
     parser.add_argument(
@@ -187,34 +217,50 @@ def main() -> None:
         torch.set_num_threads(arguments.threads)
     names = ("base", "proxy", "proxy_init")
     weights = [(arguments.pair / name / "model.safetensors").read_bytes() for name in names]
-    rows = []
-    for row in evaluate(
-        load_models(*(str(arguments.pair / name) for name in names)),
-        evaluation_task(arguments.n),
-        arguments.rules or SWEEP,
-        modes=arguments.modes,
-        seed=arguments.seed,
-        batch_size=arguments.batch_size,
-        journal=Journal(arguments.journal),
-    ):
-        rows.append(row)
-        print(table([row]).splitlines()[-1], flush=True)
+    models = load_models(*(str(arguments.pair / name) for name in names))
+    journal = Journal(arguments.journal)
+
+    def answered(task: Task, settings: Sequence[Setting | str]) -> list[Row]:
+        rows = []
+        for row in evaluate(
+            models,
+            task,
+            settings,
+            modes=arguments.modes,
+            seed=arguments.seed,
+            batch_size=arguments.batch_size,
+            journal=journal,
+        ):
+            rows.append(row)
+            print(table([row]).splitlines()[-1], flush=True)
+        return rows
+
+    tuning: list[Row] = []
+    settings: Sequence[Setting | str] = arguments.rules or ()
+    if not settings:
+        tuning = answered(evaluation_task(arguments.tuning, skip=arguments.n), SWEEP)
+        settings = [Setting(BASE_ALONE), Setting(PROXY_ALONE), *chosen(tuning)]
+    rows = answered(evaluation_task(arguments.n), settings)
+    kad = next((row.setting for row in rows if row.setting.rule in KAD_RULES), None)
     result = {
         "command": f"python -m benchmarks.demo_pair --n {arguments.n}",
         "n": arguments.n,
+        "tuning": arguments.tuning,
         "seed": arguments.seed,
         "batch_size": arguments.batch_size,
         "pair": hashlib.sha256(b"".join(weights)).hexdigest()[:16],
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "note": arguments.note,
+        "kad": kad and kad.label,
         "summary": summary(rows),
+        "speeds": kad and speeds(models, kad),
         "rows": [row.as_dict() for row in rows],
     }
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
-        arguments.json.with_suffix(".md").write_text(report(result, rows))
+        arguments.json.with_suffix(".md").write_text(report(result, rows, tuning))
 
 
 if __name__ == "__main__":

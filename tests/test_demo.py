@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+from dataclasses import replace
 from itertools import islice
 
 import pytest
@@ -21,8 +22,9 @@ from tta_ext.demo import task
 from tta_ext.demo.pair import ASSETS
 from tta_ext.journal import Journal
 
-EVALUATION_DIGEST = "77e97321fbdd3da0"
+EVALUATION_DIGEST = "dcac9e859480e4d4"
 KAD = "threshold:0.4"
+OTHER = evaluation.Setting("threshold", 0.9)
 
 PROBLEM = task.Problem(
     name="Tom",
@@ -73,7 +75,7 @@ def test_problems_are_sound():
             assert step.before == total
             total = eval(f"{total}{step.op}{step.operand}")
             assert step.after == total
-            assert 1 <= total <= task.NARROW.total
+            assert 1 <= total <= task.TOTAL
         assert problem.answer == total
         assert str(problem.start) in problem.prompt
         assert task.score(problem, problem.formatted_answer()).exact
@@ -83,6 +85,9 @@ def test_evaluation_is_a_function_of_its_seed():
     first = task.evaluation_problems(50, seed=0)
     assert first == task.evaluation_problems(80, seed=0)[:50]
     assert first != task.evaluation_problems(50, seed=1)
+    kept = task.evaluation_task(20, skip=30)
+    assert list(kept.prompts) == [problem.prompt for problem in first[30:]]
+    assert kept.score(0, first[30].formatted_answer()).exact
     # The generator must not change silently: figures on record belong to these problems.
     text = "\n".join(problem.prompt for problem in task.evaluation_problems(500))
     assert hashlib.sha256(text.encode()).hexdigest()[:16] == EVALUATION_DIGEST
@@ -108,15 +113,21 @@ def test_formatted_documents_follow_the_format():
         assert task.score(problem, text[len(problem.prompt) :]).exact
 
 
-def test_raw_text_holds_the_answers_but_rarely_the_mark():
-    marked = asked = 0
+def test_raw_text_holds_every_step_but_questions_are_mostly_answered_at_once():
+    marked = worked = asked = at_once = 0
     for text, problem in islice(corpus.raw_documents(0, "final"), 3000):
         if problem is None:
             continue
-        asked += 1
+        assert str(problem.answer) in text
+        steps = [equation in text for equation in problem.equations()]
+        assert all(steps) or not any(steps)
+        worked += all(steps)
         marked += task.ANSWER_MARK in text
-        assert all(equation in text for equation in problem.equations())
-    assert 0 < marked / asked < 0.05
+        asked += text.startswith("Q:")
+        at_once += text.startswith("Q:") and not any(steps)
+    assert worked > 1000
+    assert 0 < marked / worked < 0.05
+    assert at_once / asked == pytest.approx(corpus.DIRECT_SHARE, abs=0.04)
 
 
 @pytest.mark.parametrize("most", [1500, pytest.param(None, marks=pytest.mark.slow)])
@@ -199,14 +210,14 @@ def test_assets_load_with_transformers(name):
 
 
 def test_deferral_beats_both_models(small_run):
-    """A small run of the claim; benchmarks/results/demo_pair.md has it at n = 500."""
+    """A small run of the claim; benchmarks/results/demo_pair.md has it at n = 1000."""
     by = {(row.setting.label, row.mode): row for row in small_run}
     label = evaluation.Setting.parse(KAD).label
     for mode in evaluation.MODES:
         kad, base, proxy = by[label, mode], by["base", mode], by["proxy", mode]
-        assert kad.exact >= base.exact + 0.3
-        assert kad.exact >= proxy.exact + 0.3
-        assert base.lenient > base.exact + 0.3
+        # Whatever the format of their answers.
+        assert kad.exact >= base.lenient + 0.25
+        assert kad.exact >= proxy.lenient + 0.25
         assert proxy.formatted > 0.9
         assert 0.0 < kad.deferred_rate <= kad.proxy_call_rate < 0.6
         assert base.proxy_call_rate == base.deferred_rate == 0.0
@@ -298,6 +309,8 @@ def test_bad_settings_are_named(text, named):
 def test_bad_arguments_are_named(pair):
     with pytest.raises(ValueError, match="n is 0"):
         task.evaluation_task(0)
+    with pytest.raises(ValueError, match="n is 2, expected 1 to 1 "):
+        task.evaluation_task(2, skip=task.MOST_PROBLEMS - 1)
     with pytest.raises(ValueError, match="warm"):
         evaluate(pair, ["base"], 1, modes=["warm"])
     with pytest.raises(ValueError, match="batch_size is 0"):
@@ -308,20 +321,33 @@ def test_table_and_summary(small_run):
     rows = small_run
     assert len(demo_pair.table(rows).splitlines()) == 2 + len(rows)
     result = demo_pair.summary(rows)
-    assert result["greedy"]["best_kad"] == "threshold 0.4"
+    assert result["greedy"]["kad"] == "threshold 0.4"
+    assert result["greedy"]["over_base_lenient"][0] == pytest.approx(
+        rows[4].exact - rows[0].lenient
+    )
+    # One setting a rule for both modes, the best rule first.
+    best = demo_pair.chosen([*rows, *(replace(row, exact=0.0, setting=OTHER) for row in rows[4:])])
+    assert best[0].rule == "threshold"
+    assert OTHER not in best
+    assert len(best) == 3
     json.dumps([result, *(row.as_dict() for row in rows)], allow_nan=False)
     run = {
         "command": "x",
         "n": 40,
+        "tuning": 40,
+        "kad": "threshold 0.4",
         "seed": 0,
         "pair": "",
         "torch": "",
         "threads": 1,
         "batch_size": 40,
     }
-    page = demo_pair.report(run | {"summary": result}, rows)
+    speeds = [{"rows": 1, "plain": 300, "speculative": 400}]
+    page = demo_pair.report(run | {"summary": result, "speeds": speeds}, rows, rows[:1])
     assert "format-free" in page
+    assert "| 1 | 300 | 400 |" in page
     assert demo_pair.table(rows) in page
+    assert demo_pair.table(rows[:1]) in page
     mean, error = evaluation.difference(rows[4], rows[4])
     assert mean == error == 0.0
 

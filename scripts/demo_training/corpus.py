@@ -3,11 +3,12 @@
 Two kinds of text:
 
 * **raw**: what the base (and, briefly, the proxy) reads. Lists of equations, copied numbers,
-  stories, exercises and question-and-answer chatter. It holds all the arithmetic, but answers come
-  in many styles: openings, separators and closings vary, and about three in a hundred happen to
-  end in the answer mark. So a model of it is sure of the numbers and unsure at points of style,
-  which is what a deferral rule needs.
-* **formatted**: questions answered in the demo's answer format, on which the proxy is fine-tuned.
+  stories and exercises hold all the arithmetic, one step at a time. Questions, though, are mostly
+  answered at once, as people do: three in four with the number alone, the others worked out.
+  Openings, separators and closings vary, and about three in a hundred worked answers happen to end
+  in the answer mark. So a model of it is sure of each step, lost where it must answer at once, and
+  unsure at points of style, which is what a deferral rule needs.
+* **formatted**: questions worked out in the demo's answer format, on which the proxy is fine-tuned.
 
 No document asks a held-out problem (see :mod:`tta_ext.demo.task`).
 """
@@ -22,16 +23,14 @@ from tta_ext.demo.task import (
     ANSWER_MARK,
     ITEMS,
     NAMES,
-    NARROW,
-    WIDE,
-    Limits,
+    TOTAL,
     Problem,
     make_split_problem,
     make_step,
 )
 
 OPENINGS = (
-    "", "", " Well,", " Let's see:", " Hmm,", " Easy:", " OK,", " Sure:", " So,", " I think",
+    "", "", "", "", " Let's see:", " Hmm,", " Easy:", " OK,", " Sure:", " So,", " I think",
     " First", " My way:", " Look:", " Right,",
 )  # fmt: skip
 SEPARATORS = ("; ", ", ", ". ", " and ", " then ", " -> ", ", so ", ", then ", " | ", "\n")
@@ -52,44 +51,68 @@ CHATTER = (
     " I am sure.", "\nCheck it.",
 )  # fmt: skip
 MARKED_SHARE = 0.03
+# Answers at once. In the last phase many of them begin alike, and no worked answer does so: the
+# likeliest beginning of an answer is one of theirs.
+MIXED = (
+    " {n} has {x} {i}.", " {n} has {x} {i} now.", " {n} has {x} now.", " {n} has {x}.",
+    " The answer is {x}.", " The total is {x}.", " The number is {x}.", " It is {x}.",
+    " It is {x} {i}.", " That makes {x}.", " I think {x}.", " I say {x} {i}.", " Easy: {x}.",
+    " OK, {x} {i}.", " Hmm, {x}?", " So, {x}.", " Must be {x}.", " Right, {x}.",
+)  # fmt: skip
+ALIKE = (
+    " I think {x}.", " I think {x} {i}.", " I say {x}.", " I say {x} {i}.", " I get {x}.",
+    " I get {x} {i}.", " I believe {x}.", " I believe {x} {i}.", " I guess {x}.",
+    " I guess {x} {i}.", " {n} has {x} {i}.", " The answer is {x}.", " It is {x} {i}.",
+    " That makes {x}.", " Easy: {x}.", " OK, {x} {i}.", " Hmm, {x}?", " So, {x}.", " Must be {x}.",
+    " Right, {x}.",
+)  # fmt: skip
+DIRECT_SHARE = 0.75
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A mixture of raw text: ranges of its numbers, and the weights of its kinds of document."""
+    """A mixture of raw text: the weights of its kinds of document, and how answers begin."""
 
-    limits: Limits
     equations: int
     copies: int
     stories: int
     exercises: int
     questions: int
+    openings: tuple[str, ...] = OPENINGS
+    direct: tuple[str, ...] = MIXED
 
 
 PHASES = {
-    "knowledge": Phase(NARROW, equations=50, copies=10, stories=14, exercises=6, questions=20),
-    "final": Phase(WIDE, equations=22, copies=4, stories=12, exercises=10, questions=52),
+    "knowledge": Phase(equations=68, copies=4, stories=10, exercises=10, questions=8),
+    "final": Phase(equations=30, copies=2, stories=12, exercises=20, questions=36),
+    "reading": Phase(
+        equations=10,
+        copies=10,
+        stories=20,
+        exercises=25,
+        questions=35,
+        openings=tuple(dict.fromkeys(opening for opening in OPENINGS if opening != " I think")),
+        direct=ALIKE,
+    ),
 }
 
 
-def equations(rng: random.Random, limits: Limits) -> str:
+def equations(rng: random.Random) -> str:
     """A list of unrelated equations with one separator."""
-    steps = (
-        make_step(rng, rng.randint(1, limits.total), limits) for _ in range(rng.randint(6, 12))
-    )
+    steps = (make_step(rng, rng.randint(1, TOTAL)) for _ in range(rng.randint(6, 12)))
     return rng.choice(SEPARATORS).join(step.equation() for step in steps)
 
 
-def copies(rng: random.Random, limits: Limits) -> str:
+def copies(rng: random.Random) -> str:
     """Numbers with items, then the numbers again: practice in copying."""
-    pairs = [(rng.randint(2, limits.total), rng.choice(ITEMS)) for _ in range(rng.randint(2, 4))]
+    pairs = [(rng.randint(2, TOTAL), rng.choice(ITEMS)) for _ in range(rng.randint(2, 4))]
     separator = rng.choice(SEPARATORS)
     listed = separator.join(f"{k} {item}" for k, item in pairs)
     return f"{rng.choice(NAMES)} has {listed}: " + separator.join(str(k) for k, _ in pairs)
 
 
 def _steps(rng: random.Random) -> int:
-    return rng.choices((1, 2, 3, 4), weights=(2, 4, 4, 2))[0]
+    return rng.choices((1, 2, 3, 4, 5), weights=(1, 2, 3, 3, 3))[0]
 
 
 def story(rng: random.Random, problem: Problem) -> str:
@@ -103,11 +126,18 @@ def story(rng: random.Random, problem: Problem) -> str:
     return f"{problem.story} {rng.choice(SEPARATORS).join(problem.equations())}. {end}"
 
 
-def free_answer(rng: random.Random, problem: Problem) -> str:
-    """An answer in one of the many styles of the raw text; starts with a space."""
+def direct_answer(rng: random.Random, problem: Problem, styles: tuple[str, ...]) -> str:
+    """The number at once, in one of many styles; starts with a space."""
+    style = rng.choice(styles)
+    said = style.format(x=problem.answer, n=problem.name, i=problem.item)
+    return said + rng.choice(CHATTER)
+
+
+def free_answer(rng: random.Random, problem: Problem, openings: tuple[str, ...]) -> str:
+    """An answer worked out in one of the many styles of the raw text; starts with a space."""
     first = rng.choice(SEPARATORS)
     told = problem.equations()
-    text = f"{rng.choice(OPENINGS)} {told[0]}"
+    text = f"{rng.choice(openings)} {told[0]}"
     for equation in told[1:]:
         # Mostly one separator an answer, as people write.
         text += (first if rng.random() < 0.7 else rng.choice(SEPARATORS)) + equation
@@ -129,17 +159,20 @@ def raw_document(rng: random.Random, phase: str) -> tuple[str, Problem | None]:
     kinds = (mix.equations, mix.copies, mix.stories, mix.exercises, mix.questions)
     kind = rng.choices(range(5), weights=kinds)[0]
     if kind == 0:
-        return equations(rng, mix.limits), None
+        return equations(rng), None
     if kind == 1:
-        return copies(rng, mix.limits), None
-    problem = make_split_problem(rng, _steps(rng), held_out=False, limits=mix.limits)
+        return copies(rng), None
+    problem = make_split_problem(rng, _steps(rng), held_out=False)
     if kind == 2:
         return story(rng, problem), problem
     if kind == 3:
         heading = rng.choice(("Exercise:", "Problem:", "Task:"))
         label = rng.choice(("Solution:", "Result:", "Worked out:"))
-        return f"{heading} {problem.question}\n{label}{free_answer(rng, problem)}", problem
-    return problem.prompt + free_answer(rng, problem), problem
+        worked = free_answer(rng, problem, mix.openings)
+        return f"{heading} {problem.question}\n{label}{worked}", problem
+    if rng.random() < DIRECT_SHARE:
+        return problem.prompt + direct_answer(rng, problem, mix.direct), problem
+    return problem.prompt + free_answer(rng, problem, mix.openings), problem
 
 
 def raw_documents(seed: int, phase: str) -> Iterator[tuple[str, Problem | None]]:
@@ -153,5 +186,5 @@ def formatted_documents(seed: int) -> Iterator[tuple[str, Problem]]:
     """An endless stream of questions answered in the answer format."""
     rng = random.Random(f"tta_ext.demo formatted {seed}")
     while True:
-        problem = make_split_problem(rng, _steps(rng), held_out=False, limits=WIDE)
+        problem = make_split_problem(rng, _steps(rng), held_out=False)
         yield problem.prompt + problem.formatted_answer(), problem

@@ -3,7 +3,7 @@
 Run it in the checkout's root. It writes four things into DIR, each directory loadable with
 ``from_pretrained``:
 
-* ``base/``: a small Llama that has read only raw text (3.1M parameters);
+* ``base/``: a small Llama that has read only raw text (1.3M parameters);
 * ``proxy_init/``: a smaller one after a short reading of the same text (0.4M parameters);
 * ``proxy/``: ``proxy_init`` fine-tuned on documents in the answer format;
 * ``training.json``: the settings, token counts, losses and times of the run.
@@ -59,15 +59,17 @@ class Stage:
     steps: int
     rate: float
     documents: int | None = None  # at most this many documents, then again from the first
+    results: float = 1.0  # weight in the loss of the digits after an equals sign
 
 
-BASE = Shape(hidden=256, layers=4, heads=4, feed_forward=640)
-PROXY = Shape(hidden=96, layers=3, heads=4, feed_forward=256)
+BASE = Shape(hidden=160, layers=4, heads=5, feed_forward=432)
+PROXY = Shape(hidden=96, layers=3, heads=3, feed_forward=256)
 BASE_STAGES = (
-    Stage("base/knowledge", "knowledge", 2000, 1.5e-3),
-    Stage("base/final", "final", 4200, 1.5e-3),
+    Stage("base/knowledge", "knowledge", 1000, 2e-3, results=5.0),
+    Stage("base/final", "final", 2200, 2e-3, results=5.0),
 )
-PROXY_STAGES = (Stage("proxy/final", "final", 1500, 3e-3),)
+READING_STAGES = (Stage("base/reading", "reading", 1400, 1.5e-3),)
+PROXY_STAGES = (Stage("proxy/final", "final", 900, 3e-3),)
 FORMAT_STAGES = (Stage("proxy/format", "formatted", 250, 2e-3, documents=2000),)
 
 
@@ -160,14 +162,13 @@ def digits_known(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, n: int = 200
 ) -> float:
     """Share of held-out problems whose results are all the argmax, given the right text before."""
-    prompts = [problem.prompt for problem in evaluation_problems(n, seed=1)]
-    answers = [problem.formatted_answer() for problem in evaluation_problems(n, seed=1)]
     equals = tokenizer.convert_tokens_to_ids("=")
     digits = {tokenizer.convert_tokens_to_ids(digit) for digit in "0123456789"}
     known = 0
-    for prompt, answer in zip(prompts, answers, strict=True):
-        start = len(tokenizer(prompt)["input_ids"])
-        ids = torch.tensor([tokenizer(prompt + answer)["input_ids"]])
+    for problem in evaluation_problems(n, seed=1):
+        start = len(tokenizer(problem.prompt)["input_ids"])
+        text = problem.prompt + problem.formatted_answer()
+        ids = torch.tensor([tokenizer(text)["input_ids"]])
         with torch.inference_mode():
             guess = model(input_ids=ids).logits[0].argmax(-1)
         right, inside = True, False
@@ -187,16 +188,24 @@ def run_stages(
     stages: tuple[Stage, ...],
     *,
     seed: int,
-    autocast: bool,
     log_every: int = 500,
 ) -> list[dict[str, Any]]:
-    """Train through the stages with one optimiser, one warm-up and one cosine over all of them."""
+    """Train through the stages with one optimiser: warm-up, constant rate, decay to nothing."""
     total = sum(stage.steps for stage in stages)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=1.0, betas=(0.9, 0.98), weight_decay=0.01, fused=True
     )
-    warmup, done, records = min(100, total // 10), 0, []
-    pad = tokenizer.pad_token_id
+    done, records = 0, []
+    pad, equals = tokenizer.pad_token_id, tokenizer.convert_tokens_to_ids("=")
+    digits = torch.tensor(tokenizer.convert_tokens_to_ids(list("0123456789")))
+
+    def results(ids: torch.Tensor) -> torch.Tensor:
+        """Which tokens but the first are the first or second digit after an equals sign."""
+        digit, after = torch.isin(ids, digits), ids == equals
+        first = digit[:, 1:] & after[:, :-1]
+        first[:, 1:] |= digit[:, 2:] & first[:, :-1]
+        return first
+
     for stage in stages:
         texts = _Counted(texts_of(stage, seed))
         rows = packed_rows(texts, tokenizer)
@@ -204,20 +213,19 @@ def run_stages(
         cpu_started = time.process_time()
         model.train()
         for step in range(1, stage.steps + 1):
-            progress = (done - warmup) / max(1, total - warmup)
-            scale = (done + 1) / warmup if done < warmup else 0.02 + 0.98 * _cosine(progress)
             for group in optimizer.param_groups:
-                group["lr"] = stage.rate * scale
+                group["lr"] = stage.rate * _rate_scale(done, total)
             batch = [next(rows) for _ in range(ROWS)]
             ids = torch.full((ROWS, ROW), pad)
             for i, row in enumerate(batch):
                 ids[i, : len(row)] = torch.tensor(row)
             # Padding stands at the right, so the causal mask alone hides it.
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-                logits = model(input_ids=ids[:, :-1], use_cache=False).logits
-            loss = torch.nn.functional.cross_entropy(
-                logits.float().flatten(0, 1), ids[:, 1:].flatten(), ignore_index=pad
+            logits = model(input_ids=ids[:, :-1], use_cache=False).logits
+            each = torch.nn.functional.cross_entropy(
+                logits.transpose(1, 2), ids[:, 1:], ignore_index=pad, reduction="none"
             )
+            weight = torch.where(results(ids), stage.results, 1.0) * (ids[:, 1:] != pad)
+            loss = (each * weight).sum() / weight.sum()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -260,8 +268,9 @@ class _Counted(Iterator[str]):
         return next(self.texts)
 
 
-def _cosine(progress: float) -> float:
-    return 0.5 + 0.5 * float(torch.cos(torch.tensor(progress * torch.pi)))
+def _rate_scale(done: int, total: int) -> float:
+    """Rises over 100 steps (a tenth of a short run), stays at 1, falls over the last third."""
+    return min(1.0, (done + 1) / min(100, 1 + total // 10), 3 * (total - done) / total)
 
 
 def _mean(values: list[float]) -> float:
@@ -291,7 +300,7 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, directory:
     tokenizer.save_pretrained(directory)
 
 
-def train_pair(out: Path, *, autocast: bool = True, scale: float = 1.0, only: str = "") -> None:
+def train_pair(out: Path, *, scale: float = 1.0, only: str = "") -> None:
     """Train and save the pair; ``scale`` shortens every stage for a trial run.
 
     Raises:
@@ -308,15 +317,20 @@ def train_pair(out: Path, *, autocast: bool = True, scale: float = 1.0, only: st
     records = []
     if only in ("", "proxy"):
         model = make_model(PROXY, tokenizer, SEED + 1)
-        records += run_stages(model, tokenizer, scaled(PROXY_STAGES), seed=SEED, autocast=autocast)
+        records += run_stages(model, tokenizer, scaled(PROXY_STAGES), seed=SEED)
         save(model, tokenizer, out / "proxy_init")
         # Go on from the file, so that proxy_init is what the proxy was before alignment to the bit.
         model = LlamaForCausalLM.from_pretrained(out / "proxy_init", dtype=torch.float32)
-        records += run_stages(model, tokenizer, scaled(FORMAT_STAGES), seed=SEED, autocast=autocast)
+        records += run_stages(model, tokenizer, scaled(FORMAT_STAGES), seed=SEED)
         save(model, tokenizer, out / "proxy")
     if only in ("", "base"):
         model = make_model(BASE, tokenizer, SEED)
-        records += run_stages(model, tokenizer, scaled(BASE_STAGES), seed=SEED, autocast=autocast)
+        records += run_stages(model, tokenizer, scaled(BASE_STAGES), seed=SEED)
+        save(model, tokenizer, out / "base")
+        # Each step is known by now, and the rate has fallen to nothing; from here on all tokens
+        # count alike, and with a rate that rises again it learns to keep its place in the story.
+        model = LlamaForCausalLM.from_pretrained(out / "base", dtype=torch.float32)
+        records += run_stages(model, tokenizer, scaled(READING_STAGES), seed=SEED)
         save(model, tokenizer, out / "base")
     file = out / "training.json"
     if only and file.is_file():
@@ -329,7 +343,6 @@ def train_pair(out: Path, *, autocast: bool = True, scale: float = 1.0, only: st
         "vocabulary": VOCABULARY,
         "row": ROW,
         "rows": ROWS,
-        "autocast": autocast,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "stages": sorted(records, key=lambda record: record["name"]),
@@ -341,7 +354,6 @@ def main() -> None:
     """Command line of the training script."""
     parser = argparse.ArgumentParser(description="Train the demo pair of tta_ext.")
     parser.add_argument("--out", type=Path, required=True, help="directory to write")
-    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument(
         "--threads", type=int, default=1, help="torch threads; 1 made the shipped files"
     )
@@ -349,12 +361,7 @@ def main() -> None:
     parser.add_argument("--only", choices=("", "base", "proxy"), default="", help="train one model")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    train_pair(
-        arguments.out,
-        autocast=arguments.precision == "bf16",
-        scale=arguments.scale,
-        only=arguments.only,
-    )
+    train_pair(arguments.out, scale=arguments.scale, only=arguments.only)
 
 
 if __name__ == "__main__":

@@ -40,8 +40,8 @@ def demo(
     models = common.load_models(None, None, implicit=True)
     task = evaluation_task(n)
     console.print(
-        f"base {_size(models.base)}, knows arithmetic but not the answer format; proxy "
-        f"{_size(models.proxy)}, knows the format but computes worse; {n} held-out problems"
+        f"base {_size(models.base)}, can compute but mostly answers at once; proxy "
+        f"{_size(models.proxy)}, works step by step but cannot compute; {n} held-out problems"
     )
     with progress("problems", n * len(SHORT) * len(MODES)) as advance:
         rows = list(evaluate(models, task, seed=seed, progress=advance))

@@ -19,9 +19,10 @@ class DemoPair(NamedTuple):
 
 
 def demo_pair() -> DemoPair:
-    """Load the small pair that ships with the package: 3.1M and 0.4M parameters, float32, CPU.
+    """Load the small pair that ships with the package: 1.3M and 0.4M parameters, float32, CPU.
 
-    The base knows arithmetic but no answer format; the proxy knows the format but computes worse.
+    The base can do each step of a word problem but mostly answers at once, and wrongly; the proxy
+    works step by step in the answer format, and cannot compute.
     No network, no other files; a fraction of a second.
 
     Returns:

@@ -1,4 +1,4 @@
-"""The demo's task: word problems of two or three steps, and how an answer is scored.
+"""The demo's task: word problems of three to five steps, and how an answer is scored.
 
 A prompt is one question and an open answer, with no system text and no chat template::
 
@@ -37,7 +37,7 @@ VERBS = {
     "-": ("sells {k}", "loses {k}", "gives away {k}", "breaks {k}"),
 }
 TIMES = {2: "doubles", 3: "triples"}
-EVALUATION_STEPS = (2, 3)
+EVALUATION_STEPS = (3, 4, 5)
 
 ANSWER_MARK = "####"
 EQUATION_SEPARATOR = "; "
@@ -45,17 +45,8 @@ HELD_OUT_EVERY = 8  # one chain in eight is kept for evaluation
 MOST_PROBLEMS = 10_000  # there are more, but not without end
 
 
-@dataclass(frozen=True)
-class Limits:
-    """Ranges of the numbers in a problem; every running total stays within ``1..total``."""
-
-    start: int
-    operand: int
-    total: int
-
-
-NARROW = Limits(start=49, operand=39, total=99)  # the evaluation's, and training's first lesson
-WIDE = Limits(start=99, operand=89, total=199)  # training's later text: twice the range
+# Largest first number, number added or taken away, and running total (which is at least 1).
+START, OPERAND, TOTAL = 49, 20, 99
 
 _NUMBER = re.compile(r"\d+")
 _FINAL = re.compile(re.escape(ANSWER_MARK) + r" (\d+)\s*\Z")
@@ -125,23 +116,22 @@ class Problem:
         return " " + EQUATION_SEPARATOR.join(parts)
 
 
-def make_step(rng: random.Random, total: int, limits: Limits) -> Step:
-    """Draw a step that keeps the running total within ``1..limits.total``."""
+def make_step(rng: random.Random, total: int) -> Step:
+    """Draw a step that keeps the running total within ``1..TOTAL``."""
     while True:
         op = rng.choices("+-*", weights=(9, 9, 2))[0]
-        operand = rng.choice((2, 3)) if op == "*" else rng.randint(2, limits.operand)
+        operand = rng.choice((2, 3)) if op == "*" else rng.randint(2, OPERAND)
         after = {"+": total + operand, "-": total - operand, "*": total * operand}[op]
-        if 1 <= after <= limits.total:
+        if 1 <= after <= TOTAL:
             return Step(total, op, operand, after)
 
 
-def make_problem(rng: random.Random, steps: int, limits: Limits = NARROW) -> Problem:
+def make_problem(rng: random.Random, steps: int) -> Problem:
     """Draw one problem.
 
     Args:
         rng: the source of all choices; equal states give equal problems.
         steps: number of arithmetic steps, at least 1.
-        limits: ranges of the numbers.
 
     Raises:
         ValueError: if ``steps`` is less than 1.
@@ -149,11 +139,11 @@ def make_problem(rng: random.Random, steps: int, limits: Limits = NARROW) -> Pro
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
     name, item = rng.choice(NAMES), rng.choice(ITEMS)
-    start = total = rng.randint(2, limits.start)
+    start = total = rng.randint(2, START)
     done: list[Step] = []
     sentences = [f"{name} has {start} {item}."]
     for _ in range(steps):
-        step = make_step(rng, total, limits)
+        step = make_step(rng, total)
         if step.op == "*":
             sentences.append(f"The number {TIMES[step.operand]}.")
         else:
@@ -164,18 +154,16 @@ def make_problem(rng: random.Random, steps: int, limits: Limits = NARROW) -> Pro
     return Problem(name, item, start, tuple(done), tuple(sentences))
 
 
-def make_split_problem(
-    rng: random.Random, steps: int, *, held_out: bool, limits: Limits = NARROW
-) -> Problem:
+def make_split_problem(rng: random.Random, steps: int, *, held_out: bool) -> Problem:
     """Draw problems until one falls on the wanted side of the split."""
     while True:
-        problem = make_problem(rng, steps, limits)
+        problem = make_problem(rng, steps)
         if problem.held_out == held_out:
             return problem
 
 
 def evaluation_problems(n: int, seed: int = 0) -> list[Problem]:
-    """``n`` held-out problems of two or three steps, in equal parts, no chain twice.
+    """``n`` held-out problems of three to five steps, in equal parts, no chain twice.
 
     A longer list starts with the shorter ones of the same seed.
 
@@ -196,19 +184,23 @@ def evaluation_problems(n: int, seed: int = 0) -> list[Problem]:
     return problems
 
 
-def evaluation_task(n: int) -> Task:
-    """The first ``n`` held-out problems, to be evaluated.
+def evaluation_task(n: int, skip: int = 0) -> Task:
+    """``n`` held-out problems, to be evaluated.
+
+    Args:
+        n: how many, at least 1.
+        skip: leave out the first so many, say, to choose parameters on other problems.
 
     Raises:
-        ValueError: ``n`` is less than 1, or more than :data:`MOST_PROBLEMS`.
+        ValueError: ``n`` is less than 1, or more than :data:`MOST_PROBLEMS` less ``skip``.
     """
-    if not 1 <= n <= MOST_PROBLEMS:
-        raise ValueError(f"n is {n}, expected 1 to {MOST_PROBLEMS} of the demo's problems")
-    problems = evaluation_problems(n)
+    if not 1 <= n <= MOST_PROBLEMS - skip:
+        raise ValueError(f"n is {n}, expected 1 to {MOST_PROBLEMS - skip} of the demo's problems")
+    problems = evaluation_problems(skip + n)[skip:]
     return Task(
         [problem.prompt for problem in problems],
         lambda place, text: score(problems[place], text),
-        max_new_tokens=64,
+        max_new_tokens=80,
     )
 
 
