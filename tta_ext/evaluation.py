@@ -346,7 +346,8 @@ class Answering:
     """Models over a task's prompts: a :class:`tta_ext.jobs.Machine`, :func:`evaluate`'s."""
 
     def __init__(self, models: Models, prompts: Sequence[Any]) -> None:
-        self.models, self.prompts, self.facts = models, prompts, models.facts
+        self.models, self.prompts = models, prompts
+        self.facts: Callable[[], dict[str, Any]] = models.facts
         self._setting: Setting | None = None
 
     __repr__ = described
@@ -358,8 +359,13 @@ class Answering:
         from tta_ext.decoding.runtime.prompts import PromptList
 
         chosen = PromptList(self.prompts[place] for place in places)
+        options = options | self.options(places)
         made = self._decoder.generate(chosen, do_sample=mode == SAMPLED, sequence=places, **options)
         return {"texts": made.texts, "stats": vars(made.stats)}
+
+    def options(self, places: list[int]) -> dict[str, Any]:
+        """More arguments of ``generate`` for these prompts; none here."""
+        return {}
 
 
 def _row(
