@@ -42,6 +42,7 @@ from tta_ext.decoding.rewards import (
     call_reward,
     parse_reward,
 )
+from tta_ext.decoding.runtime.prompts import encode_prompts
 from tta_ext.decoding.search import compare as comparison
 from tta_ext.decoding.search.best_of_n import soft_choice
 from tta_ext.decoding.search.outcome import SearchResult, spread
@@ -199,9 +200,7 @@ class Surprise:
         return [self._of(prompt, text) for prompt, text in zip(prompts, responses, strict=True)]
 
     def _of(self, prompt: Any, text: str) -> float:
-        asked = self.tokenizer.apply_chat_template(
-            prompt, add_generation_prompt=True, return_dict=True
-        )["input_ids"]
+        (asked,) = encode_prompts([prompt], self.tokenizer)
         said = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         if not said:
             return 0.0

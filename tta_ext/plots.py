@@ -126,9 +126,12 @@ def _kind(path: str | Path) -> str:
 
 def save(figure: Any, path: str | Path) -> None:
     """Write a figure, marked as ours, as what its file's ending says."""
+    import matplotlib
+
     kind = _kind(path)
     drawn = BytesIO()
-    figure.savefig(drawn, dpi=150, format=kind[1:], metadata={_MADE_BY[kind]: _MAKER})
+    with matplotlib.rc_context({"svg.fonttype": "none"}):  # words stay words, not outlines
+        figure.savefig(drawn, dpi=150, format=kind[1:], metadata={_MADE_BY[kind]: _MAKER})
     write_file(Path(path), drawn.getvalue())
 
 
