@@ -7,6 +7,8 @@ compiled for each target: in float32, the first of the autotuned block sizes, un
 kind, or with --all in every dtype, size and rule. Ends with 1 where a kernel does not compile, or
 its code holds what the arithmetic of csrc/core does not ask for: an approximate or flushed
 operation, or a product contracted with a sum in float64, where no kernel has an fma.
+
+Triton keeps what it compiles (TRITON_CACHE_DIR): a run that was ended goes on where it was.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import tta_ext.backends.triton as backend
+from benchmarks.harness import table
 from tta_ext import rng, rules, schemas
 from tta_ext.backends.triton import launch
 
@@ -233,6 +236,16 @@ def compile_one(one: Launch, target: GPUTarget) -> tuple[int, int, list[str]]:
     return (*_usage(compiled, target), foreign(compiled.asm))
 
 
+_HEAD = """\
+# The Triton kernels, compiled without a GPU
+
+`python -m tools.triton.ahead {command}` compiles them, and writes registers a thread / spilled
+bytes a thread (on AMD: vector registers), by Triton {version}; with `--all` for every rule, dtype
+and block size.
+
+"""
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--output", type=Path, help="write the table to this file")
@@ -240,38 +253,25 @@ def main() -> int:
     parser.add_argument("--only", default="", help="kernels whose label has this in it")
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=list(TARGETS))
     options = parser.parse_args()
-    failed = []
-    lines = [
-        "# The Triton kernels, compiled without a GPU",
-        "",
-        f"`python -m tools.triton.ahead {' '.join(sys.argv[1:])}` compiles them, and writes",
-        "registers a thread / spilled bytes a thread (on AMD: vector registers), by Triton "
-        f"{triton.__version__}.",
-        "Without the kernels of the other rules, dtypes and block sizes (`--all`).",
-        "",
-        f"| kernel | warps | {' | '.join(options.targets)} |",
-        f"|---|---{'|---' * len(options.targets)}|",
-    ]
-    header = len(lines)
+    failed, rows = [], []
     chosen = {k: one for k, one in launches(options.all).items() if options.only in k}
     if not chosen:
         failed.append(f"no kernel has {options.only!r} in its label")
     for label, one in chosen.items():
-        cells = []
+        rows.append([label, str(one.options["num_warps"])])
         for name in options.targets:
             try:
                 registers, spilled, wrong = compile_one(one, TARGETS[name])
-                cells.append(f"{registers} / {spilled}")
+                rows[-1].append(f"{registers} / {spilled}")
                 failed += [f"{label} for {name} has {word}" for word in wrong]
             except Exception as error:
-                cells.append("-")
+                rows[-1].append("-")
                 failed.append(f"{label} for {name}: {str(error).splitlines()[:4]}")
-        lines.append(f"| {label} | {one.options['num_warps']} | {' | '.join(cells)} |")
-        print(lines[-1], flush=True)
-        if options.output:  # a run takes long: what it has is there if it does not end
-            left = len(chosen) - (len(lines) - header)
-            note = f"\nThe run that writes this has {left} kernels to go.\n" if left else ""
-            options.output.write_text("\n".join(lines) + "\n" + note)
+        print(*rows[-1], sep=" | ", flush=True)
+    if options.output:
+        text = _HEAD.format(command=" ".join(sys.argv[1:]), version=triton.__version__)
+        body = table(("kernel", "warps", *options.targets), rows)
+        options.output.write_text(f"{text}{body}\n")
     print(
         "\n".join(f"FAILED {line}" for line in failed)
         or "all compiled; nothing foreign in the code"

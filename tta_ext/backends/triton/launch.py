@@ -37,11 +37,10 @@ def tuned(kernel: Any) -> Any:
     return triton.autotune(options, key=["work"], cache_results=True)(jit(kernel))
 
 
-def launch(kernel: Any, programs: int | Callable[[dict[str, Any]], int], *args: Any,
-           **constants: Any) -> None:  # fmt: skip
-    """Run a kernel, if not on nothing; the number of programs may depend on block sizes."""
+def launch(kernel: Any, programs: Any, *args: Any, **constants: Any) -> None:
+    """Run a kernel, if not on nothing; the programs may be a grid that depends on block sizes."""
     if programs:
-        grid = (lambda sizes: (programs(sizes),)) if callable(programs) else (programs,)
+        grid = programs if callable(programs) else (programs,)
         kernel[grid](*args, enable_fp_fusion=False, **constants)
 
 
@@ -54,8 +53,8 @@ Invalid = Callable[[], Tensor]
 
 
 def operator(function: Callable[..., Invalid | None]) -> Callable[..., None]:
-    """An operator in the arguments of its schema, of a function that takes groups of them whole;
-    its kernels run on the device of its outputs.
+    """An operator in the arguments of its schema, of a function that takes groups of them whole
+    and no ``check``; its kernels run on the device of its outputs.
 
     With ``check`` the outputs are asked whether a row was invalid (a NaN, or if no output is a
     float a negative token), or what the function returns is; the error is then the one that the
@@ -66,7 +65,7 @@ def operator(function: Callable[..., Invalid | None]) -> Callable[..., None]:
     def run(*args: Any, **outputs: Tensor) -> None:
         given = dict(zip(spec.inputs, args, strict=True))
         with torch.accelerator.device_index(next(iter(outputs.values())).device.index):
-            invalid = grouped(*args, **outputs)
+            invalid = grouped(*(x for name, x in given.items() if name != "check"), **outputs)
         if not given.get("check"):
             return
         floats = [x.isnan() for x in outputs.values() if x.is_floating_point()]
@@ -91,7 +90,3 @@ def number(values: Tensor) -> Any:
 def per_row(*values: Tensor) -> tuple[Any, ...]:
     """Each as :func:`number`, and their strides: 0 where one holds for all rows, or 1."""
     return *map(number, values), tuple(int(x.numel() != 1) for x in values)
-
-
-def scratch(like: Tensor, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device=like.device)

@@ -14,7 +14,6 @@ from tta_ext import rng
 
 TILE = tl.constexpr(4096)
 LANES = tl.constexpr(128)
-GROUPS = tl.constexpr(32)  # of 128 lanes in a tile
 MAX_TILES = tl.constexpr(256)
 INFINITY = tl.constexpr(float("inf"))
 NAN = tl.constexpr(float("nan"))
@@ -106,19 +105,11 @@ def philox4x32(c0, c1, c2, c3, k0, k1):
 
 
 @triton.jit
-def number(x, index):
-    """``x[index]`` of a pointer, int64 or float64, or the integer itself as int64."""
+def number(x, index, TYPE: tl.constexpr = tl.int64):
+    """``x[index]`` of a pointer, int64 or float64, or an integer of the number's bits."""
     if x.dtype.is_ptr():
         return tl.load(x + index)
-    return x.to(tl.int64)
-
-
-@triton.jit
-def double(x, index):
-    """The same of float64; a number comes as its bits (Triton passes floats as float32)."""
-    if x.dtype.is_ptr():
-        return tl.load(x + index)
-    return x.to(tl.int64).to(tl.float64, bitcast=True)
+    return x.to(tl.int64).to(TYPE, bitcast=True)
 
 
 @triton.jit
@@ -144,12 +135,6 @@ def normals(seed, block, step, sequence, iteration, rollout):
 # ---- sums in the canonical order ----------------------------------------------------------------
 
 
-@triton.constexpr_function
-def halvings(n):
-    """How often a power of two is halved until it is 1."""
-    return n.bit_length() - 1
-
-
 @triton.jit
 def fold(lanes):
     """[n, 128] -> [n]: l + 64, l + 32, ... l + 1. A sum of two has one order."""
@@ -164,8 +149,9 @@ def tree(x):
     """[2^k, n] -> [n]: neighbours first, a pairwise tree."""
     leaves: tl.constexpr = x.shape[0]
     n: tl.constexpr = x.shape[1]
-    for k in tl.static_range(halvings(leaves)):
-        x = tl.sum(tl.reshape(x, (leaves >> (k + 1), 2, n)), 1)
+    for k in tl.static_range(31):
+        if leaves >> k > 1:
+            x = tl.sum(tl.reshape(x, (leaves >> (k + 1), 2, n)), 1)
     return tl.reshape(x, (n,))
 
 

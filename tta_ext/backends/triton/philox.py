@@ -42,8 +42,7 @@ def normal_kernel(out, seed, step, sequence, iteration, rollout, count):
 
 
 @operator
-def normal(
-    n: int, seed: Tensor, step: int, sequence: int, iteration: int, rollout: int, *, out: Tensor
-) -> None:
+def normal(n: int, seed: Tensor, step: int, sequence: int, iteration: int, rollout: int, *,
+           out: Tensor) -> None:  # fmt: skip
     launch(normal_kernel, -(-n // (4 * BLOCK.value)), out, number(seed), step, sequence,
            iteration, rollout, n)  # fmt: skip

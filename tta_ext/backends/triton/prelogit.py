@@ -6,15 +6,13 @@ then the sums of these.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from tta_ext.backends.triton import numerics as num
-from tta_ext.backends.triton.launch import jit, launch, number, operator, outside, per_row, scratch
+from tta_ext.backends.triton.launch import Invalid, jit, launch, number, operator, per_row
 
 
 @triton.jit
@@ -31,8 +29,7 @@ def rounded(x, at):
 
 @jit
 def perturb_rows(hidden, hidden_stride, mean, prompts, horizon, dim, step, prompt, sequence,
-                 rollout, strides, iteration, sigma, seed, out, dot,
-                 NOISY: tl.constexpr):  # fmt: skip
+                 rollout, strides, iteration, sigma, seed, out, dot):  # fmt: skip
     """hidden + u + sigma eps, and u . eps in the canonical order, a lane adding by fma."""
     row = tl.program_id(0).to(tl.int64)
     t = num.number(step, row * strides[0])
@@ -51,9 +48,7 @@ def perturb_rows(hidden, hidden_stride, mean, prompts, horizon, dim, step, promp
             x = tl.load(hidden + row * hidden_stride + j, mask=j < dim, other=0.0)
             u = tl.load(u_row + j, mask=j < dim, other=0.0)
             lanes = tl.fma(u, eps, lanes)
-            v = u
-            if NOISY:
-                v = u + sigma * eps
+            v = tl.where(sigma == 0.0, u, u + sigma * eps)
             moved = rounded((x.to(tl.float32) + v).to(tl.float32), out)
             tl.store(out + row * dim + j, tl.where(inside, moved, x), mask=j < dim)
         total = total + num.fold(lanes).to(tl.float64)
@@ -62,30 +57,26 @@ def perturb_rows(hidden, hidden_stride, mean, prompts, horizon, dim, step, promp
 
 
 @operator
-def prelogit_perturb(
-    hidden: Tensor, mean: Tensor, step: Tensor, row: Tensor, sequence: Tensor, rollout: Tensor,
-    iteration: int, sigma: float, seed: Tensor, check: bool, *, out: Tensor, dot: Tensor,
-) -> Callable[[], Tensor]:  # fmt: skip
+def prelogit_perturb(hidden: Tensor, mean: Tensor, step: Tensor, row: Tensor, sequence: Tensor,
+                     rollout: Tensor, iteration: int, sigma: float, seed: Tensor, *, out: Tensor,
+                     dot: Tensor) -> Invalid:  # fmt: skip
     prompts, horizon, dim = mean.shape
     places = per_row(step, row, sequence, rollout)
     launch(perturb_rows, len(hidden), hidden, hidden.stride(0), mean.contiguous(), prompts, horizon,
-           dim, *places, iteration, sigma, number(seed), out, dot, NOISY=sigma != 0)  # fmt: skip
-    return lambda: outside(row, prompts)
-
-
-# ---- importance_weights --------------------------------------------------------------------------
+           dim, *places, iteration, sigma, number(seed), out, dot)  # fmt: skip
+    return lambda: (row < 0) | (row >= prompts)
 
 
 @jit
-def weight_rows(reward, dot, norm2, strides, count, inv_lambda, slack, cost, weights, ess,
+def weight_rows(reward, dot, norm2, count, inv_lambda, slack, cost, weights, ess,
                 HARD: tl.constexpr, COUNT: tl.constexpr):  # fmt: skip
     """softmax(s) over the rollouts and the effective sample size; NaN for an unusable row."""
     row = tl.program_id(0).to(tl.int64)
     j = tl.arange(0, COUNT)
-    there = j < count
-    r = tl.load(reward + row * strides[0] + j, mask=there, other=-num.INFINITY).to(tl.float64)
-    d = tl.load(dot + row * strides[1] + j, mask=there, other=0.0).to(tl.float64)
-    n = tl.load(norm2 + row * strides[2] + j, mask=there, other=0.0).to(tl.float64)
+    there, at = j < count, row * count + j
+    r = tl.load(reward + at, mask=there, other=-num.INFINITY).to(tl.float64)
+    d = tl.load(dot + at, mask=there, other=0.0).to(tl.float64)
+    n = tl.load(norm2 + at, mask=there, other=0.0).to(tl.float64)
     usable = ((r < num.INFINITY) | (r == -num.INFINITY)) & (d - d == 0.0) & (n - n == 0.0)
     best = tl.max(tl.where(r > -num.INFINITY, r, -num.INFINITY), 0)
     bad = (tl.max(tl.where(usable, 0, 1), 0) > 0) | (best == -num.INFINITY)
@@ -93,8 +84,8 @@ def weight_rows(reward, dot, norm2, strides, count, inv_lambda, slack, cost, wei
         w = tl.where(j == tl.min(tl.where(r == best, j, COUNT), 0), 1.0, 0.0)
         size = 1.0
     else:  # s in float64, one rounding an operation, in this order
-        gain = (r - best) * num.double(inv_lambda, 0) - num.double(slack, 0) * d
-        s = gain - num.double(cost, 0) * n
+        gain = (r - best) * num.number(inv_lambda, 0, tl.float64)
+        s = gain - num.number(slack, 0, tl.float64) * d - num.number(cost, 0, tl.float64) * n
         top = tl.max(tl.where((s > -num.INFINITY) & there, s, -num.INFINITY), 0)
         undefined = tl.max(tl.where((s != s) & there, 1, 0), 0) > 0
         bad = bad | undefined | (top - top != 0.0)
@@ -102,26 +93,21 @@ def weight_rows(reward, dot, norm2, strides, count, inv_lambda, slack, cost, wei
         w = (w / num.tree(w[:, None])).to(tl.float32)
         square = w.to(tl.float64) * w.to(tl.float64)
         size = tl.sum(1.0 / num.tree(square[:, None]), 0).to(tl.float32)
-    tl.store(weights + row * count + j, tl.where(bad, num.NAN, w), mask=there)
+    tl.store(weights + at, tl.where(bad, num.NAN, w), mask=there)
     tl.store(ess + row, tl.where(bad, num.NAN, size))
 
 
 @operator
-def importance_weights(
-    reward: Tensor, dot: Tensor, norm2: Tensor, lam: float, alpha: float, sigma: float,
-    check: bool, *, weights: Tensor, ess: Tensor,
-) -> None:  # fmt: skip
+def importance_weights(reward: Tensor, dot: Tensor, norm2: Tensor, lam: float, alpha: float,
+                       sigma: float, *, weights: Tensor, ess: Tensor) -> None:  # fmt: skip
     rows, count = reward.shape
     padded = triton.next_power_of_2(max(count, 1))
     slack = 0.0 if sigma == 0 else (1.0 - alpha) / sigma
     values = (1.0 / lam if lam else 0.0, slack, 0.5 * slack * slack)
     numbers = [number(torch.tensor([x], dtype=torch.float64)) for x in values]
-    given = [x if x.stride(-1) == 1 or count == 1 else x.contiguous() for x in (reward, dot, norm2)]
-    launch(weight_rows, rows, *given, tuple(x.stride(0) for x in given), count, *numbers, weights,
-           ess, HARD=lam == 0, COUNT=padded, num_warps=min(max(padded // 256, 4), 16))  # fmt: skip
-
-
-# ---- control_update, control_merge ---------------------------------------------------------------
+    given = (x.contiguous() for x in (reward, dot, norm2))
+    launch(weight_rows, rows, *given, count, *numbers, weights, ess, HARD=lam == 0, COUNT=padded,
+           num_warps=min(max(padded // 256, 4), 16))  # fmt: skip
 
 
 @jit
@@ -170,18 +156,16 @@ def _merge(mean: Tensor | None, partials: Tensor, sigma: float, out: Tensor) -> 
 
 
 @operator
-def control_update(
-    mean: Tensor, weights: Tensor, length: Tensor | None, seed: Tensor, sequence: Tensor,
-    iteration: int, sigma: float, start: int, stop: int, partial: bool, check: bool, *,
-    out: Tensor,
-) -> Callable[[], Tensor]:  # fmt: skip
+def control_update(mean: Tensor, weights: Tensor, length: Tensor | None, seed: Tensor,
+                   sequence: Tensor, iteration: int, sigma: float, start: int, stop: int,
+                   partial: bool, *, out: Tensor) -> Invalid:  # fmt: skip
     (prompts, horizon, dim), rollouts = mean.shape, weights.shape[1]
     stop, length = min(stop, rollouts), None if length is None else length.contiguous()
     padded = triton.next_power_of_2(max(stop - start, 1))
     leaves, cells = min(padded, 256), prompts * horizon
     block = max(min(4096 // leaves, triton.next_power_of_2(dim)), 16)
     usable = torch.isfinite(weights).all(-1)
-    partials = scratch(mean, padded // leaves, cells, dim, dtype=torch.float32)
+    partials = mean.new_empty(padded // leaves, cells, dim)
     programs = len(partials) * cells * -(-dim // block)
     launch(update_blocks, programs, weights.contiguous(), usable, length, rollouts, number(seed),
            *per_row(sequence), iteration, horizon, dim, cells, start, stop, partials,

@@ -20,7 +20,7 @@ from torch import Tensor
 from tta_ext import rules
 from tta_ext.backends.reference._common import KeyArguments
 from tta_ext.backends.triton import numerics as num
-from tta_ext.backends.triton.launch import jit, launch, number, per_row, scratch, tuned
+from tta_ext.backends.triton.launch import jit, launch, number, per_row, tuned
 
 
 class Rows(NamedTuple):
@@ -55,13 +55,6 @@ class Rows(NamedTuple):
         """One a tile."""
         return self.rows * self.tiles
 
-    def walk(self, kernel: Any, *args: Any, **constants: Any) -> None:
-        """Launch a tuned kernel, whose programs take T tiles; its work is about that many bytes."""
-        if self.programs:
-            work = triton.next_power_of_2(self.programs) * self.data.element_size()
-            programs = lambda sizes: self.rows * -(-self.tiles // sizes["T"])  # noqa: E731
-            launch(kernel, programs, *args, work, **constants)
-
 
 class Softmax(NamedTuple):
     """Rows at a temperature, with canonical statistics, of tiles ``[rows, tiles]`` and of rows."""
@@ -76,13 +69,17 @@ class Softmax(NamedTuple):
     @classmethod
     def of(cls, x: Rows, inverse: float, law: Law | None = None, rule: int = 0,
            active: Tensor | None = None) -> Softmax:  # fmt: skip
-        """Launch tile_stats; the rows' own are added by :func:`total`."""
-        top, total, end = (
-            scratch(x.data, *shape, dtype=torch.float32)
-            for shape in ((x.rows, x.tiles), (x.rows, x.tiles), (x.rows,))
-        )
-        s = cls(x, inverse, top, total, end, scratch(x.data, x.rows))
-        x.walk(tile_stats, s, law, active, RULE=rule)
+        """Launch tile_stats; the rows' own are added by :func:`total`.
+
+        Its programs take T tiles; the work for which T is tuned is about that many bytes.
+        """
+        top = x.data.new_empty(x.rows, x.tiles, dtype=torch.float32)
+        z = x.data.new_empty(x.rows, dtype=torch.float64)
+        s = cls(x, inverse, top, torch.empty_like(top), top.new_empty(x.rows), z)
+        if x.programs:
+            work = triton.next_power_of_2(x.programs) * x.data.element_size()
+            launch(tile_stats, lambda sizes: (x.rows * triton.cdiv(x.tiles, sizes["T"]),), s, law,
+                   active, work, RULE=rule)  # fmt: skip
         return s
 
 
@@ -124,15 +121,15 @@ def probability(s, row, x):
 
 @triton.jit
 def deferred(law, row, j, x, RULE: tl.constexpr):
-    """A rule's verdict on tokens j, whose logits are x: whether it defers them whole."""
+    """The verdict of a rule (its ``test_of``) on tokens j, whose logits are x: deferred whole?"""
     limit = tl.load(law.limit + row)
     if RULE == rules.KNAPSACK:
         verdict = num.order(x, j) < tl.load(law.cut + row)
-    elif RULE == rules.PROXY_BELOW or RULE == rules.PROXY_ABOVE:
+    elif RULE == rules.THRESHOLD:
+        verdict = probability(law.rule_p, row, x).to(tl.float64) < limit
+    else:
         q = probability(law.rule_q, row, logits(law.rule_q.x, row, j)).to(tl.float64)
         verdict = q < limit if RULE == rules.PROXY_BELOW else q > limit
-    else:
-        verdict = probability(law.rule_p, row, x).to(tl.float64) < limit
     return verdict
 
 
@@ -141,6 +138,12 @@ def mu(law, row, j, x, RULE: tl.constexpr):
     """How much of tokens j a rule defers, float64: all, or the critical item's share."""
     share = tl.where(j == tl.load(law.critical + row), tl.load(law.fraction + row), 0.0)
     return tl.where(deferred(law, row, j, x, RULE), 1.0, share)
+
+
+@triton.jit
+def kept(law, row, j, x, other, RULE: tl.constexpr):
+    """The logits x of those tokens j that a rule keeps whole; for the rest a number."""
+    return tl.where((mu(law, row, j, x, RULE) == 0.0) & (j < law.p.x.vocab), x, other)
 
 
 @triton.jit
@@ -182,21 +185,15 @@ def power_above(most, SIGN: tl.constexpr):
 @triton.jit
 def weight(s, law, x, top):
     """Values as weights in [0, 1], relative to the largest of their tile."""
-    if law is None:  # a tile of only -inf has no mass
-        w = num.exp((x - tl.where(top == -num.INFINITY, 0.0, top)) * s.inverse)
-    else:
-        w = (x.to(tl.float64) * power_above(top, -1)).to(tl.float32)
-    return w
+    d = (x - tl.where(top == -num.INFINITY, 0.0, top)) * s.inverse  # only -inf: a tile of no mass
+    return num.exp(d) if law is None else (x.to(tl.float64) * power_above(top, -1)).to(tl.float32)
 
 
 @triton.jit
 def scale(s, law, top, row_top):
     """What the weights of a tile are multiplied by, float64."""
-    if law is None:
-        factor = num.exp((top - row_top) * s.inverse).to(tl.float64)
-    else:
-        factor = power_above(top, 1)
-    return factor
+    d = (top - row_top) * s.inverse
+    return num.exp(d).to(tl.float64) if law is None else power_above(top, 1)
 
 
 # ---- tiles ---------------------------------------------------------------------------------------
@@ -244,12 +241,15 @@ def tile_stats(s, law, active, work, RULE: tl.constexpr, T: tl.constexpr):
 
 @triton.jit
 def best_tile(tile_top, row, tiles):
-    """The largest of a row's tiles' values, and the tokens of the first tile that has it."""
+    """The largest of a row's tiles' values, the tokens of the first tile that has it, and the
+    largest of other tiles.
+    """
     t = tl.arange(0, num.MAX_TILES)
     tops = tl.load(tile_top + row * tiles + t, mask=t < tiles, other=-num.INFINITY)
     top = tl.max(tops, 0)
     first = tl.min(tl.where((tops == top) & (t < tiles), t, tiles - 1), 0)
-    return top, first * num.TILE + tl.arange(0, num.TILE)
+    rest = tl.max(tl.where(t == first, -num.INFINITY, tops), 0)
+    return top, first * num.TILE + tl.arange(0, num.TILE), rest
 
 
 @triton.jit
@@ -270,7 +270,7 @@ def tile_mass(s, law, at, row_top):
 @triton.jit
 def total(s, law, row):
     """The maximum of a row and its mass, tiles from left to right in float64; noted as well."""
-    top, _ = best_tile(s.tile_top, row, s.x.tiles)
+    top, _, _ = best_tile(s.tile_top, row, s.x.tiles)
     z = tl.zeros((), tl.float64)
     for t in range(s.x.tiles):
         z = z + tile_mass(s, law, row * s.x.tiles + t, top)
@@ -285,16 +285,14 @@ def draw(s, law, row, top, z, u, RULE: tl.constexpr):
 
     Where rounding lets no tile pass: the last one that has a mass, and a target beyond all sums.
     """
-    target, before = u * z, tl.zeros((), tl.float64)
-    found, last = tl.full((), -1, tl.int32), tl.full((), 0, tl.int32)
-    for t in range(s.x.tiles):
-        mass = tile_mass(s, law, row * s.x.tiles + t, top)
-        passes = (found < 0) & (before + mass > target)
-        last = tl.where((found < 0) & (mass > 0.0), t, last)
-        found = tl.where(passes, t, found)
-        before = tl.where(found < 0, before + mass, before)
-    target = tl.where(found < 0, num.INFINITY, target)
-    t = tl.where(found < 0, last, found)
+    target, before, after = u * z, tl.zeros((), tl.float64), tl.zeros((), tl.float64)
+    t, last = tl.full((), 0, tl.int32), tl.full((), 0, tl.int32)
+    for i in range(s.x.tiles):
+        mass = tile_mass(s, law, row * s.x.tiles + i, top)
+        after = after + mass
+        before, t = tl.where(after > target, before, after), tl.where(after > target, t, i + 1)
+        last = tl.where(mass > 0.0, i, last)
+    target, t = tl.where(t < s.x.tiles, target, num.INFINITY), tl.where(t < s.x.tiles, t, last)
     tile_top = tl.load(s.tile_top + row * s.x.tiles + t)
     x = value(s, law, row, t * num.TILE + tl.arange(0, num.TILE), RULE)
     weights, factor = weight(s, law, x, tile_top), scale(s, law, tile_top, top)
@@ -309,10 +307,11 @@ def key_of(key: KeyArguments, draw_number: int = 0) -> tuple[Any, ...]:
 
 
 @triton.jit
-def coin(key, b, k, tag):
-    """The uniform of row b, k tokens after its position, for one purpose (philox_uniform)."""
+def coin(key, x, row, tag):
+    """The uniform of one of x's rows for one purpose (philox_uniform)."""
     seed, position, sequence, rollout, strides, iteration, draw_number = key
-    at = num.number(position, b * strides[0]) + k
+    b = row // x.inner
+    at = num.number(position, b * strides[0]) + row % x.inner
     who, which = num.number(sequence, b * strides[1]), num.number(rollout, b * strides[2])
     seed, draw_number = num.number(seed, 0), draw_number.to(tl.int64)
     first, _, _, _ = num.block_of(seed, draw_number, at, who, tag, iteration, which)
@@ -320,29 +319,27 @@ def coin(key, b, k, tag):
 
 
 @jit
-def sample_rows(s, active, seed, position, sequence, rollout, strides, iteration, draw_number, tag,
-                token):  # fmt: skip
+def sample_rows(s, law, active, seed, position, sequence, rollout, strides, iteration, draw_number,
+                tag, token, RULE: tl.constexpr):  # fmt: skip
     """A token a row, drawn or, without a seed, the most probable; -1 where a row has no law.
 
-    Only of the active rows, if that is given; a row whose token becomes -1 is active no more.
+    Only of the active rows, if that is given.
     """
     row = tl.program_id(0).to(tl.int64)
     if active is not None:
         if tl.load(active + row) == 0:
             return
-    top, z = total(s, None, row)
+    top, z = total(s, law, row)
     if seed is not None:
         key = seed, position, sequence, rollout, strides, iteration, draw_number
-        v = draw(s, None, row, top, z, coin(key, row, 0, tag), 0)
+        v = draw(s, law, row, top, z, coin(key, s.x, row, num.number(tag, row)), RULE)
     else:
-        _, j = best_tile(s.tile_top, row, s.x.tiles)
+        _, j, _ = best_tile(s.tile_top, row, s.x.tiles)
         v = first_of(logits(s.x, row, j) == top, j)
     tl.store(token + row, tl.where(z == z, v, -1))
-    if active is not None:
-        tl.store(active + row, z == z)
 
 
-def sample(s: Softmax, key: tuple[Any, ...], tag: int, token: Tensor,
-           active: Tensor | None = None) -> None:  # fmt: skip
-    """Launch sample_rows."""
-    launch(sample_rows, s.x.rows, s, active, *key, tag, token, num_warps=8)
+def sample(s: Softmax, key: Any, tag: int | Tensor, token: Tensor, active: Tensor | None = None,
+           law: Law | None = None, rule: int = 0) -> None:  # fmt: skip
+    """Launch sample_rows; ``tag`` is one stream or a row's each, int64."""
+    launch(sample_rows, s.x.rows, s, law, active, *key, tag, token, RULE=rule, num_warps=8)

@@ -10,9 +10,7 @@ from tta_ext.backends.triton.launch import operator
 
 
 @operator
-def categorical_sample(
-    logits: Tensor, temperature: float, key: KeyArguments, stream: int, draw: int, check: bool, *,
-    out: Tensor,
-) -> None:  # fmt: skip
+def categorical_sample(logits: Tensor, temperature: float, key: KeyArguments, stream: int,
+                       draw: int, *, out: Tensor) -> None:  # fmt: skip
     s = rows.Softmax.of(rows.Rows.of(logits), inverse_temperature(temperature))
     rows.sample(s, rows.key_of(key, draw), stream, out)
