@@ -3,7 +3,7 @@
 //
 // 1. A sixteenth of the row is counted into bands of logits, deepest first, until what lies below a
 //    band surely fits the capacity and what lies above surely does not; then the bands between are
-//    cut into bands again.
+//    cut into bands again. Where one logit is left, its rank tells between which tiles.
 // 2. One pass over the row adds up the mass on one side of that bracket, lists what is inside, and
 //    so tells whether the sample spoke true. If not, the whole row is counted; at worst all is
 //    listed.
@@ -52,8 +52,11 @@ static float reduce_min(F a) { return -reduce_max(negate(a)); }
 struct Bracket {
   float low = -kInfinity;  // items at or below it are taken
   float high = kInfinity;  // the critical item is at or below it
-  double below = 0.0;      // mass of the items at or below `low`
-  double error = 0.0;      // bound of what that is wrong by, and with it any sum of listed items
+  // Of items at `high`, where there is none between: those before a tile are taken, those from
+  // another on lie beyond.
+  int from = 0, to = kMaxTiles;
+  double below = 0.0;  // mass of the items that are taken
+  double error = 0.0;  // bound of what that is wrong by, and with it any sum of listed items
 };
 
 // ---- 1. a guess ------------------------------------------------------------------------------
@@ -93,11 +96,12 @@ class Bands {
   uint32_t counts_[kBands * kCopies] = {};
 };
 
+constexpr double kDeviations = 3.5;
+
 // Narrows the bracket by bands, each of which stands for `share` of the row, so that the masses
 // below it are known to some standard deviations (none where share is 1). False: no narrower.
 static bool narrow_by_bands(const Bands& bands, float step, const Stats& s, double share,
                             double bound, double top_weight, Bracket* bracket, double* variance) {
-  constexpr double kDeviations = 3.5;
   constexpr float kMargin = 0.0625f;  // of a band: what lies at its edge may be counted in either
   const double ratio = std::exp(static_cast<double>(step * s.inv_temperature));
   double weight = top_weight / std::pow(ratio, kBands - 1);  // of the middle of a band
@@ -139,6 +143,39 @@ static int64_t sample_row(const Row& row, float* out) {
   return n;
 }
 
+// Where what the sample x has in the bracket is one logit: between which tiles its items are in
+// question, as they stand in the order of their ids.
+static void narrow_to_tiles(const float* x, int64_t n, const Stats& s, double share, double bound,
+                            double variance, Bracket* bracket) {
+  const F low = set1(bracket->low), high = set1(bracket->high);
+  float tie = kNaN;
+  for (int64_t j = 0; j < n; j += kWidth) {
+    const F value = load(x + j);
+    const M inside = mask_and(less(low, value), less_equal(value, high));
+    const uint32_t found = lanes(inside);
+    if (!found) continue;
+    if (tie != tie) tie = x[j + __builtin_ctz(found)];
+    if (lanes(mask_and(inside, mask_not(equal(value, set1(tie)))))) return;
+  }
+  if (tie != tie) return;
+  const double each =
+      static_cast<double>(exp_scalar(mul_rn(tie - s.max, s.inv_temperature))) / share;
+  const double rank = (bound - bracket->below) / each;
+  const double away =
+      1.0 + kDeviations * std::sqrt(variance / (each * each) + (rank > 1.0 ? rank : 1.0));
+  double earlier = 0.0;
+  int to = 0;
+  for (int64_t j = 0; j < n; j += kWidth) {
+    const int tile = static_cast<int>(j / kSampleRun * kSampleStep / kTile);
+    if (earlier <= rank - away) bracket->from = tile;
+    if (earlier <= rank + away) to = tile + 1;
+    earlier += __builtin_popcount(lanes(equal(load(x + j), set1(tie))));
+  }
+  if (earlier > rank + away) bracket->to = to;
+  bracket->low = from_ordered_bits(ordered_bits(tie == 0.0f ? -0.0f : tie) - 1);
+  bracket->high = tie;
+}
+
 // Bands of 1/12 nat to begin with: what is deeper than 42 nats is one band.
 static float first_step(const Stats& s) { return (1.0f / 12.0f) / s.inv_temperature; }
 
@@ -160,6 +197,7 @@ static Bracket guess_by_sample(const Row& row, const Stats& s, double bound, Can
     step = width / (kBands - 3);
     if (!(origin - 0.125f * step < origin)) break;  // hardly more floats than bands
   }
+  narrow_to_tiles(x, n, s, share, bound, variance, &bracket);
   return bracket;
 }
 
@@ -192,19 +230,20 @@ template <bool kAbove, bool kWeights>
 static double collect(const Row& row, const Stats& s, const Bracket& bracket, Candidates* list) {
   constexpr int kVectors = kWidth == 1 ? 1 : 2;  // more would not fit AVX2's registers
   alignas(64) float scratch[kTile];
-  const F low = set1(bracket.low), high = set1(bracket.high);
   const F octave = set1(per_octave(s.inv_temperature));
   double side = 0.0;
   float* to_x = list->x.get();
   int32_t* to_id = list->id.get();
   int64_t count = 0;
   for (int t = 0; t < s.tiles; ++t) {
-    if (s.tile_max[t] <= bracket.low) {
+    const float taken = t < bracket.from ? bracket.high : bracket.low;
+    const float last = t < bracket.to ? bracket.high : bracket.low;
+    if (s.tile_max[t] <= taken) {
       if (!kAbove) side += s.mass(t);
       continue;
     }
     const Tile tile = load_tile(row, t, scratch);
-    const F m = set1(s.tile_max[t]);
+    const F m = set1(s.tile_max[t]), low = set1(taken), high = set1(last);
     for (int part = 0; part < tile.count; part += kChain) {
       F sum = set1(0.0f);
       const int end = tile.count < part + kChain ? tile.count : part + kChain;

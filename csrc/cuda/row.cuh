@@ -49,9 +49,11 @@ struct Deferral {
 struct CutBracket {
   double below;       // the mass below the bracket
   double vague;       // what that may be wrong by
+  double above;       // the mass through the bracket, roughly
   int32_t low, high;  // bands of the histogram that may hold the critical item
   float most, least;  // logits between which they lie
-  uint32_t listed;    // candidates in the list
+  uint32_t listed;    // candidates in the list, or as many as there would be with room
+  int32_t shift;      // of every 2^shift candidates about one is listed
 };
 
 // D, and 1 - D summed from the kept tokens.

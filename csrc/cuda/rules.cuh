@@ -8,16 +8,14 @@
 namespace tta {
 namespace cuda {
 
-// {v : p(v) < t} (or <= t) as a cut: p is monotone in the logit, so a search over the floats finds
-// the last logit inside. 128 floats are tried at a time: five rounds for the 2^32 of them.
-__device__ __forceinline__ Cut below_probability(const SlotNumbers& s, double t, bool or_equal) {
-  const auto inside = [&](float x) {
-    const double p = static_cast<double>(s.probability(x));
-    return or_equal ? p <= t : p < t;
-  };
-  if (inside(s.max)) return Cut::all();
+// The logits `inside`, where those of a row whose largest is `max` are from some logit down: a
+// search over the floats finds the last. 128 floats are tried at a time: five rounds for the 2^32
+// of them.
+template <class Inside>
+__device__ __forceinline__ Cut up_to_last(float max, const Inside& inside) {
+  if (inside(max)) return Cut::all();
   if (!inside(-kInfinity)) return Cut::none();
-  int64_t low = ordered_bits(-kInfinity), high = ordered_bits(s.max);
+  int64_t low = ordered_bits(-kInfinity), high = ordered_bits(max);
   while (high - low > 1) {
     const int64_t step = (high - low + kThreads) / (kThreads + 1);
     const int64_t mine = low + (static_cast<int64_t>(threadIdx.x) + 1) * step;
@@ -27,6 +25,14 @@ __device__ __forceinline__ Cut below_probability(const SlotNumbers& s, double t,
     high = low + step < high ? low + step : high;
   }
   return Cut{from_ordered_bits(static_cast<int32_t>(low)), kNoLimit};
+}
+
+// {v : p(v) < t} (or <= t) as a cut: p is monotone in the logit.
+__device__ __forceinline__ Cut below_probability(const SlotNumbers& s, double t, bool or_equal) {
+  return up_to_last(s.max, [&](float x) {
+    const double p = static_cast<double>(s.probability(x));
+    return or_equal ? p <= t : p < t;
+  });
 }
 
 // Every rule but the knapsack, from the rows' statistics and, for kOptimal, their total variation.

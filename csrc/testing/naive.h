@@ -194,6 +194,8 @@ enum RowKind : int {
   kSteps,          // every tile far below the last
   kWide,           // most weights underflow
   kZeros,          // -0 and +0 are the same logit
+  kPlateaus,       // two logits, in any order
+  kUnlikeSample,   // equal where the knapsack's cut takes its sample, others beside it
   kRowKinds
 };
 
@@ -229,6 +231,12 @@ inline std::vector<float> make_logits(RowKind kind, int64_t vocab, Random* rando
         break;
       case kZeros:
         value = static_cast<double>(random->below(3));
+        break;
+      case kPlateaus:
+        value = static_cast<double>(random->below(2));
+        break;
+      case kUnlikeSample:
+        value = 1.0 + (v % 256 < 16 ? 0.0 : 0x1p-23 * static_cast<double>(1 - random->below(3)));
         break;
       default:
         value = 2.5 * normal(random) + shift;

@@ -296,8 +296,8 @@ int main(int argc, char** argv) {
   using namespace tta;
   using namespace tta::testing;
   static const char* const kNames[kRowKinds] = {
-      "language model", "uniform", "tied",  "tied below one", "few values",
-      "padded",         "peaked",  "steps", "wide",           "zeros"};
+      "language model", "uniform", "tied", "tied below one", "few values", "padded",
+      "peaked",         "steps",   "wide", "zeros",          "plateaus",   "unlike its sample"};
   const bool exhaustive = has_flag(argc, argv, "--exhaustive");
   Random random(2024);
   check_invalid_rows();

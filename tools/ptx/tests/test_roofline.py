@@ -19,7 +19,7 @@ def machine_of(instructions: int, wait: int) -> profiles.Machine:
               "uniform": 0.02, "control": 0.02}  # fmt: skip
     units = {unit: round(share * instructions) for unit, share in shares.items()}
     path = {"issue": 1916, "l2": wait, "shuffle": 436, "fp64": 267}
-    return profiles.Machine("draw_kernel", 1, instructions, units, path, 8.8)
+    return profiles.Machine("sampling_draw_kernel", 1, instructions, units, path, 8.8)
 
 
 def profile_of(op: str, dtype: str) -> profiles.Profile:
@@ -64,6 +64,12 @@ def test_the_model_by_hand(gpu: roofline.Gpu, dtype: str) -> None:
     assert got.time == pytest.approx(1e6 * time, abs=0.01)
     assert got.flow == pytest.approx((time - path) / least, abs=0.001)
     assert got.ratio == pytest.approx(time / least, abs=0.001)
+
+
+def test_the_kernels_that_the_model_names_exist() -> None:
+    """The profiles have the names of the sources."""
+    sources = "".join(path.read_text() for path in (ROOT / "csrc" / "cuda").glob("*.cu*"))
+    assert [name for name in roofline.A_WARP_EACH if f" {name}(" not in sources] == []
 
 
 def test_float64_and_integers_have_their_own_lanes() -> None:
