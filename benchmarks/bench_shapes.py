@@ -52,7 +52,7 @@ KIND = ("language model", "float32", "knapsack .3")
 SEEDS = 8
 DRAFT = 4
 TRIES = 100
-ROUNDS = 5
+ROUNDS = 15
 
 
 # What the worst cell of an operator may cost, in softmaxes of the rows that it reads. A rejected

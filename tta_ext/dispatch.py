@@ -141,6 +141,7 @@ def reference(name: str) -> Callable[..., Any]:
 
 def run_without_kernel(spec: OpSpec, args: Sequence[Any], outputs: dict[str, Tensor]) -> None:
     """``X.out`` where no compiled kernel is registered yet: load one, or run the reference."""
+    schemas.refuse_foreign(spec, args, outputs)
     device = next(iter(outputs.values())).device.type
     untried = device in COMPILED and device not in _status
     if untried and serves(spec.name, device)[0] == device:
@@ -233,11 +234,35 @@ def _traced(op: OpSpec, args: Sequence[Any], out: Sequence[Tensor] | None) -> Se
     return out
 
 
-def invoke(op: OpSpec, args: Sequence[Any], out: Sequence[Tensor] | None) -> Sequence[Tensor]:
-    """Run an operator on validated arguments, into ``out`` if it is given."""
-    if torch.compiler.is_compiling():
+def kernel_is_next() -> bool:
+    """Whether a call on CPU tensors goes to the compiled kernel, or is refused by the fallback."""
+    return (
+        not torch.compiler.is_compiling()
+        and _forced is None
+        and _status.get("cpu") == ""
+        and not _stale
+        and not _modes()
+    )
+
+
+Recheck = Callable[[OpSpec, Sequence[Any], "Sequence[Tensor] | None"], None]
+
+
+def invoke(
+    op: OpSpec,
+    args: Sequence[Any],
+    out: Sequence[Tensor] | None,
+    recheck: Recheck | None = None,
+) -> Sequence[Tensor]:
+    """Run an operator on validated arguments, into ``out`` if it is given.
+
+    ``recheck``: where the kernel is next, what it checks itself may be left to it; of a call that
+    it refuses this says why.
+    """
+    if recheck is None and torch.compiler.is_compiling():
         return _traced(op, args, out)
-    if type(args[0]) is not Tensor:  # a parameter, a number, or a tensor of somebody's mode
+    # A parameter, a number, or a tensor of somebody's mode.
+    if recheck is None and type(args[0]) is not Tensor:
         mode = getattr(args[0], "fake_mode", None)
         if mode is not None or _modes():
             with mode if mode is not None and not _modes() else contextlib.nullcontext():
@@ -262,7 +287,11 @@ def invoke(op: OpSpec, args: Sequence[Any], out: Sequence[Tensor] | None) -> Seq
                 op.run(*args, **{names[0]: out[0], names[1]: out[1]})
             else:
                 op.run(*args, **dict(zip(names, out)))  # noqa: B905
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, ValueError) as error:
+        if recheck is not None:
+            recheck(op, args, given)
+        if not isinstance(error, RuntimeError):
+            raise
         if given is None and _transforms() is not None:
             # torch.vmap and its like do not know of outputs that are given.
             return _traced(op, args, None)

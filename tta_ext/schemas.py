@@ -101,11 +101,12 @@ class OpSpec:
             if not isinstance(like, Tensor):  # torch lets None through where a tensor belongs
                 name = self.inputs[0 if args[0] is None else 1]
                 raise TypeError(f"{name} is None, expected a tensor")
-        new, rows, accumulated = like.new_empty, shape[0], self.accumulated
+        new, accumulated = like.new_empty, self.accumulated
         return tuple(
             [
+                # Sizes one by one: torch takes three times as long over a torch.Size.
                 (like.new_zeros if name in accumulated else new)(
-                    rows if dims == 1 else shape[:dims], dtype=dtype or like.dtype
+                    *shape[:dims], dtype=dtype or like.dtype
                 )
                 for name, dtype, dims, _ in self.results
             ]
@@ -238,6 +239,34 @@ def _span(x: Tensor) -> tuple[int, int]:
     """Addresses of a tensor's first byte and of the one after its last, whatever lies between."""
     last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
     return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()
+
+
+def check_dense(name: str, tensor: Tensor) -> None:
+    """Raise for a sparse, nested or otherwise packed tensor."""
+    if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized:
+        kind = (
+            "nested"
+            if tensor.is_nested
+            else "quantized"
+            if tensor.is_quantized
+            else f"of layout {tensor.layout}"
+        )
+        raise TypeError(f"{name} is {kind}, expected a plain tensor, such as .to_dense() returns")
+
+
+def refuse_foreign(spec: OpSpec, args: Sequence[Any], outputs: dict[str, Tensor]) -> None:
+    """Raise for a tensor that is packed or elsewhere: torch brings a call of such to the fallback,
+    though a kernel is registered.
+    """
+    named = [*zip(spec.inputs, args, strict=True), *outputs.items()]
+    for name, x in named:
+        if isinstance(x, Tensor):
+            check_dense(name, x)
+    device = next(iter(outputs.values())).device
+    _refuse_devices(spec, args, device)
+    for name, output in outputs.items():
+        if output.device != device:
+            raise ValueError(f"{name} is on {output.device}, expected {device}")
 
 
 def _refuse_devices(spec: OpSpec, args: Sequence[Any], device: torch.device) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tta_ext import rng, rules
 from tta_ext.rules import Rule
-from tta_ext.schemas import OpSpec, refuse_grad
+from tta_ext.schemas import OpSpec, check_dense, refuse_grad
 
 LOGIT_DTYPES = frozenset((torch.float32, torch.float16, torch.bfloat16))
 MAX_VOCABULARY = 1 << 20
@@ -30,16 +30,6 @@ def _describe(value: object) -> str:
     if isinstance(value, Tensor):
         return f"a tensor of shape {list(value.shape)}, {value.dtype}, on {value.device}"
     return repr(value)
-
-
-_STRIDED = torch.strided
-
-
-def check_dense(name: str, tensor: Tensor) -> None:
-    """Raise for a sparse, nested or otherwise packed tensor."""
-    if tensor.layout is not _STRIDED or tensor.is_nested:
-        kind = "nested" if tensor.is_nested else f"of layout {tensor.layout}"
-        raise TypeError(f"{name} is {kind}, expected a plain tensor, such as .to_dense() returns")
 
 
 def check_logits(
@@ -90,7 +80,7 @@ def check_alike(name: str, logits: Tensor, like_name: str, like: Tensor, form: s
     """Raise unless logits pass :func:`check_logits` and are of the shape and device of others."""
     if (  # what most calls need
         type(logits) is not Tensor
-        or logits.layout is not _STRIDED
+        or logits.layout is not torch.strided
         or logits.dtype not in LOGIT_DTYPES
         or logits.shape != like.shape
         or logits.device != like.device
@@ -151,10 +141,10 @@ def one_or_each(
     return values.squeeze(1) if shape == (count, 1) else values
 
 
-def check_flag(check: bool | None, tensor: Tensor) -> bool:
+def check_flag(check: bool | None, tensor: Tensor, left: bool = False) -> bool:
     """Whether rows are checked: by default on the CPU, where it costs no synchronisation."""
     if check is None:
-        return tensor.is_cpu and not _compiling()
+        return left or (tensor.is_cpu and not _compiling())
     return bool(check)
 
 
@@ -259,8 +249,13 @@ def key_arguments(
     iteration: int,
     rollout: int | Tensor,
     do_sample: bool,
+    left: bool = False,
 ) -> KeyArguments:
-    """The arguments that name random numbers, as the operators take them."""
+    """The arguments that name random numbers, as the operators take them.
+
+    ``left``: to the kernel are left the dtypes and numbers of elements of tensors, which tell the
+    shape of one with a dimension.
+    """
     count, device = like.shape[0], like.device
     if seed is None or position is None:
         if do_sample:
@@ -270,14 +265,24 @@ def key_arguments(
         position = 0 if position is None else position
     if type(iteration) is not int or not 0 <= iteration < rng.ITERATIONS:
         rng.check_iteration(iteration)
-    plain = not _compiling()  # what most calls need is found without another call
+    plain = left or not _compiling()  # what most calls need is found without another call
     return (
-        _seeds[seed] if plain and type(seed) is int else seed_tensor(seed, device),
+        _seeds[seed]
+        if plain and type(seed) is int
+        else seed
+        if left and type(seed) is Tensor
+        else seed_tensor(seed, device),
         _integers[position]
         if plain and type(position) is int and 0 <= position < rng.WORD
+        else position
+        if left and type(position) is Tensor and position.dim() < 2
         else index_tensor("position", position, count, device),
         _ranges[count, device]
         if plain and sequence is None
+        else sequence
+        if left and type(sequence) is Tensor and sequence.dim() < 2
+        else _integers[sequence]
+        if plain and type(sequence) is int and 0 <= sequence < rng.WORD
         else sequence_tensor(sequence, count, device),
         iteration,
         _rollouts[rollout]
@@ -385,6 +390,7 @@ def outputs(
     like: Tensor,
     fields: tuple[str, ...] = (),
     shape: tuple[int, ...] | None = None,
+    left: bool = False,
 ) -> Sequence[Tensor] | None:
     """``out`` as :func:`~tta_ext.dispatch.invoke` takes it, checked against the op's table.
 
@@ -392,6 +398,7 @@ def outputs(
         like: the operator's first tensor.
         fields: what the public result calls its outputs, where there are several.
         shape: in place of that of ``like``.
+        left: to the kernel are left dtypes, strides and numbers of elements.
     """
     if out is None:
         return None
@@ -403,6 +410,13 @@ def outputs(
         )
     whole, device = like.shape if shape is None else shape, like.device
     for tensor, (name, dtype, dims, _) in zip(found, results):  # noqa: B905
+        if (
+            left
+            and type(tensor) is Tensor
+            and not tensor.requires_grad
+            and (tensor.dim() == 1 if dims == 1 else tensor.shape == whole)
+        ):
+            continue
         wanted = (whole[0],) if dims == 1 else whole if dims is None else whole[:dims]
         if (  # what most calls need, without another call
             type(tensor) is not Tensor

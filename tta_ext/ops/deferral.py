@@ -34,6 +34,7 @@ from torch import Tensor
 from tta_ext.dispatch import invoke
 from tta_ext.ops import _arguments as args
 from tta_ext.ops._documentation import documented
+from tta_ext.ops._left import is_left_to_kernel, rechecks
 from tta_ext.rules import Rule
 from tta_ext.schemas import OPS
 
@@ -102,18 +103,33 @@ _PROPOSE = OPS["deferral_propose"]
 _SAMPLE = OPS["deferral_sample"]
 
 _MATRIX = "[B, V]"
+_RECHECK = {
+    op: rechecks(_MATRIX, fields)
+    for op, fields in (
+        (_MASK, Mask._fields),
+        (_PROBS, ()),
+        (_STATS, Stats._fields),
+        (_PROPOSE, Proposal._fields),
+        (_SAMPLE, Proposal._fields),
+    )
+}
 
 
-def _pair(base_logits: Tensor, proxy_logits: Tensor) -> None:
-    args.check_logits("base_logits", base_logits, 2, _MATRIX)
-    args.check_alike("proxy_logits", proxy_logits, "base_logits", base_logits, _MATRIX)
-
-
-def _one_or_pair(base_logits: Tensor, proxy_logits: Tensor | None) -> None:
-    if proxy_logits is None:
+def _one(base_logits: Tensor) -> bool:
+    """Whether the logits are left to the kernel; otherwise they are checked here."""
+    left = is_left_to_kernel(base_logits)
+    if not left:
         args.check_logits("base_logits", base_logits, 2, _MATRIX)
-    else:
-        _pair(base_logits, proxy_logits)
+    return left
+
+
+def _pair(base_logits: Tensor, proxy_logits: Tensor) -> bool:
+    """The same of two."""
+    left = proxy_logits is not None and is_left_to_kernel(base_logits, proxy_logits)
+    if not left:
+        args.check_logits("base_logits", base_logits, 2, _MATRIX)
+        args.check_alike("proxy_logits", proxy_logits, "base_logits", base_logits, _MATRIX)
+    return left
 
 
 @documented
@@ -155,13 +171,14 @@ def deferral_mask(
         >>> deferral_mask(logits, rule="knapsack", param=0.1).mask
         tensor([[False, False,  True,  True]])
     """
-    _one_or_pair(base_logits, proxy_logits)
+    left = _one(base_logits) if proxy_logits is None else _pair(base_logits, proxy_logits)
     numbers = args.rule_arguments(base_logits, rule, param, critical, temperature, rule_temperature)
     if proxy_logits is None:
         args.refuse_proxy_rule("a call without them", rule, numbers[1])
-    outs = args.outputs(_MASK, out, base_logits, Mask._fields)
-    arguments = (base_logits, proxy_logits, *numbers, args.check_flag(check, base_logits))
-    return Mask(*invoke(_MASK, arguments, outs))
+    outs = args.outputs(_MASK, out, base_logits, Mask._fields, left=left)
+    arguments = (base_logits, proxy_logits, *numbers, args.check_flag(check, base_logits, left))
+    result = invoke(_MASK, arguments, outs, _RECHECK[_MASK] if left else None)
+    return result if type(result) is Mask else Mask(*result)
 
 
 @documented
@@ -192,11 +209,11 @@ def deferral_probs(
         >>> deferral_probs(base, proxy, rule="argmax")
         tensor([[0.7438, 0.2562]])
     """
-    _pair(base_logits, proxy_logits)
+    left = _pair(base_logits, proxy_logits)
     numbers = args.rule_arguments(base_logits, rule, param, critical, temperature, rule_temperature)
-    outs = args.outputs(_PROBS, out, base_logits)
-    flag = args.check_flag(check, base_logits)
-    return invoke(_PROBS, (base_logits, proxy_logits, *numbers, flag), outs)[0]
+    outs = args.outputs(_PROBS, out, base_logits, left=left)
+    arguments = (base_logits, proxy_logits, *numbers, args.check_flag(check, base_logits, left))
+    return invoke(_PROBS, arguments, outs, _RECHECK[_PROBS] if left else None)[0]
 
 
 @documented
@@ -230,13 +247,14 @@ def deferral_stats(
         >>> deferral_stats(torch.zeros(1, 4), rule="knapsack", param=0.5).critical
         tensor([2])
     """
-    _one_or_pair(base_logits, proxy_logits)
+    left = _one(base_logits) if proxy_logits is None else _pair(base_logits, proxy_logits)
     numbers = args.rule_arguments(base_logits, rule, param, critical, temperature, rule_temperature)
     if proxy_logits is None:
         args.refuse_proxy_rule("a call without them", rule, numbers[1])
-    outs = args.outputs(_STATS, out, base_logits, Stats._fields)
-    arguments = (base_logits, proxy_logits, *numbers, args.check_flag(check, base_logits))
-    return Stats(*invoke(_STATS, arguments, outs))
+    outs = args.outputs(_STATS, out, base_logits, Stats._fields, left=left)
+    arguments = (base_logits, proxy_logits, *numbers, args.check_flag(check, base_logits, left))
+    result = invoke(_STATS, arguments, outs, _RECHECK[_STATS] if left else None)
+    return result if type(result) is Stats else Stats(*result)
 
 
 @documented
@@ -283,13 +301,15 @@ def deferral_propose(
         ... )
         Proposal(token=tensor([0]), deferred=tensor([False]))
     """
-    args.check_logits("base_logits", base_logits, 2, _MATRIX)
+    left = _one(base_logits)
     numbers = args.rule_arguments(base_logits, rule, param, critical, temperature, rule_temperature)
     args.refuse_proxy_rule("deferral_propose", rule, numbers[1])
-    key = args.key_arguments(base_logits, seed, position, sequence, iteration, rollout, do_sample)
-    outs = None if out is None else args.outputs(_PROPOSE, out, base_logits, Proposal._fields)
-    flag = args.check_flag(check, base_logits)
-    result = invoke(_PROPOSE, (base_logits, *numbers, *key, flag), outs)
+    key = args.key_arguments(
+        base_logits, seed, position, sequence, iteration, rollout, do_sample, left
+    )
+    outs = args.outputs(_PROPOSE, out, base_logits, Proposal._fields, left=left)
+    arguments = (base_logits, *numbers, *key, args.check_flag(check, base_logits, left))
+    result = invoke(_PROPOSE, arguments, outs, _RECHECK[_PROPOSE] if left else None)
     return result if type(result) is Proposal else Proposal(*result)
 
 
@@ -334,10 +354,13 @@ def deferral_sample(
         >>> deferral_sample(base, proxy, rule="nudging", param=1.1, seed=0, position=0)
         Proposal(token=tensor([1]), deferred=tensor([True]))
     """
-    _pair(base_logits, proxy_logits)
+    left = _pair(base_logits, proxy_logits)
     numbers = args.rule_arguments(base_logits, rule, param, critical, temperature, rule_temperature)
-    key = args.key_arguments(base_logits, seed, position, sequence, iteration, rollout, do_sample)
-    outs = None if out is None else args.outputs(_SAMPLE, out, base_logits, Proposal._fields)
-    flag = args.check_flag(check, base_logits)
-    result = invoke(_SAMPLE, (base_logits, proxy_logits, *numbers, *key, flag), outs)
+    key = args.key_arguments(
+        base_logits, seed, position, sequence, iteration, rollout, do_sample, left
+    )
+    outs = args.outputs(_SAMPLE, out, base_logits, Proposal._fields, left=left)
+    flag = args.check_flag(check, base_logits, left)
+    arguments = (base_logits, proxy_logits, *numbers, *key, flag)
+    result = invoke(_SAMPLE, arguments, outs, _RECHECK[_SAMPLE] if left else None)
     return result if type(result) is Proposal else Proposal(*result)

@@ -8,11 +8,14 @@ from tta_ext import rng, rules
 from tta_ext.dispatch import invoke
 from tta_ext.ops import _arguments as args
 from tta_ext.ops._documentation import documented
+from tta_ext.ops._left import is_left_to_kernel, rechecks
 from tta_ext.schemas import OPS
 
 __all__ = ["categorical_sample"]
 
 _SAMPLE = OPS["categorical_sample"]
+_MATRIX = "[B, V]"
+_RECHECK = rechecks(_MATRIX)
 
 
 @documented
@@ -55,13 +58,15 @@ def categorical_sample(
         >>> categorical_sample(torch.tensor([[0.0, 9.0]]), seed=0, position=0)
         tensor([1])
     """
-    args.check_logits("logits", logits, 2, "[B, V]")
+    left = is_left_to_kernel(logits)
+    if not left:
+        args.check_logits("logits", logits, 2, _MATRIX)
     temperature = rules.check_temperature("temperature", temperature)
-    key = args.key_arguments(logits, seed, position, sequence, iteration, rollout, do_sample)
+    key = args.key_arguments(logits, seed, position, sequence, iteration, rollout, do_sample, left)
     if type(stream) is not int or not 0 <= stream <= rng.USER:
         rng.check_stream(stream)
     if type(draw) is not int or not 0 <= draw < rng.WORD:
         rng.check_word("draw", draw)
-    outs = args.outputs(_SAMPLE, out, logits)
-    flag = args.check_flag(check, logits)
-    return invoke(_SAMPLE, (logits, temperature, *key, stream, draw, flag), outs)[0]
+    outs = args.outputs(_SAMPLE, out, logits, left=left)
+    arguments = (logits, temperature, *key, stream, draw, args.check_flag(check, logits, left))
+    return invoke(_SAMPLE, arguments, outs, _RECHECK if left else None)[0]
