@@ -38,6 +38,7 @@ OTHERS = {
     "architectures": "architectures",
     "calls": "bench_calls",
     "claims": "claims",
+    "json_answers": "json_answers",
     "decoding": "bench_decoding",
     "shapes": "bench_shapes",
     "speculative": "bench_speculative",

@@ -58,11 +58,14 @@ class Draw:
         return view
 
     def logits(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Language-model-like rows, ties, impossible tokens, peaks, logits that differ where their
-        float32 probabilities do not; now and then a bad row."""
+        """Language-model-like rows, ties, impossible tokens, peaks, rows as flat as a few bands of
+        a histogram, logits that differ where their float32 probabilities do not; now and then a bad
+        row."""
         dtype = dtype or self.one_of(DTYPES)
         x = self.rng.normal(size=shape).astype(np.float32) * 2.5
-        kind = self.one_of(("model", "ties", "impossible", "peaked", "flat", "close"))
+        kind = self.one_of(
+            ("model", "ties", "impossible", "peaked", "flat", "close", "narrow", "plateaus")
+        )
         if kind == "ties":
             x = np.round(x * 2) / 2
         elif kind == "impossible":
@@ -75,6 +78,10 @@ class Draw:
             x[...] = 1.5
         elif kind == "close":
             x *= 1e-8
+        elif kind == "narrow":
+            x *= 2e-3
+        elif kind == "plateaus":
+            x = np.sign(x)
         elif x.size:
             top = self.rng.integers(shape[-1], size=4)
             x[..., top] = np.float32([14, 13, 12, 10])

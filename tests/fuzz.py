@@ -225,7 +225,7 @@ def _meant(case: Case, rows: tuple[int, ...]) -> SimpleNamespace:
             given[name] = x.detach()
         elif name in tensors:
             x = rng.as_seed(x) if name == "seed" and isinstance(x, int) else x
-            real = isinstance(x, float) or name in ("param", "capacity")
+            real = isinstance(x, bool | float) or name in ("param", "capacity")
             given[name] = torch.tensor(
                 float(x) if real else x, dtype=torch.float64 if real else None
             )

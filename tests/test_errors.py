@@ -26,7 +26,7 @@ from calls import (
     weights,
 )
 
-from tta_ext import ops
+from tta_ext import ops, use_backend
 
 Case = tuple[Callable[[], Any], type[Exception], str]
 
@@ -401,3 +401,14 @@ def test_arguments(case: Case) -> None:
     call, kind, text = case
     with pytest.raises(kind, match=re.escape(text)):
         call()
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("case", STATIC.values(), ids=STATIC)
+def test_what_is_left_to_the_kernel_is_worded_alike(case: Case) -> None:
+    call, kind, _ = case
+    with pytest.raises(kind) as default:
+        call()
+    with use_backend("cpu"), pytest.raises(kind) as checked:  # nothing is left to it
+        call()
+    assert str(default.value) == str(checked.value)
