@@ -40,7 +40,7 @@ TTA_INLINE void exp_pack(F* x) {
   for (int k = 0; k < N; ++k) {
     // A product, not a sum of bits, so that a NaN stays one whatever its payload; exact.
     const F scaled = mul(p[k], from_bits(shift_left<23>(bits(shifted[k]))));
-    x[k] = keep(mask_not(less(x[k], set1(-0x1.5d589ep+6f))), scaled);
+    x[k] = drop(less(x[k], set1(-0x1.5d589ep+6f)), scaled);
   }
 }
 

@@ -95,6 +95,9 @@ TTA_INLINE M mask_or(M a, M b) { return {static_cast<__mmask16>(a.v | b.v)}; }
 TTA_INLINE M mask_not(M a) { return {static_cast<__mmask16>(~a.v)}; }
 TTA_INLINE F keep(M m, F a) { return {_mm512_maskz_mov_ps(m.v, a.v)}; }  // a where m, else +0
 TTA_INLINE I keep(M m, I a) { return {_mm512_maskz_mov_epi32(m.v, a.v)}; }
+TTA_INLINE F drop(M m, F a) {
+  return {_mm512_mask_mov_ps(a.v, m.v, _mm512_setzero_ps())};
+}  // +0 where m
 TTA_INLINE F select(M m, F a, F b) { return {_mm512_mask_mov_ps(b.v, m.v, a.v)}; }
 TTA_INLINE I select(M m, I a, I b) { return {_mm512_mask_mov_epi32(b.v, m.v, a.v)}; }
 TTA_INLINE uint32_t lanes(M m) { return m.v; }  // bit i = lane i
@@ -107,6 +110,14 @@ TTA_INLINE F narrow(D a) {
   return {_mm512_castpd_ps(
       _mm512_insertf64x4(_mm512_castpd256_pd512(_mm256_castps_pd(_mm512_cvtpd_ps(a.lo))),
                          _mm256_castps_pd(_mm512_cvtpd_ps(a.hi)), 1))};
+}
+// widen(load(p)) and store(p, narrow(a)), half by half.
+TTA_INLINE D load_wide(const float* p) {
+  return {_mm512_cvtps_pd(_mm256_loadu_ps(p)), _mm512_cvtps_pd(_mm256_loadu_ps(p + 8))};
+}
+TTA_INLINE void store_narrow(float* p, D a) {
+  _mm256_storeu_ps(p, _mm512_cvtpd_ps(a.lo));
+  _mm256_storeu_ps(p + 8, _mm512_cvtpd_ps(a.hi));
 }
 TTA_INLINE D set1d(double a) { return {_mm512_set1_pd(a), _mm512_set1_pd(a)}; }
 TTA_INLINE D add(D a, D b) { return {_mm512_add_pd(a.lo, b.lo), _mm512_add_pd(a.hi, b.hi)}; }
@@ -240,6 +251,7 @@ TTA_INLINE M mask_not(M a) {
 }
 TTA_INLINE F keep(M m, F a) { return {_mm256_and_ps(m.v, a.v)}; }
 TTA_INLINE I keep(M m, I a) { return {_mm256_and_si256(_mm256_castps_si256(m.v), a.v)}; }
+TTA_INLINE F drop(M m, F a) { return {_mm256_andnot_ps(m.v, a.v)}; }
 TTA_INLINE F select(M m, F a, F b) { return {_mm256_blendv_ps(b.v, a.v, m.v)}; }
 TTA_INLINE I select(M m, I a, I b) {
   return {_mm256_blendv_epi8(b.v, a.v, _mm256_castps_si256(m.v))};
@@ -258,6 +270,14 @@ TTA_INLINE D widen(F a) {
 TTA_INLINE F narrow(D a) {
   return {_mm256_insertf128_ps(_mm256_castps128_ps256(_mm256_cvtpd_ps(a.lo)), _mm256_cvtpd_ps(a.hi),
                                1)};
+}
+// widen(load(p)) and store(p, narrow(a)), half by half: halves of registers wait for one another.
+TTA_INLINE D load_wide(const float* p) {
+  return {_mm256_cvtps_pd(_mm_loadu_ps(p)), _mm256_cvtps_pd(_mm_loadu_ps(p + 4))};
+}
+TTA_INLINE void store_narrow(float* p, D a) {
+  _mm_storeu_ps(p, _mm256_cvtpd_ps(a.lo));
+  _mm_storeu_ps(p + 4, _mm256_cvtpd_ps(a.hi));
 }
 TTA_INLINE D set1d(double a) { return {_mm256_set1_pd(a), _mm256_set1_pd(a)}; }
 TTA_INLINE D add(D a, D b) { return {_mm256_add_pd(a.lo, b.lo), _mm256_add_pd(a.hi, b.hi)}; }
@@ -436,12 +456,15 @@ TTA_INLINE M mask_or(M a, M b) { return {a.v || b.v}; }
 TTA_INLINE M mask_not(M a) { return {!a.v}; }
 TTA_INLINE F keep(M m, F a) { return {m.v ? a.v : 0.0f}; }
 TTA_INLINE I keep(M m, I a) { return {m.v ? a.v : 0u}; }
+TTA_INLINE F drop(M m, F a) { return {m.v ? 0.0f : a.v}; }
 TTA_INLINE F select(M m, F a, F b) { return {m.v ? a.v : b.v}; }
 TTA_INLINE I select(M m, I a, I b) { return {m.v ? a.v : b.v}; }
 TTA_INLINE uint32_t lanes(M m) { return m.v ? 1u : 0u; }
 TTA_INLINE float reduce_max(F a) { return a.v; }
 TTA_INLINE D widen(F a) { return {static_cast<double>(a.v)}; }
 TTA_INLINE F narrow(D a) { return {static_cast<float>(a.v)}; }
+TTA_INLINE D load_wide(const float* p) { return widen(load(p)); }
+TTA_INLINE void store_narrow(float* p, D a) { store(p, narrow(a)); }
 TTA_INLINE D set1d(double a) { return {a}; }
 TTA_INLINE D add(D a, D b) { return {add_rn(a.v, b.v)}; }
 TTA_INLINE D sub(D a, D b) { return {sub_rn(a.v, b.v)}; }

@@ -48,6 +48,9 @@ TTA_INLINE float element(const char* data, int dtype, int64_t j) {
 template <int kType>
 static void convert(const char* data, int64_t begin, int count, float* out) {
   int j = 0;
+  for (; j + 4 * kWidth <= count; j += 4 * kWidth)
+    for (int k = 0; k < 4 * kWidth; k += kWidth)
+      store(out + j + k, load_as<kType>(data, begin + j + k));
   for (; j + kWidth <= count; j += kWidth) store(out + j, load_as<kType>(data, begin + j));
   for (; j < count; ++j) out[j] = element(data, kType, begin + j);
 }

@@ -229,6 +229,7 @@ constexpr double kChainRounding = 0x1p-17;  // and this what that of others is b
 template <bool kAbove, bool kWeights>
 static double collect(const Row& row, const Stats& s, const Bracket& bracket, Candidates* list) {
   constexpr int kVectors = kWidth == 1 ? 1 : 2;  // more would not fit AVX2's registers
+  constexpr int kStep = kVectors * kWidth;
   alignas(64) float scratch[kTile];
   const F octave = set1(per_octave(s.inv_temperature));
   double side = 0.0;
@@ -244,12 +245,14 @@ static double collect(const Row& row, const Stats& s, const Bracket& bracket, Ca
     }
     const Tile tile = load_tile(row, t, scratch);
     const F m = set1(s.tile_max[t]), low = set1(taken), high = set1(last);
+    int16_t at[kTile / kStep];  // where something is listed
+    int some = 0;
     for (int part = 0; part < tile.count; part += kChain) {
       F sum = set1(0.0f);
       const int end = tile.count < part + kChain ? tile.count : part + kChain;
-      for (int j = part; j < end; j += kVectors * kWidth) {
+      for (int j = part; j < end; j += kStep) {
         F x[kVectors], w[kVectors];
-        M above[kVectors];
+        M above[kVectors], beyond[kVectors];
         for (int k = 0; k < kVectors; ++k) x[k] = load(tile.x + j + k * kWidth);
         for (int k = 0; k < kVectors; ++k) above[k] = less(low, x[k]);
         if (kAbove && !lanes(mask_or(above[0], above[kVectors - 1]))) continue;
@@ -257,16 +260,25 @@ static double collect(const Row& row, const Stats& s, const Bracket& bracket, Ca
           for (int k = 0; k < kVectors; ++k) w[k] = load(s.kept(t) + j + k * kWidth);
         else
           rough_pack<kVectors>(tile.x + j, m, octave, w);
-        for (int k = 0; k < kVectors; ++k) {
-          const M beyond = less(high, x[k]);
-          sum = add(sum, keep(kAbove ? beyond : mask_not(above[k]), w[k]));
-          const M listed = mask_and(above[k], mask_not(beyond));
-          compress_store(to_x + count, listed, x[k]);
-          compress_store(to_id + count, listed, add(iota(), set1i(t * kTile + j + k * kWidth)));
-          count += __builtin_popcount(lanes(listed));
-        }
+        for (int k = 0; k < kVectors; ++k) beyond[k] = less(high, x[k]);
+        for (int k = 0; k < kVectors; ++k)
+          sum = add(sum, kAbove ? keep(beyond[k], w[k]) : drop(above[k], w[k]));
+        M listed = mask_and(above[0], mask_not(beyond[0]));
+        if (kVectors > 1)
+          listed = mask_or(listed, mask_and(above[kVectors - 1], mask_not(beyond[kVectors - 1])));
+        at[some] = static_cast<int16_t>(j);
+        some += lanes(listed) != 0;
       }
       side += static_cast<double>(reduce_add_unordered(sum)) * s.scale[t];
+    }
+    for (int i = 0; i < some; ++i) {
+      for (int j = at[i]; j < at[i] + kStep; j += kWidth) {
+        const F x = load(tile.x + j);
+        const M listed = mask_and(less(low, x), less_equal(x, high));
+        compress_store(to_x + count, listed, x);
+        compress_store(to_id + count, listed, add(iota(), set1i(t * kTile + j)));
+        count += __builtin_popcount(lanes(listed));
+      }
     }
   }
   list->count = count;

@@ -73,13 +73,23 @@ TTA_INLINE F weight(F x, F tile_max, F inv_temperature) {
   return exp(mul(sub(x, tile_max), inv_temperature));
 }
 
+// Temperature 1, whose product need not be made.
+struct One {};
+TTA_INLINE F mul(F a, One) { return a; }
+// body(inv_temperature) as a vector or, where it is 1, as One.
+template <class Body>
+TTA_INLINE auto with_scale(float inv_temperature, Body body) {
+  return inv_temperature == 1.0f ? body(One()) : body(set1(inv_temperature));
+}
+
 // N weights at once (core/math.h says why).
-template <int N>
-TTA_INLINE void weight_pack(const float* x, F tile_max, F inv_temperature, F* w) {
+template <int N, class Scale>
+TTA_INLINE void weight_pack(const float* x, F tile_max, Scale inv_temperature, F* w) {
   for (int k = 0; k < N; ++k) w[k] = mul(sub(load(x + k * kWidth), tile_max), inv_temperature);
   exp_pack<N>(w);
 }
-constexpr int kPack = kWidth == 1 ? 1 : 4;  // weights computed together
+constexpr int kPack = kWidth == 1 ? 1 : 4;      // weights computed together
+constexpr int kPair = kWidth == 8 ? 2 : kPack;  // where they are not added up
 
 // Weights to within kRough of theirs, at half the cost, N at a time: 2^n (1 + a cubic in the
 // remainder). 8e-5 is the cubic's (minimax), 3e-5 both sides' rounding of exponents up to 88. Below
@@ -134,11 +144,10 @@ TTA_INLINE M admitted(F x, F cut_x, I lane_index, I limit) {
 // left in `kept`, or rough_pack.
 enum Source { kMade, kMadeAndKept, kKept, kRoughlyMade };
 
-template <int kMode, Source kSource>
-static float tile_sum_as(Tile tile, float max_value, float inv_temperature, float cut_x = 0.0f,
+template <int kMode, Source kSource, class Scale>
+static float tile_sum_as(Tile tile, float max_value, Scale s, float cut_x = 0.0f,
                          int32_t cut_limit = 0, float* kept = nullptr) {
   const F m = set1(max_value), cx = set1(cut_x);
-  const F s = set1(kSource == kRoughlyMade ? per_octave(inv_temperature) : inv_temperature);
   const I limit = set1i(cut_limit);
   F acc[kAcc];
   for (int h = 0; h < kHalves; ++h) {
@@ -172,15 +181,16 @@ static float tile_sum_as(Tile tile, float max_value, float inv_temperature, floa
 template <Source kSource>
 static float tile_sum_before(Tile tile, float max_value, float inv_temperature, const Cut& cut,
                              int t, float* kept = nullptr) {
+  const F s = set1(kSource == kRoughlyMade ? per_octave(inv_temperature) : inv_temperature);
   switch (mask_mode(cut, t)) {
     case kBelow:
-      return tile_sum_as<kBelow, kSource>(tile, max_value, inv_temperature, cut.x, 0, kept);
+      return tile_sum_as<kBelow, kSource>(tile, max_value, s, cut.x, 0, kept);
     case kAtOrBelow:
-      return tile_sum_as<kAtOrBelow, kSource>(tile, max_value, inv_temperature, cut.x, 0, kept);
+      return tile_sum_as<kAtOrBelow, kSource>(tile, max_value, s, cut.x, 0, kept);
     default:
       return tile_sum_as<kMixed, kSource>(
-          tile, max_value, inv_temperature, cut.x,
-          static_cast<int32_t>(cut.id - static_cast<int64_t>(t) * kTile), kept);
+          tile, max_value, s, cut.x, static_cast<int32_t>(cut.id - static_cast<int64_t>(t) * kTile),
+          kept);
   }
 }
 
@@ -256,10 +266,11 @@ static bool row_stats(const Row& row, float inv_temperature, Stats* a, float inv
       valid = valid && all_minus_infinity(tile);
     } else {
       finite = true;
-      sum = a->weights
-                ? tile_sum_as<kNoMask, kMadeAndKept>(tile, m, inv_temperature, 0.0f, 0, a->kept(t))
-                : tile_sum_as<kNoMask, kMade>(tile, m, inv_temperature);
-      if (second) sum_second = tile_sum_as<kNoMask, kMade>(tile, m, inv_second);
+      sum = with_scale(inv_temperature, [&](auto s) {
+        return a->weights ? tile_sum_as<kNoMask, kMadeAndKept>(tile, m, s, 0.0f, 0, a->kept(t))
+                          : tile_sum_as<kNoMask, kMade>(tile, m, s);
+      });
+      if (second) sum_second = tile_sum_as<kNoMask, kMade>(tile, m, set1(inv_second));
       valid = valid && sum == sum;
     }
     a->tile_max[t] = m;
@@ -455,9 +466,11 @@ class DivideBy {
   explicit DivideBy(double z) : z_(set1d(z)) {
     const double y = 1.0 / z;
     const float high = static_cast<float>(y);
+    const double low = y - static_cast<double>(high), slack = y * 0x1p-40;
     y_high_ = set1(high);
     minus_y_high_ = set1(-high);
-    minus_y_low_ = set1(-static_cast<float>(y - static_cast<double>(high)));
+    down_ = set1(static_cast<float>(slack - low));
+    up_ = set1(static_cast<float>(-slack - low));
   }
   // In place, N vectors at a time.
   template <int N>
@@ -468,11 +481,10 @@ class DivideBy {
       F q[N], rest[N];
       for (int k = 0; k < N; ++k) q[k] = mul(w[k], y_high_);
       for (int k = 0; k < N; ++k) rest[k] = fma(w[k], minus_y_high_, q[k]);
-      for (int k = 0; k < N; ++k) rest[k] = fma(w[k], minus_y_low_, rest[k]);
       M sure[N];
       for (int k = 0; k < N; ++k) {
-        const F slack = mul(q[k], set1(0x1p-40f));
-        const F below = sub(q[k], add(rest[k], slack)), above = sub(q[k], sub(rest[k], slack));
+        const F below = sub(q[k], fma(w[k], down_, rest[k]));
+        const F above = sub(q[k], fma(w[k], up_, rest[k]));
         sure[k] = mask_and(equal(below, above), less(tiny, add(bits(q[k]), shift)));
         q[k] = below;
       }
@@ -487,34 +499,40 @@ class DivideBy {
 
  private:
   D z_;
-  F y_high_, minus_y_high_, minus_y_low_;
+  F y_high_, minus_y_high_, down_, up_;
 };
+
+// Of `packs` packs of x, whose places are listed. Not inlined: the registers are for its constants.
+constexpr int kPackStep = kPair * kWidth;
+TTA_NOINLINE static void write_packs(const float* x, const Stats& s, const int16_t* pack, int packs,
+                                     float* out) {
+  const F m = set1(s.max);
+  const DivideBy z(s.z);
+  F w[kPair];
+  with_scale(s.inv_temperature, [&](auto inv) {
+    for (int i = 0; i < packs; ++i) {
+      weight_pack<kPair>(x + pack[i], m, inv, w);
+      for (int k = 0; k < kPair; ++k) store(out + pack[i] + k * kWidth, w[k]);
+    }
+  });
+  for (int i = 0; i < packs; ++i) {
+    float* const at = out + pack[i];
+    for (int k = 0; k < kPair; ++k) w[k] = load(at + k * kWidth);
+    z.operator()<kPair>(w);
+    for (int k = 0; k < kPair; ++k) store(at + k * kWidth, w[k]);
+  }
+}
 
 // Those of packs j of which wanted(j) is true; of the others nothing is written.
 template <class Wanted>
 static void write_probabilities(Tile tile, const Stats& s, Wanted wanted, float* out) {
-  constexpr int kStep = kPack * kWidth;
-  const F m = set1(s.max), inv = set1(s.inv_temperature);
-  const DivideBy z(s.z);
-  int16_t pack[kTile / kStep];
+  int16_t pack[kTile / kPackStep];
   int packs = 0;
-  for (int j = 0; j < tile.count; j += kStep) {
+  for (int j = 0; j < tile.count; j += kPackStep) {
     pack[packs] = static_cast<int16_t>(j);
     packs += wanted(j);
   }
-  for (int i = 0; i < packs; ++i) {
-    const int j = pack[i];
-    F w[kPack];
-    weight_pack<kPack>(tile.x + j, m, inv, w);
-    for (int k = 0; k < kPack; ++k) store(out + j + k * kWidth, w[k]);
-  }
-  for (int i = 0; i < packs; ++i) {
-    float* const at = out + pack[i];
-    F w[kPack];
-    for (int k = 0; k < kPack; ++k) w[k] = load(at + k * kWidth);
-    z.operator()<kPack>(w);
-    for (int k = 0; k < kPack; ++k) store(at + k * kWidth, w[k]);
-  }
+  write_packs(tile.x, s, pack, packs, out);
 }
 static void write_probabilities(Tile tile, const Stats& s, float* out) {
   write_probabilities(tile, s, [](int) { return true; }, out);

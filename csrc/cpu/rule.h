@@ -81,11 +81,11 @@ TTA_INLINE M deferred_as(const Deferral& d, F x, int64_t first) {
   return d.upper ? mask_not(in) : in;
 }
 
-// Whether any of kPack kWidth tokens is kept, the critical item among them.
+// Whether any of kPair kWidth tokens is kept, the critical item among them.
 template <int kMode>
 TTA_INLINE bool keeps_any(const Deferral& d, const float* x, int64_t first) {
   M all = deferred_as<kMode>(d, load(x), first);
-  for (int k = kWidth; k < kPack * kWidth; k += kWidth)
+  for (int k = kWidth; k < kPair * kWidth; k += kWidth)
     all = mask_and(all, deferred_as<kMode>(d, load(x + k), first + k));
   return lanes(mask_not(all)) != 0;
 }
@@ -318,34 +318,17 @@ class PolicyTile {
     alignas(64) float proxy_scratch[kTile];
     const Tile base = load_tile(rows_.base, t, base_scratch);
     const Tile proxy = load_tile(rows_.proxy, t, proxy_scratch);
-    const Stats& p = rows_.base_stats;
-    const Stats& q = rows_.proxy_stats;
-    alignas(64) float moved[kTile];
-    const D mass = set1d(mass_);
-    const float* judged = d_.by_proxy ? proxy.x : base.x;
     const int64_t begin = static_cast<int64_t>(t) * kTile;
-    // Short loops, each with its constants in registers; the tile stays in L1 between them.
-    if (mass_ > 0.0) write_probabilities(proxy, q, moved);
     with_mode(d_.cut, t, [&](auto mode) {
-      const auto keeps = [&](int j) { return keeps_any<mode>(d_, judged + j, begin + j); };
-      write_probabilities(base, p, keeps, out);
-      if (!(mass_ > 0.0)) {
-        for (int j = 0; j < base.count; j += kWidth) {
-          const M in = deferred_as<mode>(d_, load(judged + j), begin + j);
-          store(out + j, keep(mask_not(in), load(out + j)));
-        }
-        return;
-      }
-      for (int j = 0; j < base.count; j += kWidth) {
-        const M in = deferred_as<mode>(d_, load(judged + j), begin + j);
-        const D kept = widen(keep(mask_not(in), load(out + j)));
-        store(out + j, narrow(add(kept, mul(widen(load(moved + j)), mass))));
+      for (int j = 0; j < base.count; j += kPart) {
+        const int count = base.count - j < kPart ? base.count - j : kPart;
+        write_part<mode>({base.x + j, count}, {proxy.x + j, count}, begin + j, out + j);
       }
     });
     if (d_.fraction > 0.0 && d_.critical / kTile == t) {
       const int j = static_cast<int>(d_.critical - begin);
-      const double pc = static_cast<double>(p.probability(base.x[j]));
-      const double qc = static_cast<double>(q.probability(proxy.x[j]));
+      const double pc = static_cast<double>(rows_.base_stats.probability(base.x[j]));
+      const double qc = static_cast<double>(rows_.proxy_stats.probability(proxy.x[j]));
       const double kept = (1.0 - d_.fraction) * pc;
       const double from_proxy = qc * mass_;
       out[j] = static_cast<float>(kept + from_proxy);
@@ -377,6 +360,28 @@ class PolicyTile {
   }
 
  private:
+  // Short loops, each with its constants in registers, over parts that stay in L1 between them.
+  static constexpr int kPart = 1024;
+  template <int kMode>
+  void write_part(Tile base, Tile proxy, int64_t begin, float* out) const {
+    alignas(64) float moved[kPart];
+    const Deferral d = d_;  // what is stored might lie in another's
+    const float* judged = d.by_proxy ? proxy.x : base.x;
+    const auto keeps = [&](int j) { return keeps_any<kMode>(d, judged + j, begin + j); };
+    const auto kept = [&](int j) {
+      return drop(deferred_as<kMode>(d, load(judged + j), begin + j), load(out + j));
+    };
+    write_probabilities(base, rows_.base_stats, keeps, out);
+    if (!(mass_ > 0.0)) {
+      for (int j = 0; j < base.count; j += kWidth) store(out + j, kept(j));
+      return;
+    }
+    write_probabilities(proxy, rows_.proxy_stats, moved);
+    const D mass = set1d(mass_);
+    for (int j = 0; j < base.count; j += kWidth)
+      store_narrow(out + j, add(widen(kept(j)), mul(load_wide(moved + j), mass)));
+  }
+
   const RowPair& rows_;
   const Deferral& d_;
   double mass_;

@@ -67,21 +67,23 @@ class Residual {
     const Tile proxy = load_tile(rows_.proxy, t, proxy_scratch);
     const float* judged = d_.by_proxy ? proxy.x : base.x;
     const int64_t begin = static_cast<int64_t>(t) * kTile;
-    with_mode(d_.cut, t, [&](auto mode) {
-      const auto keeps = [&](int j) { return keeps_any<mode>(d_, judged + j, begin + j); };
-      write_probabilities(base, rows_.base_stats, keeps, out);
-      write_probabilities(proxy, rows_.proxy_stats, keeps, q);
-    });
     const D kept = set1d(kept_);
     const bool split_here = d_.fraction > 0.0 && d_.critical / kTile == t;
     const int at = split_here ? static_cast<int>(d_.critical - begin) : 0;
-    const double critical_p = split_here ? static_cast<double>(out[at]) : 0.0;
-    for (int j = 0; j < base.count; j += kWidth) {
-      const M stays = mask_not(deferred_lanes(d_, load(judged + j), begin + j, t));
-      const D p = widen(keep(stays, load(out + j)));  // of what is deferred neither may be written
-      const F w = narrow(sub(p, mul(kept, widen(keep(stays, load(q + j))))));
-      store(out + j, max(w, set1(0.0f)));
-    }
+    double critical_p = 0.0;
+    with_mode(d_.cut, t, [&](auto mode) {
+      const Deferral d = d_;  // what is stored might lie in another's
+      const auto keeps = [&](int j) { return keeps_any<mode>(d, judged + j, begin + j); };
+      write_probabilities(base, rows_.base_stats, keeps, out);
+      write_probabilities(proxy, rows_.proxy_stats, keeps, q);
+      if (split_here) critical_p = static_cast<double>(out[at]);
+      for (int j = 0; j < base.count; j += kWidth) {
+        const M deferred = deferred_as<mode>(d, load(judged + j), begin + j);
+        const D p = widen(drop(deferred, load(out + j)));  // of these neither may be written
+        const D w = sub(p, mul(kept, widen(drop(deferred, load(q + j)))));
+        store_narrow(out + j, max(w, set1d(0.0)));
+      }
+    });
     if (split_here) {
       const double share = (1.0 - d_.fraction) * critical_p;
       const double moved = kept_ * static_cast<double>(q[at]);
@@ -98,7 +100,7 @@ class Residual {
     scale_[t] = std::ldexp(1.0, exponent);
     const D shrink = set1d(std::ldexp(1.0, -exponent));
     for (int j = 0; j < base.count; j += kWidth)
-      store(out + j, narrow(mul(widen(load(out + j)), shrink)));
+      store_narrow(out + j, mul(load_wide(out + j), shrink));
     return base.count;
   }
 
