@@ -256,7 +256,6 @@ def key_arguments(
     ``left``: to the kernel are left the dtypes and numbers of elements of tensors, which tell the
     shape of one with a dimension.
     """
-    count, device = like.shape[0], like.device
     if seed is None or position is None:
         if do_sample:
             missing = "seed" if seed is None else "position"
@@ -271,23 +270,23 @@ def key_arguments(
         if plain and type(seed) is int
         else seed
         if left and type(seed) is Tensor
-        else seed_tensor(seed, device),
+        else seed_tensor(seed, like.device),
         _integers[position]
         if plain and type(position) is int and 0 <= position < rng.WORD
         else position
         if left and type(position) is Tensor and position.dim() < 2
-        else index_tensor("position", position, count, device),
-        _ranges[count, device]
+        else index_tensor("position", position, like.shape[0], like.device),
+        _ranges[like.shape[0], like.device]
         if plain and sequence is None
         else sequence
         if left and type(sequence) is Tensor and sequence.dim() < 2
         else _integers[sequence]
         if plain and type(sequence) is int and 0 <= sequence < rng.WORD
-        else sequence_tensor(sequence, count, device),
+        else sequence_tensor(sequence, like.shape[0], like.device),
         iteration,
         _rollouts[rollout]
         if plain and type(rollout) is int
-        else rollout_tensor(rollout, count, device),
+        else rollout_tensor(rollout, like.shape[0], like.device),
         bool(do_sample),
     )
 
@@ -408,15 +407,15 @@ def outputs(
         raise ValueError(
             f"out has {len(found)} tensors, expected {len(results)}: {', '.join(fields)}"
         )
-    whole, device = like.shape if shape is None else shape, like.device
     for tensor, (name, dtype, dims, _) in zip(found, results):  # noqa: B905
         if (
             left
             and type(tensor) is Tensor
             and not tensor.requires_grad
-            and (tensor.dim() == 1 if dims == 1 else tensor.shape == whole)
+            and (tensor.dim() == 1 if dims == 1 else tensor.shape == (shape or like.shape))
         ):
             continue
+        whole, device = like.shape if shape is None else shape, like.device
         wanted = (whole[0],) if dims == 1 else whole if dims is None else whole[:dims]
         if (  # what most calls need, without another call
             type(tensor) is not Tensor
