@@ -9,7 +9,7 @@ sum min(pi, q), the most that a verification of independent drafts reaches
 (``tta_ext.ops.deferral_verify``). For ``implicit_reward`` one uniform draws, so ``drawn`` and
 ``base's`` are one; ``as base`` is the proxy's logits in all places.
 
-A second table is about drafts of several tokens that the proxy draws by itself, one context in
+A second table, of the shipped pair, is about drafts of several tokens that the proxy draws by itself, one context in
 four: how many of them token verification (:func:`tta_ext.ops.deferral_verify`) accepts on average,
 and how many block verification would (Sun et al., arXiv:2403.10444), which weighs the draft as a
 whole; both by their exact chances along each draft.
@@ -182,9 +182,9 @@ def verified(pi: Tensor, q: Tensor, draft: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.inference_mode()
 def lines(
-    name: str, pair: Any, law: tuple[str, float], T: float, answers: int
+    name: str, pair: Any, law: tuple[str, float], T: float, answers: int, drafts: Sequence[int]
 ) -> tuple[list[str], list[list[str]]]:
-    """A line of the first table, and those of the second."""
+    """A line of the first table, and those of the second, one for each length of drafts."""
     from tta_ext import KnapsackDeferral
     from tta_ext.demo.task import evaluation_problems
 
@@ -201,7 +201,7 @@ def lines(
 
     def draft(tokens: list[int]) -> tuple[Tensor, ...]:
         drawn: list[int] = []
-        while len(drawn) < max(DRAFTS) and tokenizer.eos_token_id not in drawn:
+        while len(drawn) < max(drafts) and tokenizer.eos_token_id not in drawn:
             q = torch.softmax(logits(proxy, [*tokens, *drawn, 0], 1).double() / T, -1)
             drawn.append(int(torch.multinomial(q[0], 1, generator=generator)))
         first, second = (logits(model, tokens + drawn, len(drawn)) for model in (base, proxy))
@@ -214,13 +214,14 @@ def lines(
     for prompt, answer in zip(result.prompt_tokens, result.tokens, strict=True):
         first, second = (logits(model, prompt + answer, len(answer)) for model in (base, proxy))
         parts.append(accepted(first, second, rule, param, T))
-        blocks += [draft(prompt + answer[:at]) for at in range(0, len(answer), STRIDE)]
+        starts = range(0, len(answer), STRIDE) if drafts else ()
+        blocks += [draft(prompt + answer[:at]) for at in starts]
     *kinds, bases, optimal = torch.cat(parts).mean(0).tolist()
     shown = (*kinds, max(kinds), bases, optimal)
     positions = sum(map(len, parts))
     head = [name, rule, f"{param:g}", f"{T:g}"]
     second_table = []
-    for length in DRAFTS:
+    for length in drafts:
         both_ways = torch.tensor([verified(*(x[:length] for x in block)) for block in blocks])
         token, block = both_ways.mean(0).tolist()
         gain, error = mean_and_error((both_ways[:, 1] - both_ways[:, 0]).tolist())
@@ -248,7 +249,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         answers = args.answers[large]
         for law in (LAWS, FEW)[large]:
             for T in TEMPERATURES:
-                one, more = lines(name, pair, law, T, answers)
+                one, more = lines(name, pair, law, T, answers, () if large else DRAFTS)
                 first.append(one)
                 second += more
                 print(" ".join(one), *(" ".join(line[4:]) for line in more), sep="; ", flush=True)
