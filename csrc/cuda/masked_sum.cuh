@@ -365,17 +365,6 @@ __device__ __forceinline__ void block_masses_at_rule(const Kad& a, int64_t row, 
   }
 }
 
-// The deferred mass over all tiles by one block: rare decisions only.
-__device__ __forceinline__ double sum_here(const Kad& a, int64_t row, int query,
-                                           const Deferral& set, int slot, float* weights,
-                                           double* shared) {
-  for (int t = 0; t < a.s.tiles; ++t) {
-    tile_mass<false>(a, row, t, query, set, slot, weights);
-    __syncthreads();
-  }
-  return sum_of_masses(a.s, row, query, shared);
-}
-
 __device__ __forceinline__ Deferral before(const Cut& cut) {
   return {cut, -1, 0.0, kInfinity, false, false};
 }
