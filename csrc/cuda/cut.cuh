@@ -27,45 +27,31 @@
 namespace tta {
 namespace cuda {
 
-__device__ __forceinline__ BracketTest test_of(const RowState& r, const SlotNumbers& p) {
-  const CutBracket& b = r.bracket;
-  return BracketTest(p, b.low, b.high, kBuckets, b.least, b.most);
-}
-
 // Lists what this block's tiles have inside the bracket, or surveys them. Few elements are as
 // likely: where a warp looks at eight at a time, their largest tells most eights apart.
 __device__ __forceinline__ void collect(const Kad& a, int64_t row, uint4* counts4) {
-  const RowState& r = a.s.state(row);
-  const SlotNumbers p = r.slot[a.base_rule_slot()];
-  const BracketTest bracket = test_of(r, p);
-  if (r.bracket.dense)
-    return survey(a, row, bracket, false, Fine(p, bracket.least, bracket.most), a.first_tile(),
-                  a.end_tile(), counts4);
+  const CutBracket& b = a.s.state(row).bracket;
+  const SlotNumbers p = a.s.state(row).slot[a.base_rule_slot()];
+  if (b.dense)
+    return survey(a, row, b.least, b.most, Fine(p, b.least, b.most), a.first_tile(), a.end_tile(),
+                  counts4);
+  const BracketTest test = bracket_of(a.s.state(row), p);
   const Row base = a.base_row(row);
-  const auto impossible = [&](int t) { return a.s.tile_max(row, 0)[t] < bracket.least; };
   each_tile(
       a, base, a.by_warps(base),
       [&](auto type, int t, int count) {
-        if (impossible(t)) return;
+        if (a.s.tile_max(row, 0)[t] < test.least) return;
 #pragma unroll 4
         for (int j = lane_id() * kWide; j < count; j += 32 * kWide) {
           const uint4 wide = wide_at(base.begin(t), j);
           float x[kWide];
           max_of_wide<type.value>(wide, x);
-          if (fmaxf(x[0], x[1]) < bracket.least) continue;
+          if (fmaxf(x[0], x[1]) < test.least) continue;
           widen<type.value>(wide, x);
-          append(a, row, base, bracket.inside<kWide>(x), [&](int i) { return t * kTile + j + i; });
+          append(a, row, base, test.inside<kWide>(x), [&](int i) { return t * kTile + j + i; });
         }
       },
-      [&](int t) {
-        if (impossible(t)) return;
-        const Source source(base, t);
-        const Tile map = map_of(base.vocab, t, source.aligned());
-        uint32_t inside = 0;
-        each_four(map, source, true,
-                  [&](auto, int i, const float* x) { inside |= bracket.inside<4>(x) << i; });
-        append(a, row, base, inside, [&](int i) { return t * kTile + map.at(i); });
-      });
+      [&](int t) { list_tile(a, row, base, t, test); });
 }
 
 // For the last block after `collect`.
@@ -74,55 +60,54 @@ __device__ __forceinline__ Search find_critical(const Kad& a, int64_t row, uint4
   RowState& r = a.s.state(row);
   float* weights = reinterpret_cast<float*>(counts4);
   const SlotNumbers p = r.slot[a.base_rule_slot()];
-  BracketTest test = test_of(r, p);
-  Search search = {r.bracket.below, r.bracket.vague};
+  const Row base = a.base_row(row);
+  Search search = {r.bracket.below, r.bracket.vague, -1, kInfinity};
+  BracketTest test = bracket_of(r, p);
   bool surveyed = r.bracket.dense, listed = !surveyed && r.bracket.listed <= kListed;
-  Fine fine(p, test.least, test.most);
   while (!listed) {
-    Found all;
-    if (surveyed) {
-      all = found_of_row(a, row);
-      if (all.equal()) {
-        search_equal(a, row, all, &search, weights, shared);
-        return search;
-      }
-      const double unit = fine.unit(p.max);
-      // Of weights that differ much the rounding to the unit is no part of their own.
-      if (!fine.narrow) search.vague += unit * all.count;
-      const Bands bands = find_bands<kFine>(
-          a.s.histogram(row), search.below, 0.0, r.bound, kShallowSlack, search.vague,
-          [=](int, uint64_t units) { return static_cast<double>(units) * unit; });
-      search.below = bands.below;
-      test = BracketTest(fine.p, bands.shallow, bands.deep, kFine, all.least, all.most);
+    if (!surveyed) exact_ends(&test);
+    const Fine fine(p, test.least, test.most);
+    if (!surveyed) {
+      for (int i = static_cast<int>(threadIdx.x); i < kFine; i += kThreads)
+        a.s.histogram(row)[i] = 0;
+#pragma unroll 1
+      for (int t = 0; t < a.s.tiles; t += kMostSpan)
+        survey(a, row, test.least, test.most, fine, t,
+               t + kMostSpan < a.s.tiles ? t + kMostSpan : a.s.tiles, counts4);
+      __syncthreads();
     }
-    __syncthreads();  // every thread has read what is begun anew
+    const Found all = found_of_row(a, row);
+    if (all.equal()) {
+      search_equal(a, row, all, &search, weights, shared);
+      return search;
+    }
+    const double unit = fine.unit(p.max);
+    // Where weights differ much the rounding to the unit is no part of each.
+    if (!fine.narrow) search.vague += unit * all.count;
+    const Bands bands = find_bands<kFine>(
+        a.s.histogram(row), search.below, 0.0, r.bound, kShallowSlack, search.vague,
+        [=](int, uint64_t units) { return static_cast<double>(units) * unit; });
+    search.below = bands.below;
+    test = BracketTest(fine.p, bands.shallow, bands.deep, kFine,
+                       fmaxf(all.least, logit_of(fine.p, bands.deep + 1)),
+                       fminf(all.most, logit_of(fine.p, bands.shallow - 1)));
     if (threadIdx.x == 0) r.bracket.listed = 0;
-    for (int i = static_cast<int>(threadIdx.x); !surveyed && i < kFine; i += kThreads)
-      a.s.histogram(row)[i] = 0;
     __syncthreads();
 #pragma unroll 1
-    for (int t = 0; t < a.s.tiles; t += kMostSpan)
-      survey(a, row, test, surveyed, fine, t, t + kMostSpan < a.s.tiles ? t + kMostSpan : a.s.tiles,
-             counts4);
-    listed = surveyed && r.bracket.listed <= kListed;
-    if (surveyed && !listed) {
-      Found part = found_of_row(a, row);
-      if (part.count == all.count && !part.equal()) {  // all of them are vague: a half by its sum
-        const int64_t least = ordered_bits(part.least), most = ordered_bits(part.most);
-        const float middle = from_ordered_bits(static_cast<int32_t>(least + (most - least) / 2));
-        Sums sums = {a, row, weights, shared};
-        const double sum = sums.before_cut(Cut{middle, kNoLimit}, [](int) { return true; });
-        if (sum <= r.bound) {
-          search.below = sum;
-          part.least = next_above(middle);
-        } else {
-          part.most = middle;
-        }
-      }
-      test = BracketTest(p, 0, kLastBand, kBuckets, part.least, part.most);
-      fine = Fine(p, part.least, part.most);
-    }
-    surveyed = !surveyed;
+    for (int t = 0; t < a.s.tiles; ++t) list_tile(a, row, base, t, test);
+    __syncthreads();
+    surveyed = false;
+    listed = r.bracket.listed <= kListed;
+    if (listed || r.bracket.listed < static_cast<uint32_t>(all.count)) continue;
+    // Masses tell nothing about any of them: a half is decided by its sum.
+    const int64_t low = ordered_bits(all.least), high = ordered_bits(all.most);
+    const float middle = from_ordered_bits(static_cast<int32_t>(low + (high - low) / 2));
+    Sums sums = {a, row, weights, shared};
+    const double sum = sums.before_cut(Cut{middle, kNoLimit}, [](int) { return true; });
+    const bool fits = sum <= r.bound;
+    if (fits) search.below = sum;
+    test = BracketTest(p, 0, kLastBand, kBuckets, fits ? next_above(middle) : all.least,
+                       fits ? all.most : middle);
   }
   search_list(a, row, static_cast<int>(r.bracket.listed), &search, weights, shared);
   return search;

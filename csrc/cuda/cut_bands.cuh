@@ -41,6 +41,12 @@ __device__ __forceinline__ float place_of(int band) {
   return kBandZero + static_cast<float>(band) * kBandStep;
 }
 
+__device__ __forceinline__ float logit_of(const SlotNumbers& p, int band) {
+  const double depth = static_cast<double>(band) * (1.0 / static_cast<double>(kBandsPerNat));
+  return static_cast<float>(static_cast<double>(p.max) -
+                            depth / static_cast<double>(p.inv_temperature));
+}
+
 // Adds some weights to `counts` (shared, kCounters); those beyond the last band (kVague) to
 // counters that nobody reads, one for each lane of the warps: rows may have many impossible tokens.
 template <int kCount>
@@ -106,6 +112,53 @@ __device__ __forceinline__ void band_masses(const Kad& a, int64_t row, uint4* co
                   [&](auto, int, const float* x) { count_bands<4>(x, p, counts); });
       });
   add_counts<kBuckets>(counts4, a.s.histogram(row));
+}
+
+// Which elements are in question: those between two logits, in a range of bands.
+struct BracketTest {
+  SlotNumbers p;
+  float shallow, deep;  // places
+  float least, most;
+
+  __device__ __forceinline__ BracketTest(const SlotNumbers& numbers, int first, int last, int bands,
+                                         float lowest, float highest)
+      : p(numbers),
+        shallow(place_of(first)),
+        deep(last < bands - 1    ? place_of(last)
+             : bands == kBuckets ? kLastPlace
+                                 : kInfinity),
+        least(lowest),
+        most(highest) {}
+  // Bits of those of some elements.
+  template <int kCount>
+  __device__ __forceinline__ uint32_t inside(const float* x) const {
+    bool any = false;
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) any |= (x[k] >= least) & (x[k] <= most);
+    uint32_t found = 0;
+    if (!any) return found;
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+      const float place = band_place(depth_of(x[k], p));
+      if ((place >= shallow) & (place <= deep) & (x[k] >= least) & (x[k] <= most)) found |= 1u << k;
+    }
+    return found;
+  }
+};
+
+__device__ __forceinline__ BracketTest bracket_of(const RowState& r, const SlotNumbers& p) {
+  const CutBracket& b = r.bracket;
+  return BracketTest(p, b.low, b.high, kBuckets, b.least, b.most);
+}
+// The least and the largest logit that there may be inside, in place of those between which it
+// lies. For a whole block.
+__device__ __forceinline__ void exact_ends(BracketTest* test) {
+  const auto place = [&](float x) { return band_place(depth_of(x, test->p)); };
+  const float max = test->p.max;
+  const Cut lower = up_to_last(max, [&](float x) { return place(x) > test->deep; });
+  const Cut open = up_to_last(max, [&](float x) { return place(x) >= test->shallow; });
+  test->least = fmaxf(test->least, next_above(lower.x));
+  test->most = fminf(test->most, fminf(open.x, max));
 }
 
 // The bands that may hold the critical item, and the masses before and through them, roughly.
@@ -184,23 +237,17 @@ __device__ __forceinline__ void bracket_bands(const Kad& a, int64_t row) {
   // No element of the bracket weighs more than one of its shallowest band.
   const double most_weigh = static_cast<double>(exp_of(-band_depth(found.shallow)));
   const bool dense = found.above - found.below > kListed * most_weigh;
-  if (dense)
+  BracketTest ends(p, found.shallow, found.deep, kBuckets,
+                   found.deep == kLastBand ? -kInfinity : logit_of(p, found.deep + 1),
+                   found.shallow > 0 ? logit_of(p, found.shallow - 1) : kInfinity);
+  if (dense) {
     for (int i = static_cast<int>(threadIdx.x); i < kFine; i += kThreads) total[i] = 0;
+    exact_ends(&ends);
+  }
   if (threadIdx.x) return;
-  const auto logit_of = [&](int band) {
-    const double depth = static_cast<double>(band) * (1.0 / static_cast<double>(kBandsPerNat));
-    return static_cast<float>(static_cast<double>(p.max) -
-                              depth / static_cast<double>(p.inv_temperature));
-  };
-  CutBracket& to = r.bracket;
-  to.low = found.shallow;
-  to.high = found.deep;
-  to.most = found.shallow > 0 ? logit_of(found.shallow - 1) : kInfinity;
-  to.least = found.deep == kLastBand ? -kInfinity : logit_of(found.deep + 1);
-  to.listed = 0;
-  to.dense = dense;
-  to.below = found.below;
-  to.vague = kVague + deep * kBandSlack;
+  r.bracket = {
+      found.below, kVague + deep * kBandSlack, found.shallow, found.deep, ends.most, ends.least, 0,
+      dense};
 }
 
 }  // namespace cuda

@@ -21,50 +21,33 @@ __device__ __forceinline__ void append(const Kad& a, int64_t row, const Row& bas
   }
 }
 
-// Which elements are in question: those between two logits, in a range of bands.
-struct BracketTest {
-  SlotNumbers p;
-  float shallow, deep;  // places
-  float least, most;
-
-  __device__ __forceinline__ BracketTest(const SlotNumbers& numbers, int first, int last, int bands,
-                                         float lowest, float highest)
-      : p(numbers),
-        shallow(place_of(first)),
-        deep(last == bands - 1 ? kLastPlace : place_of(last)),
-        least(lowest),
-        most(highest) {}
-  // Bits of those of some elements.
-  template <int kCount>
-  __device__ __forceinline__ uint32_t inside(const float* x) const {
-    bool any = false;
-#pragma unroll
-    for (int k = 0; k < kCount; ++k) any |= (x[k] >= least) & (x[k] <= most);
-    uint32_t found = 0;
-    if (!any) return found;
-#pragma unroll
-    for (int k = 0; k < kCount; ++k) {
-      const float place = band_place(depth_of(x[k], p));
-      if ((place >= shallow) & (place <= deep) & (x[k] >= least) & (x[k] <= most)) found |= 1u << k;
-    }
-    return found;
-  }
-};
-
 // Elements of a tile or a row that are in question: how many, and their ends.
 struct Found {
-  int count = 0;
-  float least = kInfinity, most = -kInfinity;
+  int count;
+  float least, most;
 
-  __device__ __forceinline__ bool any() const { return count > 0; }
   __device__ __forceinline__ bool equal() const { return least == most; }
 };
+__device__ __forceinline__ Found nothing() { return {0, kInfinity, -kInfinity}; }
 __device__ __forceinline__ Found block_reduce(const Found& mine) {
-  Found all;
-  all.count = block_reduce(mine.count, Sum());
-  all.least = block_reduce(mine.least, Min());
-  all.most = block_reduce(mine.most, Max());
-  return all;
+  TTA_SHARED_ARRAY(int, part, 3 * kWarps);
+  int count = __reduce_add_sync(kFullWarp, mine.count);
+  int least = __reduce_min_sync(kFullWarp, ordered_bits(mine.least));
+  int most = __reduce_max_sync(kFullWarp, ordered_bits(mine.most));
+  if (lane_id() == 0) {
+    part[warp_id()] = count;
+    part[kWarps + warp_id()] = least;
+    part[2 * kWarps + warp_id()] = most;
+  }
+  __syncthreads();
+  for (int w = 1; w < kWarps; ++w) {
+    const int other = (warp_id() + w) % kWarps;
+    count += part[other];
+    least = min(least, part[kWarps + other]);
+    most = max(most, part[2 * kWarps + other]);
+  }
+  __syncthreads();
+  return {count, from_ordered_bits(least), from_ordered_bits(most)};
 }
 
 // What is found in the tiles, in the place of queries 1 and 2.
@@ -75,7 +58,7 @@ __device__ __forceinline__ float2* found_ends(const Kad& a, int64_t row) {
   return reinterpret_cast<float2*>(a.s.mass(row, 2));
 }
 __device__ __forceinline__ Found found_of_row(const Kad& a, int64_t row) {
-  Found mine;
+  Found mine = nothing();
   for (int t = static_cast<int>(threadIdx.x); t < a.s.tiles; t += kThreads) {
     const float2 ends = found_ends(a, row)[t];
     mine.count += static_cast<int>(found_counts(a, row)[t]);
@@ -95,14 +78,12 @@ struct Fine {
   __device__ __forceinline__ Fine(const SlotNumbers& numbers, float least, float most)
       : inv_temperature(numbers.inv_temperature) {
     constexpr double kNats = (kFine - 1) / static_cast<double>(kBandsPerNat);
-    constexpr double kLargest = 0x1.fffffep127;
-    const double high = fmin(static_cast<double>(most), static_cast<double>(numbers.max));
-    const double low = fmax(fmax(static_cast<double>(least), -kLargest),
-                            high - 90.0 / static_cast<double>(inv_temperature));
-    p.max = static_cast<float>(high);
-    p.inv_temperature = static_cast<float>(fmin(kNats / fmax(high - low, 0x1p-149), kLargest));
-    narrow = (high - low) * static_cast<double>(inv_temperature) < 0.09;
-    middle = narrow ? static_cast<float>(0.5 * high + 0.5 * low) : p.max;
+    const double t = 1.0 / static_cast<double>(inv_temperature), high = most, low = least;
+    narrow = high - low < 0.09 * t;
+    middle = narrow ? static_cast<float>(0.5 * high + 0.5 * low) : most;
+    p.max = most;
+    // Beyond a depth of 90 all are in the last band; so steep that none is infinite.
+    p.inv_temperature = static_cast<float>(kNats / fmax(fmin(high - low, 90.0 * t), 0x1p-122));
   }
   __device__ __forceinline__ float place(float x) const {
     return fminf(band_place(depth_of(x, p)), place_of(kFine - 1));
@@ -125,49 +106,55 @@ struct Fine {
   }
 };
 
-// One reading of tiles first .. end - 1: what a test finds in each is noted and, where it is asked
-// for, listed; or added to the row's fine bands. Of equal elements of a tile their number is
-// enough. For a whole block; `counts4`: shared, of kFine.
-__device__ __forceinline__ void survey(const Kad& a, int64_t row, const BracketTest& test,
-                                       bool lists, const Fine& fine, int first, int end,
-                                       uint4* counts4) {
+// Lists what a tile has in question. For a whole block.
+__device__ __forceinline__ void list_tile(const Kad& a, int64_t row, const Row& base, int t,
+                                          const BracketTest& test) {
+  if (a.s.tile_max(row, 0)[t] < test.least) return;
+  const Source source(base, t);
+  const Tile map = map_of(base.vocab, t, source.aligned());
+  uint32_t inside = 0;
+  each_four(map, source, true,
+            [&](auto, int i, const float* x) { inside |= test.inside<4>(x) << i; });
+  append(a, row, base, inside, [&](int i) { return t * kTile + map.at(i); });
+}
+
+// Surveys tiles first .. end - 1, kMostSpan or fewer: notes what each has between two logits, and
+// adds it to the row's fine bands. Of equal elements of a tile their number is enough. For a whole
+// block; `counts4`: shared, of kFine.
+__device__ __forceinline__ void survey(const Kad& a, int64_t row, float least, float most,
+                                       const Fine& fine, int first, int end, uint4* counts4) {
   uint32_t* counts = reinterpret_cast<uint32_t*>(counts4);
   const Row base = a.base_row(row);
-  if (!lists) clear_counts<kFine>(counts4);
+  clear_counts<kFine>(counts4);
 #pragma unroll 1
   for (int t = first; t < end; ++t) {
     const Source source(base, t);
     const Tile map = map_of(base.vocab, t, source.aligned());
-    Found found;
-    if (a.s.tile_max(row, 0)[t] >= test.least) {
-      uint32_t inside = 0;
+    Found found = nothing();
+    uint32_t inside = 0;
+    if (a.s.tile_max(row, 0)[t] >= least) {
       each_four(map, source, true, [&](auto, int i, const float* x) {
-        const uint32_t four = test.inside<4>(x);
-        inside |= four << i;
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
-          found.least = fminf(found.least, four >> k & 1u ? x[k] : kInfinity);
-          found.most = fmaxf(found.most, four >> k & 1u ? x[k] : -kInfinity);
+          if (!(x[k] >= least && x[k] <= most)) continue;
+          inside |= 1u << (i + k);
+          found.least = fminf(found.least, x[k]);
+          found.most = fmaxf(found.most, x[k]);
         }
       });
-      if (lists) append(a, row, base, inside, [&](int i) { return t * kTile + map.at(i); });
       found.count = __popc(inside);
       found = block_reduce(found);
     }
     if (threadIdx.x == 0) {
       found_counts(a, row)[t] = static_cast<double>(found.count);
       found_ends(a, row)[t] = make_float2(found.least, found.most);
-      if (!lists && found.equal()) fine.add(found.most, static_cast<uint32_t>(found.count), counts);
+      if (found.equal()) fine.add(found.most, static_cast<uint32_t>(found.count), counts);
     }
-    if (lists || !found.any() || found.equal()) continue;
-    each_four(map, source, true, [&](auto, int, const float* x) {
-#pragma unroll
-      for (int k = 0; k < 4; ++k)
-        if (x[k] >= found.least && x[k] <= found.most) fine.add(x[k], 1, counts);
-    });
+    if (found.equal()) continue;
+    for (; inside; inside &= inside - 1)
+      fine.add(base.at(t * kTile + map.at(__ffs(static_cast<int>(inside)) - 1)), 1, counts);
   }
-  if (!lists) add_counts<kFine>(counts4, a.s.histogram(row));
-  __syncthreads();
+  add_counts<kFine>(counts4, a.s.histogram(row));
 }
 
 // What is known of the critical item: it is the last element of which this was said, or one that
