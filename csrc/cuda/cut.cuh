@@ -16,9 +16,9 @@
 //
 // Thread map: a block's tiles one after another, four elements a thread at a time; of 16-bit
 // elements, where a block has four, a warp each, eight elements a thread at a time.
-// Passes: the base row twice, from L2 where it fits; where the bracket is to be divided three
-// times, and a fourth one by the last block. Bytes a row: 2 s V (3 s V, 4 s V) + the bands a block
-// touches.
+// Passes: the base row twice, from L2 where it fits; a third time by the last block where the bands
+// of a bracket are listed, and once more, most of it, where a canonical sum decides. Bytes a row:
+// 2 s V (3 s V, 4 s V) + the bands a block touches.
 #pragma once
 
 #include "cuda/cut_search.cuh"
@@ -33,8 +33,8 @@ __device__ __forceinline__ void collect(const Kad& a, int64_t row, uint4* counts
   const CutBracket& b = a.s.state(row).bracket;
   const SlotNumbers p = a.s.state(row).slot[a.base_rule_slot()];
   if (b.dense)
-    return survey(a, row, b.least, b.most, Fine(p, b.least, b.most), a.first_tile(), a.end_tile(),
-                  counts4);
+    return survey(a, row, b.least, b.most, Fine(a, p, b.least, b.most), a.first_tile(),
+                  a.end_tile(), counts4);
   const BracketTest test = bracket_of(a.s.state(row), p);
   const Row base = a.base_row(row);
   each_tile(
@@ -66,14 +66,14 @@ __device__ __forceinline__ Search find_critical(const Kad& a, int64_t row, uint4
   bool surveyed = r.bracket.dense, listed = !surveyed && r.bracket.listed <= kListed;
   while (!listed) {
     if (!surveyed) exact_ends(&test);
-    const Fine fine(p, test.least, test.most);
+    const Fine fine(a, p, test.least, test.most);
     if (!surveyed) {
       for (int i = static_cast<int>(threadIdx.x); i < kFine; i += kThreads)
         a.s.histogram(row)[i] = 0;
 #pragma unroll 1
-      for (int t = 0; t < a.s.tiles; t += kMostSpan)
+      for (int t = 0; t < a.s.tiles; t += a.span)
         survey(a, row, test.least, test.most, fine, t,
-               t + kMostSpan < a.s.tiles ? t + kMostSpan : a.s.tiles, counts4);
+               t + a.span < a.s.tiles ? t + a.span : a.s.tiles, counts4);
       __syncthreads();
     }
     const Found all = found_of_row(a, row);
@@ -81,11 +81,11 @@ __device__ __forceinline__ Search find_critical(const Kad& a, int64_t row, uint4
       search_equal(a, row, all, &search, weights, shared);
       return search;
     }
-    const double unit = fine.unit(p.max);
+    const double unit = fine.unit(a, p.max);
     // Where weights differ much the rounding to the unit is no part of each.
     if (!fine.narrow) search.vague += unit * all.count;
     const Bands bands = find_bands<kFine>(
-        a.s.histogram(row), search.below, 0.0, r.bound, kShallowSlack, search.vague,
+        a.s.histogram(row), search.below, 0.0, r.bound, shallow_slack(a), search.vague,
         [=](int, uint64_t units) { return static_cast<double>(units) * unit; });
     search.below = bands.below;
     test = BracketTest(fine.p, bands.shallow, bands.deep, kFine,
@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(kThreads, 6) cut_histogram_kernel(const Op giv
 }
 
 template <class Op>
-__global__ void __launch_bounds__(kThreads, 5) cut_collect_kernel(const Op given) {
+__global__ void __launch_bounds__(kThreads, 4) cut_collect_kernel(const Op given) {
   const Op a = Op::kSingle ? single(given) : given;
   TTA_SHARED_ARRAY(uint4, weights4, kTile / 4);
   TTA_SHARED_ARRAY(double, shared, kMaxTiles);

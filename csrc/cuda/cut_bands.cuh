@@ -8,13 +8,22 @@ namespace tta {
 namespace cuda {
 
 constexpr float kBandsPerNat = static_cast<float>(kBuckets) / 88.0f;  // exp(-88) is 0
-constexpr double kBandUnit = 0x1p-17;  // of a band's integers: 16384 weights < 1.1 fit 32 bits
-static_assert(kMostSpan * kTile * 1.1 / kBandUnit < 0x1p32, "a block's counters");
-// Bounds of the error of a band's mass against the canonical weights', relative, at a depth d:
-// 2^-18 for the rounding to the unit, 2^-20 for polynomials, 5 d 2^-24 for the exponents' arguments
-// on both sides. With the canonical sum's own 38 additions, up to a depth of 24, and of any.
-constexpr double kShallowSlack = 0x1p-16, kBandSlack = 0x1p-14;
-constexpr int kShallowBands = kBuckets * 24 / 88;
+// Of a band's integers, times the tiles of a block: 4096 weights < 1.1 of each fit 32 bits.
+constexpr double kBandUnit = 0x1p-19;
+static_assert(kTile * 1.1 / kBandUnit < 0x1p32, "a block's counters");
+// Bounds of the error of a band's mass against the canonical weights', relative: at a depth d 5 d
+// 2^-24 for the exponents' arguments on both sides, and besides 2^-20 for polynomials, 38 2^-24 for
+// the canonical sum's own additions, and for the rounding to the unit a half of it over a weight of
+// .95 or more. kBandSlack is more than all of this.
+constexpr double kDepthSlack = 5 * 0x1p-24, kBandSlack = 0x1p-14;
+__device__ __forceinline__ double band_unit(const Kad& a) { return kBandUnit * a.span; }
+__device__ __forceinline__ double shallow_slack(const Kad& a) {
+  return (16 + 38) * 0x1p-24 + 0x1.1p-20 * a.span;
+}
+// A weight of 1 as bits of a float that are the integer: of a unit of 2^-149.
+__device__ __forceinline__ float one_of(const Kad& a) {
+  return device::scalar_from_bits((1u << 19) >> (a.span / 2));
+}
 // And absolute: beyond a depth of 86, where weights near 2^-126 become 0 and, in the end, none is
 // counted, canonical masses differ from the bands' by less than 2^20 exp(-86).
 constexpr double kVague = 1e-31;
@@ -50,7 +59,7 @@ __device__ __forceinline__ float logit_of(const SlotNumbers& p, int band) {
 // Adds some weights to `counts` (shared, kCounters); those beyond the last band (kVague) to
 // counters that nobody reads, one for each lane of the warps: rows may have many impossible tokens.
 template <int kCount>
-__device__ __forceinline__ void count_bands(const float* x, const SlotNumbers& p,
+__device__ __forceinline__ void count_bands(const float* x, const SlotNumbers& p, float one,
                                             uint32_t* counts) {
 #pragma unroll
   for (int k = 0; k < kCount; ++k) {
@@ -59,8 +68,7 @@ __device__ __forceinline__ void count_bands(const float* x, const SlotNumbers& p
     // exp(r) relative to the band's middle, |r| < 0.011: 1 + r + r^2 / 2, to 3e-7. In units of
     // 2^-149: the bits of so small a number are the integer (subnormal: nothing may flush it).
     const float r = fma_rn(sub_rn(place, kBandZero), 1.0f / (kBandsPerNat * kBandStep), -depth);
-    constexpr float kOne = static_cast<float>(0x1p-149 / kBandUnit);
-    const float units = fma_rn(fma_rn(r, kOne / 2.0f, kOne), r, kOne);
+    const float units = fma_rn(fma_rn(r, 0.5f * one, one), r, one);
     atomicAdd(&counts[device::scalar_bits(place) - device::scalar_bits(kBandZero)],
               device::scalar_bits(units));
   }
@@ -94,6 +102,7 @@ __device__ __forceinline__ void band_masses(const Kad& a, int64_t row, uint4* co
   uint32_t* counts = reinterpret_cast<uint32_t*>(counts4);
   const SlotNumbers p = a.s.state(row).slot[a.base_rule_slot()];
   const Row base = a.base_row(row);
+  const float one = one_of(a);
   clear_counts<kCounters>(counts4);
   each_tile(
       a, base, a.by_warps(base),
@@ -102,14 +111,14 @@ __device__ __forceinline__ void band_masses(const Kad& a, int64_t row, uint4* co
         for (int j = lane_id() * kWide; j < count; j += 32 * kWide) {
           float x[kWide];
           widen<type.value>(wide_at(base.begin(t), j), x);
-          count_bands<kWide>(x, p, counts);
+          count_bands<kWide>(x, p, one, counts);
         }
       },
       [&](int t) {
         const Source source(base, t);
         const Tile map = map_of(base.vocab, t, source.aligned());
         each_four(map, source, true,
-                  [&](auto, int, const float* x) { count_bands<4>(x, p, counts); });
+                  [&](auto, int, const float* x) { count_bands<4>(x, p, one, counts); });
       });
   add_counts<kBuckets>(counts4, a.s.histogram(row));
 }
@@ -165,6 +174,7 @@ __device__ __forceinline__ void exact_ends(BracketTest* test) {
 struct Bands {
   int shallow, deep;
   double below, above;
+  double moment;  // of this thread's share of those that are not shallower: mass times band
 };
 
 // Bands 0 .. kCount - 1 by their masses, deepest first; mass_of(band, units) is one's, and what is
@@ -177,7 +187,7 @@ __device__ __forceinline__ Bands find_bands(const uint64_t* total, double below,
   constexpr int kEach = kCount / kThreads, kAtOnce = 8;
   // This thread's bands, from the deepest thread 0 on.
   const int first = kCount - 1 - static_cast<int>(threadIdx.x) * kEach;
-  double sum = 0.0;
+  double sum = 0.0, moment = 0.0;
 #pragma unroll 1
   for (int band = first; band > first - kEach; band -= kAtOnce) {
     uint64_t units[kAtOnce], any = 0;
@@ -185,7 +195,11 @@ __device__ __forceinline__ Bands find_bands(const uint64_t* total, double below,
     for (int k = 0; k < kAtOnce; ++k) any |= units[k] = total[band - k];
     if (!any) continue;  // like most of them
 #pragma unroll
-    for (int k = 0; k < kAtOnce; ++k) sum += mass_of(band - k, units[k]);
+    for (int k = 0; k < kAtOnce; ++k) {
+      const double mass = mass_of(band - k, units[k]);
+      sum += mass;
+      moment += mass * (band - k);
+    }
   }
   double mass = below + block_scan(sum);
   int low = kCount, high = -1;
@@ -213,7 +227,7 @@ __device__ __forceinline__ Bands find_bands(const uint64_t* total, double below,
   high = block_reduce(high, Max());    // the deepest one that surely does not
   below = block_reduce(below, Max());  // through `low`
   above = block_reduce(above, Min());  // through `high`
-  return {high < 0 ? 0 : high, low - 1, below, above};
+  return {high < 0 ? 0 : high, low - 1, below, above, first >= high ? moment : 0.0};
 }
 
 // Leaves CutBracket to the next stage; where thousands of elements lie within it, the row's
@@ -222,18 +236,13 @@ __device__ __forceinline__ void bracket_bands(const Kad& a, int64_t row) {
   RowState& r = a.s.state(row);
   const SlotNumbers p = r.slot[a.base_rule_slot()];
   uint64_t* total = a.s.histogram(row);
-  const auto mass_of = [](int band, uint64_t units) {
-    return static_cast<double>(units) *
-           (static_cast<double>(exp_of(-band_depth(band))) * kBandUnit);
-  };
-  double deep = 0.0;
-  const Bands found = find_bands<kBuckets>(total, 0.0, p.z, r.bound, kBandSlack, kVague,
-                                           [&](int band, uint64_t units) {
-                                             const double mass = mass_of(band, units);
-                                             deep += band >= kShallowBands ? mass : 0.0;
-                                             return mass;
-                                           });
-  deep = block_reduce(deep, Sum());
+  const double unit = band_unit(a);
+  const Bands found = find_bands<kBuckets>(
+      total, 0.0, p.z, r.bound, kBandSlack, kVague, [=](int band, uint64_t units) {
+        return static_cast<double>(units) * (static_cast<double>(exp_of(-band_depth(band))) * unit);
+      });
+  // Bands reach half a step further.
+  const double depths = (block_reduce(found.moment, Sum()) + found.above) / kBandsPerNat;
   // No element of the bracket weighs more than one of its shallowest band.
   const double most_weigh = static_cast<double>(exp_of(-band_depth(found.shallow)));
   const bool dense = found.above - found.below > kListed * most_weigh;
@@ -245,9 +254,14 @@ __device__ __forceinline__ void bracket_bands(const Kad& a, int64_t row) {
     exact_ends(&ends);
   }
   if (threadIdx.x) return;
-  r.bracket = {
-      found.below, kVague + deep * kBandSlack, found.shallow, found.deep, ends.most, ends.least, 0,
-      dense};
+  r.bracket = {found.below,
+               kVague + depths * kDepthSlack,
+               found.shallow,
+               found.deep,
+               ends.most,
+               ends.least,
+               0,
+               dense};
 }
 
 }  // namespace cuda

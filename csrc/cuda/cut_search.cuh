@@ -72,11 +72,11 @@ __device__ __forceinline__ Found found_of_row(const Kad& a, int64_t row) {
 // Their integers count weights relative to that of a logit in the middle.
 struct Fine {
   SlotNumbers p;
-  float middle, inv_temperature;
+  float middle, inv_temperature, one;
   bool narrow;
 
-  __device__ __forceinline__ Fine(const SlotNumbers& numbers, float least, float most)
-      : inv_temperature(numbers.inv_temperature) {
+  __device__ __forceinline__ Fine(const Kad& a, const SlotNumbers& numbers, float least, float most)
+      : inv_temperature(numbers.inv_temperature), one(one_of(a)) {
     constexpr double kNats = (kFine - 1) / static_cast<double>(kBandsPerNat);
     const double t = 1.0 / static_cast<double>(inv_temperature), high = most, low = least;
     narrow = high - low < 0.09 * t;
@@ -90,19 +90,18 @@ struct Fine {
   }
   // exp(e), as the bits of a multiple of 2^-149: 1 + e + e^2 / 2 + e^3 / 6, |e| < 0.046, to 2e-7.
   __device__ __forceinline__ uint32_t units(float x) const {
-    constexpr float kOne = static_cast<float>(0x1p-149 / kBandUnit);
     const float e = mul_rn(sub_rn(x, middle), inv_temperature);
-    if (!narrow) return device::scalar_bits(mul_rn(exp_of(e), kOne));
-    const float square = fma_rn(fma_rn(e, kOne / 6.0f, kOne / 2.0f), e, kOne);
-    return device::scalar_bits(fma_rn(square, e, kOne));
+    if (!narrow) return device::scalar_bits(mul_rn(exp_of(e), one));
+    const float square = fma_rn(fma_rn(e, one / 6.0f, 0.5f * one), e, one);
+    return device::scalar_bits(fma_rn(square, e, one));
   }
   __device__ __forceinline__ void add(float x, uint32_t number, uint32_t* counts) const {
     atomicAdd(&counts[device::scalar_bits(place(x)) - device::scalar_bits(kBandZero)],
               number * units(x));
   }
   // The mass of a unit, for a row of this largest logit.
-  __device__ __forceinline__ double unit(float max) const {
-    return static_cast<double>(exp_of(mul_rn(sub_rn(middle, max), inv_temperature))) * kBandUnit;
+  __device__ __forceinline__ double unit(const Kad& a, float max) const {
+    return static_cast<double>(exp_of(mul_rn(sub_rn(middle, max), inv_temperature))) * band_unit(a);
   }
 };
 
@@ -118,9 +117,9 @@ __device__ __forceinline__ void list_tile(const Kad& a, int64_t row, const Row& 
   append(a, row, base, inside, [&](int i) { return t * kTile + map.at(i); });
 }
 
-// Surveys tiles first .. end - 1, kMostSpan or fewer: notes what each has between two logits, and
-// adds it to the row's fine bands. Of equal elements of a tile their number is enough. For a whole
-// block; `counts4`: shared, of kFine.
+// Surveys tiles first .. end - 1, as many as a block has: notes what each has between two logits,
+// and adds it to the row's fine bands. Of equal elements of a tile their number is enough. For a
+// whole block; `counts4`: shared, of kFine.
 __device__ __forceinline__ void survey(const Kad& a, int64_t row, float least, float most,
                                        const Fine& fine, int first, int end, uint4* counts4) {
   uint32_t* counts = reinterpret_cast<uint32_t*>(counts4);
@@ -161,15 +160,16 @@ __device__ __forceinline__ void survey(const Kad& a, int64_t row, float least, f
 // lies before that and behind what is taken.
 struct Search {
   double below;  // mass of what is taken, roughly
-  double vague;  // what that may be wrong by, besides kShallowSlack
+  double vague;  // what that may be wrong by, besides shallow_slack
   int64_t critical = -1;
   float critical_x = kInfinity;
 };
 
 // Whether a mass, roughly known, is clear of the capacity; where it is not its canonical sum
 // decides.
-__device__ __forceinline__ bool is_clear(const RowState& r, const Search& search, double mass) {
-  return fabs(mass - r.bound) > mass * kShallowSlack + search.vague;
+__device__ __forceinline__ bool is_clear(const Kad& a, const RowState& r, const Search& search,
+                                         double mass) {
+  return fabs(mass - r.bound) > mass * shallow_slack(a) + search.vague;
 }
 
 // The canonical sums of a search, one after another: tiles in which two sets are the same are not
@@ -264,7 +264,7 @@ __device__ __forceinline__ void search_list(const Kad& a, int64_t row, int count
       sum += static_cast<double>(weights[i]);
     }
     double through = search->below + block_reduce(sum, Sum());
-    const bool clear = is_clear(r, *search, through);
+    const bool clear = is_clear(a, r, *search, through);
     if (!clear) through = sum_before(Cut::through(pivot_x, pivot_id));
     if (through <= r.bound) {
       search->below = through;
@@ -324,8 +324,8 @@ __device__ __forceinline__ void search_equal(const Kad& a, int64_t row, const Fo
   };
   int low = 0, high = all.count - 1;
   if (weight > 0.0) {
-    low = rank_at((r.bound - search->vague) / (1.0 + kShallowSlack));
-    high = rank_at((r.bound + search->vague) / (1.0 - kShallowSlack));
+    low = rank_at((r.bound - search->vague) / (1.0 + shallow_slack(a)));
+    high = rank_at((r.bound + search->vague) / (1.0 - shallow_slack(a)));
   }
   Sums sums = {a, row, weights, shared};
   int last = 0;  // tile
