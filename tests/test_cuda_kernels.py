@@ -164,6 +164,39 @@ def test_budgets_of_about_one_unlikely_token(op: str) -> None:
         compare(kernels, op, (base, None, budget, *rule, False), f"{op} case {number}")
 
 
+DENSE: dict[str, Callable[[Tensor], Tensor]] = {
+    "constant": torch.zeros_like,
+    "plateaus": lambda x: (x > 0.3).float(),
+    "signed zeros": lambda x: torch.where(x > 0, 0.0, -0.0),
+    "ulps": lambda x: 10 + 1e-6 * (2 * x).round(),
+    "continuous": lambda x: 0.005 * x,
+    "geometric": lambda x: torch.exp2(-(20 * x).abs().round()),
+    "huge": lambda x: 5e37 * x,
+    "deep": lambda x: torch.cat([0.01 * x[:, 1:], torch.full((2, 1), 87.0)], 1),
+}
+
+
+@pytest.mark.parametrize("shape", DENSE)
+def test_brackets_of_thousands(shape: str) -> None:
+    """More elements between two bands than are listed, and capacities at the edge of one of them
+    or below what approximate masses can tell.
+    """
+    kernels = kernels_of("plain")
+    random = torch.Generator().manual_seed(5)
+    grid = itertools.product(
+        (8200, 16384), (1.0, 0.7), (0.3, 1 - 1e-7, 1.0, 1 + 1e-6, 1e-20, 1e-36)
+    )
+    for number, (vocab, temperature, part) in enumerate(grid):
+        base = DENSE[shape](torch.randn(2, vocab, generator=random))
+        base = base.to(DTYPES[number % 5 % 3 if shape != "huge" else 0])
+        sums = torch.softmax(base.double() / temperature, -1).sort().values.cumsum(-1)
+        budget = part * sums[:, vocab // 2 + number]
+        rule = rules.rule_code("knapsack"), number % 3, temperature, temperature
+        for op in ("deferral_mask", "deferral_stats"):
+            kernels.configure(seed=number % 4)
+            compare(kernels, op, (base, None, budget, *rule, False), f"{op} case {number}")
+
+
 @calls(24, 120)
 @pytest.mark.parametrize("op", sorted(ARGUMENTS))
 def test_every_access_is_in_bounds_and_ordered(op: str, count: int) -> None:

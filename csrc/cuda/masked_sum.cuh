@@ -8,10 +8,12 @@
 namespace tta {
 namespace cuda {
 
-// The canonical sum of a tile's positive weights, or of its negative ones' sizes.
+// The canonical sum of a tile's positive terms, or of its negative ones' sizes.
 template <bool kNegative>
 __device__ __forceinline__ float canonical_sum_of_sign(const float* weights, int count) {
-  const auto add = [](float sum, float w) { return add_rn(sum, fmaxf(kNegative ? -w : w, 0.0f)); };
+  const auto add = [](float sum, float w) {
+    return add_flush(sum, fmaxf(kNegative ? -w : w, 0.0f));
+  };
   return canonical_sum_by<float>(add, weights, count);
 }
 
@@ -230,7 +232,7 @@ __device__ __forceinline__ void tile_mass(const Kad& a, int64_t row, int t, int 
   each_four(map, base, judged, !test.parted, [&](auto read, int i, const float* x) {
     float w[4];
     bool in[4];
-    weigh_four(x, m, inv, w);
+    terms_of_four<false>(x, m, inv, w);
     judge_four(test, set.by_proxy, judged, read, map, i, x, in);
     // With kept ones wanted too, the sign tells them apart.
 #pragma unroll
@@ -240,7 +242,7 @@ __device__ __forceinline__ void tile_mass(const Kad& a, int64_t row, int t, int 
   __syncthreads();
   if (warp_id() == 0) {
     const float sum = kWithKept ? canonical_sum_of_sign<false>(weights, map.count)
-                                : canonical_sum(weights, map.count);
+                                : canonical_sum<true>(weights, map.count);
     if (lane_id() == 0) *deferred_mass = mul_rn(static_cast<double>(sum), scale);
   } else if (kWithKept && warp_id() == 1) {
     const float sum = canonical_sum_of_sign<true>(weights, map.count);
@@ -363,17 +365,6 @@ __device__ __forceinline__ void block_masses_at_rule(const Kad& a, int64_t row, 
     tile_mass<false>(a, row, t, query, set, kBaseRuleSlot, weights);
     __syncthreads();
   }
-}
-
-// The deferred mass over all tiles by one block: rare decisions only.
-__device__ __forceinline__ double sum_here(const Kad& a, int64_t row, int query,
-                                           const Deferral& set, int slot, float* weights,
-                                           double* shared) {
-  for (int t = 0; t < a.s.tiles; ++t) {
-    tile_mass<false>(a, row, t, query, set, slot, weights);
-    __syncthreads();
-  }
-  return sum_of_masses(a.s, row, query, shared);
 }
 
 __device__ __forceinline__ Deferral before(const Cut& cut) {

@@ -49,11 +49,10 @@ struct Deferral {
 struct CutBracket {
   double below;       // the mass below the bracket
   double vague;       // what that may be wrong by
-  double above;       // the mass through the bracket, roughly
   int32_t low, high;  // bands of the histogram that may hold the critical item
   float most, least;  // logits between which they lie
   uint32_t listed;    // candidates in the list, or as many as there would be with room
-  int32_t shift;      // of every 2^shift candidates about one is listed
+  bool dense;         // too many to be listed: they are in bands of their own
 };
 
 // D, and 1 - D summed from the kept tokens.

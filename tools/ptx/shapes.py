@@ -1,11 +1,12 @@
 """Does the shape of a row matter to the CUDA kernels? Machine instructions an element, by shape.
 
-    python -m tools.ptx.shapes [--vocab V] [--op OP ...] [--budget B ...] [--all]
+    python -m tools.ptx.shapes [--vocab V] [--op OP ...] [--shape SHAPE ...] [--budget B ...]
+                               [--dtype DTYPE] [--all]
 
 Needs what emulate.py needs. Every operator that finds or uses the knapsack's cut, over rows of the
 shapes of common_cases.cpp and several budgets, one row a call. The table has each operator's kind
 row (a language model's, a budget of .3) beside its worst. A cell takes about ten seconds of a core
-at the default size, one of verify some minutes.
+at the default size, one of verify some minutes: that is counted where it is asked for.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ SHAPES = ("language-model", "small-model", "constant", "gaussian-.5", "gaussian-
 BUDGETS = (0.3,)
 KIND = ("language-model", 0.3)
 VOCAB = 4 * 4096
+DTYPES = ("float32", "float16", "bfloat16")
 DRAFT = 4
 # No shape takes more than so many times the kind one's instructions.
 MOST = 1.5
@@ -34,11 +36,12 @@ MOST = 1.5
 Cell = tuple[str, str, float]
 
 
-def instructions(emulator: Emulator, op: str, shape: str, budget: float, vocab: int) -> float:
+def instructions(
+    emulator: Emulator, op: str, shape: str, budget: float, vocab: int, dtype: str
+) -> float:
     """Machine instructions an element of the base, of all threads."""
-    ran = emulator.count(
-        "common", f"deferral_{op}", "--vocab", vocab, "--shape", shape, "--budget", budget
-    )
+    ran = emulator.count("common", f"deferral_{op}", "--vocab", vocab, "--shape", shape,
+                         "--budget", budget, "--dtype", dtype)  # fmt: skip
     rows = DRAFT + 1 if op == "verify" else 1
     return sum(kernel.instructions for kernel in ran.values()) / (rows * vocab)
 
@@ -59,17 +62,20 @@ def lines(found: dict[Cell, float]) -> list[list[str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--vocab", type=int, default=VOCAB, help=f"({VOCAB})")
-    parser.add_argument("--op", nargs="+", choices=OPS, default=OPS)
+    parser.add_argument("--op", nargs="+", choices=OPS, default=OPS[:-1])
+    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=SHAPES)
     parser.add_argument("--budget", nargs="+", type=float, default=[], help="beside .3")
+    parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0])
     parser.add_argument("--all", action="store_true", help="every cell, not only the worst")
     arguments = parser.parse_args()
     budgets = dict.fromkeys((*BUDGETS, *arguments.budget))
-    cells = list(itertools.product(arguments.op, SHAPES, budgets))
+    shapes = dict.fromkeys((KIND[0], *arguments.shape))
+    cells = list(itertools.product(arguments.op, shapes, budgets))
     try:
         with tempfile.TemporaryDirectory() as folder:
             emulator = Emulator(Path(folder))
             counts = concurrently(
-                lambda cell: instructions(emulator, *cell, arguments.vocab), cells
+                lambda cell: instructions(emulator, *cell, arguments.vocab, arguments.dtype), cells
             )
     except (BuildError, Failed) as error:
         sys.exit(f"shapes: {error}")

@@ -1,0 +1,349 @@
+// The search of the knapsack's critical item among the elements of a bracket: all of them listed,
+// or in bands of their own, or equal. cut.cuh says when.
+#pragma once
+
+#include "cuda/cut_bands.cuh"
+
+namespace tta {
+namespace cuda {
+
+// Appends a thread's elements of a row to its list, where there is room: bit i of `inside` is
+// element id_of(i). Counts them all.
+template <class IdOf>
+__device__ __forceinline__ void append(const Kad& a, int64_t row, const Row& base, uint32_t inside,
+                                       const IdOf& id_of) {
+  if (!inside) return;
+  uint32_t to = atomicAdd(&a.s.state(row).bracket.listed, static_cast<uint32_t>(__popc(inside)));
+  for (; inside && to < kListed; inside &= inside - 1, ++to) {
+    const int32_t v = id_of(__ffs(static_cast<int>(inside)) - 1);
+    a.s.list_x(row)[to] = base.at(v);
+    a.s.list_id(row)[to] = v;
+  }
+}
+
+// Elements of a tile or a row that are in question: how many, and their ends.
+struct Found {
+  int count;
+  float least, most;
+
+  __device__ __forceinline__ bool equal() const { return least == most; }
+};
+__device__ __forceinline__ Found nothing() { return {0, kInfinity, -kInfinity}; }
+__device__ __forceinline__ Found block_reduce(const Found& mine) {
+  TTA_SHARED_ARRAY(int, part, 3 * kWarps);
+  int count = __reduce_add_sync(kFullWarp, mine.count);
+  int least = __reduce_min_sync(kFullWarp, ordered_bits(mine.least));
+  int most = __reduce_max_sync(kFullWarp, ordered_bits(mine.most));
+  if (lane_id() == 0) {
+    part[warp_id()] = count;
+    part[kWarps + warp_id()] = least;
+    part[2 * kWarps + warp_id()] = most;
+  }
+  __syncthreads();
+  for (int w = 1; w < kWarps; ++w) {
+    const int other = (warp_id() + w) % kWarps;
+    count += part[other];
+    least = min(least, part[kWarps + other]);
+    most = max(most, part[2 * kWarps + other]);
+  }
+  __syncthreads();
+  return {count, from_ordered_bits(least), from_ordered_bits(most)};
+}
+
+// What is found in the tiles, in the place of queries 1 and 2.
+__device__ __forceinline__ double* found_counts(const Kad& a, int64_t row) {
+  return a.s.mass(row, 1);
+}
+__device__ __forceinline__ float2* found_ends(const Kad& a, int64_t row) {
+  return reinterpret_cast<float2*>(a.s.mass(row, 2));
+}
+__device__ __forceinline__ Found found_of_row(const Kad& a, int64_t row) {
+  Found mine = nothing();
+  for (int t = static_cast<int>(threadIdx.x); t < a.s.tiles; t += kThreads) {
+    const float2 ends = found_ends(a, row)[t];
+    mine.count += static_cast<int>(found_counts(a, row)[t]);
+    mine.least = fminf(mine.least, ends.x);
+    mine.most = fmaxf(mine.most, ends.y);
+  }
+  return block_reduce(mine);
+}
+
+// Bands of a bracket: kFine from its highest logit to its lowest, as if of another temperature.
+// Their integers count weights relative to that of a logit in the middle.
+struct Fine {
+  SlotNumbers p;
+  float middle, inv_temperature, one;
+  bool narrow;
+
+  __device__ __forceinline__ Fine(const Kad& a, const SlotNumbers& numbers, float least, float most)
+      : inv_temperature(numbers.inv_temperature), one(one_of(a)) {
+    constexpr double kNats = (kFine - 1) / static_cast<double>(kBandsPerNat);
+    const double t = 1.0 / static_cast<double>(inv_temperature), high = most, low = least;
+    narrow = high - low < 0.09 * t;
+    middle = narrow ? static_cast<float>(0.5 * high + 0.5 * low) : most;
+    p.max = most;
+    // Beyond a depth of 90 all are in the last band; so steep that none is infinite.
+    p.inv_temperature = static_cast<float>(kNats / fmax(fmin(high - low, 90.0 * t), 0x1p-122));
+  }
+  __device__ __forceinline__ float place(float x) const {
+    return fminf(band_place(depth_of(x, p)), place_of(kFine - 1));
+  }
+  // exp(e), as the bits of a multiple of 2^-149: 1 + e + e^2 / 2 + e^3 / 6, |e| < 0.046, to 2e-7.
+  __device__ __forceinline__ uint32_t units(float x) const {
+    const float e = mul_rn(sub_rn(x, middle), inv_temperature);
+    if (!narrow) return device::scalar_bits(mul_rn(exp_of(e), one));
+    const float square = fma_rn(fma_rn(e, one / 6.0f, 0.5f * one), e, one);
+    return device::scalar_bits(fma_rn(square, e, one));
+  }
+  __device__ __forceinline__ void add(float x, uint32_t number, uint32_t* counts) const {
+    atomicAdd(&counts[device::scalar_bits(place(x)) - device::scalar_bits(kBandZero)],
+              number * units(x));
+  }
+  // The mass of a unit, for a row of this largest logit.
+  __device__ __forceinline__ double unit(const Kad& a, float max) const {
+    return static_cast<double>(exp_of(mul_rn(sub_rn(middle, max), inv_temperature))) * band_unit(a);
+  }
+};
+
+// Lists what a tile has in question. For a whole block.
+__device__ __forceinline__ void list_tile(const Kad& a, int64_t row, const Row& base, int t,
+                                          const BracketTest& test) {
+  if (a.s.tile_max(row, 0)[t] < test.least) return;
+  const Source source(base, t);
+  const Tile map = map_of(base.vocab, t, source.aligned());
+  uint32_t inside = 0;
+  each_four(map, source, true,
+            [&](auto, int i, const float* x) { inside |= test.inside<4>(x) << i; });
+  append(a, row, base, inside, [&](int i) { return t * kTile + map.at(i); });
+}
+
+// Surveys tiles first .. end - 1, as many as a block has: notes what each has between two logits,
+// and adds it to the row's fine bands. Of equal elements of a tile their number is enough. For a
+// whole block; `counts4`: shared, of kFine.
+__device__ __forceinline__ void survey(const Kad& a, int64_t row, float least, float most,
+                                       const Fine& fine, int first, int end, uint4* counts4) {
+  uint32_t* counts = reinterpret_cast<uint32_t*>(counts4);
+  const Row base = a.base_row(row);
+  clear_counts<kFine>(counts4);
+#pragma unroll 1
+  for (int t = first; t < end; ++t) {
+    const Source source(base, t);
+    const Tile map = map_of(base.vocab, t, source.aligned());
+    Found found = nothing();
+    uint32_t inside = 0;
+    if (a.s.tile_max(row, 0)[t] >= least) {
+      each_four(map, source, true, [&](auto, int i, const float* x) {
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          if (!(x[k] >= least && x[k] <= most)) continue;
+          inside |= 1u << (i + k);
+          found.least = fminf(found.least, x[k]);
+          found.most = fmaxf(found.most, x[k]);
+        }
+      });
+      found.count = __popc(inside);
+      found = block_reduce(found);
+    }
+    if (threadIdx.x == 0) {
+      found_counts(a, row)[t] = static_cast<double>(found.count);
+      found_ends(a, row)[t] = make_float2(found.least, found.most);
+      if (found.equal()) fine.add(found.most, static_cast<uint32_t>(found.count), counts);
+    }
+    if (found.equal()) continue;
+    for (; inside; inside &= inside - 1)
+      fine.add(base.at(t * kTile + map.at(__ffs(static_cast<int>(inside)) - 1)), 1, counts);
+  }
+  add_counts<kFine>(counts4, a.s.histogram(row));
+}
+
+// What is known of the critical item: it is the last element of which this was said, or one that
+// lies before that and behind what is taken.
+struct Search {
+  double below;  // mass of what is taken, roughly
+  double vague;  // what that may be wrong by, besides shallow_slack
+  int64_t critical = -1;
+  float critical_x = kInfinity;
+};
+
+// Whether a mass, roughly known, is clear of the capacity; where it is not its canonical sum
+// decides.
+__device__ __forceinline__ bool is_clear(const Kad& a, const RowState& r, const Search& search,
+                                         double mass) {
+  return fabs(mass - r.bound) > mass * shallow_slack(a) + search.vague;
+}
+
+// The canonical sums of a search, one after another: tiles in which two sets are the same are not
+// read again.
+struct Sums {
+  const Kad& a;
+  int64_t row;
+  float* weights;
+  double* shared;
+  bool any = false;
+
+  // Of what lies before a cut. changed(t): whether a tile has elements between the last cut and
+  // this one. For a whole block.
+  template <class Changed>
+  __device__ __forceinline__ double before_cut(const Cut& cut, const Changed& changed) {
+    for (int t = 0; t < a.s.tiles; ++t) {
+      if (any && !changed(t)) continue;
+      tile_mass<false>(a, row, t, 0, before(cut), a.base_rule_slot(), weights);
+      __syncthreads();
+    }
+    any = true;
+    return sum_of_masses(a.s, row, 0, shared);
+  }
+};
+
+// Bisects the search over the list of all that is in question. For a whole block.
+__device__ __forceinline__ void search_list(const Kad& a, int64_t row, int count, Search* search,
+                                            float* weights, double* shared) {
+  static_assert(kListed <= 32 * kThreads && kListed <= kTile, "a bit and a weight each");
+  TTA_SHARED_ARRAY(float, x, kListed);
+  TTA_SHARED_ARRAY(int32_t, id, kListed);
+  TTA_SHARED_ARRAY(uint32_t, changed, kMaxTiles / 32);
+  TTA_SHARED(int, pivot);
+  const RowState& r = a.s.state(row);
+  const int slot = a.base_rule_slot(), me = static_cast<int>(threadIdx.x);
+  const float inv_temperature = r.slot[slot].inv_temperature;
+  uint32_t left = 0;  // of this thread's elements: bit k is number me + k kThreads
+  const auto weigh = [&](uint32_t bits) {
+    for (; bits; bits &= bits - 1) {
+      const int i = me + (__ffs(static_cast<int>(bits)) - 1) * kThreads;
+      weights[i] =
+          static_cast<float>(canonical_weight(a.s, row, slot, inv_temperature, x[i], id[i]));
+    }
+  };
+  for (int i = me; i < count; i += kThreads) {
+    x[i] = a.s.list_x(row)[i];
+    id[i] = a.s.list_id(row)[i];
+    left |= 1u << (i / kThreads);
+  }
+  weigh(left);
+  Sums sums = {a, row, weights, shared};
+  Cut last;
+  const auto sum_before = [&](const Cut& cut) {
+    if (sums.any) {
+      if (me < kMaxTiles / 32) changed[me] = 0;
+      __syncthreads();
+      for (int i = me; i < count; i += kThreads) {
+        const int t = id[i] / kTile;
+        if (cut.admits(x[i], id[i]) != last.admits(x[i], id[i]))
+          atomicOr(&changed[t / 32], 1u << t % 32);
+      }
+      __syncthreads();
+    }
+    last = cut;
+    return sums.before_cut(cut, [&](int t) { return (changed[t / 32] >> t % 32 & 1u) != 0; });
+  };
+#pragma unroll 1
+  for (uint32_t tries = 1;; ++tries) {
+    const int here = __popc(left), earlier = block_scan(here);
+    const int all = block_reduce(here, Sum());
+    if (!all) return;
+    // Any of them: lists have an order of their own, with which a fixed choice may be in step.
+    int rank =
+        static_cast<int>(__umulhi(static_cast<uint32_t>(all), tries * 0x9e3779b1u)) - earlier;
+    if (rank >= 0 && rank < here) {
+      uint32_t rest = left;
+      for (; rank > 0; --rank) rest &= rest - 1;
+      pivot = me + (__ffs(static_cast<int>(rest)) - 1) * kThreads;
+    }
+    __syncthreads();
+    const int at = pivot;
+    const uint32_t mine = at % kThreads == me ? 1u << (at / kThreads) : 0u;
+    const float pivot_x = x[at];
+    const int32_t pivot_id = id[at];
+    const Cut cut = Cut::before(pivot_x, pivot_id);
+    uint32_t lower = mine;  // through the pivot
+    double sum = mine ? static_cast<double>(weights[at]) : 0.0;
+    for (uint32_t rest = left; rest; rest &= rest - 1) {
+      const int bit = __ffs(static_cast<int>(rest)) - 1, i = me + bit * kThreads;
+      if (!cut.admits(x[i], id[i])) continue;
+      lower |= 1u << bit;
+      sum += static_cast<double>(weights[i]);
+    }
+    double through = search->below + block_reduce(sum, Sum());
+    const bool clear = is_clear(a, r, *search, through);
+    if (!clear) through = sum_before(Cut::through(pivot_x, pivot_id));
+    if (through <= r.bound) {
+      search->below = through;
+      left &= ~lower;
+    } else {
+      search->critical = pivot_id;
+      search->critical_x = pivot_x;
+      left &= lower & ~mine;
+    }
+    if (!clear) weigh(left);  // the sum's weights took their place
+  }
+}
+
+// The search over equal elements, which are in the order of their ids: how many fit is a division,
+// and where that one is, what was found in the tiles tells. For a whole block.
+__device__ __forceinline__ void search_equal(const Kad& a, int64_t row, const Found& all,
+                                             Search* search, float* weights, double* shared) {
+  static_assert(kMaxTiles == 2 * kThreads, "two tiles a thread");
+  TTA_SHARED(int2, found);
+  const RowState& r = a.s.state(row);
+  const Row base = a.base_row(row);
+  const float x = all.most;
+  const int me = static_cast<int>(threadIdx.x);
+  const auto in_tile = [&](int t) {
+    return t < a.s.tiles ? static_cast<int>(found_counts(a, row)[t]) : 0;
+  };
+  const int in_first = in_tile(2 * me), here = in_first + in_tile(2 * me + 1);
+  const int earlier = block_scan(here);
+  const auto id_of = [&](int rank) {
+    int left = rank - earlier;
+    if (left >= 0 && left < here) {
+      const bool second = left >= in_first;
+      found = make_int2(2 * me + second, second ? left - in_first : left);
+    }
+    __syncthreads();
+    const int2 at = found;
+    const int first = at.x * kTile + me * kPerThread;
+    uint32_t equal = 0;
+#pragma unroll 4
+    for (int k = 0; k < kPerThread; ++k)
+      if (first + k < base.vocab && base.at(first + k) == x) equal |= 1u << k;
+    left = at.y - block_scan(__popc(equal));
+    if (left >= 0 && left < __popc(equal)) {
+      for (; left > 0; --left) equal &= equal - 1;
+      found.x = first + __ffs(static_cast<int>(equal)) - 1;
+    }
+    __syncthreads();
+    const int id = found.x;
+    __syncthreads();
+    return id;
+  };
+  // How many surely fit, and the first that surely does not.
+  const double weight = static_cast<double>(exp_of(-depth_of(x, r.slot[a.base_rule_slot()])));
+  const auto rank_at = [&](double mass) {
+    const double rank = (mass - search->below) / weight;
+    return rank >= all.count ? all.count - 1 : rank > 0.0 ? static_cast<int>(rank) : 0;
+  };
+  int low = 0, high = all.count - 1;
+  if (weight > 0.0) {
+    low = rank_at((r.bound - search->vague) / (1.0 + shallow_slack(a)));
+    high = rank_at((r.bound + search->vague) / (1.0 - shallow_slack(a)));
+  }
+  Sums sums = {a, row, weights, shared};
+  int last = 0;  // tile
+#pragma unroll 1
+  while (low < high) {
+    const int rank = (low + high) / 2, id = id_of(rank), tile = id / kTile;
+    const double through = sums.before_cut(Cut::through(x, id), [&](int t) {
+      return t >= (last < tile ? last : tile) && t <= (last < tile ? tile : last);
+    });
+    last = tile;
+    if (through <= r.bound)
+      low = rank + 1;
+    else
+      high = rank;
+  }
+  search->critical = id_of(low);
+  search->critical_x = base.at(search->critical);
+}
+
+}  // namespace cuda
+}  // namespace tta
