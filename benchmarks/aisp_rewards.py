@@ -67,7 +67,7 @@ REWARDS = ("preference", "letter:s", "style", "sentiment")
 LENGTHS = (24, 64, 128)
 SAMPLES = (64, 256, 1024)
 SECONDS = (10.0, 60.0)
-PARTS = 12
+PARTS = 6
 BASELINE = "best_of_n"
 # {value}: file of the reward's value function; {weight}: a standard deviation of the reward, among
 # the answers that trained it, weighs 2 nats; soft: a quarter of that deviation.
