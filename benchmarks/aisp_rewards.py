@@ -17,8 +17,9 @@ reward.
 The whole grid takes days of a core. Everything finished is on the disk before the next begins (a
 folder, ``--work``), so that a run may be cut short anywhere: the same command goes on, one with
 other axes adds to it, and ``--table`` prints what there is. Prompts come in blocks, all cells of
-one before the next, so that every cell has some. ``--tune`` uses the other prompts: settings are
-chosen there, and value functions trained.
+one before the next, so that every cell has some (``--part`` names the blocks). ``--answers FILE``
+keeps every answer in a CSV file, other machines' too: the table is of all that are in it.
+``--tune`` uses the other prompts: settings are chosen there, and value functions trained.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -47,15 +48,26 @@ from tta_ext.decoding.search import compare as comparison
 from tta_ext.decoding.search.best_of_n import soft_choice
 from tta_ext.decoding.search.outcome import SearchResult, spread
 from tta_ext.demo import smollm2
-from tta_ext.journal import Journal, fingerprint, model_facts, resume_key, run_facts
+from tta_ext.files import write_file
+from tta_ext.journal import (
+    Journal,
+    Shard,
+    check_output,
+    fingerprint,
+    model_facts,
+    resume_key,
+    run_facts,
+)
 
 from . import aisp_table, harness, preference
+from .aisp_table import Cell
 
 WANTED = "A warm letter to an old friend, full of thanks and fond memories of summers by the sea."
 REWARDS = ("preference", "letter:s", "style", "sentiment")
 LENGTHS = (24, 64, 128)
 SAMPLES = (64, 256, 1024)
 SECONDS = (10.0, 60.0)
+PARTS = 6
 BASELINE = "best_of_n"
 # {value}: file of the reward's value function; {weight}: a standard deviation of the reward, among
 # the answers that trained it, weighs 2 nats; soft: a quarter of that deviation.
@@ -115,23 +127,6 @@ EVALUATION = (
 )
 
 
-class Cell(NamedTuple):
-    """One reward, length and budget."""
-
-    reward: str
-    length: int
-    samples: int | None
-    seconds: float | None
-
-    @property
-    def budget(self) -> str:
-        return f"{self.samples} samples" if self.seconds is None else f"{self.seconds:g} s"
-
-    @property
-    def order(self) -> tuple[int, float, int, str]:
-        return self.length, self.seconds or 0.0, self.samples or 0, self.reward
-
-
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m benchmarks.aisp_rewards", description=__doc__)
     p.add_argument("--reward", nargs="+", default=list(REWARDS), help="rewards (%(default)s)")
@@ -142,8 +137,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--length", nargs="+", type=int, default=list(LENGTHS), help="tokens an answer")
     p.add_argument("--samples", nargs="*", type=int, help="answers a prompt (64 256 1024)")
     p.add_argument("--seconds", nargs="*", type=float, help="seconds a prompt (10 60)")
-    p.add_argument("--prompts", type=int, help="only the first so many")
-    p.add_argument("--at-once", type=int, default=4, help="prompts in a block (4)")
+    p.add_argument(
+        "--part", nargs="+", type=int, choices=range(1, PARTS + 1), default=range(1, PARTS + 1),
+        help=f"blocks of prompts: every {PARTS}th, from this one on (all)",
+    )  # fmt: skip
     p.add_argument("--tune", action="store_true", help="the prompts for choosing settings")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--threads", type=int, default=1)
@@ -151,7 +148,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--work", type=Path, default=Path("aisp_rewards"), help="folder of the journal")
     p.add_argument("--table", action="store_true", help="only print what is finished")
     p.add_argument("--output", type=Path, help="where to write the table")
-    p.add_argument("--plot", type=Path, help="picture of rewards against what they cost")
+    p.add_argument("--plot", type=Path, help="picture of gains over best-of-n, and of diversity")
+    p.add_argument("--answers", type=Path, help="CSV file of all answers; is added to (none)")
     return p
 
 
@@ -222,7 +220,7 @@ class Bench:
         self, args: argparse.Namespace, journal: Journal, loaded: tuple[Any, ...] | None = None
     ) -> None:
         self.args, self.journal = args, journal
-        self.prompts = conversations((TUNING if args.tune else EVALUATION)[: args.prompts])
+        self.prompts = conversations(TUNING if args.tune else EVALUATION)
         if loaded is None:
             loaded = (
                 *smollm2.load(dtype=getattr(torch, args.dtype)),
@@ -308,44 +306,43 @@ class Bench:
     def run(self) -> None:
         """Every cell of every block of prompts, but what the journal has."""
         cells = self.cells()
-        for first in range(0, len(self.prompts), self.args.at_once):
-            upto = min(first + self.args.at_once, len(self.prompts))
+        for number in self.args.part:
+            part = Shard(number, PARTS)
             for draw in dict.fromkeys(c._replace(reward="") for c in cells if c.samples):
-                mine = [c for c in cells if c._replace(reward="") == draw]
-                self.pool(mine, list(range(first, upto)))
+                self.pool([c for c in cells if c._replace(reward="") == draw], part)
             for cell in cells:
                 pooled = POOLED if cell.samples else ()
-                self.search(cell, [m for m in self.args.method if m not in pooled], upto)
+                self.search(cell, [m for m in self.args.method if m not in pooled], part)
 
-    def search(self, cell: Cell, methods: Sequence[str], upto: int) -> None:
-        """Methods on the first prompts."""
+    def search(self, cell: Cell, methods: Sequence[str], part: Shard) -> None:
         begin = perf_counter()
 
         def told(answers: int, tokens: int) -> None:
             if tokens:
-                what = f"{cell.reward}, {cell.length} tokens, {cell.budget}, to {upto} prompts"
+                what = f"part {part.number}: {cell.reward}, {cell.length} tokens, {cell.budget}"
                 print(f"{what}: {answers} answers, {perf_counter() - begin:.0f} s", flush=True)
 
         comparison.compare(
             self.model,
             self.tokenizer,
             self.reward(cell.reward),
-            self.prompts[:upto],
+            self.prompts,
             [self.contestant(method, cell) for method in methods],
             samples=cell.samples,
             seconds=cell.seconds,
             seed=self.args.seed,
             common={"max_new_tokens": cell.length},
             # A limit in seconds is a batch's.
-            prompts_at_once=1 if cell.samples is None else self.args.at_once,
+            prompts_at_once=1 if cell.samples is None else len(self.prompts),
+            shard=part,
             tag=self.tag(cell),
             journal=self.journal,
             progress=told,
         )
 
-    def pool(self, cells: Sequence[Cell], places: list[int]) -> None:
+    def pool(self, cells: Sequence[Cell], part: Shard) -> None:
         """Best-of-n's answers, drawn once, with a record for every reward and choice."""
-        wanted = {}
+        wanted, places = {}, part.of(range(len(self.prompts)))
         for cell in cells:
             for method in POOLED:
                 if method not in self.args.method:
@@ -368,16 +365,15 @@ class Bench:
             max_new_tokens=cell.length,
         )  # fmt: skip
         result = drawn.generate(
-            [self.prompts[p] for p in places], seed=self.args.seed, sequence=places
+            [self.prompts[p] for p in places], seed=self.args.seed, sequence=list(places)
         )
         items = {}
         for key, (cell, method, place, settings, run) in wanted.items():
             choose = self._choice(settings.soft, place)
-            record = rescored(result, place - places[0], self.reward(cell.reward), choose)
+            record = rescored(result, places.index(place), self.reward(cell.reward), choose)
             items[key] = {"index": place, "label": method, **record, "run": run}
         self.journal.add(items)
-        print(f"{cell.length} tokens, {cell.budget}: best-of-n drawn to {places[-1] + 1} prompts",
-              flush=True)  # fmt: skip
+        print(f"part {part.number}: {cell.length} tokens, {cell.budget}: best-of-n", flush=True)
 
     def _choice(self, soft: float, place: int) -> Callable[[Sequence[float]], int]:
         def choose(values: Sequence[float]) -> int:
@@ -398,12 +394,10 @@ class Bench:
             if tag.get("prompts") == which:
                 key = tag["reward"], tag["length"], tag["budget"]
                 found.setdefault(key, {}).setdefault(record["label"], []).append(record)
-        for (reward, length, budget), labels in found.items():
-            number, unit = budget.split()
-            limit = (int(number), None) if unit == "samples" else (None, float(number))
+        for key, labels in found.items():
             # Of a label that has had several settings, the last.
             kept = [r for rows in labels.values() for r in rows if r["run"] == rows[-1]["run"]]
-            yield Cell(reward, length, *limit), [r | {"metrics": self.measured(r)} for r in kept]
+            yield Cell.of(*key), [r | {"metrics": self.measured(r)} for r in kept]
 
     def measured(self, record: dict[str, Any]) -> dict[str, float]:
         """The metrics of an answer; they too are kept."""
@@ -420,19 +414,25 @@ class Bench:
 def main() -> None:
     args = parser().parse_args()
     harness.check_files(args.output, args.plot)
+    check_output(args.answers, aisp_table.MARK)
     torch.set_num_threads(args.threads)
     args.work.mkdir(parents=True, exist_ok=True)
     with Journal(args.work / "journal.jsonl") as journal:
         bench = Bench(args, journal)
         if not args.table:
             bench.run()
-        cells = sorted(bench.finished(), key=lambda item: item[0].order)
+        cells = aisp_table.merged((), bench.finished())
+        if args.answers is not None:
+            if args.answers.exists():
+                older = aisp_table.from_csv(args.answers.read_text(), EVALUATION)
+                cells = aisp_table.merged(older, cells)
+            write_file(args.answers, aisp_table.as_csv(cells))
         body = aisp_table.document(cells, BASELINE, list(METHODS))
         if bench.preference_file.is_file():
             head = preference.PreferenceReward.load(bench.coherence, bench.preference_file).head
             body += f"\n\n{preference.described(head.facts)}\n"
     if args.plot is not None:
-        aisp_table.draw(cells, args.plot)
+        aisp_table.draw(cells, args.plot, BASELINE, list(METHODS))
     harness.report(["python", "-m", "benchmarks.aisp_rewards", *sys.argv[1:]], body, args.output)
 
 

@@ -31,12 +31,16 @@ def encoder() -> EmbeddingReward:
 
 
 @pytest.fixture
-def bench(tmp_path: Path) -> Callable[..., aisp_rewards.Bench]:
+def bench(tmp_path: Path, monkeypatch: Any) -> Callable[..., aisp_rewards.Bench]:
     base_model().save_pretrained(tmp_path / "model")
     model = load_model(str(tmp_path / "model"))
 
-    def made(*words: str) -> aisp_rewards.Bench:
-        work = ["--work", str(tmp_path), "--length", "3", "--at-once", "2"]
+    monkeypatch.setattr(aisp_rewards, "PARTS", 2)
+    asked = aisp_rewards.EVALUATION
+
+    def made(*words: str, prompts: int = 4) -> aisp_rewards.Bench:
+        monkeypatch.setattr(aisp_rewards, "EVALUATION", asked[:prompts])
+        work = ["--work", str(tmp_path), "--length", "3"]
         args = aisp_rewards.parser().parse_args([*words, *work])
         journal = Journal(tmp_path / "journal.jsonl")
         loaded = model, make_tokenizer(template=TEMPLATE), encoder()
@@ -54,7 +58,7 @@ def lines_of(bench: aisp_rewards.Bench) -> list[tuple[Any, ...]]:
 
 
 def test_a_run_cut_short_goes_on(bench: Any, tmp_path: Path, monkeypatch: Any) -> None:
-    words = ["--samples", "16", "--prompts", "4", "--reward", "letter:a", "style", "--method"]
+    words = ["--samples", "16", "--reward", "letter:a", "style", "--method"]
     whole = bench(*words, *METHODS)
     whole.run()
     expected = lines_of(whole)
@@ -81,13 +85,13 @@ def test_a_run_cut_short_goes_on(bench: Any, tmp_path: Path, monkeypatch: Any) -
 
 
 def test_answers_drawn_once_are_those_of_best_of_n(bench: Any) -> None:
-    small = bench("--samples", "20", "--prompts", "3", "--reward", "letter:a", "--method",
-                  "best_of_n", "soft")  # fmt: skip
+    words = "--samples", "20", "--reward", "letter:a", "--method", "best_of_n", "soft"
+    small = bench(*words, prompts=3)
     small.run()
     (cell, rows), = small.finished()  # fmt: skip
     assert cell == ("letter:a", 3, 20, None)
     for label in ("best_of_n", "soft"):
-        mine = [r for r in rows if r["label"] == label]
+        mine = sorted((r for r in rows if r["label"] == label), key=lambda r: r["index"])
         own = BestOfN(
             small.model, LetterReward("a"), small.tokenizer, n=20, group=16, max_new_tokens=3,
             soft=mine[0]["run"]["settings"]["soft"],
@@ -102,22 +106,43 @@ def test_answers_drawn_once_are_those_of_best_of_n(bench: Any) -> None:
 
 def test_table_and_picture(bench: Any, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    small = bench("--samples", "16", "--seconds", "0.001", "--prompts", "2", "--reward",
-                  "letter:a", "--method", "best_of_n", "aisp")  # fmt: skip
+    words = "--samples", "16", "--seconds", "0.001", "--reward", "letter:a", "--method"
+    small = bench(*words, "best_of_n", "aisp", prompts=2)
     small.run()
-    cells = list(small.finished())
-    text = aisp_table.document(cells, "best_of_n", list(aisp_rewards.METHODS))
-    assert "## letter:a, 3 tokens, 16 samples" in text
-    assert "## letter:a, 3 tokens, 0.001 s" in text
+    cells = aisp_table.merged((), small.finished())
+    order = list(aisp_rewards.METHODS)
+    text = aisp_table.document(cells, "best_of_n", order)
     rows = [[c.strip() for c in line.split("|")][1:-1] for line in text.splitlines()]
+    found = [row for row in rows if row[2:3] == ["aisp"]]
+    assert [row[:2] for row in found] == [["3", "16 samples"], ["3", "0.001 s"]]
     # A budget of seconds takes at least one round: here the other budget's 16 answers.
-    found = [row for row in rows if row[:1] == ["aisp"] and len(row) == len(aisp_table.HEADER)]
-    assert [row[10] for row in found] == ["16", "16"]
-    assert [sum(map(int, row[4].split("/"))) for row in found] == [2, 2]
+    assert [row[12] for row in found] == ["16", "16"]
+    assert [sum(map(int, row[6].split("/"))) for row in found] == [2, 2]
     by = {r["label"]: r for r in cells[0][1] if r["index"] == 0}
     assert by["aisp"]["metrics"].keys() == {"surprise", "diversity", "coherence"}
-    aisp_table.draw(cells, tmp_path / "plot.svg")
+    aisp_table.draw(cells, tmp_path / "plot.svg", "best_of_n", order)
     assert (tmp_path / "plot.svg").stat().st_size > 5000
+
+
+def test_answers_of_two_machines_make_one_table(bench: Any, tmp_path: Path) -> None:
+    words = "--samples", "16", "--reward", "letter:a", "--method", "best_of_n", "aisp"
+    whole = bench(*words)
+    whole.run()
+    cells = aisp_table.merged((), whole.finished())
+    order = list(aisp_rewards.METHODS)
+    halves = [
+        [(cell, [r for r in rows if r["index"] % 2 == part]) for cell, rows in cells]
+        for part in (0, 1)
+    ]
+    prompts = [prompt[-1]["content"] for prompt in whole.prompts]
+    kept = list(aisp_table.from_csv(aisp_table.as_csv(halves[0]), prompts))
+    assert aisp_table.document(aisp_table.merged(kept, halves[1]), "best_of_n", order) == (
+        aisp_table.document(cells, "best_of_n", order)
+    )
+    text = aisp_table.as_csv(cells)
+    assert aisp_table.MARK.match(text.encode())
+    again = aisp_table.from_csv(text, prompts)
+    assert aisp_table.as_csv(aisp_table.merged(again, cells)) == text
 
 
 def test_surprise_is_the_models_own_log_probability(bench: Any) -> None:

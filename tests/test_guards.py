@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -37,27 +38,40 @@ def rolled(u: Tensor, sigma: float, common: float, new: int) -> Rollouts:
     return rollouts
 
 
-def dense(rollouts: Rollouts, common: bool) -> tuple[Tensor, float, float]:
-    """F u, u . F u / 2 and the exact divergence of the laws that u moves, all in float64."""
-    model, noise = rollouts.prompts.model, rollouts.noise
+def step_matrices(rollouts: Rollouts, common: bool) -> Iterator[tuple[Tensor, Tensor]]:
+    """F and u of each step at which u does something, float64."""
+    noise = rollouts.noise
     assert noise is not None
-    weight = model.get_output_embeddings().weight.double()
+    weight = rollouts.prompts.model.get_output_embeddings().weight.double()
     u = noise.mean[0].double()
-    fisher, half, exact = torch.zeros_like(u), 0.0, 0.0
-    ids = list(rollouts.prompts.prompts[0])
-    for step, token in enumerate(rollouts.rows.tokens[0]):
+    for step, logits in enumerate(base_logits(rollouts)):
         row = step + common
         if row < u.shape[0]:
-            logits = model(input_ids=torch.tensor([ids])).logits[0, -1].double()
             p = (logits / TEMPERATURE).softmax(-1)
             matrix = weight.T @ (p.diag() - p.outer(p)) @ weight / TEMPERATURE**2
-            here = u[row] + u[0] if common else u[row]
-            moved = ((logits + weight @ here) / TEMPERATURE).log_softmax(-1)
-            for part in {row, 0} if common else {row}:
-                fisher[part] += matrix @ here
-            half += float(here @ matrix @ here) / 2
-            exact += float((moved.exp() * (moved - p.log())).sum())
+            yield matrix, u[row] + u[0] if common else u[row]
+
+
+def base_logits(rollouts: Rollouts) -> Iterator[Tensor]:
+    ids = list(rollouts.prompts.prompts[0])
+    for token in rollouts.rows.tokens[0]:
+        yield rollouts.prompts.model(input_ids=torch.tensor([ids])).logits[0, -1].double()
         ids.append(token)
+
+
+def dense(rollouts: Rollouts, common: bool) -> tuple[Tensor, float, float]:
+    """F u, u . F u / 2 and the exact divergence of the laws that u moves, all in float64."""
+    assert rollouts.noise is not None
+    weight = rollouts.prompts.model.get_output_embeddings().weight.double()
+    fisher, half, exact = torch.zeros_like(rollouts.noise.mean[0]).double(), 0.0, 0.0
+    laws = zip(step_matrices(rollouts, common), base_logits(rollouts), strict=False)
+    for row, ((matrix, here), logits) in enumerate(laws, start=int(common)):
+        p = (logits / TEMPERATURE).softmax(-1)
+        moved = ((logits + weight @ here) / TEMPERATURE).log_softmax(-1)
+        for part in {row, 0} if common else {row}:
+            fisher[part] += matrix @ here
+        half += float(here @ matrix @ here) / 2
+        exact += float((moved.exp() * (moved - p.log())).sum())
     return fisher, half, exact
 
 
@@ -110,16 +124,36 @@ def test_the_guard_lowers_the_divergence(coherence: float) -> None:
     assert last[1e6] < last[1.0] < last[0.0]
 
 
-def test_pull_is_cut_at_the_nearest_point() -> None:
-    g = torch.Generator().manual_seed(2)
-    root = torch.randn(3, 3, generator=g)
-    u = torch.randn(2, 1, 3, generator=g)
-    fisher, scale = u @ (root @ root.T), torch.tensor([0.5])
-    small = pull_back(u, fisher, scale, 1e-3)
-    torch.testing.assert_close(small, 0.25e-3 * fisher)
-    far = u - pull_back(u, fisher, scale, 1e9)
-    torch.testing.assert_close((far * fisher).sum((1, 2)), torch.zeros(2), rtol=0, atol=1e-4)
-    assert not pull_back(torch.zeros_like(u), torch.zeros_like(u), scale, 1.0).any()
+@pytest.mark.parametrize("common", [False, True])
+@torch.inference_mode()
+def test_bend_is_that_of_the_dense_matrices(common: bool) -> None:
+    d = base_model().get_output_embeddings().weight.shape[1]
+    u = torch.randn(1, 4 + common, d, generator=torch.Generator().manual_seed(3)) * 0.3
+    rollouts = rolled(u, 0.2, 0.1 if common else 0.0, 6)
+    expected = torch.zeros(3, dtype=torch.float64)
+    for matrix, here in step_matrices(rollouts, common):
+        f = matrix @ here
+        expected += torch.stack([f @ f, f @ matrix @ f, torch.ones((), dtype=torch.float64)])
+    assert expected[2] == 4
+    torch.testing.assert_close(rollouts.bend[0], expected, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("coherence", [0.0, 1.0])
+def test_pull_ends_at_the_lowest_divergence(coherence: float) -> None:
+    """Of an uneven F, the same at three steps, along F u; a small pull is the whole step."""
+    sigma, count = 0.5, 3
+    matrix = torch.diag(torch.tensor([1.0, 0.02, 0.001], dtype=torch.float64))
+    u = torch.tensor([1.0, -5.0, 40.0], dtype=torch.float64)
+    f = matrix @ u
+    bend = torch.stack([f @ f, f @ matrix @ f, torch.ones((), dtype=torch.float64)]) * count
+    whole = sigma**2 * f * (count if coherence else 1)
+    small = pull_back(whole.float()[None, None], bend[None], sigma, coherence, 1e-3)
+    torch.testing.assert_close(small, 1e-3 * whole.float()[None, None])
+    far = pull_back(whole.float()[None, None], bend[None], sigma, coherence, 1e9)[0, 0].double()
+    assert abs(float((u - far) @ matrix @ f)) < 1e-6 * float(f @ f)
+    assert (u - far) @ matrix @ (u - far) < 0.7 * (u @ f)
+    nothing = torch.zeros(1, 1, 3), torch.zeros(1, 3)
+    assert not pull_back(*nothing, sigma, coherence, 1.0).any()
 
 
 def test_what_a_guard_needs() -> None:

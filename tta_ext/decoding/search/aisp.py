@@ -142,11 +142,12 @@ class AISPSearch(Search[AISPSettings]):
         bound = self._bound(mean).tolist()
         kl, kl_fisher = (batch.of_prompts(meter, len(active)) for meter in ("kl", "kl_fisher"))
         if settings.guard is not None and sigma > 0.0:
-            fisher = batch.of_prompts("fisher", len(active))
-            if None in fisher:
+            fisher, bend = (batch.of_prompts(name, len(active)) for name in ("fisher", "bend"))
+            if None in fisher or None in bend:
                 raise ValueError("guard='fisher' needs F u, which this engine does not measure")
+            step = torch.stack(fisher).to(device) * self._scale(device).square()[:, None]
             lam = 1.0 if settings.guard_lam is None else settings.guard_lam
-            pull = pull_back(mean, torch.stack(fisher).to(device), self._scale(device), lam)
+            pull = pull_back(step, torch.stack(bend), sigma, settings.coherence, lam)
             new = new - settings.step_size * pull
         different = [len({tuple(one.tokens) for one in row}) for row in found]
         self.mean[index] = bounded(new, kl, different, settings)

@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 # What is measured of some cells, by their number: of rollouts and of batches.
-METERS = "kl", "kl_fisher", "fisher"
+METERS = "kl", "kl_fisher", "fisher", "bend"
 
 # ``on_finish(i, tokens)``: the job's cell i has ended with these tokens.
 OnFinish: TypeAlias = "Callable[[int, list[int]], None]"
@@ -116,7 +116,7 @@ class RolloutJob:
         noise: what is added to the pre-logits; None leaves them alone.
         metered: rollouts below this have their divergence from the base model measured, where the
             engine can.
-        fisher: measure F u on them too, where the engine can.
+        fisher: measure F u and its bend on them too, where the engine can.
     """
 
     cells: Sequence[tuple[int, int]]
@@ -151,8 +151,9 @@ class RolloutBatch:
         dot, common_dot: float32 ``[cells]``, sum over a rollout's steps of u . eps, and the same of
             the noise's common part; on any device. Wanted where the job has noise.
         kl: measured divergence in nats of some cells, by their number.
-        kl_fisher, fisher: of the same cells, where the engine measures them, the part of u alone to
-            second order, and F u (:class:`~tta_ext.decoding.search.rollouts.Rollouts`).
+        kl_fisher, fisher, bend: of the same cells, where the engine measures them, the part of u
+            alone to second order, F u, and how far one may go along it
+            (:class:`~tta_ext.decoding.search.rollouts.Rollouts`).
         scores: from an engine that has scored them itself; None: the search does.
     """
 
@@ -163,6 +164,7 @@ class RolloutBatch:
     kl: dict[int, float] = field(default_factory=dict)
     kl_fisher: dict[int, float] = field(default_factory=dict)
     fisher: dict[int, Tensor] = field(default_factory=dict)
+    bend: dict[int, Tensor] = field(default_factory=dict)
     scores: Scores | None = None
 
     def of_prompts(self, meter: str, prompts: int) -> list[Any]:

@@ -7,9 +7,10 @@ variance of w under p. With ``guard="fisher"`` an update is, as in MISVO,
     u <- u + eta (g - lambda sigma^2 F u),   g = sigma sum_i w_i eps_i
 
 with F summed over an answer's steps. The weighted mean g of the noise is sigma^2 times the gradient
-of log E exp(reward / lam), hence the sigma^2: lambda is nats of that for nats of divergence. F u
-does not know F's curvature, and a step along it may overshoot: it is cut where it would make u
-longer again than the nearest point of its line to 0.
+of log E exp(reward / lam), hence the sigma^2: lambda is nats of that for nats of divergence. F's
+curvature is uneven: a few directions move the likely tokens' logits, most move none that count. A
+step of that size may overshoot in the few and come out farther from the base than before, so it is
+cut at the lowest divergence along its line (:func:`pull_back`).
 """
 
 from __future__ import annotations
@@ -25,19 +26,25 @@ from tta_ext.decoding.search.aisp_settings import AISPSettings
 __all__ = ["bounded", "pull_back"]
 
 
-def pull_back(mean: Tensor, fisher: Tensor, scale: Tensor, lam: float) -> Tensor:
-    """The guard's step ``lam sigma^2 F u``, cut at the point of its line next to 0.
+def pull_back(step: Tensor, bend: Tensor, sigma: float, coherence: float, lam: float) -> Tensor:
+    """The guard's step ``lam sigma^2 F u``, cut where the divergence along it is lowest.
+
+    With f a step's own F u, a move by ``-a sigma^2`` f changes that step's divergence by
+    ``-a sigma^2 f . f + (a sigma^2)^2 f . F f / 2``. The part of u that all K steps have in common
+    moves each by the sum of their f, taken here for K times its own: steps that pull in different
+    directions make the cut shorter than it need be, never longer.
 
     Args:
-        mean: u, float32 ``[P, rows, d]``.
-        fisher: F u, the same.
-        scale: standard deviation of the noise of each row, ``[rows]``.
+        step: ``sigma^2 F u`` with each row's own standard deviation, float32 ``[P, rows, d]``.
+        bend: sums over the steps of ``f . f`` and ``f . F f``, and their number, ``[P, 3]``.
+        sigma: standard deviation of the noise in all.
+        coherence: share of its variance that all steps have in common.
         lam: weight, 0 or more.
     """
-    step = fisher * scale.square()[:, None]
-    along = (mean.double() * step).sum((1, 2))
-    most = along / step.double().square().sum((1, 2)).clamp(min=torch.finfo(torch.float64).tiny)
-    return step * most.clamp(min=0.0, max=lam).float()[:, None, None]
+    along, curvature, steps = bend.double().unbind(-1)
+    reach = 1.0 - coherence + coherence * steps
+    most = along / (sigma**2 * reach * curvature).clamp(min=torch.finfo(torch.float64).tiny)
+    return step * most.clamp(max=lam).float().to(step.device)[:, None, None]
 
 
 def bounded(

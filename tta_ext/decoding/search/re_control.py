@@ -50,8 +50,8 @@ class ReControlSettings(SearchSettings):
     """
 
     value: str | None = None
-    steps: int = 2
-    step_size: float = 0.2
+    steps: int = 4
+    step_size: float = 1.0
     n: int = 1
     restarts: int = 1
     kl_rollouts: int = 1

@@ -152,6 +152,8 @@ class Rollouts:
             caps behind the head are not counted).
         fisher: of each metered cell, ``F u = W^T (p * w - p (p . w)) / T``, float32 like a prompt's
             part of the mean: the gradient of ``kl_fisher`` in u.
+        bend: of each metered cell, float64 ``[3]``, how far one may go along it: with f a step's
+            own F u, the sums of ``f . f`` and of ``f . F f``, and the number of steps.
     """
 
     def __init__(
@@ -179,6 +181,7 @@ class Rollouts:
         self.fisher: dict[int, Tensor] = {}
         if noise is not None and fisher:
             self.fisher = {i: torch.zeros_like(noise.mean[0]) for i in self.kl}
+        self.bend = {i: torch.zeros(3, dtype=torch.float64) for i in self.fisher}
         # Where u is 0 it does nothing to any law.
         self._shifts = noise is not None and bool(self.kl) and bool(noise.mean.any())
         self._prompt = self._column(prompt for prompt, _ in self.cells)
@@ -323,12 +326,17 @@ class Rollouts:
                         f"guard='fisher' needs a head with plain weights, {class_name(head)} has "
                         f"{weight.dtype} {list(weight.shape)}"
                     )
-                weight = weight[: p.shape[1]]
-                pull = (pull / self.sampling.temperature).to(weight.dtype) @ weight
+                weight, scale = weight[: p.shape[1]], 1.0 / self.sampling.temperature
+                pull = (scale * pull).to(weight.dtype) @ weight
+                along = scale * (pull @ weight.T).float()
+                along -= (p * along).sum(-1, keepdim=True)
+                squares = pull.float().square().sum(-1), (p * along * along).sum(-1)
+                bends = torch.stack((*squares, torch.ones_like(values)), -1).double().cpu()
         for place, value in enumerate(values.tolist()):
             cell = self.rows.active[self._meter[place]]
             self.kl_fisher[cell] += value
             if self.fisher:
+                self.bend[cell] += bends[place]
                 for part in {row, 0} if noise.common > 0.0 else {row}:
                     self.fisher[cell][part] += pull[place].float()
 
