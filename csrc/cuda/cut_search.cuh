@@ -313,6 +313,7 @@ __device__ __forceinline__ void search_equal(const Kad& a, int64_t row, const Fo
   const RowState& r = a.s.state(row);
   const Row base = a.base_row(row);
   const float x = all.most;
+  const bool in_fours = aligned_to_four(base.data, base.dtype);
   const int me = static_cast<int>(threadIdx.x);
   const auto in_tile = [&](int t) {
     return t < a.s.tiles ? static_cast<int>(found_counts(a, row)[t]) : 0;
@@ -329,9 +330,19 @@ __device__ __forceinline__ void search_equal(const Kad& a, int64_t row, const Fo
     const int2 at = found;
     const int first = at.x * kTile + me * kPerThread;
     uint32_t equal = 0;
-#pragma unroll 4
-    for (int k = 0; k < kPerThread; ++k)
-      if (first + k < base.vocab && base.at(first + k) == x) equal |= 1u << k;
+    of_type(base.dtype, [&](auto type) {
+#pragma unroll
+      for (int k = 0; k < kPerThread; k += 4) {
+        float y[4] = {kNaN, kNaN, kNaN, kNaN};
+        if (in_fours && first + k + 4 <= base.vocab)
+          read_four<type.value>(base.data, first + k, y);
+        else
+          for (int c = 0; c < 4 && first + k + c < base.vocab; ++c)
+            y[c] = read_one<type.value>(base.data, first + k + c);
+#pragma unroll
+        for (int c = 0; c < 4; ++c) equal |= y[c] == x ? 1u << (k + c) : 0u;
+      }
+    });
     left = at.y - block_scan(__popc(equal));
     if (left >= 0 && left < __popc(equal)) {
       for (; left > 0; --left) equal &= equal - 1;
