@@ -34,9 +34,14 @@ struct Sum {
 
 // `combine` of one value a thread, known to every thread. Any order: for exact operations only.
 template <class T, class Op>
+__device__ __forceinline__ T warp_reduce(T value, Op combine) {
+  for (int n = 16; n >= 1; n /= 2) value = combine(value, __shfl_xor_sync(kFullWarp, value, n));
+  return value;
+}
+template <class T, class Op>
 __device__ __forceinline__ T block_reduce(T value, Op combine) {
   TTA_SHARED_ARRAY(T, part, kWarps);
-  for (int n = 16; n >= 1; n /= 2) value = combine(value, __shfl_xor_sync(kFullWarp, value, n));
+  value = warp_reduce(value, combine);
   if (lane_id() == 0) part[warp_id()] = value;
   __syncthreads();
   value = part[0];

@@ -181,13 +181,17 @@ struct Sums {
   double* shared;
   bool any = false;
 
-  // Of what lies before a cut. changed(t): whether a tile has elements between the last cut and
-  // this one. For a whole block.
+  // Of what lies before a cut. changed(t): whether a tile may have elements between the last cut
+  // and this one; less than 0 where it is known to have none before this one. For a whole block.
   template <class Changed>
   __device__ __forceinline__ double before_cut(const Cut& cut, const Changed& changed) {
     for (int t = 0; t < a.s.tiles; ++t) {
-      if (any && !changed(t)) continue;
-      tile_mass<false>(a, row, t, 0, before(cut), a.base_rule_slot(), weights);
+      const int part = changed(t);
+      if (!part) continue;
+      if (part >= 0)
+        tile_mass<false>(a, row, t, 0, before(cut), a.base_rule_slot(), weights);
+      else if (threadIdx.x == 0)
+        a.s.mass(row, 0)[t] = 0.0;
       __syncthreads();
     }
     any = true;
@@ -195,21 +199,24 @@ struct Sums {
   }
 };
 
-// Bisects the search over the list of all that is in question. For a whole block.
+// Bisects the search over the list of all that is in question. For a whole block; a list that a
+// warp can hold, as most are, is bisected by one until a sum is wanted.
 __device__ __forceinline__ void search_list(const Kad& a, int64_t row, int count, Search* search,
                                             float* weights, double* shared) {
   static_assert(kListed <= 32 * kThreads && kListed <= kTile, "a bit and a weight each");
   TTA_SHARED_ARRAY(float, x, kListed);
   TTA_SHARED_ARRAY(int32_t, id, kListed);
   TTA_SHARED_ARRAY(uint32_t, changed, kMaxTiles / 32);
-  TTA_SHARED(int, pivot);
+  TTA_SHARED(int, pivot);  // -1: nothing is left
   const RowState& r = a.s.state(row);
   const int slot = a.base_rule_slot(), me = static_cast<int>(threadIdx.x);
   const float inv_temperature = r.slot[slot].inv_temperature;
-  uint32_t left = 0;  // of this thread's elements: bit k is number me + k kThreads
-  const auto weigh = [&](uint32_t bits) {
-    for (; bits; bits &= bits - 1) {
-      const int i = me + (__ffs(static_cast<int>(bits)) - 1) * kThreads;
+  const bool alone = count <= 32 * 32;
+  const int threads = alone ? 32 : kThreads;
+  uint32_t left = 0;  // of this thread's elements: bit k is number me + k threads
+  const auto weigh = [&] {
+    for (uint32_t rest = left; rest; rest &= rest - 1) {
+      const int i = me + (__ffs(static_cast<int>(rest)) - 1) * threads;
       weights[i] =
           static_cast<float>(canonical_weight(a.s, row, slot, inv_temperature, x[i], id[i]));
     }
@@ -217,9 +224,10 @@ __device__ __forceinline__ void search_list(const Kad& a, int64_t row, int count
   for (int i = me; i < count; i += kThreads) {
     x[i] = a.s.list_x(row)[i];
     id[i] = a.s.list_id(row)[i];
-    left |= 1u << (i / kThreads);
   }
-  weigh(left);
+  for (int i = me; me < threads && i < count; i += threads) left |= 1u << (i / threads);
+  __syncthreads();
+  weigh();
   Sums sums = {a, row, weights, shared};
   Cut last;
   const auto sum_before = [&](const Cut& cut) {
@@ -234,47 +242,65 @@ __device__ __forceinline__ void search_list(const Kad& a, int64_t row, int count
       __syncthreads();
     }
     last = cut;
-    return sums.before_cut(cut, [&](int t) { return (changed[t / 32] >> t % 32 & 1u) != 0; });
+    return sums.before_cut(
+        cut, [&](int t) { return !sums.any || (changed[t / 32] >> t % 32 & 1u) != 0; });
   };
-#pragma unroll 1
-  for (uint32_t tries = 1;; ++tries) {
-    const int here = __popc(left), earlier = block_scan(here);
-    const int all = block_reduce(here, Sum());
-    if (!all) return;
-    // Any of them: lists have an order of their own, with which a fixed choice may be in step.
-    int rank =
-        static_cast<int>(__umulhi(static_cast<uint32_t>(all), tries * 0x9e3779b1u)) - earlier;
-    if (rank >= 0 && rank < here) {
-      uint32_t rest = left;
-      for (; rank > 0; --rank) rest &= rest - 1;
-      pivot = me + (__ffs(static_cast<int>(rest)) - 1) * kThreads;
-    }
-    __syncthreads();
-    const int at = pivot;
-    const uint32_t mine = at % kThreads == me ? 1u << (at / kThreads) : 0u;
-    const float pivot_x = x[at];
-    const int32_t pivot_id = id[at];
-    const Cut cut = Cut::before(pivot_x, pivot_id);
-    uint32_t lower = mine;  // through the pivot
-    double sum = mine ? static_cast<double>(weights[at]) : 0.0;
-    for (uint32_t rest = left; rest; rest &= rest - 1) {
-      const int bit = __ffs(static_cast<int>(rest)) - 1, i = me + bit * kThreads;
-      if (!cut.admits(x[i], id[i])) continue;
-      lower |= 1u << bit;
-      sum += static_cast<double>(weights[i]);
-    }
-    double through = search->below + block_reduce(sum, Sum());
-    const bool clear = is_clear(a, r, *search, through);
-    if (!clear) through = sum_before(Cut::through(pivot_x, pivot_id));
+  uint32_t mine = 0, lower = 0;  // the pivot, and all through it
+  const auto decide = [&](int at, double through) {
     if (through <= r.bound) {
       search->below = through;
       left &= ~lower;
     } else {
-      search->critical = pivot_id;
-      search->critical_x = pivot_x;
+      search->critical = id[at];
+      search->critical_x = x[at];
       left &= lower & ~mine;
     }
-    if (!clear) weigh(left);  // the sum's weights took their place
+  };
+  uint32_t tries = 1;
+#pragma unroll 1
+  while (true) {
+    for (bool clear = me < threads; clear;) {
+      const int here = __popc(left);
+      const int earlier = alone ? warp_scan(here) - here : block_scan(here);
+      const int all = alone ? __reduce_add_sync(kFullWarp, here) : block_reduce(here, Sum());
+      // Any of them: lists have an order of their own, with which a fixed choice may be in step.
+      int rank =
+          static_cast<int>(__umulhi(static_cast<uint32_t>(all), tries++ * 0x9e3779b1u)) - earlier;
+      if (!all) {
+        if (me == 0) pivot = -1;
+        break;
+      }
+      if (rank >= 0 && rank < here) {
+        uint32_t rest = left;
+        for (; rank > 0; --rank) rest &= rest - 1;
+        pivot = me + (__ffs(static_cast<int>(rest)) - 1) * threads;
+      }
+      if (alone)
+        __syncwarp();
+      else
+        __syncthreads();
+      const int at = pivot;
+      mine = at % threads == me ? 1u << (at / threads) : 0u;
+      const Cut cut = Cut::before(x[at], id[at]);
+      lower = mine;
+      double sum = mine ? static_cast<double>(weights[at]) : 0.0;
+      for (uint32_t rest = left; rest; rest &= rest - 1) {
+        const int bit = __ffs(static_cast<int>(rest)) - 1, i = me + bit * threads;
+        if (!cut.admits(x[i], id[i])) continue;
+        lower |= 1u << bit;
+        sum += static_cast<double>(weights[i]);
+      }
+      __syncwarp();
+      const double through =
+          search->below + (alone ? warp_reduce(sum, Sum()) : block_reduce(sum, Sum()));
+      clear = is_clear(a, r, *search, through);
+      if (clear) decide(at, through);
+    }
+    __syncthreads();
+    const int at = pivot;
+    if (at < 0) return;
+    decide(at, sum_before(Cut::through(x[at], id[at])));
+    weigh();  // the sum's weights took their place
   }
 }
 
@@ -287,6 +313,7 @@ __device__ __forceinline__ void search_equal(const Kad& a, int64_t row, const Fo
   const RowState& r = a.s.state(row);
   const Row base = a.base_row(row);
   const float x = all.most;
+  const bool in_fours = aligned_to_four(base.data, base.dtype);
   const int me = static_cast<int>(threadIdx.x);
   const auto in_tile = [&](int t) {
     return t < a.s.tiles ? static_cast<int>(found_counts(a, row)[t]) : 0;
@@ -303,9 +330,19 @@ __device__ __forceinline__ void search_equal(const Kad& a, int64_t row, const Fo
     const int2 at = found;
     const int first = at.x * kTile + me * kPerThread;
     uint32_t equal = 0;
-#pragma unroll 4
-    for (int k = 0; k < kPerThread; ++k)
-      if (first + k < base.vocab && base.at(first + k) == x) equal |= 1u << k;
+    of_type(base.dtype, [&](auto type) {
+#pragma unroll
+      for (int k = 0; k < kPerThread; k += 4) {
+        float y[4] = {kNaN, kNaN, kNaN, kNaN};
+        if (in_fours && first + k + 4 <= base.vocab)
+          read_four<type.value>(base.data, first + k, y);
+        else
+          for (int c = 0; c < 4 && first + k + c < base.vocab; ++c)
+            y[c] = read_one<type.value>(base.data, first + k + c);
+#pragma unroll
+        for (int c = 0; c < 4; ++c) equal |= y[c] == x ? 1u << (k + c) : 0u;
+      }
+    });
     left = at.y - block_scan(__popc(equal));
     if (left >= 0 && left < __popc(equal)) {
       for (; left > 0; --left) equal &= equal - 1;
@@ -333,7 +370,8 @@ __device__ __forceinline__ void search_equal(const Kad& a, int64_t row, const Fo
   while (low < high) {
     const int rank = (low + high) / 2, id = id_of(rank), tile = id / kTile;
     const double through = sums.before_cut(Cut::through(x, id), [&](int t) {
-      return t >= (last < tile ? last : tile) && t <= (last < tile ? tile : last);
+      if (t > tile && in_tile(t) == map_of(base.vocab, t, true).count) return -1;  // all equal
+      return static_cast<int>(!sums.any || (t >= min(last, tile) && t <= max(last, tile)));
     });
     last = tile;
     if (through <= r.bound)

@@ -82,6 +82,8 @@ __device__ __forceinline__ Nodes find_nodes(const char* data, int count, float e
       for (int g = 0; g < kAtOnce; ++g)
 #pragma unroll
         for (int c = 0; c < 4; ++c) m[c] = fmaxf(m[c], x[g][c]);
+      // Of a flat row the first half tells that no node is without one.
+      if (__all_sync(kFullWarp, fminf(fminf(m[0], m[1]), fminf(m[2], m[3])) >= end)) break;
     }
   } else {
     const uint2* const mine = reinterpret_cast<const uint2*>(data) + lane_id();
@@ -229,7 +231,7 @@ __device__ __forceinline__ void tile_mass(const Kad& a, int64_t row, int t, int 
   const Source base(a.base_row(row), t);
   const Source judged = set.by_proxy ? Source(a.proxy_row(row), t) : base;
   const Tile map = map_of(a.base.vocab, t, base.aligned() && judged.aligned());
-  each_four(map, base, judged, !test.parted, [&](auto read, int i, const float* x) {
+  each_four(map, base, judged, true, [&](auto read, int i, const float* x) {
     float w[4];
     bool in[4];
     terms_of_four<false>(x, m, inv, w);
@@ -313,7 +315,7 @@ __device__ __forceinline__ float lowest_kept(const Kad& a, int64_t row, int t, c
   if (test.uniform && test.all) return lowest;
   const Source base(base_row, t), judged(judged_row, t);
   const Tile map = map_of(a.base.vocab, t, base.aligned() && judged.aligned());
-  each_four(map, base, judged, !test.parted, [&](auto read, int i, const float* x) {
+  each_four(map, base, judged, true, [&](auto read, int i, const float* x) {
     bool in[4];
     judge_four(test, set.by_proxy, judged, read, map, i, x, in);
 #pragma unroll

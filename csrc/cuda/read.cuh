@@ -145,13 +145,16 @@ template <class Read>
 __device__ __forceinline__ void judge_four(const TileTest& test, bool by_proxy,
                                            const Source& judged, Read read, const Tile& map, int i,
                                            const float* x, bool* in) {
-  if (by_proxy) {
-    float y[4];
-    read(judged, map, i, y);
-    test.four<Read::kPlain>(y, map, i, in);
-  } else {
-    test.four<Read::kPlain>(x, map, i, in);
-  }
+  const auto judge = [&](const float* y) {
+    if (test.parted)
+      test.four<false>(y, map, i, in);
+    else
+      test.four<true>(y, map, i, in);
+  };
+  if (!by_proxy) return judge(x);
+  float y[4];
+  read(judged, map, i, y);
+  judge(y);
 }
 
 }  // namespace cuda
