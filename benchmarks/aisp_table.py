@@ -216,9 +216,10 @@ def draw(cells: Cells, path: Path, baseline: str, order: Sequence[str]) -> None:
                 style = {"fmt": "o", "markersize": 3, "color": color, "label": label}
                 if label in pairs:
                     pair = pairs[label]
-                    handles[label] = gain.errorbar(at, pair.difference, yerr=pair.error, **style)
+                    gain.errorbar(at, pair.difference, yerr=pair.error, **style)
                 middle, error = row["metrics"]["diversity"]
-                diversity.errorbar(at, middle, yerr=error, **style)
+                handles[label] = diversity.errorbar(at, middle, yerr=error, **style)
+        diversity.set_ylim(-0.04, 1.04)
         gain.axhline(0.0, color="grey", linewidth=0.8)
         gain.set_title(reward)
         names = [f"{cell.length} tokens\n{cell.budget}" for cell, _ in mine]
