@@ -117,29 +117,20 @@ def guesses(p: Tensor, q: Tensor, kept: Tensor, own: Tensor) -> list[Tensor]:
 
 def laws(
     base: Tensor, proxy: Tensor, rule: str, param: float, T: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What tokens are drawn from, float64 ``[N, V]``, given logits ``[N, V]``.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """p and q, what the base draws from and what the proxy does, and what the rule keeps of p.
 
-    Returns:
-        p and q, the base's law and the proxy's, and bool: what the rule keeps of the base, and
-        would keep of the proxy as base. For ``implicit_reward`` p is pi, q the law with the proxy
-        in all places.
+    ``[N, V]`` each, float64 and bool, given logits ``[N, V]``. For ``implicit_reward`` p is pi, of
+    which all is kept.
     """
     from tta_ext import ops
 
+    q = torch.softmax(proxy.double() / T, -1)
     if rule == "implicit_reward":
-        pi, own = (
-            ops.implicit_reward_probs(x, proxy[None], None, [param], temperature=T).double()
-            for x in (base, proxy)
-        )
-        every = torch.ones_like(pi, dtype=torch.bool)
-        return pi, own, every, every
-    p, q = (torch.softmax(x.double() / T, -1) for x in (base, proxy))
-    kept, own = (
-        ~ops.deferral_mask(x, proxy, rule=rule, param=param, temperature=T).mask.bool()
-        for x in (base, proxy)
-    )
-    return p, q, kept, own
+        pi = ops.implicit_reward_probs(base, proxy[None], None, [param], temperature=T)
+        return pi.double(), q, torch.ones_like(pi, dtype=torch.bool)
+    mask = ops.deferral_mask(base, proxy, rule=rule, param=param, temperature=T).mask
+    return torch.softmax(base.double() / T, -1), q, ~mask.bool()
 
 
 def mixture(p: Tensor, q: Tensor, kept: Tensor) -> Tensor:
@@ -150,14 +141,13 @@ def mixture(p: Tensor, q: Tensor, kept: Tensor) -> Tensor:
 
 def accepted(base: Tensor, proxy: Tensor, rule: str, param: float, T: float) -> Tensor:
     """Acceptance of each kind of guess at some positions, ``[N, 5]``, from logits ``[N, V]``."""
-    p, q, kept, own = laws(base, proxy, rule, param, T)
+    p, q, kept = laws(base, proxy, rule, param, T)
+    own, _, keeps_own = laws(proxy, proxy, rule, param, T)  # the proxy as base
+    kinds = guesses(p, q, kept, keeps_own)
     if rule == "implicit_reward":
-        as_base = guesses(p, q, kept, own)[3]
-        likeliest, _, _, drawn, optimal = guesses(
-            p, torch.softmax(proxy.double() / T, -1), kept, own
-        )
-        return torch.stack([likeliest, drawn, as_base, drawn, optimal], -1)
-    return torch.stack(guesses(p, q, kept, own), -1)
+        likeliest, _, _, drawn, optimal = kinds
+        kinds = [likeliest, drawn, guesses(p, own, kept, kept)[3], drawn, optimal]
+    return torch.stack(kinds, -1)
 
 
 def verified(pi: Tensor, q: Tensor, draft: Tensor) -> tuple[Tensor, Tensor]:
@@ -206,8 +196,7 @@ def lines(
             q = torch.softmax(logits(proxy, [*tokens, *drawn, 0], 1).double() / T, -1)
             drawn.append(int(torch.multinomial(q[0], 1, generator=generator)))
         first, second = (logits(model, tokens + drawn, len(drawn)) for model in (base, proxy))
-        p, _, kept, _ = laws(first, second, rule, param, T)
-        q = torch.softmax(second.double() / T, -1)
+        p, q, kept = laws(first, second, rule, param, T)
         pi = p if rule == "implicit_reward" else mixture(p, q, kept)
         return pi, q, torch.tensor(drawn)
 

@@ -48,16 +48,8 @@ from tta_ext.decoding.search import compare as comparison
 from tta_ext.decoding.search.best_of_n import soft_choice
 from tta_ext.decoding.search.outcome import SearchResult, spread
 from tta_ext.demo import smollm2
-from tta_ext.files import write_file
-from tta_ext.journal import (
-    Journal,
-    Shard,
-    check_output,
-    fingerprint,
-    model_facts,
-    resume_key,
-    run_facts,
-)
+from tta_ext.files import check_output, write_file
+from tta_ext.journal import Journal, Shard, fingerprint, model_facts, resume_key, run_facts
 
 from . import aisp_table, harness, preference
 from .aisp_table import Cell

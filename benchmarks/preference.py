@@ -34,7 +34,7 @@ from tta_ext.decoding.classifier import prompt_text
 from tta_ext.decoding.rewards import DiversityReward, EmbeddingReward
 from tta_ext.decoding.search.checkpoint import write_tensors
 from tta_ext.demo import smollm2
-from tta_ext.journal import check_output
+from tta_ext.files import check_output
 
 TOPICS = (
     "bread", "bicycles", "snow", "lighthouses", "chess", "honey", "deserts", "clocks",
