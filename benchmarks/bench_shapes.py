@@ -2,9 +2,9 @@
 
 Every operator over rows of many shapes (:data:`SHAPES`), budgets, rules and types, one thread,
 V = 128256. A *cell* is a call; its figure is its processor time over that of a ``torch.softmax``
-of the base's row just before, the median over rounds. The table shows, of each operator and
-instruction set, the worst cell beside the kind one: a row as peaked as a language model's, float32,
-a budget of .3.
+of the base's row just before, with the same instruction set, the median over rounds. The table
+shows, of each operator and instruction set, the worst cell beside the kind one: a row as peaked as
+a language model's, float32, a budget of .3.
 
 *Per row* divides by a softmax of every row that the call reads: the base's; the proxy's too where
 the rule reads it or the draw is deferred; of ``deferral_verify`` all positions that it reaches, of
@@ -17,9 +17,12 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import multiprocessing
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -53,6 +56,8 @@ SEEDS = 8
 DRAFT = 4
 TRIES = 100
 ROUNDS = 15
+ISAS = ("default", "AVX2", "AVX-512")
+ATEN_LIMIT = "ATEN_CPU_CAPABILITY"  # PyTorch's
 
 
 # What the worst cell of an operator may cost, in softmaxes of the rows that it reads. A rejected
@@ -121,16 +126,21 @@ def _drafts(base: Tensor, proxy: Tensor, law: dict[str, Any], whole: bool) -> An
     return None
 
 
-def _calls(base: Tensor, proxy: Tensor, rule: str, param: float | None) -> dict[str, Any]:
-    """op -> (run, calls in it, rows that a call reads)."""
+def _calls(
+    base: Tensor, proxy: Tensor, rule: str, param: float | None, outs: dict[str, Any]
+) -> dict[str, Any]:
+    """op -> (run, calls in it, rows that a call reads); all rules write to the same `outs`."""
     law: dict[str, Any] = {"rule": rule, "param": param}
     reads_q = rules.rule_code(rule) in rules.NEEDS_PROXY
     one, two = base[:1], proxy[:1]
     keys = [_keys(seed) for seed in range(SEEDS)]
     drawn = ops.deferral_sample(one, two, **law, **keys[0])
     share = sum(float(ops.deferral_sample(one, two, **law, **k).deferred) for k in keys) / SEEDS
-    mask, stats = ops.deferral_mask(one, two, **law), ops.deferral_stats(one, two, **law)
-    probs = ops.deferral_probs(one, two, **law)
+    stats = ops.deferral_stats(one, two, **law)
+    if not outs:
+        outs |= {"mask": ops.deferral_mask(one, two, **law)}
+        outs |= {"probs": ops.deferral_probs(one, two, **law)}
+    mask, probs = outs["mask"], outs["probs"]
     read = 1.0 + reads_q
     found: dict[str, tuple[Run, int, float]] = {
         "deferral_sample": (
@@ -177,10 +187,11 @@ def cells(shape: str, dtype: str, rounds: int, vocab: int = VOCAB) -> list[Cell]
         (f"knapsack {b:g}".replace("0.", "."), "knapsack", b) for b in BUDGETS
     ]
     laws += [(rule, rule, param) for rule, param in RULES.items()]
+    outs: dict[str, Any] = {}
     runs = {
         (op, name): call
         for name, rule, param in laws
-        for op, call in _calls(base, proxy, rule, param).items()
+        for op, call in _calls(base, proxy, rule, param, outs).items()
     }
     ratios: dict[tuple[str, str], list[float]] = {key: [] for key in runs}
     for _ in range(rounds):
@@ -222,8 +233,20 @@ def instruction_sets() -> list[tuple[int, str]]:
     """Those of this machine that have vectors, widest first."""
     ops.normal(1, seed=0)  # the library is loaded from here on
     widest = torch.ops.tta_ext.cpu_isa(-1)
-    names = ("scalar", "AVX2", "AVX-512")
-    return [(level, names[level]) for level in range(widest, min(widest, 1) - 1, -1)]
+    return [(level, ISAS[level]) for level in range(widest, min(widest, 1) - 1, -1)]
+
+
+def _cells(
+    level: int, rounds: int, shapes: Sequence[str], dtypes: Sequence[str], vocab: int
+) -> list[Cell]:
+    torch.set_num_threads(1)
+    ops.normal(1, seed=0)
+    torch.ops.tta_ext.cpu_isa(level)
+    return [
+        cell
+        for shape, dtype in itertools.product(shapes, dtypes)
+        for cell in cells(shape, dtype, rounds, vocab)
+    ]
 
 
 def measure(
@@ -232,21 +255,25 @@ def measure(
     dtypes: Sequence[str] = DTYPES,
     vocab: int = VOCAB,
 ) -> dict[str, list[Cell]]:
-    """Instruction set -> its cells, those of :data:`KIND` among them."""
+    """Instruction set -> its cells, those of :data:`KIND` among them.
+
+    Each set in a process of its own, whose softmax has no wider one: PyTorch reads its limit where
+    it is loaded.
+    """
     shapes = list(dict.fromkeys([KIND[0], *shapes]))
     dtypes = list(dict.fromkeys([KIND[1], *dtypes]))
     found: dict[str, list[Cell]] = {}
-    levels = instruction_sets()
+    context = multiprocessing.get_context("spawn")
+    before = os.environ.get(ATEN_LIMIT)
     try:
-        for level, name in levels:
-            torch.ops.tta_ext.cpu_isa(level)
-            found[name] = [
-                cell
-                for shape, dtype in itertools.product(shapes, dtypes)
-                for cell in cells(shape, dtype, rounds, vocab)
-            ]
+        for level, name in instruction_sets():
+            os.environ[ATEN_LIMIT] = name.replace("-", "").lower()
+            with ProcessPoolExecutor(1, mp_context=context) as pool:
+                found[name] = pool.submit(_cells, level, rounds, shapes, dtypes, vocab).result()
     finally:
-        torch.ops.tta_ext.cpu_isa(levels[0][0])
+        os.environ.pop(ATEN_LIMIT)
+        if before is not None:
+            os.environ[ATEN_LIMIT] = before
     return found
 
 

@@ -96,7 +96,7 @@ TTA_INLINE M mask_not(M a) { return {static_cast<__mmask16>(~a.v)}; }
 TTA_INLINE F keep(M m, F a) { return {_mm512_maskz_mov_ps(m.v, a.v)}; }  // a where m, else +0
 TTA_INLINE I keep(M m, I a) { return {_mm512_maskz_mov_epi32(m.v, a.v)}; }
 // +0 where m, else a.
-TTA_INLINE F drop(M m, F a) { return {_mm512_mask_mov_ps(a.v, m.v, _mm512_setzero_ps())}; }
+TTA_INLINE F drop(M m, F a) { return {_mm512_maskz_mov_ps(static_cast<__mmask16>(~m.v), a.v)}; }
 TTA_INLINE F select(M m, F a, F b) { return {_mm512_mask_mov_ps(b.v, m.v, a.v)}; }
 TTA_INLINE I select(M m, I a, I b) { return {_mm512_mask_mov_epi32(b.v, m.v, a.v)}; }
 TTA_INLINE uint32_t lanes(M m) { return m.v; }  // bit i = lane i

@@ -42,10 +42,11 @@ struct Candidates {
 };
 
 static float reduce_add_unordered(F a) {
-  float lane[kWidth], total = 0.0f;
+  float lane[kWidth];
   store(lane, a);
-  for (int k = 0; k < kWidth; ++k) total += lane[k];
-  return total;
+  for (int n = kWidth / 2; n >= 1; n /= 2)
+    for (int k = 0; k < n; ++k) lane[k] += lane[k + n];
+  return lane[0];
 }
 static float reduce_min(F a) { return -reduce_max(negate(a)); }
 
@@ -97,6 +98,7 @@ class Bands {
 };
 
 constexpr double kDeviations = 3.5;
+constexpr int kTied = 32;  // of the sample: fewer say little of what it missed, and are soon listed
 
 // Narrows the bracket by bands, each of which stands for `share` of the row, so that the masses
 // below it are known to some standard deviations (none where share is 1). False: no narrower.
@@ -149,15 +151,17 @@ static void narrow_to_tiles(const float* x, int64_t n, const Stats& s, double sh
                             double variance, Bracket* bracket) {
   const F low = set1(bracket->low), high = set1(bracket->high);
   float tie = kNaN;
+  int tied = 0;
   for (int64_t j = 0; j < n; j += kWidth) {
     const F value = load(x + j);
     const M inside = mask_and(less(low, value), less_equal(value, high));
     const uint32_t found = lanes(inside);
     if (!found) continue;
-    if (tie != tie) tie = x[j + __builtin_ctz(found)];
+    if (!tied) tie = x[j + __builtin_ctz(found)];
     if (lanes(mask_and(inside, mask_not(equal(value, set1(tie)))))) return;
+    tied += __builtin_popcount(found);
   }
-  if (tie != tie) return;
+  if (tied < kTied) return;
   const double each =
       static_cast<double>(exp_scalar(mul_rn(tie - s.max, s.inv_temperature))) / share;
   const double rank = (bound - bracket->below) / each;
@@ -179,16 +183,33 @@ static void narrow_to_tiles(const float* x, int64_t n, const Stats& s, double sh
 // Bands of 1/12 nat to begin with: what is deeper than 42 nats is one band.
 static float first_step(const Stats& s) { return (1.0f / 12.0f) / s.inv_temperature; }
 
+// Of n elements those above `low` and at or below `high`, to `out`, padded to whole vectors with
+// what is neither; how many, padding included.
+static int64_t inside_of(const Bracket& bracket, const float* x, int64_t n, float* out) {
+  const F low = set1(bracket.low), high = set1(bracket.high);
+  int64_t count = 0;
+  for (int64_t j = 0; j < n; j += kWidth) {
+    const F value = load(x + j);
+    const M inside = mask_and(less(low, value), less_equal(value, high));
+    compress_store(out + count, inside, value);
+    count += __builtin_popcount(lanes(inside));
+  }
+  store(out + count, set1(-kInfinity));
+  return (count + kWidth - 1) / kWidth * kWidth;
+}
+
 static Bracket guess_by_sample(const Row& row, const Stats& s, double bound, Candidates* scratch) {
-  float* x = scratch->x.get();
+  float* const x = scratch->x.get();
   const int64_t n = sample_row(row, x);
   const double share = static_cast<double>(n) / static_cast<double>(row.vocab);
   Bracket bracket;
   double variance = 0.0;
   float step = first_step(s), origin = s.max + step;
+  const float* counted = x;
+  int64_t left = n;
   for (int round = 0; round < 3; ++round) {
     Bands bands(origin, step);
-    bands.count(x, n);
+    bands.count(counted, left);
     const double top = static_cast<double>(exp_scalar(mul_rn(origin - s.max, s.inv_temperature)));
     if (!narrow_by_bands(bands, step, s, share, bound, top, &bracket, &variance)) break;
     const float width = bracket.high - bracket.low;
@@ -196,6 +217,8 @@ static Bracket guess_by_sample(const Row& row, const Stats& s, double bound, Can
     origin = bracket.high;
     step = width / (kBands - 3);
     if (!(origin - 0.125f * step < origin)) break;  // hardly more floats than bands
+    left = inside_of(bracket, counted, left, x + n);
+    counted = x + n;
   }
   narrow_to_tiles(x, n, s, share, bound, variance, &bracket);
   return bracket;
@@ -228,7 +251,10 @@ constexpr double kChainRounding = 0x1p-17;  // and this what that of others is b
 // then most of a peaked row is one comparison. Rough, unless weights were kept.
 template <bool kAbove, bool kWeights>
 static double collect(const Row& row, const Stats& s, const Bracket& bracket, Candidates* list) {
-  constexpr int kVectors = kWidth == 1 ? 1 : 2;  // more would not fit AVX2's registers
+  constexpr int kVectors = kWidth == 1   ? 1
+                           : kWidth == 8 ? 2
+                                         : 4;  // by the registers that there are
+  constexpr int kNoted = kWidth == 8 ? 2 : 1;  // of them together
   constexpr int kStep = kVectors * kWidth;
   alignas(64) float scratch[kTile];
   const F octave = set1(per_octave(s.inv_temperature));
@@ -245,34 +271,40 @@ static double collect(const Row& row, const Stats& s, const Bracket& bracket, Ca
     }
     const Tile tile = load_tile(row, t, scratch);
     const F m = set1(s.tile_max[t]), low = set1(taken), high = set1(last);
-    int16_t at[kTile / kStep];  // where something is listed
+    int16_t at[kTile / (kNoted * kWidth)];  // where something is listed
     int some = 0;
     for (int part = 0; part < tile.count; part += kChain) {
-      F sum = set1(0.0f);
+      F sum[kVectors];
+      for (int k = 0; k < kVectors; ++k) sum[k] = set1(0.0f);
       const int end = tile.count < part + kChain ? tile.count : part + kChain;
       for (int j = part; j < end; j += kStep) {
         F x[kVectors], w[kVectors];
         M above[kVectors], beyond[kVectors];
         for (int k = 0; k < kVectors; ++k) x[k] = load(tile.x + j + k * kWidth);
         for (int k = 0; k < kVectors; ++k) above[k] = less(low, x[k]);
-        if (kAbove && !lanes(mask_or(above[0], above[kVectors - 1]))) continue;
+        M any = above[0];
+        for (int k = 1; k < kVectors; ++k) any = mask_or(any, above[k]);
+        if (kAbove && !lanes(any)) continue;
         if constexpr (kWeights)
           for (int k = 0; k < kVectors; ++k) w[k] = load(s.kept(t) + j + k * kWidth);
         else
           rough_pack<kVectors>(tile.x + j, m, octave, w);
         for (int k = 0; k < kVectors; ++k) beyond[k] = less(high, x[k]);
         for (int k = 0; k < kVectors; ++k)
-          sum = add(sum, kAbove ? keep(beyond[k], w[k]) : drop(above[k], w[k]));
-        M listed = mask_and(above[0], mask_not(beyond[0]));
-        if (kVectors > 1)
-          listed = mask_or(listed, mask_and(above[kVectors - 1], mask_not(beyond[kVectors - 1])));
-        at[some] = static_cast<int16_t>(j);
-        some += lanes(listed) != 0;
+          sum[k] = add(sum[k], kAbove ? keep(beyond[k], w[k]) : drop(above[k], w[k]));
+        for (int k = 0; k < kVectors; k += kNoted) {
+          M listed = mask_and(above[k], mask_not(beyond[k]));
+          for (int i = k + 1; i < k + kNoted; ++i)
+            listed = mask_or(listed, mask_and(above[i], mask_not(beyond[i])));
+          at[some] = static_cast<int16_t>(j + k * kWidth);
+          some += lanes(listed) != 0;
+        }
       }
-      side += static_cast<double>(reduce_add_unordered(sum)) * s.scale[t];
+      for (int k = 1; k < kVectors; ++k) sum[0] = add(sum[0], sum[k]);
+      side += static_cast<double>(reduce_add_unordered(sum[0])) * s.scale[t];
     }
     for (int i = 0; i < some; ++i) {
-      for (int j = at[i]; j < at[i] + kStep; j += kWidth) {
+      for (int j = at[i]; j < at[i] + kNoted * kWidth; j += kWidth) {
         const F x = load(tile.x + j);
         const M listed = mask_and(less(low, x), less_equal(x, high));
         compress_store(to_x + count, listed, x);

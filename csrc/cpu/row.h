@@ -46,9 +46,9 @@ struct Tile {
   int count;  // padded
 };
 
-static Tile load_tile(const Row& row, int t, float* scratch) {
-  const int64_t begin = static_cast<int64_t>(t) * kTile;
-  const int count = row.vocab - begin < kTile ? static_cast<int>(row.vocab - begin) : kTile;
+// At most `most` elements from `begin` on, whole lanes of 128.
+static Tile load_part(const Row& row, int64_t begin, int most, float* scratch) {
+  const int count = row.vocab - begin < most ? static_cast<int>(row.vocab - begin) : most;
   const int padded = (count + kLanes - 1) / kLanes * kLanes;
   if (row.dtype == kFloat32 && count == padded && !row.mixture)
     return {reinterpret_cast<const float*>(row.data) + begin, count};
@@ -58,6 +58,9 @@ static Tile load_tile(const Row& row, int t, float* scratch) {
     load_raw(row.data, row.dtype, begin, count, scratch);
   for (int j = count; j < padded; ++j) scratch[j] = -kInfinity;
   return {scratch, padded};
+}
+static Tile load_tile(const Row& row, int t, float* scratch) {
+  return load_part(row, static_cast<int64_t>(t) * kTile, kTile, scratch);
 }
 
 static float logit_at(const Row& row, int64_t v) {
@@ -88,8 +91,9 @@ TTA_INLINE void weight_pack(const float* x, F tile_max, Scale inv_temperature, F
   for (int k = 0; k < N; ++k) w[k] = mul(sub(load(x + k * kWidth), tile_max), inv_temperature);
   exp_pack<N>(w);
 }
-constexpr int kPack = kWidth == 1 ? 1 : 4;      // weights computed together
-constexpr int kPair = kWidth == 8 ? 2 : kPack;  // where they are not added up
+// Weights computed together; AVX-512's eight sums of a sweep leave registers for two.
+constexpr int kPack = kWidth == 8 ? 4 : kWidth == 1 ? 1 : 2;
+constexpr int kPair = kWidth == 1 ? 1 : 2;  // where they are not added up
 
 // Weights to within kRough of theirs, at half the cost, N at a time: 2^n (1 + a cubic in the
 // remainder). 8e-5 is the cubic's (minimax), 3e-5 both sides' rounding of exponents up to 88. Below

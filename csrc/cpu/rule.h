@@ -126,20 +126,23 @@ static double split_fraction(const Stats& s, double bound, double before, float 
   return static_cast<double>(static_cast<float>(part < 0.0 ? 0.0 : part > 1.0 ? 1.0 : part));
 }
 
+// Of a tile: short loops over it, each with its constants in registers, find it in L1.
+constexpr int kPart = 1024;
+
 // The total variation of p and q to within kRoughDistance, at half the cost. Not inlined, nor is
 // the other: their arrays would widen the frames of all rules.
 constexpr double kRoughDistance = 4.0 * kRough;  // p and q add up to 1, and sums round
 TTA_NOINLINE static double rough_total_variation(const RowPair& rows) {
-  alignas(64) float base_scratch[kTile], proxy_scratch[kTile];
+  alignas(64) float base_scratch[kPart], proxy_scratch[kPart];
   const Stats &p = rows.base_rule(), &q = rows.proxy_rule();
   const F p_max = set1(p.max), q_max = set1(q.max);
   const F octave = set1(per_octave(p.inv_temperature));
   constexpr float kScale = 0x1p24f;  // or the least weights would give subnormals, which are slow
   const F p_each = set1(kScale * p.max_probability()), q_each = set1(kScale * q.max_probability());
   double total = 0.0;
-  for (int t = 0; t < rows.base.tiles(); ++t) {
-    const Tile base = load_tile(rows.base, t, base_scratch);
-    const Tile proxy = load_tile(rows.proxy, t, proxy_scratch);
+  for (int64_t begin = 0; begin < rows.base.vocab; begin += kPart) {
+    const Tile base = load_part(rows.base, begin, kPart, base_scratch);
+    const Tile proxy = load_part(rows.proxy, begin, kPart, proxy_scratch);
     F acc[kPack];
     for (int k = 0; k < kPack; ++k) acc[k] = set1(0.0f);
     for (int j = 0; j < base.count; j += kPack * kWidth) {
@@ -314,24 +317,17 @@ class PolicyTile {
 
   // Writes a whole (padded) tile of pi.
   void write(int t, float* out) const {
-    alignas(64) float base_scratch[kTile];
-    alignas(64) float proxy_scratch[kTile];
-    const Tile base = load_tile(rows_.base, t, base_scratch);
-    const Tile proxy = load_tile(rows_.proxy, t, proxy_scratch);
-    const int64_t begin = static_cast<int64_t>(t) * kTile;
+    const int64_t first = static_cast<int64_t>(t) * kTile;
+    const int64_t end = first + kTile < rows_.base.vocab ? first + kTile : rows_.base.vocab;
     with_mode(d_.cut, t, [&](auto mode) {
-      for (int j = 0; j < base.count; j += kPart) {
-        const int count = base.count - j < kPart ? base.count - j : kPart;
-        write_part<mode>({base.x + j, count}, {proxy.x + j, count}, begin + j, out + j);
-      }
+      for (int64_t begin = first; begin < end; begin += kPart)
+        write_part<mode>(begin, out + (begin - first));
     });
     if (d_.fraction > 0.0 && d_.critical / kTile == t) {
-      const int j = static_cast<int>(d_.critical - begin);
-      const double pc = static_cast<double>(rows_.base_stats.probability(base.x[j]));
-      const double qc = static_cast<double>(rows_.proxy_stats.probability(proxy.x[j]));
-      const double kept = (1.0 - d_.fraction) * pc;
-      const double from_proxy = qc * mass_;
-      out[j] = static_cast<float>(kept + from_proxy);
+      const double kept =
+          (1.0 - d_.fraction) * static_cast<double>(base_probability(rows_, d_.critical));
+      const double from_proxy = static_cast<double>(proxy_probability(rows_, d_.critical)) * mass_;
+      out[d_.critical - first] = static_cast<float>(kept + from_proxy);
     }
   }
 
@@ -360,11 +356,11 @@ class PolicyTile {
   }
 
  private:
-  // Short loops, each with its constants in registers, over parts that stay in L1 between them.
-  static constexpr int kPart = 1024;
   template <int kMode>
-  void write_part(Tile base, Tile proxy, int64_t begin, float* out) const {
-    alignas(64) float moved[kPart];
+  void write_part(int64_t begin, float* out) const {
+    alignas(64) float base_scratch[kPart], proxy_scratch[kPart], moved[kPart];
+    const Tile base = load_part(rows_.base, begin, kPart, base_scratch);
+    const Tile proxy = load_part(rows_.proxy, begin, kPart, proxy_scratch);
     const Deferral d = d_;  // what is stored might lie in another's
     const float* judged = d.by_proxy ? proxy.x : base.x;
     const auto keeps = [&](int j) { return keeps_any<kMode>(d, judged + j, begin + j); };
