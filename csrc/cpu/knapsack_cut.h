@@ -107,16 +107,17 @@ static bool narrow_by_bands(const Bands& bands, float step, const Stats& s, doub
   constexpr float kMargin = 0.0625f;  // of a band: what lies at its edge may be counted in either
   const double ratio = std::exp(static_cast<double>(step * s.inv_temperature));
   double weight = top_weight / std::pow(ratio, kBands - 1);  // of the middle of a band
+  const double each = 1.0 / share;
   double mass = bracket->below, spread = *variance;
   int low = kBands, high = 0;
   double low_mass = mass, low_spread = spread;
   for (int band = kBands - 1; band >= 1 && !high; --band, weight *= ratio) {
     const double in = static_cast<double>(bands.in(band));
+    const double one = share < 1.0 ? weight * each : 0.0;  // as if one more were there, unseen
     if (band < kBands - 1 || bracket->low == -kInfinity) {
-      mass += in * weight / share;
-      spread += share < 1.0 ? in * weight * weight / (share * share) : 0.0;
+      mass += in * (weight * each);
+      spread += in * (one * one);
     }
-    const double one = share < 1.0 ? weight / share : 0.0;  // as if one more were there, unseen
     const double away = kDeviations * kDeviations * (spread + one * one);  // squared: no root
     const double room = bound - mass - mass * kRough, beyond = mass - mass * kRough - bound;
     if (room >= 0.0 && room * room >= away) {
