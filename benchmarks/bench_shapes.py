@@ -2,15 +2,14 @@
 
 Every operator over rows of many shapes (:data:`SHAPES`), budgets, rules and types, one thread,
 V = 128256. A *cell* is a call; its figure is its processor time over that of a ``torch.softmax``
-of the base's row just before, with the same instruction set, the median over rounds. The table
-shows, of each operator and instruction set, the worst cell beside the kind one: a row as peaked as
-a language model's, float32, a budget of .3.
+of every row that it reads, just before, with the same instruction set, the median over rounds. The
+table shows, of each operator and instruction set, the worst cell beside the kind one: a row as
+peaked as a language model's, float32, a budget of .3.
 
-*Per row* divides by a softmax of every row that the call reads: the base's; the proxy's too where
-the rule reads it or the draw is deferred; of ``deferral_verify`` all positions that it reaches, of
-drafts that are accepted whole or, in a line of its own, rejected at once.
-*Over base* divides by one softmax of the base's row, however many are read. Sampling is a mean over
-seeds.
+The rows that a call reads: the base's; the proxy's too where the rule reads it or the draw is
+deferred; of ``deferral_verify`` all positions that it reaches, of drafts that are accepted whole
+or, in a line of its own, rejected at once. *Over base* divides by one softmax of the base's row,
+however many are read. Sampling is a mean over seeds.
 """
 
 from __future__ import annotations
@@ -75,14 +74,14 @@ PROMISES: dict[str, float | None] = {
 
 @dataclass(frozen=True)
 class Cell:
-    """One operator on one row; ``rows``: how many it reads, ``ratio``: over a softmax of each."""
+    """One operator on one row; its time over softmaxes of all rows that it reads, and over one."""
 
     op: str
     shape: str
     dtype: str
     rule: str
-    rows: float
     ratio: float
+    over_base: float
 
     @property
     def name(self) -> str:
@@ -94,6 +93,17 @@ class Cell:
 
 
 Run = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Call:
+    """Some calls of an operator, and of what a softmax is taken, how often for each call: the
+    base's rows first.
+    """
+
+    run: Run
+    times: int
+    reads: Sequence[tuple[float, Tensor]]
 
 
 def _keys(seed: int, batch: int = 1) -> dict[str, Any]:
@@ -128,8 +138,8 @@ def _drafts(base: Tensor, proxy: Tensor, law: dict[str, Any], whole: bool) -> An
 
 def _calls(
     base: Tensor, proxy: Tensor, rule: str, param: float | None, outs: dict[str, Any]
-) -> dict[str, Any]:
-    """op -> (run, calls in it, rows that a call reads); all rules write to the same `outs`."""
+) -> dict[str, Call]:
+    """op -> its calls; all rules write to the same `outs`."""
     law: dict[str, Any] = {"rule": rule, "param": param}
     reads_q = rules.rule_code(rule) in rules.NEEDS_PROXY
     one, two = base[:1], proxy[:1]
@@ -141,22 +151,21 @@ def _calls(
         outs |= {"mask": ops.deferral_mask(one, two, **law)}
         outs |= {"probs": ops.deferral_probs(one, two, **law)}
     mask, probs = outs["mask"], outs["probs"]
-    read = 1.0 + reads_q
-    found: dict[str, tuple[Run, int, float]] = {
-        "deferral_sample": (
+    both = [(1.0, one), (1.0, two)]
+    judged = both if reads_q else both[:1]
+    found = {
+        "deferral_sample": Call(
             lambda: [ops.deferral_sample(one, two, **law, **k, out=drawn) for k in keys],
             SEEDS,
-            2.0 if reads_q else 1.0 + share,
+            both if reads_q else [(1.0, one), (share, two)],
         ),
-        "deferral_stats": (lambda: ops.deferral_stats(one, two, **law, out=stats), 1, read),
-        "deferral_mask": (lambda: ops.deferral_mask(one, two, **law, out=mask), 1, read),
-        "deferral_probs": (lambda: ops.deferral_probs(one, two, **law, out=probs), 1, 2.0),
+        "deferral_stats": Call(lambda: ops.deferral_stats(one, two, **law, out=stats), 1, judged),
+        "deferral_mask": Call(lambda: ops.deferral_mask(one, two, **law, out=mask), 1, judged),
+        "deferral_probs": Call(lambda: ops.deferral_probs(one, two, **law, out=probs), 1, both),
     }
     if not reads_q:
-        found["deferral_propose"] = (
-            lambda: [ops.deferral_propose(one, **law, **k, out=drawn) for k in keys],
-            SEEDS,
-            1.0,
+        found["deferral_propose"] = Call(
+            lambda: [ops.deferral_propose(one, **law, **k, out=drawn) for k in keys], SEEDS, judged
         )
     positions = DRAFT + reads_q  # of the proxy
     for whole in (True, False):
@@ -166,10 +175,10 @@ def _calls(
             continue
         drafts, more, checked = made
         reached = int(checked.accepted) + 1
-        found[name] = (
+        found[name] = Call(
             partial(ops.deferral_verify, *drafts, **more, out=checked),
             1,
-            float(reached + min(reached, positions)),
+            [(1.0, base[:reached]), (1.0, proxy[: min(reached, positions)])],
         )
     return found
 
@@ -180,8 +189,12 @@ def _spent(run: Run) -> float:
     return (time.thread_time_ns() - start) * 1e-9
 
 
+def _softmax(rows: Tensor) -> float:
+    return _spent(lambda: torch.softmax(rows, -1))
+
+
 def cells(shape: str, dtype: str, rounds: int, vocab: int = VOCAB) -> list[Cell]:
-    """All cells of one row, timed in turns with a softmax of it."""
+    """All cells of one row, timed in turns with softmaxes of what they read."""
     base, proxy = shaped_pair(shape, DRAFT + 1, vocab, 0, getattr(torch, dtype))
     laws: list[tuple[str, str, float | None]] = [
         (f"knapsack {b:g}".replace("0.", "."), "knapsack", b) for b in BUDGETS
@@ -193,14 +206,19 @@ def cells(shape: str, dtype: str, rounds: int, vocab: int = VOCAB) -> list[Cell]
         for name, rule, param in laws
         for op, call in _calls(base, proxy, rule, param, outs).items()
     }
-    ratios: dict[tuple[str, str], list[float]] = {key: [] for key in runs}
+    ratios: dict[tuple[str, str], list[tuple[float, float]]] = {key: [] for key in runs}
     for _ in range(rounds):
-        for key, (run, calls, rows) in runs.items():
-            softmax = _spent(lambda: torch.softmax(base[:1], -1))
-            ratios[key].append(_spent(run) / calls / rows / softmax)
+        for key, call in runs.items():
+            softmax = [_softmax(rows) for _, rows in call.reads]
+            reads = sum(times * each for (times, _), each in zip(call.reads, softmax, strict=True))
+            one = softmax[0] / len(call.reads[0][1])
+            spent = _spent(call.run) / call.times
+            ratios[key].append((spent / reads, spent / one))
     return [
-        Cell(op, shape, dtype, name, rows, statistics.median(ratios[op, name]))
-        for (op, name), (_, _, rows) in runs.items()
+        Cell(
+            op, shape, dtype, name, *(statistics.median(each) for each in zip(*found, strict=True))
+        )
+        for (op, name), found in ratios.items()
     ]
 
 
@@ -209,7 +227,7 @@ def extremes(found: Sequence[Cell], op: str) -> tuple[Cell, Cell, Cell]:
     here = [cell for cell in found if cell.op == op]
     kind = next(cell for cell in here if cell.kind)
     worst = max(here, key=lambda cell: cell.ratio)
-    return kind, worst, max(here, key=lambda cell: cell.ratio * cell.rows)
+    return kind, worst, max(here, key=lambda cell: cell.over_base)
 
 
 def summary(found: Sequence[Cell], isa: str) -> list[list[str]]:
@@ -221,7 +239,7 @@ def summary(found: Sequence[Cell], isa: str) -> list[list[str]]:
         lines.append(
             [op, isa, f"{kind.ratio:.2f}", f"{worst.ratio:.2f}{' (missed)' if missed else ''}",
              "" if bound is None else f"<= {bound:g}",
-             worst.name, f"{base.ratio * base.rows:.2f}", base.name]
+             worst.name, f"{base.over_base:.2f}", base.name]
         )  # fmt: skip
     return lines
 
@@ -293,11 +311,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = measure(args.rounds, args.shape, args.dtype, args.vocab)
     if args.all:
         rows = [
-            [c.op, isa, c.shape, c.dtype, c.rule, f"{c.rows:.2f}", f"{c.ratio:.2f}"]
+            [c.op, isa, c.shape, c.dtype, c.rule, f"{c.over_base:.2f}", f"{c.ratio:.2f}"]
             for isa, every in found.items()
             for c in every
         ]
-        print(harness.table(("op", "instructions", "shape", "dtype", "rule", "rows", "x"), rows))
+        print(
+            harness.table(("op", "instructions", "shape", "dtype", "rule", "over base", "x"), rows)
+        )
     lines = [line for isa, every in found.items() for line in summary(every, isa)]
     command = ["python", "-m", "benchmarks", "shapes", *(argv or [])]
     harness.report(command, harness.table(HEADER, lines), args.output)
