@@ -32,9 +32,7 @@ namespace cuda {
 __device__ __forceinline__ void collect(const Kad& a, int64_t row, uint4* counts4) {
   const CutBracket& b = a.s.state(row).bracket;
   const SlotNumbers p = a.s.state(row).slot[a.base_rule_slot()];
-  if (b.dense)
-    return survey(a, row, b.least, b.most, Fine(a, p, b.least, b.most), a.first_tile(),
-                  a.end_tile(), counts4);
+  if (b.dense) return survey(a, row, b.least, b.most, a.first_tile(), a.end_tile(), counts4);
   const BracketTest test = bracket_of(a.s.state(row), p);
   const Row base = a.base_row(row);
   each_tile(
@@ -72,8 +70,8 @@ __device__ __forceinline__ Search find_critical(const Kad& a, int64_t row, uint4
         a.s.histogram(row)[i] = 0;
 #pragma unroll 1
       for (int t = 0; t < a.s.tiles; t += a.span)
-        survey(a, row, test.least, test.most, fine, t,
-               t + a.span < a.s.tiles ? t + a.span : a.s.tiles, counts4);
+        survey(a, row, test.least, test.most, t, t + a.span < a.s.tiles ? t + a.span : a.s.tiles,
+               counts4);
       __syncthreads();
     }
     const Found all = found_of_row(a, row);
@@ -138,12 +136,11 @@ __global__ void __launch_bounds__(kThreads, 4) cut_collect_kernel(const Op given
   if (!last_to_arrive(a.arrivals + row, gridDim.x)) return;
   const Search found = find_critical(a, row, weights4, shared);
   if (threadIdx.x) return;
-  const int64_t v = found.critical;
-  const float x = found.critical_x;
-  Deferral& d = a.s.state(row).deferral;
-  d.critical = v;
-  d.critical_x = x;
-  d.cut = a.rule.critical == kInclude ? Cut::through(x, v) : Cut::before(x, v);
+  RowState& r = a.s.state(row);
+  r.deferral.critical = found.critical;
+  r.deferral.critical_x = found.critical_x;
+  r.deferral.cut = found.cut(a);
+  r.summed = found.summed && a.same_temperature;
 }
 
 // For rules that statistics alone do not resolve.

@@ -121,7 +121,7 @@ __device__ __forceinline__ void list_tile(const Kad& a, int64_t row, const Row& 
 // and adds it to the row's fine bands. Of equal elements of a tile their number is enough. For a
 // whole block; `counts4`: shared, of kFine.
 __device__ __forceinline__ void survey(const Kad& a, int64_t row, float least, float most,
-                                       const Fine& fine, int first, int end, uint4* counts4) {
+                                       int first, int end, uint4* counts4) {
   uint32_t* counts = reinterpret_cast<uint32_t*>(counts4);
   const Row base = a.base_row(row);
   clear_counts<kFine>(counts4);
@@ -133,13 +133,19 @@ __device__ __forceinline__ void survey(const Kad& a, int64_t row, float least, f
     uint32_t inside = 0;
     if (a.s.tile_max(row, 0)[t] >= least) {
       each_four(map, source, true, [&](auto, int i, const float* x) {
+        bool in[4], any = false;
+#pragma unroll
+        for (int k = 0; k < 4; ++k) any |= in[k] = (x[k] >= least) & (x[k] <= most);
+        if (!any) return;
+        uint32_t four = 0;
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
-          if (!(x[k] >= least && x[k] <= most)) continue;
-          inside |= 1u << (i + k);
-          found.least = fminf(found.least, x[k]);
-          found.most = fmaxf(found.most, x[k]);
+          const float y = in[k] ? x[k] : kNaN;  // which a minimum does not see
+          four |= in[k] ? 1u << k : 0u;
+          found.least = fminf(found.least, y);
+          found.most = fmaxf(found.most, y);
         }
+        inside |= four << i;
       });
       found.count = __popc(inside);
       found = block_reduce(found);
@@ -147,9 +153,13 @@ __device__ __forceinline__ void survey(const Kad& a, int64_t row, float least, f
     if (threadIdx.x == 0) {
       found_counts(a, row)[t] = static_cast<double>(found.count);
       found_ends(a, row)[t] = make_float2(found.least, found.most);
-      if (found.equal()) fine.add(found.most, static_cast<uint32_t>(found.count), counts);
     }
-    if (found.equal()) continue;
+    if (found.equal() ? threadIdx.x != 0 : !inside) continue;
+    const Fine fine(a, a.s.state(row).slot[a.base_rule_slot()], least, most);
+    if (found.equal()) {
+      fine.add(found.most, static_cast<uint32_t>(found.count), counts);
+      continue;
+    }
     for (; inside; inside &= inside - 1)
       fine.add(base.at(t * kTile + map.at(__ffs(static_cast<int>(inside)) - 1)), 1, counts);
   }
@@ -163,6 +173,13 @@ struct Search {
   double vague;  // what that may be wrong by, besides shallow_slack
   int64_t critical = -1;
   float critical_x = kInfinity;
+  bool summed = false;  // query 0 has the tiles' masses before `cut`
+
+  // What is deferred whole.
+  __device__ __forceinline__ Cut cut(const Kad& a) const {
+    return a.rule.critical == kInclude ? Cut::through(critical_x, critical)
+                                       : Cut::before(critical_x, critical);
+  }
 };
 
 // Whether a mass, roughly known, is clear of the capacity; where it is not its canonical sum
@@ -208,6 +225,7 @@ __device__ __forceinline__ void search_list(const Kad& a, int64_t row, int count
   TTA_SHARED_ARRAY(int32_t, id, kListed);
   TTA_SHARED_ARRAY(uint32_t, changed, kMaxTiles / 32);
   TTA_SHARED(int, pivot);  // -1: nothing is left
+  TTA_SHARED(int, found);
   const RowState& r = a.s.state(row);
   const int slot = a.base_rule_slot(), me = static_cast<int>(threadIdx.x);
   const float inv_temperature = r.slot[slot].inv_temperature;
@@ -298,10 +316,18 @@ __device__ __forceinline__ void search_list(const Kad& a, int64_t row, int count
     }
     __syncthreads();
     const int at = pivot;
-    if (at < 0) return;
+    if (at < 0) break;
     decide(at, sum_before(Cut::through(x[at], id[at])));
     weigh();  // the sum's weights took their place
   }
+  if (!sums.any) return;
+  // A warp that was alone knows what the others do not.
+  if (me == 0) found = static_cast<int>(search->critical);
+  __syncthreads();
+  search->critical = found;
+  search->critical_x = a.base_row(row).at(found);
+  sum_before(search->cut(a));
+  search->summed = true;
 }
 
 // The search over equal elements, which are in the order of their ids: how many fit is a division,
@@ -366,21 +392,26 @@ __device__ __forceinline__ void search_equal(const Kad& a, int64_t row, const Fo
   }
   Sums sums = {a, row, weights, shared};
   int last = 0;  // tile
-#pragma unroll 1
-  while (low < high) {
-    const int rank = (low + high) / 2, id = id_of(rank), tile = id / kTile;
-    const double through = sums.before_cut(Cut::through(x, id), [&](int t) {
+  const auto sum_before = [&](const Cut& cut, int tile) {
+    const double sum = sums.before_cut(cut, [&](int t) {
       if (t > tile && in_tile(t) == map_of(base.vocab, t, true).count) return -1;  // all equal
       return static_cast<int>(!sums.any || (t >= min(last, tile) && t <= max(last, tile)));
     });
     last = tile;
-    if (through <= r.bound)
+    return sum;
+  };
+#pragma unroll 1
+  while (low < high) {
+    const int rank = (low + high) / 2, id = id_of(rank);
+    if (sum_before(Cut::through(x, id), id / kTile) <= r.bound)
       low = rank + 1;
     else
       high = rank;
   }
   search->critical = id_of(low);
   search->critical_x = base.at(search->critical);
+  if (sums.any) sum_before(search->cut(a), static_cast<int>(search->critical / kTile));
+  search->summed = sums.any;
 }
 
 }  // namespace cuda

@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(kThreads, 5) deferral_masses_kernel(const Give
   {
     const Deferral set = r.deferral;  // one wait for both
     if (!r.valid) return;
-    block_masses<false, kLowest>(a, row, set, weights);
+    if (!r.summed) block_masses<false, kLowest>(a, row, set, weights);
     if (!a.same_temperature) block_masses_at_rule(a, row, 1, set, weights);
   }
   if (!last_to_arrive(a.arrivals + row, gridDim.x)) return;

@@ -290,13 +290,13 @@ enum Left : int { kMassLeft = 1, kLowestLeft = 2 };
 // What a warp does of a tile's masses and its lowest kept logit; the rest is left to the block.
 template <bool kWithKept>
 __device__ __forceinline__ int warp_mass(const Kad& a, int64_t row, int t, const Deferral& set,
-                                         const Row& base_row, const Row& judged_row, float* weights,
-                                         float* lowest) {
+                                         bool by_nodes, const Row& base_row, const Row& judged_row,
+                                         float* weights, float* lowest) {
   const TileTest test(set, t, a.s.tile_max(row, set.by_proxy)[t]);
   const int lowest_left = test.uniform && test.all ? 0 : kLowestLeft;
   if (whole_mass<kWithKept>(a, row, t, 0, kBaseSlot, test, lane_id() == 0)) return lowest_left;
   bool done = false;
-  if (a.nodes && judged_row.dtype == base_row.dtype) {
+  if (by_nodes && judged_row.dtype == base_row.dtype) {
     const Source base(base_row, t), judged(judged_row, t);
     done = of_type(base.dtype, [&](auto type) {
       return mass_by_nodes<type.value, kWithKept>(a, row, t, test, set.by_proxy, base, judged,
@@ -335,10 +335,11 @@ __device__ __forceinline__ void block_masses(const Kad& a, int64_t row, const De
   TTA_SHARED_ARRAY(int, left, kWarps);
   const Row base = a.base_row(row);
   const Row judged = set.by_proxy ? a.proxy_row(row) : base;
+  const bool by_nodes = a.nodes && !a.s.state(row).keeps_many;
   const int first = a.first_tile(), end = a.end_tile(), mine = first + warp_id();
   float lowest = kInfinity;
   if (mine < end) {
-    const int open = warp_mass<kWithKept>(a, row, mine, set, base, judged,
+    const int open = warp_mass<kWithKept>(a, row, mine, set, by_nodes, base, judged,
                                           weights + warp_id() * (kTile / kWarps), &lowest);
     if (lane_id() == 0) left[warp_id()] = open;
   }

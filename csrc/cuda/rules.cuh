@@ -136,6 +136,9 @@ __device__ __forceinline__ void prepare_row(const Kad& a, int64_t row, const Slo
   r.deferral = d;
   r.bound = bound;
   r.valid = valid;
+  r.summed = false;
+  r.keeps_many = a.rule.rule == kKnapsack &&
+                 slot[kBaseRuleSlot].z - bound > static_cast<double>(kNodes * a.s.tiles);
   r.step = open ? kSeeksCut : kDone;
 }
 
