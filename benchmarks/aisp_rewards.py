@@ -10,9 +10,9 @@ losses.
 
 Two rewards are words' (one letter, a lexicon of sentiment): kept as warnings. Two are learned:
 ``style``, closeness of a sentence embedding to a wanted text, and ``preference``, a reward model
-that :mod:`benchmarks.preference` trains on first use. Best-of-n and its soft form do not look at
-the reward while they draw: at equal samples their answers are drawn once and scored by every
-reward.
+of :mod:`benchmarks.preference`, in a file: another processor's rounding would train another one.
+Best-of-n and its soft form do not look at the reward while they draw: at equal samples their
+answers are drawn once and scored by every reward.
 
 The whole grid takes days of a core. Everything finished is on the disk before the next begins (a
 folder, ``--work``), so that a run may be cut short anywhere: the same command goes on, one with
@@ -60,6 +60,7 @@ LENGTHS = (24, 64, 128)
 SAMPLES = (64, 256, 1024)
 SECONDS = (10.0, 60.0)
 PARTS = 6
+PREFERENCE = Path(__file__).parent / "results" / "preference.safetensors"
 BASELINE = "best_of_n"
 # {value}: file of the reward's value function; {weight}: a standard deviation of the reward, among
 # the answers that trained it, weighs 2 nats; soft: a quarter of that deviation.
@@ -136,6 +137,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--tune", action="store_true", help="the prompts for choosing settings")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--threads", type=int, default=1)
+    p.add_argument(
+        "--preference", type=Path, default=PREFERENCE,
+        help="file of the learned reward; trained where there is none (that of all in the table)",
+    )  # fmt: skip
     p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     p.add_argument("--work", type=Path, default=Path("aisp_rewards"), help="folder of the journal")
     p.add_argument("--table", action="store_true", help="only print what is finished")
@@ -229,10 +234,6 @@ class Bench:
             "coherence": self.coherence,
         }
 
-    @property
-    def preference_file(self) -> Path:
-        return Path(self.args.work) / "preference.safetensors"
-
     def reward(self, name: str) -> Reward:
         if name not in self.rewards:
             self.rewards[name] = self._reward(name)
@@ -243,9 +244,10 @@ class Bench:
             return EmbeddingReward(self.coherence.model, self.coherence.tokenizer, WANTED)
         if name != "preference":
             return parse_reward(name)
-        if not self.preference_file.is_file():
-            preference.make(self.preference_file, self.model, self.tokenizer, self.coherence)
-        return preference.PreferenceReward.load(self.coherence, self.preference_file)
+        path = self.args.preference
+        if not path.is_file():
+            preference.make(path, self.model, self.tokenizer, self.coherence)
+        return preference.PreferenceReward.load(self.coherence, path)
 
     def value_file(self, cell: Cell) -> Path:
         """The value function of a reward at a length, trained on the tuning prompts."""
@@ -259,7 +261,7 @@ class Bench:
 
     def tag(self, cell: Cell) -> dict[str, Any]:
         self.reward(cell.reward)  # makes the file that it is known by
-        file = self.preference_file if cell.reward == "preference" else None
+        file = self.args.preference if cell.reward == "preference" else None
         return {
             "model": model_facts(self.model),
             "reward": cell.reward,
@@ -420,8 +422,8 @@ def main() -> None:
                 cells = aisp_table.merged(older, cells)
             write_file(args.answers, aisp_table.as_csv(cells))
         body = aisp_table.document(cells, BASELINE, list(METHODS))
-        if bench.preference_file.is_file():
-            head = preference.PreferenceReward.load(bench.coherence, bench.preference_file).head
+        if args.preference.is_file():
+            head = preference.PreferenceReward.load(bench.coherence, args.preference).head
             body += f"\n\n{preference.described(head.facts)}\n"
     if args.plot is not None:
         aisp_table.draw(cells, args.plot, BASELINE, list(METHODS))
