@@ -8,6 +8,10 @@
 namespace tta {
 namespace cuda {
 
+__device__ __forceinline__ Deferral before(const Cut& cut) {
+  return {cut, -1, 0.0, kInfinity, false, false};
+}
+
 // The canonical sum of a tile's positive terms, or of its negative ones' sizes.
 template <bool kNegative>
 __device__ __forceinline__ float canonical_sum_of_sign(const float* weights, int count) {
@@ -347,7 +351,11 @@ __device__ __forceinline__ void block_masses(const Kad& a, int64_t row, const De
 #pragma unroll 1
   for (int t = first; t < end; ++t) {
     if (left[t - first] & kMassLeft) {
-      tile_mass<kWithKept>(a, row, t, 0, set, kBaseSlot, weights);
+      // The knapsack's sets, of flat rows, in a loop that asks for neither.
+      if (set.by_proxy || set.upper)
+        tile_mass<kWithKept>(a, row, t, 0, set, kBaseSlot, weights);
+      else
+        tile_mass<kWithKept>(a, row, t, 0, before(set.cut), kBaseSlot, weights);
       __syncthreads();
     }
     if (kLowest && (left[t - first] & kLowestLeft))
@@ -368,10 +376,6 @@ __device__ __forceinline__ void block_masses_at_rule(const Kad& a, int64_t row, 
     tile_mass<false>(a, row, t, query, set, kBaseRuleSlot, weights);
     __syncthreads();
   }
-}
-
-__device__ __forceinline__ Deferral before(const Cut& cut) {
-  return {cut, -1, 0.0, kInfinity, false, false};
 }
 
 // What the critical item adds to the deferred mass at the two temperatures.
