@@ -35,7 +35,7 @@ SHAPES = ("language-model", "small-model", "constant", "gaussian-.5", "gaussian-
 BUDGETS = (0.001, 0.1, 0.3, 0.7, 0.95)
 DTYPES = ("float32", "float16", "bfloat16")
 KIND = ("language-model", 0.3)
-VOCAB, SCREEN, WORST = 128256, 2 * 4096, 3
+VOCAB, SCREEN, WORST = 128256, 8 * 4096, 3
 DRAFT = 4
 # No shape takes more than so many times the kind one's instructions.
 MOST = 1.5
