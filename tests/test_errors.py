@@ -325,7 +325,12 @@ STATIC: dict[str, Case] = {
         TypeError,
         "counter has dtype torch.float32, expected torch.int64",
     ),
-    "normal n": (lambda: ops.normal(-1, seed=0), ValueError, "n is -1, expected n >= 0"),
+    "normal n": (lambda: ops.normal(-1, seed=0), ValueError, "n is -1, expected 0 <= n < 2**32"),
+    "normal large n": (
+        lambda: ops.normal(2**64, seed=0),
+        ValueError,
+        "n is 18446744073709551616, expected 0 <= n < 2**32",
+    ),
     "normal rollout": (
         lambda: ops.normal(1, seed=0, rollout=65536),
         ValueError,

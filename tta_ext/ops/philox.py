@@ -64,7 +64,7 @@ def normal(
     These are the numbers that :func:`~tta_ext.ops.prelogit.prelogit_perturb` adds.
 
     Args:
-        n: number of dimensions, 0 and up.
+        n: number of dimensions, ``0 <= n < 2**32``.
         seed: int, or int64 tensor of one element; the result is on its device.
         step: ``0 <= step < 2**32``.
         sequence: ``0 <= sequence < 2**32``.
@@ -85,8 +85,7 @@ def normal(
     """
     if not rng.is_int(n):
         raise TypeError(f"n is {n!r}, expected an int")
-    if n < 0:
-        raise ValueError(f"n is {n}, expected n >= 0")
+    rng.check_word("n", n)
     device = seed.device if isinstance(seed, Tensor) else torch.device("cpu")
     key = args.seed_tensor(seed, device)
     rng.check_word("step", step)
