@@ -83,8 +83,6 @@ def normal(
         >>> normal(3, seed=1).shape
         torch.Size([3])
     """
-    if not rng.is_int(n):
-        raise TypeError(f"n is {n!r}, expected an int")
     rng.check_word("n", n)
     device = seed.device if isinstance(seed, Tensor) else torch.device("cpu")
     key = args.seed_tensor(seed, device)
