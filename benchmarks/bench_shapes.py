@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -55,8 +56,8 @@ SEEDS = 8
 DRAFT = 4
 TRIES = 100
 ROUNDS = 15
-ISAS = ("default", "AVX2", "AVX-512")
-ATEN_LIMIT = "ATEN_CPU_CAPABILITY"  # PyTorch's
+# By level: the name here, and PyTorch's for ATEN_CPU_CAPABILITY.
+ISAS = (("scalar", "default"), ("AVX2", "avx2"), ("AVX-512", "avx512"))
 
 
 # What the worst cell of an operator may cost, in softmaxes of the rows that it reads. A rejected
@@ -137,20 +138,16 @@ def _drafts(base: Tensor, proxy: Tensor, law: dict[str, Any], whole: bool) -> An
 
 
 def _calls(
-    base: Tensor, proxy: Tensor, rule: str, param: float | None, outs: dict[str, Any]
+    base: Tensor, proxy: Tensor, rule: str, param: float | None, outs: tuple[Any, Tensor]
 ) -> dict[str, Call]:
-    """op -> its calls; all rules write to the same `outs`."""
+    """op -> its calls; all rules write to the same mask and probabilities, `outs`."""
     law: dict[str, Any] = {"rule": rule, "param": param}
     reads_q = rules.rule_code(rule) in rules.NEEDS_PROXY
     one, two = base[:1], proxy[:1]
     keys = [_keys(seed) for seed in range(SEEDS)]
     drawn = ops.deferral_sample(one, two, **law, **keys[0])
     share = sum(float(ops.deferral_sample(one, two, **law, **k).deferred) for k in keys) / SEEDS
-    stats = ops.deferral_stats(one, two, **law)
-    if not outs:
-        outs |= {"mask": ops.deferral_mask(one, two, **law)}
-        outs |= {"probs": ops.deferral_probs(one, two, **law)}
-    mask, probs = outs["mask"], outs["probs"]
+    stats, (mask, probs) = ops.deferral_stats(one, two, **law), outs
     both = [(1.0, one), (1.0, two)]
     judged = both if reads_q else both[:1]
     found = {
@@ -200,7 +197,11 @@ def cells(shape: str, dtype: str, rounds: int, vocab: int = VOCAB) -> list[Cell]
         (f"knapsack {b:g}".replace("0.", "."), "knapsack", b) for b in BUDGETS
     ]
     laws += [(rule, rule, param) for rule, param in RULES.items()]
-    outs: dict[str, Any] = {}
+    one, two = base[:1], proxy[:1]
+    outs = (
+        ops.deferral_mask(one, two, rule="argmax"),
+        ops.deferral_probs(one, two, rule="argmax"),
+    )
     runs = {
         (op, name): call
         for name, rule, param in laws
@@ -211,9 +212,9 @@ def cells(shape: str, dtype: str, rounds: int, vocab: int = VOCAB) -> list[Cell]
         for key, call in runs.items():
             softmax = [_softmax(rows) for _, rows in call.reads]
             reads = sum(times * each for (times, _), each in zip(call.reads, softmax, strict=True))
-            one = softmax[0] / len(call.reads[0][1])
+            of_base = softmax[0] / len(call.reads[0][1])
             spent = _spent(call.run) / call.times
-            ratios[key].append((spent / reads, spent / one))
+            ratios[key].append((spent / reads, spent / of_base))
     return [
         Cell(
             op, shape, dtype, name, *(statistics.median(each) for each in zip(*found, strict=True))
@@ -247,11 +248,11 @@ def summary(found: Sequence[Cell], isa: str) -> list[list[str]]:
 HEADER = ("op", "instructions", "kind", "worst", "promised", "where", "worst over base", "where")
 
 
-def instruction_sets() -> list[tuple[int, str]]:
-    """Those of this machine that have vectors, widest first."""
+def levels() -> range:
+    """Of the instruction sets of this machine that have vectors, widest first."""
     ops.normal(1, seed=0)  # the library is loaded from here on
-    widest = torch.ops.tta_ext.cpu_isa(-1)
-    return [(level, ISAS[level]) for level in range(widest, min(widest, 1) - 1, -1)]
+    widest: int = torch.ops.tta_ext.cpu_isa(-1)
+    return range(widest, min(widest, 1) - 1, -1)
 
 
 def _cells(
@@ -282,16 +283,13 @@ def measure(
     dtypes = list(dict.fromkeys([KIND[1], *dtypes]))
     found: dict[str, list[Cell]] = {}
     context = multiprocessing.get_context("spawn")
-    before = os.environ.get(ATEN_LIMIT)
-    try:
-        for level, name in instruction_sets():
-            os.environ[ATEN_LIMIT] = name.replace("-", "").lower()
-            with ProcessPoolExecutor(1, mp_context=context) as pool:
-                found[name] = pool.submit(_cells, level, rounds, shapes, dtypes, vocab).result()
-    finally:
-        os.environ.pop(ATEN_LIMIT)
-        if before is not None:
-            os.environ[ATEN_LIMIT] = before
+    for level in levels():
+        name, limit = ISAS[level]
+        with (
+            mock.patch.dict(os.environ, ATEN_CPU_CAPABILITY=limit),
+            ProcessPoolExecutor(1, mp_context=context) as pool,
+        ):
+            found[name] = pool.submit(_cells, level, rounds, shapes, dtypes, vocab).result()
     return found
 
 
