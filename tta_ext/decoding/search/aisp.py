@@ -12,12 +12,14 @@ stored (:mod:`tta_ext.ops.prelogit`). The answer is the best-rewarded one of all
 
 Noise that is drawn anew at each step, as in the paper (``coherence=0``), mostly evens out over an
 answer: rollouts have much the same reward, and what little differs has to be credited to tau d
-numbers. So part of the noise's variance, by default all of it, goes to a draw that all steps of a
+numbers. So part of the noise's variance, by default a quarter, goes to a draw that all steps of a
 rollout share, with a mean of its own::
 
     v_t = (u + sqrt(c) sigma eps) + (u_t + sqrt(1 - c) sigma eps_t),   c = coherence
 
-which is importance sampling as before, over (tau + 1) d numbers. Planners that sample controls do
+which is importance sampling as before, over (tau + 1) d numbers. With all of it (``coherence=1``) few
+answers are enough, but what is rewarded at one step is repeated at the next: one word over and over.
+Planners that sample controls do
 the same with noise of low frequency: Pinneri et al., "Sample-efficient cross-entropy method for
 real-time planning", arXiv:2008.06389.
 """

@@ -76,7 +76,7 @@ class AISPSettings(SearchSettings):
     sigma: float | None = None
     sigma_unit: str = "absolute"
     sigma_decay: float = 1.0
-    coherence: float = 1.0
+    coherence: float = 0.25
     lam: float | None = None
     lam_unit: str = "absolute"
     alpha: float = 1.0
