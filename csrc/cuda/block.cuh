@@ -62,16 +62,21 @@ __device__ __forceinline__ T warp_scan(T value) {
 }
 
 // The sum of the values of the threads before this one; without a difference, which would cancel.
+// `all`: of all threads.
 template <class T>
-__device__ __forceinline__ T block_scan(T value) {
+__device__ __forceinline__ T block_scan(T value, T* all = nullptr) {
   TTA_SHARED_ARRAY(T, part, kWarps);
   const T sum = warp_scan(value);
   if (lane_id() == 31) part[warp_id()] = sum;
   __syncthreads();
   T before = __shfl_up_sync(kFullWarp, sum, 1);
   if (lane_id() == 0) before = T(0);
-  for (int w = 0; w < kWarps; ++w)
+  T total = T(0);
+  for (int w = 0; w < kWarps; ++w) {
     if (w < warp_id()) before += part[w];
+    total += part[w];
+  }
+  if (all) *all = total;
   __syncthreads();
   return before;
 }

@@ -31,25 +31,28 @@ namespace cuda {
 // likely: where a warp looks at eight at a time, their largest tells most eights apart.
 __device__ __forceinline__ void collect(const Kad& a, int64_t row, uint4* counts4) {
   const CutBracket& b = a.s.state(row).bracket;
-  const SlotNumbers p = a.s.state(row).slot[a.base_rule_slot()];
-  if (b.dense) return survey(a, row, b.least, b.most, a.first_tile(), a.end_tile(), counts4);
-  const BracketTest test = bracket_of(a.s.state(row), p);
+  const Between ends = {b.least, b.most};
+  if (b.dense) return survey(a, row, ends, a.first_tile(), a.end_tile(), counts4);
   const Row base = a.base_row(row);
   each_tile(
       a, base, a.by_warps(base),
       [&](auto type, int t, int count) {
-        if (a.s.tile_max(row, 0)[t] < test.least) return;
+        if (a.s.tile_max(row, 0)[t] < ends.least) return;
 #pragma unroll 4
         for (int j = lane_id() * kWide; j < count; j += 32 * kWide) {
           const uint4 wide = wide_at(base.begin(t), j);
           float x[kWide];
           max_of_wide<type.value>(wide, x);
-          if (fmaxf(x[0], x[1]) < test.least) continue;
+          if (fmaxf(x[0], x[1]) < ends.least) continue;
           widen<type.value>(wide, x);
-          append(a, row, base, test.inside<kWide>(x), [&](int i) { return t * kTile + j + i; });
+          uint32_t inside = 0;
+#pragma unroll
+          for (int k = 0; k < kWide; ++k)
+            if (ends.holds(x[k])) inside |= 1u << k;
+          append(a, row, base, inside, [&](int i) { return t * kTile + j + i; });
         }
       },
-      [&](int t) { list_tile(a, row, base, t, test); });
+      [&](int t) { list_tile(a, row, base, t, ends); });
 }
 
 // For the last block after `collect`.
@@ -60,23 +63,21 @@ __device__ __forceinline__ Search find_critical(const Kad& a, int64_t row, uint4
   const SlotNumbers p = r.slot[a.base_rule_slot()];
   const Row base = a.base_row(row);
   Search search = {r.bracket.below, r.bracket.vague, -1, kInfinity};
-  BracketTest test = bracket_of(r, p);
+  Between ends = {r.bracket.least, r.bracket.most};
   bool surveyed = r.bracket.dense, listed = !surveyed && r.bracket.listed <= kListed;
   while (!listed) {
-    if (!surveyed) exact_ends(&test);
-    const Fine fine(a, p, test.least, test.most);
+    const Fine fine(a, p, ends);
     if (!surveyed) {
       for (int i = static_cast<int>(threadIdx.x); i < kFine; i += kThreads)
         a.s.histogram(row)[i] = 0;
 #pragma unroll 1
       for (int t = 0; t < a.s.tiles; t += a.span)
-        survey(a, row, test.least, test.most, t, t + a.span < a.s.tiles ? t + a.span : a.s.tiles,
-               counts4);
+        survey(a, row, ends, t, t + a.span < a.s.tiles ? t + a.span : a.s.tiles, counts4);
       __syncthreads();
     }
     const Found all = found_of_row(a, row);
     if (all.equal()) {
-      search_equal(a, row, all, &search, weights, shared);
+      search_equal(a, row, all, &search, shared);
       return search;
     }
     const double unit = fine.unit(a, p.max);
@@ -86,13 +87,12 @@ __device__ __forceinline__ Search find_critical(const Kad& a, int64_t row, uint4
         a.s.histogram(row), search.below, 0.0, r.bound, shallow_slack(a), search.vague,
         [=](int, uint64_t units) { return static_cast<double>(units) * unit; });
     search.below = bands.below;
-    test = BracketTest(fine.p, bands.shallow, bands.deep, kFine,
-                       fmaxf(all.least, logit_of(fine.p, bands.deep + 1)),
-                       fminf(all.most, logit_of(fine.p, bands.shallow - 1)));
+    ends = between_bands(fine.p, bands.shallow, bands.deep, kFine);
+    ends = {fmaxf(ends.least, all.least), fminf(ends.most, all.most)};
     if (threadIdx.x == 0) r.bracket.listed = 0;
     __syncthreads();
 #pragma unroll 1
-    for (int t = 0; t < a.s.tiles; ++t) list_tile(a, row, base, t, test);
+    for (int t = 0; t < a.s.tiles; ++t) list_tile(a, row, base, t, ends);
     __syncthreads();
     surveyed = false;
     listed = r.bracket.listed <= kListed;
@@ -100,12 +100,11 @@ __device__ __forceinline__ Search find_critical(const Kad& a, int64_t row, uint4
     // Masses tell nothing about any of them: a half is decided by its sum.
     const int64_t low = ordered_bits(all.least), high = ordered_bits(all.most);
     const float middle = from_ordered_bits(static_cast<int32_t>(low + (high - low) / 2));
-    Sums sums = {a, row, weights, shared};
+    Sums sums = {a, row, shared};
     const double sum = sums.before_cut(Cut{middle, kNoLimit}, [](int) { return true; });
     const bool fits = sum <= r.bound;
     if (fits) search.below = sum;
-    test = BracketTest(p, 0, kLastBand, kBuckets, fits ? next_above(middle) : all.least,
-                       fits ? all.most : middle);
+    ends = {fits ? next_above(middle) : all.least, fits ? all.most : middle};
   }
   search_list(a, row, static_cast<int>(r.bracket.listed), &search, weights, shared);
   return search;

@@ -28,7 +28,6 @@ __device__ __forceinline__ float one_of(const Kad& a) {
 // counted, canonical masses differ from the bands' by less than 2^20 exp(-86).
 constexpr double kVague = 1e-31;
 
-constexpr int kLastBand = kBuckets - 1;
 constexpr int kCounters = kBuckets + 32;
 constexpr int kFine = 1024;  // bands of a bracket, in the place of the row's
 // Places of bands are floats from 2 on, whose last bits are the band's number: four times their
@@ -123,51 +122,25 @@ __device__ __forceinline__ void band_masses(const Kad& a, int64_t row, uint4* co
   add_counts<kBuckets>(counts4, a.s.histogram(row));
 }
 
-// Which elements are in question: those between two logits, in a range of bands.
-struct BracketTest {
-  SlotNumbers p;
-  float shallow, deep;  // places
+// The logits that are in question.
+struct Between {
   float least, most;
 
-  __device__ __forceinline__ BracketTest(const SlotNumbers& numbers, int first, int last, int bands,
-                                         float lowest, float highest)
-      : p(numbers),
-        shallow(place_of(first)),
-        deep(last < bands - 1    ? place_of(last)
-             : bands == kBuckets ? kLastPlace
-                                 : kInfinity),
-        least(lowest),
-        most(highest) {}
-  // Bits of those of some elements.
-  template <int kCount>
-  __device__ __forceinline__ uint32_t inside(const float* x) const {
-    bool any = false;
-#pragma unroll
-    for (int k = 0; k < kCount; ++k) any |= (x[k] >= least) & (x[k] <= most);
-    uint32_t found = 0;
-    if (!any) return found;
-#pragma unroll
-    for (int k = 0; k < kCount; ++k) {
-      const float place = band_place(depth_of(x[k], p));
-      if ((place >= shallow) & (place <= deep) & (x[k] >= least) & (x[k] <= most)) found |= 1u << k;
-    }
-    return found;
-  }
+  __device__ __forceinline__ bool holds(float x) const { return (x >= least) & (x <= most); }
 };
 
-__device__ __forceinline__ BracketTest bracket_of(const RowState& r, const SlotNumbers& p) {
-  const CutBracket& b = r.bracket;
-  return BracketTest(p, b.low, b.high, kBuckets, b.least, b.most);
-}
-// The least and the largest logit that there may be inside, in place of those between which it
-// lies. For a whole block.
-__device__ __forceinline__ void exact_ends(BracketTest* test) {
-  const auto place = [&](float x) { return band_place(depth_of(x, test->p)); };
-  const float max = test->p.max;
-  const Cut lower = up_to_last(max, [&](float x) { return place(x) > test->deep; });
-  const Cut open = up_to_last(max, [&](float x) { return place(x) >= test->shallow; });
-  test->least = fmaxf(test->least, next_above(lower.x));
-  test->most = fminf(test->most, fminf(open.x, max));
+// Those in bands `shallow` .. `deep` of so many below a maximum. For a whole block.
+__device__ __forceinline__ Between between_bands(const SlotNumbers& p, int shallow, int deep,
+                                                 int bands) {
+  const float first = place_of(shallow);
+  const float last = deep < bands - 1 ? place_of(deep) : bands == kBuckets ? kLastPlace : kInfinity;
+  const auto place = [&](float x) { return band_place(depth_of(x, p)); };
+  const Cut deeper = up_to_last(deep < bands - 1 ? logit_of(p, deep + 1) : -kInfinity,
+                                logit_of(p, deep), p.max, [&](float x) { return place(x) > last; });
+  const Cut through =
+      up_to_last(logit_of(p, shallow), shallow > 0 ? logit_of(p, shallow - 1) : p.max, p.max,
+                 [&](float x) { return place(x) >= first; });
+  return {next_above(deeper.x), fminf(through.x, p.max)};
 }
 
 // The bands that may hold the critical item, and the masses before and through them, roughly.
@@ -246,22 +219,11 @@ __device__ __forceinline__ void bracket_bands(const Kad& a, int64_t row) {
   // No element of the bracket weighs more than one of its shallowest band.
   const double most_weigh = static_cast<double>(exp_of(-band_depth(found.shallow)));
   const bool dense = found.above - found.below > kListed * most_weigh;
-  BracketTest ends(p, found.shallow, found.deep, kBuckets,
-                   found.deep == kLastBand ? -kInfinity : logit_of(p, found.deep + 1),
-                   found.shallow > 0 ? logit_of(p, found.shallow - 1) : kInfinity);
-  if (dense) {
+  const Between ends = between_bands(p, found.shallow, found.deep, kBuckets);
+  if (dense)
     for (int i = static_cast<int>(threadIdx.x); i < kFine; i += kThreads) total[i] = 0;
-    exact_ends(&ends);
-  }
   if (threadIdx.x) return;
-  r.bracket = {found.below,
-               kVague + depths * kDepthSlack,
-               found.shallow,
-               found.deep,
-               ends.most,
-               ends.least,
-               0,
-               dense};
+  r.bracket = {found.below, kVague + depths * kDepthSlack, ends.least, ends.most, 0, dense};
 }
 
 }  // namespace cuda

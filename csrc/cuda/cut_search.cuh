@@ -75,15 +75,15 @@ struct Fine {
   float middle, inv_temperature, one;
   bool narrow;
 
-  __device__ __forceinline__ Fine(const Kad& a, const SlotNumbers& numbers, float least, float most)
-      : inv_temperature(numbers.inv_temperature), one(one_of(a)) {
-    constexpr double kNats = (kFine - 1) / static_cast<double>(kBandsPerNat);
-    const double t = 1.0 / static_cast<double>(inv_temperature), high = most, low = least;
-    narrow = high - low < 0.09 * t;
-    middle = narrow ? static_cast<float>(0.5 * high + 0.5 * low) : most;
-    p.max = most;
+  __device__ __forceinline__ Fine(const Kad& a, const SlotNumbers& numbers, const Between& ends)
+      : p(numbers), inv_temperature(numbers.inv_temperature), one(one_of(a)) {
+    constexpr float kNats = static_cast<float>(kFine - 1) / kBandsPerNat;
+    const float t = div_rn(1.0f, inv_temperature), width = sub_rn(ends.most, ends.least);
+    narrow = width < mul_rn(0.09f, t);
+    middle = narrow ? fma_rn(0.5f, ends.most, mul_rn(0.5f, ends.least)) : ends.most;
+    p.max = ends.most;
     // Beyond a depth of 90 all are in the last band; so steep that none is infinite.
-    p.inv_temperature = static_cast<float>(kNats / fmax(fmin(high - low, 90.0 * t), 0x1p-122));
+    p.inv_temperature = div_rn(kNats, fmaxf(fminf(width, mul_rn(90.0f, t)), 0x1p-122f));
   }
   __device__ __forceinline__ float place(float x) const {
     return fminf(band_place(depth_of(x, p)), place_of(kFine - 1));
@@ -95,9 +95,9 @@ struct Fine {
     const float square = fma_rn(fma_rn(e, one / 6.0f, 0.5f * one), e, one);
     return device::scalar_bits(fma_rn(square, e, one));
   }
-  __device__ __forceinline__ void add(float x, uint32_t number, uint32_t* counts) const {
-    atomicAdd(&counts[device::scalar_bits(place(x)) - device::scalar_bits(kBandZero)],
-              number * units(x));
+  // A logit's band.
+  __device__ __forceinline__ uint32_t band(float x) const {
+    return device::scalar_bits(place(x)) - device::scalar_bits(kBandZero);
   }
   // The mass of a unit, for a row of this largest logit.
   __device__ __forceinline__ double unit(const Kad& a, float max) const {
@@ -105,47 +105,70 @@ struct Fine {
   }
 };
 
+// Which of this thread's elements of a tile are in question, as bits. note(x, in): of each.
+template <class Note>
+__device__ __forceinline__ uint32_t inside_of(const Source& source, const Tile& map,
+                                              const Between& ends, const Note& note) {
+  uint32_t inside = 0;
+  const auto look_at = [&](int i, const float* x) {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const bool in = ends.holds(x[k]);
+      if (in) inside |= 1u << (i + k);
+      note(x[k], in);
+    }
+  };
+  if (map.vector && map.count == kTile) {
+    of_type(source.dtype, [&](auto type) {
+      const Stored<type.value> stored(source.data, map.first);
+#pragma unroll
+      for (int i = 0; i < kPerThread; i += 4) {
+        float x[4];
+        stored.four(i / 4, x);
+        look_at(i, x);
+      }
+    });
+    return inside;
+  }
+#pragma unroll 1
+  for (int i = 0; i < kPerThread; i += 4) {
+    float x[4];
+    read_part(source.data, source.dtype, map, i, x);
+    look_at(i, x);
+  }
+  return inside;
+}
+
 // Lists what a tile has in question. For a whole block.
 __device__ __forceinline__ void list_tile(const Kad& a, int64_t row, const Row& base, int t,
-                                          const BracketTest& test) {
-  if (a.s.tile_max(row, 0)[t] < test.least) return;
+                                          const Between& ends) {
+  if (a.s.tile_max(row, 0)[t] < ends.least) return;
   const Source source(base, t);
   const Tile map = map_of(base.vocab, t, source.aligned());
-  uint32_t inside = 0;
-  each_four(map, source, true,
-            [&](auto, int i, const float* x) { inside |= test.inside<4>(x) << i; });
+  const uint32_t inside = inside_of(source, map, ends, [](float, bool) {});
   append(a, row, base, inside, [&](int i) { return t * kTile + map.at(i); });
 }
 
 // Surveys tiles first .. end - 1, as many as a block has: notes what each has between two logits,
 // and adds it to the row's fine bands. Of equal elements of a tile their number is enough. For a
 // whole block; `counts4`: shared, of kFine.
-__device__ __forceinline__ void survey(const Kad& a, int64_t row, float least, float most,
-                                       int first, int end, uint4* counts4) {
+__device__ __forceinline__ void survey(const Kad& a, int64_t row, const Between& ends, int first,
+                                       int end, uint4* counts4) {
   uint32_t* counts = reinterpret_cast<uint32_t*>(counts4);
+  auto* total = reinterpret_cast<unsigned long long*>(a.s.histogram(row));
   const Row base = a.base_row(row);
-  clear_counts<kFine>(counts4);
+  bool counting = false;
 #pragma unroll 1
   for (int t = first; t < end; ++t) {
     const Source source(base, t);
     const Tile map = map_of(base.vocab, t, source.aligned());
     Found found = nothing();
     uint32_t inside = 0;
-    if (a.s.tile_max(row, 0)[t] >= least) {
-      each_four(map, source, true, [&](auto, int i, const float* x) {
-        bool in[4], any = false;
-#pragma unroll
-        for (int k = 0; k < 4; ++k) any |= in[k] = (x[k] >= least) & (x[k] <= most);
-        if (!any) return;
-        uint32_t four = 0;
-#pragma unroll
-        for (int k = 0; k < 4; ++k) {
-          const float y = in[k] ? x[k] : kNaN;  // which a minimum does not see
-          four |= in[k] ? 1u << k : 0u;
-          found.least = fminf(found.least, y);
-          found.most = fmaxf(found.most, y);
-        }
-        inside |= four << i;
+    if (a.s.tile_max(row, 0)[t] >= ends.least) {
+      inside = inside_of(source, map, ends, [&](float x, bool in) {
+        const float y = in ? x : kNaN;  // which a minimum does not see
+        found.least = fminf(found.least, y);
+        found.most = fmaxf(found.most, y);
       });
       found.count = __popc(inside);
       found = block_reduce(found);
@@ -154,16 +177,21 @@ __device__ __forceinline__ void survey(const Kad& a, int64_t row, float least, f
       found_counts(a, row)[t] = static_cast<double>(found.count);
       found_ends(a, row)[t] = make_float2(found.least, found.most);
     }
-    if (found.equal() ? threadIdx.x != 0 : !inside) continue;
-    const Fine fine(a, a.s.state(row).slot[a.base_rule_slot()], least, most);
+    if (!found.count || (found.equal() && threadIdx.x)) continue;
+    const Fine fine(a, a.s.state(row).slot[a.base_rule_slot()], ends);
     if (found.equal()) {
-      fine.add(found.most, static_cast<uint32_t>(found.count), counts);
+      atomicAdd(total + fine.band(found.most),
+                static_cast<unsigned long long>(found.count) * fine.units(found.most));
       continue;
     }
-    for (; inside; inside &= inside - 1)
-      fine.add(base.at(t * kTile + map.at(__ffs(static_cast<int>(inside)) - 1)), 1, counts);
+    if (!counting) clear_counts<kFine>(counts4);
+    counting = true;
+    for (; inside; inside &= inside - 1) {
+      const float x = base.at(t * kTile + map.at(__ffs(static_cast<int>(inside)) - 1));
+      atomicAdd(&counts[fine.band(x)], fine.units(x));
+    }
   }
-  add_counts<kFine>(counts4, a.s.histogram(row));
+  if (counting) add_counts<kFine>(counts4, a.s.histogram(row));
 }
 
 // What is known of the critical item: it is the last element of which this was said, or one that
@@ -189,12 +217,11 @@ __device__ __forceinline__ bool is_clear(const Kad& a, const RowState& r, const 
   return fabs(mass - r.bound) > mass * shallow_slack(a) + search.vague;
 }
 
-// The canonical sums of a search, one after another: tiles in which two sets are the same are not
-// read again.
+// The canonical sums of a search, one after another, by a warp a tile: tiles in which two sets are
+// the same are not read again.
 struct Sums {
   const Kad& a;
   int64_t row;
-  float* weights;
   double* shared;
   bool any = false;
 
@@ -202,25 +229,27 @@ struct Sums {
   // and this one; less than 0 where it is known to have none before this one. For a whole block.
   template <class Changed>
   __device__ __forceinline__ double before_cut(const Cut& cut, const Changed& changed) {
-    for (int t = 0; t < a.s.tiles; ++t) {
+#pragma unroll 1
+    for (int t = warp_id(); t < a.s.tiles; t += kWarps) {
       const int part = changed(t);
-      if (!part) continue;
-      if (part >= 0)
-        tile_mass<false>(a, row, t, 0, before(cut), a.base_rule_slot(), weights);
-      else if (threadIdx.x == 0)
+      if (part > 0)
+        warp_mass_before(a, row, t, cut, a.base_rule_slot());
+      else if (part < 0 && lane_id() == 0)
         a.s.mass(row, 0)[t] = 0.0;
-      __syncthreads();
     }
     any = true;
+    __syncthreads();
     return sum_of_masses(a.s, row, 0, shared);
   }
 };
 
-// Bisects the search over the list of all that is in question. For a whole block; a list that a
-// warp can hold, as most are, is bisected by one until a sum is wanted.
+// Bisects the search over the list of all that is in question. For a whole block, until so few are
+// left that a warp can go on alone, to the end or until a sum is wanted.
 __device__ __forceinline__ void search_list(const Kad& a, int64_t row, int count, Search* search,
                                             float* weights, double* shared) {
-  static_assert(kListed <= 32 * kThreads && kListed <= kTile, "a bit and a weight each");
+  constexpr int kAlone = 32 * 32;
+  static_assert(kListed <= 32 * kThreads, "a bit each");
+  static_assert(kListed + kAlone <= kTile, "behind the weights");
   TTA_SHARED_ARRAY(float, x, kListed);
   TTA_SHARED_ARRAY(int32_t, id, kListed);
   TTA_SHARED_ARRAY(uint32_t, changed, kMaxTiles / 32);
@@ -229,24 +258,22 @@ __device__ __forceinline__ void search_list(const Kad& a, int64_t row, int count
   const RowState& r = a.s.state(row);
   const int slot = a.base_rule_slot(), me = static_cast<int>(threadIdx.x);
   const float inv_temperature = r.slot[slot].inv_temperature;
-  const bool alone = count <= 32 * 32;
-  const int threads = alone ? 32 : kThreads;
-  uint32_t left = 0;  // of this thread's elements: bit k is number me + k threads
-  const auto weigh = [&] {
-    for (uint32_t rest = left; rest; rest &= rest - 1) {
-      const int i = me + (__ffs(static_cast<int>(rest)) - 1) * threads;
-      weights[i] =
-          static_cast<float>(canonical_weight(a.s, row, slot, inv_temperature, x[i], id[i]));
-    }
-  };
   for (int i = me; i < count; i += kThreads) {
     x[i] = a.s.list_x(row)[i];
     id[i] = a.s.list_id(row)[i];
+    weights[i] = static_cast<float>(canonical_weight(a.s, row, slot, inv_temperature, x[i], id[i]));
   }
-  for (int i = me; me < threads && i < count; i += threads) left |= 1u << (i / threads);
+  // What is left of this thread's elements: bit k is number me + k threads, of all or of the few.
+  const auto among = [=](int n, int threads) {
+    const int mine = (n - me + threads - 1) / threads;
+    return mine < 32 ? (1u << mine) - 1 : ~0u;
+  };
+  uint32_t left = among(count, kThreads);
+  int* few = reinterpret_cast<int*>(weights + kListed);
+  bool alone = false;
+  const auto element = [&](int bit) { return alone ? few[me + bit * 32] : me + bit * kThreads; };
   __syncthreads();
-  weigh();
-  Sums sums = {a, row, weights, shared};
+  Sums sums = {a, row, shared};
   Cut last;
   const auto sum_before = [&](const Cut& cut) {
     if (sums.any) {
@@ -277,33 +304,48 @@ __device__ __forceinline__ void search_list(const Kad& a, int64_t row, int count
   uint32_t tries = 1;
 #pragma unroll 1
   while (true) {
-    for (bool clear = me < threads; clear;) {
+    for (bool clear = !alone || me < 32; clear;) {
       const int here = __popc(left);
-      const int earlier = alone ? warp_scan(here) - here : block_scan(here);
-      const int all = alone ? __reduce_add_sync(kFullWarp, here) : block_reduce(here, Sum());
-      // Any of them: lists have an order of their own, with which a fixed choice may be in step.
-      int rank =
-          static_cast<int>(__umulhi(static_cast<uint32_t>(all), tries++ * 0x9e3779b1u)) - earlier;
+      int all, earlier;
+      if (alone) {
+        earlier = warp_scan(here) - here;
+        all = __reduce_add_sync(kFullWarp, here);
+      } else {
+        earlier = block_scan(here, &all);
+        if (all <= kAlone) {
+          for (int to = earlier; left; left &= left - 1)
+            few[to++] = element(__ffs(static_cast<int>(left)) - 1);
+          __syncthreads();
+          alone = true;
+          clear = me < 32;
+          if (clear) left = among(all, 32);
+          continue;
+        }
+      }
       if (!all) {
         if (me == 0) pivot = -1;
         break;
       }
+      // Any of them: lists have an order of their own, with which a fixed choice may be in step.
+      int rank =
+          static_cast<int>(__umulhi(static_cast<uint32_t>(all), tries++ * 0x9e3779b1u)) - earlier;
+      mine = 0;
       if (rank >= 0 && rank < here) {
         uint32_t rest = left;
         for (; rank > 0; --rank) rest &= rest - 1;
-        pivot = me + (__ffs(static_cast<int>(rest)) - 1) * threads;
+        mine = rest & (0 - rest);
+        pivot = element(__ffs(static_cast<int>(rest)) - 1);
       }
       if (alone)
         __syncwarp();
       else
         __syncthreads();
       const int at = pivot;
-      mine = at % threads == me ? 1u << (at / threads) : 0u;
       const Cut cut = Cut::before(x[at], id[at]);
       lower = mine;
       double sum = mine ? static_cast<double>(weights[at]) : 0.0;
       for (uint32_t rest = left; rest; rest &= rest - 1) {
-        const int bit = __ffs(static_cast<int>(rest)) - 1, i = me + bit * threads;
+        const int bit = __ffs(static_cast<int>(rest)) - 1, i = element(bit);
         if (!cut.admits(x[i], id[i])) continue;
         lower |= 1u << bit;
         sum += static_cast<double>(weights[i]);
@@ -318,7 +360,6 @@ __device__ __forceinline__ void search_list(const Kad& a, int64_t row, int count
     const int at = pivot;
     if (at < 0) break;
     decide(at, sum_before(Cut::through(x[at], id[at])));
-    weigh();  // the sum's weights took their place
   }
   if (!sums.any) return;
   // A warp that was alone knows what the others do not.
@@ -333,7 +374,7 @@ __device__ __forceinline__ void search_list(const Kad& a, int64_t row, int count
 // The search over equal elements, which are in the order of their ids: how many fit is a division,
 // and where that one is, what was found in the tiles tells. For a whole block.
 __device__ __forceinline__ void search_equal(const Kad& a, int64_t row, const Found& all,
-                                             Search* search, float* weights, double* shared) {
+                                             Search* search, double* shared) {
   static_assert(kMaxTiles == 2 * kThreads, "two tiles a thread");
   TTA_SHARED(int2, found);
   const RowState& r = a.s.state(row);
@@ -390,7 +431,7 @@ __device__ __forceinline__ void search_equal(const Kad& a, int64_t row, const Fo
     low = rank_at((r.bound - search->vague) / (1.0 + shallow_slack(a)));
     high = rank_at((r.bound + search->vague) / (1.0 - shallow_slack(a)));
   }
-  Sums sums = {a, row, weights, shared};
+  Sums sums = {a, row, shared};
   int last = 0;  // tile
   const auto sum_before = [&](const Cut& cut, int tile) {
     const double sum = sums.before_cut(cut, [&](int t) {

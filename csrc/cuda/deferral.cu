@@ -160,37 +160,40 @@ __device__ __forceinline__ void mask_tile(const TileTest& test, const Row& judge
   }
   const Source judged(judged_row, t);
   const Tile map = map_of(judged_row.vocab, t, judged.aligned());
-  each_four(map, judged, words && !test.parted, [&](auto read, int i, const float* x) {
-    bool in[4];
-    test.four<decltype(read)::kPlain>(x, map, i, in);
-    uint32_t word = 0;
+  if (words && !test.parted && map.vector && map.count == kTile) {
+    of_type(judged.dtype, [&](auto type) {
+      const Stored<type.value> stored(judged.data, map.first);
 #pragma unroll
-    for (int k = 0; k < 4; ++k)
-      if (in[k]) word |= 1u << 8 * k;
-    write(map, i, word, read.kPlain);
-  });
+      for (int i = 0; i < kPerThread; i += 4) {
+        float x[4];
+        stored.four(i / 4, x);
+        write(map, i, test.bytes<true>(x, [](int) { return 0; }), true);
+      }
+    });
+    return;
+  }
+#pragma unroll 1
+  for (int i = 0; i < kPerThread; i += 4) {
+    float x[4];
+    read_part(judged.data, judged.dtype, map, i, x);
+    write(map, i, test.bytes<false>(x, [&](int k) { return map.at(i + k); }), false);
+  }
 }
 
 // A tile by one warp (Kad::by_warps), where `out` is aligned to 8 bytes.
 template <int kType>
 __device__ __forceinline__ void mask_tile_by_warp(const TileTest& test, const char* data, int count,
                                                   bool* out) {
-  constexpr uint32_t kAll = 0x01010101u;
-  const uint32_t deferred = test.all ? kAll : 0u;
+  const uint32_t deferred = test.all ? 0x01010101u : 0u;
 #pragma unroll 4
   for (int j = lane_id() * kWide; j < count; j += 32 * kWide) {
     uint32_t word[2] = {deferred, deferred};
     if (!test.uniform) {
       float x[kWide];
       widen<kType>(wide_at(data, j), x);
-      word[0] = word[1] = test.upper ? kAll : 0u;
 #pragma unroll
-      for (int k = 0; k < kWide; ++k)
-        if (x[k] < test.end) word[k / 4] ^= 1u << 8 * (k % 4);
-      if (test.parted)
-#pragma unroll
-        for (int k = 0; k < kWide; ++k)
-          if (x[k] == test.cut && j + k < test.ties) word[k / 4] ^= 1u << 8 * (k % 4);
+      for (int k = 0; k < kWide; k += 4)
+        word[k / 4] = test.bytes<false>(x + k, [&](int c) { return j + k + c; });
     }
     *reinterpret_cast<uint2*>(out + j) = make_uint2(word[0], word[1]);
   }

@@ -235,16 +235,22 @@ __device__ __forceinline__ void tile_mass(const Kad& a, int64_t row, int t, int 
   const Source base(a.base_row(row), t);
   const Source judged = set.by_proxy ? Source(a.proxy_row(row), t) : base;
   const Tile map = map_of(a.base.vocab, t, base.aligned() && judged.aligned());
-  each_four(map, base, judged, true, [&](auto read, int i, const float* x) {
-    float w[4];
-    bool in[4];
-    terms_of_four<false>(x, m, inv, w);
-    judge_four(test, set.by_proxy, judged, read, map, i, x, in);
-    // With kept ones wanted too, the sign tells them apart.
+  const auto weigh = [&](auto unit_temperature) {
+    each_four(map, base, judged, true, [&](auto read, int i, const float* x) {
+      float w[4];
+      bool in[4];
+      terms_of_four<unit_temperature.value>(x, m, inv, w);
+      judge_four(test, set.by_proxy, judged, read, map, i, x, in);
+      // With kept ones wanted too, the sign tells them apart.
 #pragma unroll
-    for (int k = 0; k < 4; ++k) w[k] = in[k] ? w[k] : kWithKept ? -w[k] : 0.0f;
-    put_four(map, i, w, weights);
-  });
+      for (int k = 0; k < 4; ++k) w[k] = in[k] ? w[k] : kWithKept ? -w[k] : 0.0f;
+      put_four(map, i, w, weights);
+    });
+  };
+  if (inv == 1.0f)
+    weigh(std::true_type());
+  else
+    weigh(std::false_type());
   __syncthreads();
   if (warp_id() == 0) {
     const float sum = kWithKept ? canonical_sum_of_sign<false>(weights, map.count)
@@ -254,6 +260,62 @@ __device__ __forceinline__ void tile_mass(const Kad& a, int64_t row, int t, int 
     const float sum = canonical_sum_of_sign<true>(weights, map.count);
     if (lane_id() == 0) *kept_mass = mul_rn(static_cast<double>(sum), scale);
   }
+}
+
+// The canonical sum of what a test takes of a tile's `count` elements, in the first lane of the
+// warp that adds it up: each lane has four virtual lanes.
+template <int kType, bool kUnitTemperature>
+__device__ __forceinline__ float warp_sum(const char* data, int count, const TileTest& test,
+                                          float reference, float inv_temperature) {
+  float lane[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+  const auto add = [&](auto plain, const float* x, int place) {
+    float w[4];
+    terms_of_four<kUnitTemperature>(x, reference, inv_temperature, w);
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      const float weight = opaque(w[c]);  // or it would be made anew behind a branch
+      if (test.one<plain.value>(x[c], place + c)) lane[c] = add_flush(lane[c], weight);
+    }
+  };
+  const bool fours = aligned_to_four(data, kType);
+  const int whole = fours && !test.parted ? count / kLanes * kLanes : 0;
+  int place = lane_id() * 4;
+#pragma unroll 8
+  for (; place < whole; place += kLanes) {
+    float x[4];
+    read_four<kType>(data, place, x);
+    add(std::true_type(), x, place);
+  }
+#pragma unroll 1
+  for (; place < count; place += kLanes) {
+    float x[4];
+    if (fours && place + 4 <= count)
+      read_four<kType>(data, place, x);
+    else
+#pragma unroll
+      for (int c = 0; c < 4; ++c)
+        x[c] = place + c < count ? read_one<kType>(data, place + c) : -kInfinity;
+    add(std::false_type(), x, place);
+  }
+  return fold(lane);
+}
+
+// Into query 0, at one slot's temperature: the base's canonical mass of what lies before a cut in a
+// tile. For a warp.
+__device__ __forceinline__ void warp_mass_before(const Kad& a, int64_t row, int t, const Cut& cut,
+                                                 int slot) {
+  const float reference = a.s.tile_max(row, 0)[t];
+  const TileTest test(before(cut), t, reference);
+  if (whole_mass<false>(a, row, t, 0, slot, test, lane_id() == 0)) return;
+  const Row base = a.base_row(row);
+  const int count = map_of(base.vocab, t, true).count;
+  const float inv = slot < 2 ? a.rule.inv_temperature : a.rule.inv_rule_temperature;
+  const float sum = of_type(base.dtype, [&](auto type) {
+    return inv == 1.0f ? warp_sum<type.value, true>(base.begin(t), count, test, reference, 1.0f)
+                       : warp_sum<type.value, false>(base.begin(t), count, test, reference, inv);
+  });
+  if (lane_id() == 0)
+    a.s.mass(row, 0)[t] = mul_rn(static_cast<double>(sum), a.s.scale(row, slot)[t]);
 }
 
 // The same by nodes, into queries 0 and 1 at the sampling temperature, and the lowest kept logit.
@@ -294,13 +356,13 @@ enum Left : int { kMassLeft = 1, kLowestLeft = 2 };
 // What a warp does of a tile's masses and its lowest kept logit; the rest is left to the block.
 template <bool kWithKept>
 __device__ __forceinline__ int warp_mass(const Kad& a, int64_t row, int t, const Deferral& set,
-                                         bool by_nodes, const Row& base_row, const Row& judged_row,
-                                         float* weights, float* lowest) {
+                                         const Row& base_row, const Row& judged_row, float* weights,
+                                         float* lowest) {
   const TileTest test(set, t, a.s.tile_max(row, set.by_proxy)[t]);
   const int lowest_left = test.uniform && test.all ? 0 : kLowestLeft;
   if (whole_mass<kWithKept>(a, row, t, 0, kBaseSlot, test, lane_id() == 0)) return lowest_left;
   bool done = false;
-  if (by_nodes && judged_row.dtype == base_row.dtype) {
+  if (judged_row.dtype == base_row.dtype) {
     const Source base(base_row, t), judged(judged_row, t);
     done = of_type(base.dtype, [&](auto type) {
       return mass_by_nodes<type.value, kWithKept>(a, row, t, test, set.by_proxy, base, judged,
@@ -343,8 +405,10 @@ __device__ __forceinline__ void block_masses(const Kad& a, int64_t row, const De
   const int first = a.first_tile(), end = a.end_tile(), mine = first + warp_id();
   float lowest = kInfinity;
   if (mine < end) {
-    const int open = warp_mass<kWithKept>(a, row, mine, set, by_nodes, base, judged,
-                                          weights + warp_id() * (kTile / kWarps), &lowest);
+    int open = kMassLeft | kLowestLeft;
+    if (by_nodes)
+      open = warp_mass<kWithKept>(a, row, mine, set, base, judged,
+                                  weights + warp_id() * (kTile / kWarps), &lowest);
     if (lane_id() == 0) left[warp_id()] = open;
   }
   __syncthreads();

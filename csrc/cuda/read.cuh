@@ -131,6 +131,19 @@ struct TileTest {
     if (!kPlain && parted && x == cut) return (place < ties) != upper;
     return (x < end) != upper;
   }
+  // A byte, 1 or 0, each of four elements at places of the tile.
+  template <bool kPlain, class PlaceOf>
+  __device__ __forceinline__ uint32_t bytes(const float* x, const PlaceOf& place_of) const {
+    uint32_t word = upper ? 0x01010101u : 0u;
+#pragma unroll
+    for (int k = 0; k < 4; ++k)
+      if (x[k] < end) word ^= 1u << 8 * k;
+    if (!kPlain && parted)
+#pragma unroll
+      for (int k = 0; k < 4; ++k)
+        if (x[k] == cut && place_of(k) < ties) word ^= 1u << 8 * k;
+    return word;
+  }
   // Elements i .. i + 3 of a thread.
   template <bool kPlain>
   __device__ __forceinline__ void four(const float* x, const Tile& map, int i, bool* in) const {

@@ -49,8 +49,7 @@ struct Deferral {
 struct CutBracket {
   double below;       // the mass below the bracket
   double vague;       // what that may be wrong by
-  int32_t low, high;  // bands of the histogram that may hold the critical item
-  float most, least;  // logits between which they lie
+  float least, most;  // logits of the bands that may hold the critical item
   uint32_t listed;    // candidates in the list, or as many as there would be with room
   bool dense;         // too many to be listed: they are in bands of their own
 };

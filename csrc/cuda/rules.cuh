@@ -10,26 +10,27 @@ namespace cuda {
 
 // The logits `inside`, where those of a row whose largest is `max` are from some logit down: a
 // search over the floats finds the last. 128 floats are tried at a time: five rounds for the 2^32
-// of them.
+// of them, fewer where `low` is a guess that is inside and `high` one that is not.
 template <class Inside>
-__device__ __forceinline__ Cut up_to_last(float max, const Inside& inside) {
+__device__ __forceinline__ Cut up_to_last(float low, float high, float max, const Inside& inside) {
   if (inside(max)) return Cut::all();
   if (!inside(-kInfinity)) return Cut::none();
-  int64_t low = ordered_bits(-kInfinity), high = ordered_bits(max);
-  while (high - low > 1) {
-    const int64_t step = (high - low + kThreads) / (kThreads + 1);
-    const int64_t mine = low + (static_cast<int64_t>(threadIdx.x) + 1) * step;
-    const bool in = mine < high && inside(from_ordered_bits(static_cast<int32_t>(mine)));
+  int64_t last = ordered_bits(inside(low) ? low : -kInfinity);
+  int64_t next = ordered_bits(inside(high) ? max : high);
+  while (next - last > 1) {
+    const int64_t step = (next - last + kThreads) / (kThreads + 1);
+    const int64_t mine = last + (static_cast<int64_t>(threadIdx.x) + 1) * step;
+    const bool in = mine < next && inside(from_ordered_bits(static_cast<int32_t>(mine)));
     const int64_t count = __syncthreads_count(in);
-    low += count * step;
-    high = low + step < high ? low + step : high;
+    last += count * step;
+    next = last + step < next ? last + step : next;
   }
-  return Cut{from_ordered_bits(static_cast<int32_t>(low)), kNoLimit};
+  return Cut{from_ordered_bits(static_cast<int32_t>(last)), kNoLimit};
 }
 
 // {v : p(v) < t} (or <= t) as a cut: p is monotone in the logit.
 __device__ __forceinline__ Cut below_probability(const SlotNumbers& s, double t, bool or_equal) {
-  return up_to_last(s.max, [&](float x) {
+  return up_to_last(-kInfinity, s.max, s.max, [&](float x) {
     const double p = static_cast<double>(s.probability(x));
     return or_equal ? p <= t : p < t;
   });
