@@ -69,6 +69,7 @@ METHODS = {
     "soft": "best_of_n:group=16,soft={soft}",
     "aisp_paper": "aisp:coherence=0.0,decoding=sample,kl_rollouts=4",
     "aisp_shared": "aisp:coherence=1.0,kl_rollouts=4",
+    "fisher_shared": "aisp:coherence=1.0,guard=fisher,kl_rollouts=4",
     "aisp": "aisp:kl_rollouts=4",
     "aisp_fisher": "aisp:guard=fisher,kl_rollouts=4",
     "re_control": "re_control:value={value},n=16,kl_rollouts=4",

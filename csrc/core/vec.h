@@ -114,6 +114,12 @@ TTA_INLINE F narrow(D a) {
 TTA_INLINE D load_wide(const float* p) {
   return {_mm512_cvtps_pd(_mm256_loadu_ps(p)), _mm512_cvtps_pd(_mm256_loadu_ps(p + 8))};
 }
+// The same with 0 where `m` is set.
+TTA_INLINE D load_wide_unless(M m, const float* p) {
+  const auto in = static_cast<__mmask16>(~m.v);
+  return {_mm512_maskz_cvtps_pd(static_cast<__mmask8>(in), _mm256_loadu_ps(p)),
+          _mm512_maskz_cvtps_pd(static_cast<__mmask8>(in >> 8), _mm256_loadu_ps(p + 8))};
+}
 TTA_INLINE void store_narrow(float* p, D a) {
   _mm256_storeu_ps(p, _mm512_cvtpd_ps(a.lo));
   _mm256_storeu_ps(p + 8, _mm512_cvtpd_ps(a.hi));
@@ -151,6 +157,15 @@ TTA_INLINE void compress_store(float* p, M m, F a) {
 }
 TTA_INLINE void compress_store(int32_t* p, M m, I a) {
   _mm512_storeu_si512(p, _mm512_maskz_compress_epi32(m.v, a.v));
+}
+// The same of kFew lanes at most, by a store that seldom crosses a line of the cache.
+constexpr int kFew = 4;
+TTA_INLINE void compress_store_few(float* p, M m, F a) {
+  _mm_storeu_ps(p, _mm512_castps512_ps128(_mm512_maskz_compress_ps(m.v, a.v)));
+}
+TTA_INLINE void compress_store_few(int32_t* p, M m, I a) {
+  const __m512i packed = _mm512_maskz_compress_epi32(m.v, a.v);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_castsi512_si128(packed));
 }
 // (a * b) as 64 bits: high and low words.
 TTA_INLINE void multiply_wide(I a, I b, I* high, I* low) {
@@ -274,6 +289,7 @@ TTA_INLINE F narrow(D a) {
 TTA_INLINE D load_wide(const float* p) {
   return {_mm256_cvtps_pd(_mm_loadu_ps(p)), _mm256_cvtps_pd(_mm_loadu_ps(p + 4))};
 }
+TTA_INLINE D load_wide_unless(M m, const float* p) { return widen(drop(m, load(p))); }
 TTA_INLINE void store_narrow(float* p, D a) {
   _mm_storeu_ps(p, _mm256_cvtpd_ps(a.lo));
   _mm_storeu_ps(p + 4, _mm256_cvtpd_ps(a.hi));
@@ -331,6 +347,14 @@ TTA_INLINE void compress_store(float* p, M m, F a) {
 }
 TTA_INLINE void compress_store(int32_t* p, M m, I a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), compressed(m, a.v));
+}
+constexpr int kFew = 4;
+TTA_INLINE void compress_store_few(float* p, M m, F a) {
+  const __m256i packed = compressed(m, _mm256_castps_si256(a.v));
+  _mm_storeu_ps(p, _mm_castsi128_ps(_mm256_castsi256_si128(packed)));
+}
+TTA_INLINE void compress_store_few(int32_t* p, M m, I a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(compressed(m, a.v)));
 }
 TTA_INLINE void multiply_wide(I a, I b, I* high, I* low) {
   const __m256i even = _mm256_mul_epu32(a.v, b.v);
@@ -463,6 +487,7 @@ TTA_INLINE float reduce_max(F a) { return a.v; }
 TTA_INLINE D widen(F a) { return {static_cast<double>(a.v)}; }
 TTA_INLINE F narrow(D a) { return {static_cast<float>(a.v)}; }
 TTA_INLINE D load_wide(const float* p) { return widen(load(p)); }
+TTA_INLINE D load_wide_unless(M m, const float* p) { return widen(drop(m, load(p))); }
 TTA_INLINE void store_narrow(float* p, D a) { store(p, narrow(a)); }
 TTA_INLINE D set1d(double a) { return {a}; }
 TTA_INLINE D add(D a, D b) { return {add_rn(a.v, b.v)}; }
@@ -481,6 +506,9 @@ TTA_INLINE void compress_store(float* p, M m, F a) {
 TTA_INLINE void compress_store(int32_t* p, M m, I a) {
   if (m.v) *p = static_cast<int32_t>(a.v);
 }
+constexpr int kFew = 1;
+TTA_INLINE void compress_store_few(float* p, M m, F a) { compress_store(p, m, a); }
+TTA_INLINE void compress_store_few(int32_t* p, M m, I a) { compress_store(p, m, a); }
 TTA_INLINE void multiply_wide(I a, I b, I* high, I* low) {
   const uint64_t product = static_cast<uint64_t>(a.v) * b.v;
   high->v = static_cast<uint32_t>(product >> 32);

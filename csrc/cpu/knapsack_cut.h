@@ -245,8 +245,9 @@ static Bracket guess_by_row(const Row& row, const Stats& s, double bound) {
 
 // ---- 2. the list -----------------------------------------------------------------------------
 
-constexpr int kChain = 512;  // weights added up in float32: 3e-5 is the rounding of rough ones,
-constexpr double kChainRounding = 0x1p-17;  // and this what that of others is below
+constexpr int kChain = 512;  // rough weights added up in float32: 3e-5 is their rounding
+constexpr int kAdds = 64;    // of others in a lane, which round to less than this
+constexpr double kAddsRounding = 0x1p-17;
 
 // Lists what is inside the bracket; the mass of what lies below it or, where `kAbove`, above it:
 // then most of a peaked row is one comparison. Rough, unless weights were kept.
@@ -257,6 +258,7 @@ static double collect(const Row& row, const Stats& s, const Bracket& bracket, Ca
                                          : 4;  // by the registers that there are
   constexpr int kNoted = kWidth == 8 ? 2 : 1;  // of them together
   constexpr int kStep = kVectors * kWidth;
+  constexpr int kPart = kWeights ? kAdds * kStep : kChain;
   alignas(64) float scratch[kTile];
   const F octave = set1(per_octave(s.inv_temperature));
   double side = 0.0;
@@ -274,10 +276,10 @@ static double collect(const Row& row, const Stats& s, const Bracket& bracket, Ca
     const F m = set1(s.tile_max[t]), low = set1(taken), high = set1(last);
     int16_t at[kTile / (kNoted * kWidth)];  // where something is listed
     int some = 0;
-    for (int part = 0; part < tile.count; part += kChain) {
+    for (int part = 0; part < tile.count; part += kPart) {
       F sum[kVectors];
       for (int k = 0; k < kVectors; ++k) sum[k] = set1(0.0f);
-      const int end = tile.count < part + kChain ? tile.count : part + kChain;
+      const int end = tile.count < part + kPart ? tile.count : part + kPart;
       for (int j = part; j < end; j += kStep) {
         F x[kVectors], w[kVectors];
         M above[kVectors], beyond[kVectors];
@@ -308,9 +310,16 @@ static double collect(const Row& row, const Stats& s, const Bracket& bracket, Ca
       for (int j = at[i]; j < at[i] + kNoted * kWidth; j += kWidth) {
         const F x = load(tile.x + j);
         const M listed = mask_and(less(low, x), less_equal(x, high));
-        compress_store(to_x + count, listed, x);
-        compress_store(to_id + count, listed, add(iota(), set1i(t * kTile + j)));
-        count += __builtin_popcount(lanes(listed));
+        const I id = add(iota(), set1i(t * kTile + j));
+        const int found = __builtin_popcount(lanes(listed));
+        if (found <= kFew) {
+          compress_store_few(to_x + count, listed, x);
+          compress_store_few(to_id + count, listed, id);
+        } else {
+          compress_store(to_x + count, listed, x);
+          compress_store(to_id + count, listed, id);
+        }
+        count += found;
       }
     }
   }
@@ -543,7 +552,7 @@ static KnapsackCut knapsack_cut(const Row& row, const Stats& s, double bound, Pr
     const double inside = survey(s, &list);
     bracket.below = above ? s.z - side - inside : side;
     // S rounds what it adds up, and Z, of which the mass above was taken.
-    bracket.error = side * (s.weights ? kChainRounding : kRough) + inside * kRough +
+    bracket.error = side * (s.weights ? kAddsRounding : kRough) + inside * kRough +
                     (above ? 2.0 * s.z : side + inside) * 0x1p-18 + kVague;
     if ((bracket.low == -kInfinity || bracket.below + bracket.error <= bound) &&
         (bracket.high == kInfinity || bracket.below + inside - bracket.error > bound))

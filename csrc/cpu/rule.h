@@ -364,18 +364,17 @@ class PolicyTile {
     const Deferral d = d_;  // what is stored might lie in another's
     const float* judged = d.by_proxy ? proxy.x : base.x;
     const auto keeps = [&](int j) { return keeps_any<kMode>(d, judged + j, begin + j); };
-    const auto kept = [&](int j) {
-      return drop(deferred_as<kMode>(d, load(judged + j), begin + j), load(out + j));
-    };
+    const auto deferred = [&](int j) { return deferred_as<kMode>(d, load(judged + j), begin + j); };
     write_probabilities(base, rows_.base_stats, keeps, out);
     if (!(mass_ > 0.0)) {
-      for (int j = 0; j < base.count; j += kWidth) store(out + j, kept(j));
+      for (int j = 0; j < base.count; j += kWidth) store(out + j, drop(deferred(j), load(out + j)));
       return;
     }
     write_probabilities(proxy, rows_.proxy_stats, moved);
     const D mass = set1d(mass_);
     for (int j = 0; j < base.count; j += kWidth)
-      store_narrow(out + j, add(widen(kept(j)), mul(load_wide(moved + j), mass)));
+      store_narrow(out + j,
+                   add(load_wide_unless(deferred(j), out + j), mul(load_wide(moved + j), mass)));
   }
 
   const RowPair& rows_;
