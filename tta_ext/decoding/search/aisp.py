@@ -17,11 +17,10 @@ rollout share, with a mean of its own::
 
     v_t = (u + sqrt(c) sigma eps) + (u_t + sqrt(1 - c) sigma eps_t),   c = coherence
 
-which is importance sampling as before, over (tau + 1) d numbers. With all of it (``coherence=1``) few
-answers are enough, but what is rewarded at one step is repeated at the next: one word over and over.
-Planners that sample controls do
-the same with noise of low frequency: Pinneri et al., "Sample-efficient cross-entropy method for
-real-time planning", arXiv:2008.06389.
+which is importance sampling as before, over (tau + 1) d numbers. With all of it (``coherence=1``)
+few answers are enough, but what is rewarded at one step is repeated at the next: one word over and
+over. Planners that sample controls do the same with noise of low frequency: Pinneri et al.,
+"Sample-efficient cross-entropy method for real-time planning", arXiv:2008.06389.
 """
 
 from __future__ import annotations
