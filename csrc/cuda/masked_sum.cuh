@@ -280,7 +280,7 @@ __device__ __forceinline__ float warp_sum(const char* data, int count, const Til
   const bool fours = aligned_to_four(data, kType);
   const int whole = fours && !test.parted ? count / kLanes * kLanes : 0;
   int place = lane_id() * 4;
-#pragma unroll 8
+#pragma unroll 2
   for (; place < whole; place += kLanes) {
     float x[4];
     read_four<kType>(data, place, x);
