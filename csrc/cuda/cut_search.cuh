@@ -110,32 +110,14 @@ template <class Note>
 __device__ __forceinline__ uint32_t inside_of(const Source& source, const Tile& map,
                                               const Between& ends, const Note& note) {
   uint32_t inside = 0;
-  const auto look_at = [&](int i, const float* x) {
+  each_four_stored(map, source, true, [&](auto, int i, const float* x) {
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       const bool in = ends.holds(x[k]);
       if (in) inside |= 1u << (i + k);
       note(x[k], in);
     }
-  };
-  if (map.vector && map.count == kTile) {
-    of_type(source.dtype, [&](auto type) {
-      const Stored<type.value> stored(source.data, map.first);
-#pragma unroll
-      for (int i = 0; i < kPerThread; i += 4) {
-        float x[4];
-        stored.four(i / 4, x);
-        look_at(i, x);
-      }
-    });
-    return inside;
-  }
-#pragma unroll 1
-  for (int i = 0; i < kPerThread; i += 4) {
-    float x[4];
-    read_part(source.data, source.dtype, map, i, x);
-    look_at(i, x);
-  }
+  });
   return inside;
 }
 

@@ -80,6 +80,31 @@ __device__ __forceinline__ void each_four(const Tile& map, const Source& source,
   each_four(map, source, source, plain, use);
 }
 
+// The same with all loads of a whole tile under way at once, in a loop without turns: for what does
+// little with an element. use(plain, i, x), `plain` a constant.
+template <class Use>
+__device__ __forceinline__ void each_four_stored(const Tile& map, const Source& source, bool plain,
+                                                 const Use& use) {
+  if (plain && map.vector && map.count == kTile) {
+    of_type(source.dtype, [&](auto type) {
+      const Stored<type.value> stored(source.data, map.first);
+#pragma unroll
+      for (int i = 0; i < kPerThread; i += 4) {
+        float x[4];
+        stored.four(i / 4, x);
+        use(std::true_type(), i, x);
+      }
+    });
+    return;
+  }
+#pragma unroll 1
+  for (int i = 0; i < kPerThread; i += 4) {
+    float x[4];
+    read_part(source.data, source.dtype, map, i, x);
+    use(std::false_type(), i, x);
+  }
+}
+
 // The tiles of this block: by_warp(type, t, elements) by a warp each, where there are
 // Kad::by_warps, or by_block(t) one after another.
 template <class ByWarp, class ByBlock>
