@@ -33,13 +33,14 @@ TTA_INLINE void exp_parts(const F* x, F magic, F* shifted, F* p) {
 // e^x for x <= 0 (any x for which the result is normal). Monotone over all floats, exp(-inf) = 0,
 // 0 below ln 2^-126 (no subnormal is ever produced), NaN stays NaN. At most 1.02 ulp off.
 // x = n ln 2 + r by the 1.5 * 2^23 trick, whose low bits then hold n + 127, the field of 2^n.
-template <int N>
+template <int N, bool kNaN = true>
 TTA_INLINE void exp_pack(F* x) {
   F shifted[N], p[N];
-  exp_parts<N>(x, set1(0x1.8p23f + 127.0f), shifted, p);
+  exp_parts<N>(x, set1(0x1.8p23f + (kNaN ? 127.0f : 0.0f)), shifted, p);
   for (int k = 0; k < N; ++k) {
     // A product, not a sum of bits, so that a NaN stays one whatever its payload; exact.
-    const F scaled = mul(p[k], from_bits(shift_left<23>(bits(shifted[k]))));
+    const I exponent = shift_left<23>(bits(shifted[k]));
+    const F scaled = kNaN ? mul(p[k], from_bits(exponent)) : from_bits(add(bits(p[k]), exponent));
     x[k] = drop(less(x[k], set1(-0x1.5d589ep+6f)), scaled);
   }
 }

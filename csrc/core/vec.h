@@ -71,6 +71,7 @@ TTA_INLINE F from_bits(I a) { return {_mm512_castsi512_ps(a.v)}; }
 TTA_INLINE F to_float(I a) { return {_mm512_cvtepi32_ps(a.v)}; }
 TTA_INLINE I add(I a, I b) { return {_mm512_add_epi32(a.v, b.v)}; }
 TTA_INLINE I sub(I a, I b) { return {_mm512_sub_epi32(a.v, b.v)}; }
+TTA_INLINE I min(I a, I b) { return {_mm512_min_epi32(a.v, b.v)}; }  // signed
 TTA_INLINE I bit_and(I a, I b) { return {_mm512_and_si512(a.v, b.v)}; }
 TTA_INLINE I bit_or(I a, I b) { return {_mm512_or_si512(a.v, b.v)}; }
 TTA_INLINE I bit_xor(I a, I b) { return {_mm512_xor_si512(a.v, b.v)}; }
@@ -239,6 +240,7 @@ TTA_INLINE F from_bits(I a) { return {_mm256_castsi256_ps(a.v)}; }
 TTA_INLINE F to_float(I a) { return {_mm256_cvtepi32_ps(a.v)}; }
 TTA_INLINE I add(I a, I b) { return {_mm256_add_epi32(a.v, b.v)}; }
 TTA_INLINE I sub(I a, I b) { return {_mm256_sub_epi32(a.v, b.v)}; }
+TTA_INLINE I min(I a, I b) { return {_mm256_min_epi32(a.v, b.v)}; }
 TTA_INLINE I bit_and(I a, I b) { return {_mm256_and_si256(a.v, b.v)}; }
 TTA_INLINE I bit_or(I a, I b) { return {_mm256_or_si256(a.v, b.v)}; }
 TTA_INLINE I bit_xor(I a, I b) { return {_mm256_xor_si256(a.v, b.v)}; }
@@ -449,6 +451,7 @@ TTA_INLINE F from_bits(I a) { return {scalar_from_bits(a.v)}; }
 TTA_INLINE F to_float(I a) { return {static_cast<float>(static_cast<int32_t>(a.v))}; }
 TTA_INLINE I add(I a, I b) { return {a.v + b.v}; }
 TTA_INLINE I sub(I a, I b) { return {a.v - b.v}; }
+TTA_INLINE I min(I a, I b) { return static_cast<int32_t>(a.v) < static_cast<int32_t>(b.v) ? a : b; }
 TTA_INLINE I bit_and(I a, I b) { return {a.v & b.v}; }
 TTA_INLINE I bit_or(I a, I b) { return {a.v | b.v}; }
 TTA_INLINE I bit_xor(I a, I b) { return {a.v ^ b.v}; }

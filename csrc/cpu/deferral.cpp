@@ -69,11 +69,19 @@ static void probs_row(const ProbsArgs& a, int64_t b) {
   RowPair rows;
   Deferral d;
   rows.keeps_weights = true;
-  if (!rows.read(a, b, true) || !resolve(a.rule, b, rows, &d)) {
+  // A rule that judges by the base has its say while the base's weights are in the cache.
+  const bool needs_proxy = rule_needs_proxy(a.rule.rule);
+  bool valid = rows.read(a, b, needs_proxy);
+  double mass = 0.0;
+  if (valid) {
+    const bool resolved = resolve(a.rule, b, rows, &d);
+    if (resolved) mass = deferred_mass(rows, d);
+    valid = (needs_proxy || rows.read_proxy(a, b, false)) && resolved;
+  }
+  if (!valid) {
     for (int64_t v = 0; v < a.base.vocab; ++v) out[v] = std::numeric_limits<float>::quiet_NaN();
     return;
   }
-  const double mass = deferred_mass(rows, d);
   PolicyTile policy(rows, d, mass);
   alignas(64) float tail[kTile];
   for (int t = 0; t < rows.base.tiles(); ++t) {

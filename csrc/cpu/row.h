@@ -86,10 +86,10 @@ TTA_INLINE auto with_scale(float inv_temperature, Body body) {
 }
 
 // N weights at once (core/math.h says why).
-template <int N, class Scale>
+template <int N, bool kNaN = true, class Scale>
 TTA_INLINE void weight_pack(const float* x, F tile_max, Scale inv_temperature, F* w) {
   for (int k = 0; k < N; ++k) w[k] = mul(sub(load(x + k * kWidth), tile_max), inv_temperature);
-  exp_pack<N>(w);
+  exp_pack<N, kNaN>(w);
 }
 // Weights computed together; AVX-512's eight sums of a sweep leave registers for two.
 constexpr int kPack = kWidth == 8 ? 4 : kWidth == 1 ? 1 : 2;
@@ -463,14 +463,19 @@ static int64_t draw(const Row& row, const Stats& s, double u) {
 
 // fl32(fl64(w / z)) for many w of 0 or at least 2^-126 and one z, hardly ever dividing. The
 // quotient is found to 46 bits, as w times the sum of two floats, and rounded a little above and a
-// little below: where both are the same number that is it. Where they are not (one weight in 2^15),
-// and where float32 cannot hold what is left over, float64 divides.
+// little below: where both are the same number that is it. Where they are not (one weight in 2^19),
+// and where float32 cannot hold what is left over, the quotient is in doubt, and float64 divides.
 class DivideBy {
  public:
+  struct Doubt {  // of all quotients so far
+    I differ, least;
+  };
+  TTA_INLINE static Doubt none() { return {set1i(0), set1i(0x7fffffff)}; }
+
   explicit DivideBy(double z) : z_(set1d(z)) {
     const double y = 1.0 / z;
     const float high = static_cast<float>(y);
-    const double low = y - static_cast<double>(high), slack = y * 0x1p-40;
+    const double low = y - static_cast<double>(high), slack = y * 0x1p-44;
     y_high_ = set1(high);
     minus_y_high_ = set1(-high);
     down_ = set1(static_cast<float>(slack - low));
@@ -478,28 +483,25 @@ class DivideBy {
   }
   // In place, N vectors at a time.
   template <int N>
-  TTA_INLINE void operator()(F* w) const {
-    if constexpr (TTA_ISA_LEVEL > 0) {
-      // 0 < q < 2^-100 by its bits: what is subnormal below is no more than rounding there.
-      const I shift = set1i(0x7fffffff), tiny = set1i(-0x72800002);
-      F q[N], rest[N];
-      for (int k = 0; k < N; ++k) q[k] = mul(w[k], y_high_);
-      for (int k = 0; k < N; ++k) rest[k] = fma(w[k], minus_y_high_, q[k]);
-      M sure[N];
-      for (int k = 0; k < N; ++k) {
-        const F below = sub(q[k], fma(w[k], down_, rest[k]));
-        const F above = sub(q[k], fma(w[k], up_, rest[k]));
-        sure[k] = mask_and(equal(below, above), less(tiny, add(bits(q[k]), shift)));
-        q[k] = below;
-      }
-      for (int k = 1; k < N; ++k) sure[0] = mask_and(sure[0], sure[k]);
-      if (!TTA_UNLIKELY(lanes(mask_not(sure[0])))) {
-        for (int k = 0; k < N; ++k) w[k] = q[k];
-        return;
-      }
+  TTA_INLINE void quickly(F* w, Doubt* doubt) const {
+    F q[N], rest[N];
+    for (int k = 0; k < N; ++k) q[k] = mul(w[k], y_high_);
+    for (int k = 0; k < N; ++k) rest[k] = fma(w[k], minus_y_high_, q[k]);
+    for (int k = 0; k < N; ++k) {
+      const F below = sub(q[k], fma(w[k], down_, rest[k]));
+      const F above = sub(q[k], fma(w[k], up_, rest[k]));
+      doubt->differ = bit_or(doubt->differ, bit_xor(bits(below), bits(above)));
+      // Order by bits, 0 last.
+      doubt->least = min(doubt->least, add(bits(q[k]), set1i(0x7fffffff)));
+      w[k] = below;
     }
-    for (int k = 0; k < N; ++k) w[k] = narrow(div(widen(w[k]), z_));
   }
+  // 0 < q < 2^-100: what is subnormal in a larger one is no more than rounding there.
+  bool doubts(const Doubt& doubt) const {
+    return TTA_ISA_LEVEL == 0 ||
+           lanes(mask_or(less(set1i(0), doubt.differ), less(doubt.least, set1i(-0x72800001))));
+  }
+  F exactly(F w) const { return narrow(div(widen(w), z_)); }
 
  private:
   D z_;
@@ -512,19 +514,34 @@ TTA_NOINLINE static void write_packs(const float* x, const Stats& s, const int16
                                      float* out) {
   const F m = set1(s.max);
   const DivideBy z(s.z);
-  F w[kPair];
-  with_scale(s.inv_temperature, [&](auto inv) {
+  const auto weigh = [&] {
+    with_scale(s.inv_temperature, [&](auto inv) {
+      F w[kPair];
+      for (int i = 0; i < packs; ++i) {
+        weight_pack<kPair, false>(x + pack[i], m, inv, w);
+        for (int k = 0; k < kPair; ++k) store(out + pack[i] + k * kWidth, w[k]);
+      }
+    });
+  };
+  const auto divide = [&](auto quotients) {
+    F w[kPair];
     for (int i = 0; i < packs; ++i) {
-      weight_pack<kPair>(x + pack[i], m, inv, w);
-      for (int k = 0; k < kPair; ++k) store(out + pack[i] + k * kWidth, w[k]);
+      float* const at = out + pack[i];
+      for (int k = 0; k < kPair; ++k) w[k] = load(at + k * kWidth);
+      quotients(w);
+      for (int k = 0; k < kPair; ++k) store(at + k * kWidth, w[k]);
     }
-  });
-  for (int i = 0; i < packs; ++i) {
-    float* const at = out + pack[i];
-    for (int k = 0; k < kPair; ++k) w[k] = load(at + k * kWidth);
-    z.operator()<kPair>(w);
-    for (int k = 0; k < kPair; ++k) store(at + k * kWidth, w[k]);
+  };
+  weigh();
+  if constexpr (TTA_ISA_LEVEL > 0) {
+    DivideBy::Doubt doubt = DivideBy::none();
+    divide([&](F* w) { z.quickly<kPair>(w, &doubt); });
+    if (!z.doubts(doubt)) return;
+    weigh();
   }
+  divide([&](F* w) {
+    for (int k = 0; k < kPair; ++k) w[k] = z.exactly(w[k]);
+  });
 }
 
 // Those of packs j of which wanted(j) is true; of the others nothing is written.

@@ -226,11 +226,11 @@ static int testing_find_in_tile(const float* weights, int count, double scale, d
 
 static void testing_divide(const float* w, double z, int64_t n, float* out) {
   const DivideBy by(z);
-  for (int64_t j = 0; j < n; j += kPackStep) {
-    F pack[kPair];
-    for (int k = 0; k < kPair; ++k) pack[k] = load(w + j + k * kWidth);
-    by.operator()<kPair>(pack);
-    for (int k = 0; k < kPair; ++k) store(out + j + k * kWidth, pack[k]);
+  for (int64_t j = 0; j < n; j += kWidth) {
+    F quotient = load(w + j);
+    DivideBy::Doubt doubt = DivideBy::none();
+    by.quickly<1>(&quotient, &doubt);
+    store(out + j, by.doubts(doubt) ? by.exactly(load(w + j)) : quotient);
   }
 }
 
