@@ -190,8 +190,8 @@ def _softmax(rows: Tensor) -> float:
     return _spent(lambda: torch.softmax(rows, -1))
 
 
-def cells(shape: str, dtype: str, rounds: int, vocab: int = VOCAB) -> list[Cell]:
-    """All cells of one row, timed in turns with softmaxes of what they read."""
+def row_calls(shape: str, dtype: str, vocab: int = VOCAB) -> dict[tuple[str, str], Call]:
+    """(op, rule) -> its calls on one row."""
     base, proxy = shaped_pair(shape, DRAFT + 1, vocab, 0, getattr(torch, dtype))
     laws: list[tuple[str, str, float | None]] = [
         (f"knapsack {b:g}".replace("0.", "."), "knapsack", b) for b in BUDGETS
@@ -202,12 +202,23 @@ def cells(shape: str, dtype: str, rounds: int, vocab: int = VOCAB) -> list[Cell]
         ops.deferral_mask(one, two, rule="argmax"),
         ops.deferral_probs(one, two, rule="argmax"),
     )
-    runs = {
+    return {
         (op, name): call
         for name, rule, param in laws
         for op, call in _calls(base, proxy, rule, param, outs).items()
     }
-    ratios: dict[tuple[str, str], list[tuple[float, float]]] = {key: [] for key in runs}
+
+
+def cells(rows: Sequence[tuple[str, str]], rounds: int, vocab: int = VOCAB) -> list[Cell]:
+    """All cells of rows (shape and type), timed in turns with softmaxes of what they read: a round
+    is over all rows, so that a disturbance of this machine is in few of a cell's rounds.
+    """
+    runs = {
+        (op, shape, dtype, name): call
+        for shape, dtype in rows
+        for (op, name), call in row_calls(shape, dtype, vocab).items()
+    }
+    ratios: dict[tuple[str, str, str, str], list[tuple[float, float]]] = {key: [] for key in runs}
     for _ in range(rounds):
         for key, call in runs.items():
             softmax = [_softmax(rows) for _, rows in call.reads]
@@ -216,10 +227,8 @@ def cells(shape: str, dtype: str, rounds: int, vocab: int = VOCAB) -> list[Cell]
             spent = _spent(call.run) / call.times
             ratios[key].append((spent / reads, spent / of_base))
     return [
-        Cell(
-            op, shape, dtype, name, *(statistics.median(each) for each in zip(*found, strict=True))
-        )
-        for (op, name), found in ratios.items()
+        Cell(*key, *(statistics.median(each) for each in zip(*found, strict=True)))
+        for key, found in ratios.items()
     ]
 
 
@@ -261,11 +270,7 @@ def _cells(
     torch.set_num_threads(1)
     ops.normal(1, seed=0)
     torch.ops.tta_ext.cpu_isa(level)
-    return [
-        cell
-        for shape, dtype in itertools.product(shapes, dtypes)
-        for cell in cells(shape, dtype, rounds, vocab)
-    ]
+    return cells(list(itertools.product(shapes, dtypes)), rounds, vocab)
 
 
 def measure(

@@ -341,6 +341,27 @@ def test_kl_budget_pulls_u_back() -> None:
         assert torch.allclose(bound.mean[p], want, rtol=1e-5)
 
 
+def test_default_bound_is_nats_a_token() -> None:
+    """Two a token of the answers that were measured, four of them; as if that had been asked for."""
+    default = make_aisp(iterations=5, sigma=3.0).start(PROMPTS, seed=0)
+    free = make_aisp(iterations=5, sigma=3.0, kl_budget=math.inf).start(PROMPTS, seed=0)
+    default.step()
+    free.step()
+    over = 0
+    for p in range(3):
+        tokens = [len(one.tokens) for one in default.candidates[p]]
+        assert len(tokens) == default.settings.metered == 4
+        measured, budget = free.curves[p][0].kl, 2.0 * sum(tokens) / 4
+        over += measured > budget
+        want = free.mean[p] * min(1.0, math.sqrt(budget / measured))
+        assert torch.allclose(default.mean[p], want, rtol=1e-5)
+    assert over
+    few = make_aisp(n=2).start(PROMPTS, seed=0)
+    few.step()
+    assert few.settings.metered == 2
+    assert make_aisp(kl_rollouts=0).start(PROMPTS, seed=0).settings.metered == 0
+
+
 def test_collapse_halves_u() -> None:
     """A tiny sigma makes all answers the same; then u shrinks, otherwise it is left alone."""
     free = make_aisp(iterations=1, sigma=1e-4).start(PROMPTS, seed=0)

@@ -295,6 +295,8 @@ def test_public_name() -> None:
         ({"elites": 0}, "elites is 0"),
         ({"norm_cap": 0.0}, "norm_cap is 0.0"),
         ({"kl_budget": 1.0, "kl_rollouts": 0}, "kl_budget needs"),
+        ({"kl_budget": 0.0}, "kl_budget is 0.0, expected more than 0"),
+        ({"kl_budget": math.nan}, "kl_budget is nan"),
         ({"kl_rollouts": 9}, "kl_rollouts is 9"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"max_seconds": 0.0}, "max_seconds is 0.0"),

@@ -160,6 +160,7 @@ def test_parsing_of_contestants() -> None:
     assert (one.label, one.method) == ("mine", "best_of_n")
     assert one.settings == {"n": 4, "soft": 0.5, "decoding": "greedy"}
     assert comparison.Contestant.parse("args").label == "args"
+    assert comparison.Contestant.parse("aisp:kl_budget=inf").settings == {"kl_budget": math.inf}
     with pytest.raises(ValueError, match="method is 'nothing', expected one of aisp"):
         comparison.Contestant.parse("nothing")
     with pytest.raises(ValueError, match="setting is 'n', expected name=value"):

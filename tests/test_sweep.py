@@ -19,6 +19,13 @@ from tta_ext import plots, sweep
 from tta_ext.sweep import Range, Trial
 
 
+def test_line_of_python_has_no_bound() -> None:
+    ((name, values),) = [sweep.parse_axis("kl_budget=None,48.0,inf")]
+    assert values == [None, 48.0, math.inf]
+    line = sweep.call("dict", "1", {name: values[-1], "n": 4})
+    assert eval(line.replace("tta_ext.dict(1", "dict(x=1")) == {"x": 1, name: math.inf, "n": 4}
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     where = {}

@@ -24,6 +24,7 @@ __all__ = ["Range", "Trial", "call", "grid", "parse_axis", "plot", "suggested", 
 
 # Values of one axis, and trials of one grid.
 MOST = 10_000
+INFINITE = {"inf": 'float("inf")'}  # what a number's repr leaves without a name
 
 
 @dataclass(frozen=True)
@@ -236,7 +237,8 @@ def as_csv(rows: Sequence[dict[str, Any]]) -> str:
 
 def call(name: str, given: str, settings: dict[str, Any]) -> str:
     """The line of Python that uses settings, such as ``tta_ext.BestOfN(model, n=4)``."""
-    arguments = [given, *(f"{key}={value!r}" for key, value in settings.items())]
+    texts = {key: repr(value) for key, value in settings.items()}
+    arguments = [given, *(f"{key}={INFINITE.get(text, text)}" for key, text in texts.items())]
     return f"tta_ext.{name}({', '.join(arguments)})"
 
 

@@ -111,7 +111,7 @@ class AISPSearch(Search[AISPSettings]):
 
     def job(self, cells: Sequence[tuple[int, int]]) -> RolloutJob:
         # Without noise there is nothing to measure, and the batch has best-of-n's shape.
-        metered = self.settings.kl_rollouts if self.sigma > 0 else 0
+        metered = self.settings.metered if self.sigma > 0 else 0
         noise, guarded = Noise(self.mean, *self._parts()), self.settings.guard is not None
         return RolloutJob(cells, self.iteration, noise, metered, fisher=guarded)
 
@@ -151,7 +151,8 @@ class AISPSearch(Search[AISPSettings]):
             pull = pull_back(step, torch.stack(bend), sigma, settings.coherence, lam)
             new = new - settings.step_size * pull
         different = [len({tuple(one.tokens) for one in row}) for row in found]
-        self.mean[index] = bounded(new, kl, different, settings)
+        measured = [[len(one.tokens) for one in row[: settings.metered]] for row in found]
+        self.mean[index] = bounded(new, kl, measured, different, settings)
         records: list[dict[str, Any]] = []
         for place, prompt in enumerate(active):
             low, high = settings.ess_low, settings.ess_high

@@ -14,7 +14,7 @@ from tta_ext.decoding.search.settings import (
     check_samples,
 )
 
-__all__ = ["ESS_SHARE", "AISPOptions", "AISPSettings"]
+__all__ = ["ESS_SHARE", "KL_A_TOKEN", "AISPOptions", "AISPSettings"]
 
 SIGMA_UNITS = ("absolute", "prelogit", "logit")
 LAM_UNITS = ("absolute", "std", "ess")
@@ -22,6 +22,10 @@ GUARDS = ("fisher",)
 # The defaults were chosen on the tuning prompts of benchmarks/aisp_rewards.py.
 # Where no lambda is given: the effective sample size is this share of the rollouts.
 ESS_SHARE = 0.25
+# Where no kl_budget is given: nats a token.
+KL_A_TOKEN = 2.0
+# Where no kl_rollouts are given: so many, if there are.
+KL_ROLLOUTS = 4
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,8 @@ class AISPSettings(SearchSettings):
             expectation, and equal rewards then leave u where it is.
         norm_cap: u is scaled down to this Euclidean norm where it exceeds it.
         kl_budget: where an iteration's measured divergence from the base model (nats an answer)
-            exceeds this, u is scaled down by the square root of the ratio.
+            exceeds this, u is scaled down by the square root of the ratio. None: 2 nats a token of
+            the answers on which it is measured; ``inf``: no bound.
         guard: ``"fisher"``: u also moves against the divergence that it causes, by
             ``guard_lam`` times the gradient of ``kl_fisher``, as measured on ``kl_rollouts``
             rollouts (MISVO's ``u += eta (g - lambda F u)``); see
@@ -67,7 +72,8 @@ class AISPSettings(SearchSettings):
         distinct_low: where a smaller share of an iteration's answers are different from each other,
             u is halved: the search has collapsed onto one answer and should look about again.
         ess_low, ess_high: a prompt's search ends when the effective sample size leaves this range.
-        kl_rollouts: rollouts an iteration on which the divergence is measured; 0 switches it off.
+        kl_rollouts: rollouts an iteration on which the divergence is measured; 0 switches it off,
+            and with it the bound. None: 4, or n where that is less.
     """
 
     n: int = 16
@@ -91,7 +97,7 @@ class AISPSettings(SearchSettings):
     distinct_low: float | None = None
     ess_low: float | None = None
     ess_high: float | None = None
-    kl_rollouts: int = 1
+    kl_rollouts: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -104,17 +110,19 @@ class AISPSettings(SearchSettings):
         elif self.guard_lam is not None:
             raise ValueError(f"guard_lam is {self.guard_lam!r} without a guard; set guard='fisher'")
         check_range(self, "a finite number > 0", "sigma_decay", "step_size")
-        check_range(self, "a finite number > 0", "norm_cap", "kl_budget")
+        check_range(self, "a finite number > 0", "norm_cap")
+        check_range(self, "more than 0", "kl_budget")
         check_range(self, "0 <= {} <= 1", "alpha", "coherence")
         check_range(self, "0 to 1", "distinct_low")
         check_range(self, "at least 1", "window", "elites")
         if self.lam_unit == "ess" and self.lam is not None and not 1.0 <= self.lam <= self.n:
             raise ValueError(f"lam is {self.lam!r} in units of ess, expected 1 to n = {self.n}")
-        whole_number("kl_rollouts", self.kl_rollouts, None)
-        if not 0 <= self.kl_rollouts <= self.n:
-            raise ValueError(f"kl_rollouts is {self.kl_rollouts}, expected 0 to n = {self.n}")
+        if self.kl_rollouts is not None:
+            whole_number("kl_rollouts", self.kl_rollouts, None)
+            if not 0 <= self.kl_rollouts <= self.n:
+                raise ValueError(f"kl_rollouts is {self.kl_rollouts}, expected 0 to n = {self.n}")
         for name in ("kl_budget", "guard"):
-            if getattr(self, name) is not None and not self.kl_rollouts:
+            if getattr(self, name) is not None and self.kl_rollouts == 0:
                 raise ValueError(
                     f"{name} needs a measured divergence; set kl_rollouts to 1 or more"
                 )
@@ -127,6 +135,11 @@ class AISPSettings(SearchSettings):
 
     def for_seconds(self, seconds: float) -> AISPSettings:
         return replace(self, iterations=rng.ITERATIONS, max_seconds=seconds)
+
+    @property
+    def metered(self) -> int:
+        """Rollouts of an iteration on which the divergence is measured."""
+        return min(KL_ROLLOUTS, self.n) if self.kl_rollouts is None else self.kl_rollouts
 
     @property
     def tau(self) -> int:
@@ -157,4 +170,4 @@ class AISPOptions(SearchOptions, total=False):
     distinct_low: float | None
     ess_low: float | None
     ess_high: float | None
-    kl_rollouts: int
+    kl_rollouts: int | None

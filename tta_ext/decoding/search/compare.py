@@ -12,6 +12,7 @@ for methods that judge unfinished answers, is reported beside it.
 from __future__ import annotations
 
 import ast
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -66,11 +67,11 @@ def method_class(name: str) -> type[SearchMethod[Any]]:
 
 
 def parse_settings(items: Iterable[str]) -> dict[str, Any]:
-    """Settings from ``name=value`` texts; values are Python literals, or else strings.
+    """Settings from ``name=value`` texts; values are Python literals or ``inf``, or else strings.
 
     Example:
-        >>> parse_settings(["n=16", "sigma_unit=logit", "lam=None"])
-        {'n': 16, 'sigma_unit': 'logit', 'lam': None}
+        >>> parse_settings(["n=16", "sigma_unit=logit", "lam=None", "kl_budget=inf"])
+        {'n': 16, 'sigma_unit': 'logit', 'lam': None, 'kl_budget': inf}
 
     Raises:
         ValueError: an item that is no such text, or of a name that was there already.
@@ -82,11 +83,18 @@ def parse_settings(items: Iterable[str]) -> dict[str, Any]:
             raise ValueError(f"setting is {item!r}, expected name=value")
         if name.strip() in found:
             raise ValueError(f"setting {name.strip()} is given twice")
-        try:
-            found[name.strip()] = ast.literal_eval(value.strip())
-        except (ValueError, SyntaxError):
-            found[name.strip()] = value.strip()
+        found[name.strip()] = _literal(value.strip())
     return found
+
+
+def _literal(text: str) -> Any:
+    """A Python literal or ``inf``, or else the text."""
+    if text == "inf":
+        return math.inf
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
 
 
 def setting_types(kind: type[SearchMethod[Any]]) -> dict[str, tuple[type, ...]]:

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tta_ext.decoding.search.aisp_settings import AISPSettings
+from tta_ext.decoding.search.aisp_settings import KL_A_TOKEN, AISPSettings
 
 __all__ = ["bounded", "pull_back"]
 
@@ -48,20 +48,29 @@ def pull_back(step: Tensor, bend: Tensor, sigma: float, coherence: float, lam: f
 
 
 def bounded(
-    mean: Tensor, kl: Sequence[float | None], different: Sequence[int], settings: AISPSettings
+    mean: Tensor,
+    kl: Sequence[float | None],
+    lengths: Sequence[Sequence[int]],
+    different: Sequence[int],
+    settings: AISPSettings,
 ) -> Tensor:
     """u after the divergence budget, the watch over collapse and the norm cap.
 
     Args:
         mean: float32 ``[P, rows, d]``.
         kl: of each prompt, in nats an answer, where it was measured.
+        lengths: of each prompt, the tokens of each answer on which it was measured.
         different: of each prompt, the number of different answers.
     """
     factor = torch.ones(len(kl), dtype=torch.float32, device=mean.device)
-    if settings.kl_budget is not None:
-        for place, value in enumerate(kl):
-            if value is not None and value > settings.kl_budget:
-                factor[place] = math.sqrt(settings.kl_budget / value)
+    for place, (value, tokens) in enumerate(zip(kl, lengths, strict=True)):
+        if value is None:
+            continue
+        budget = settings.kl_budget
+        if budget is None:
+            budget = KL_A_TOKEN * sum(tokens) / len(tokens)
+        if value > budget:
+            factor[place] = math.sqrt(budget / value)
     if settings.distinct_low is not None:
         for place, count in enumerate(different):
             if count < settings.distinct_low * settings.n:
