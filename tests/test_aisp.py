@@ -342,7 +342,7 @@ def test_kl_budget_pulls_u_back() -> None:
 
 
 def test_default_bound_is_nats_a_token() -> None:
-    """Two a token of the answers that were measured, four of them; as if that had been asked for."""
+    """Two a token of the answers that were measured, of four, as if asked for."""
     default = make_aisp(iterations=5, sigma=3.0).start(PROMPTS, seed=0)
     free = make_aisp(iterations=5, sigma=3.0, kl_budget=math.inf).start(PROMPTS, seed=0)
     default.step()
