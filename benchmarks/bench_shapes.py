@@ -2,9 +2,10 @@
 
 Every operator over rows of many shapes (:data:`SHAPES`), budgets, rules and types, one thread,
 V = 128256. A *cell* is a call; its figure is its processor time over that of a ``torch.softmax``
-of every row that it reads, just before, with the same instruction set, the median over rounds. The
-table shows, of each operator and instruction set, the worst cell beside the kind one: a row as
-peaked as a language model's, float32, a budget of .3.
+of every row that it reads, just before, with the same instruction set, the median over rounds. A
+round goes over all rows, so that a disturbance is in few of a cell's. The table shows, of each
+operator and instruction set, the worst cell beside the kind one: a row as peaked as a language
+model's, float32, a budget of .3.
 
 The rows that a call reads: the base's; the proxy's too where the rule reads it or the draw is
 deferred; of ``deferral_verify`` all positions that it reaches, of drafts that are accepted whole
@@ -55,7 +56,7 @@ KIND = ("language model", "float32", "knapsack .3")
 SEEDS = 8
 DRAFT = 4
 TRIES = 100
-ROUNDS = 15
+ROUNDS = 31
 # By level: the name here, and PyTorch's for ATEN_CPU_CAPABILITY.
 ISAS = (("scalar", "default"), ("AVX2", "avx2"), ("AVX-512", "avx512"))
 
@@ -210,9 +211,7 @@ def row_calls(shape: str, dtype: str, vocab: int = VOCAB) -> dict[tuple[str, str
 
 
 def cells(rows: Sequence[tuple[str, str]], rounds: int, vocab: int = VOCAB) -> list[Cell]:
-    """All cells of rows (shape and type), timed in turns with softmaxes of what they read: a round
-    is over all rows, so that a disturbance of this machine is in few of a cell's rounds.
-    """
+    """All cells of rows (shape and type), timed in turns with softmaxes of what they read."""
     runs = {
         (op, shape, dtype, name): call
         for shape, dtype in rows
