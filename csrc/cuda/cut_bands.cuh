@@ -203,8 +203,8 @@ __device__ __forceinline__ Bands find_bands(const uint64_t* total, double below,
   return {high < 0 ? 0 : high, low - 1, below, above, first >= high ? moment : 0.0};
 }
 
-// Leaves CutBracket to the next stage; where thousands of elements lie within it, the row's
-// histogram is cleared for their bands. For a whole block.
+// Leaves CutBracket to the next stage, and whether many elements lie above it; where thousands lie
+// within it, the row's histogram is cleared for their bands. For a whole block.
 __device__ __forceinline__ void bracket_bands(const Kad& a, int64_t row) {
   RowState& r = a.s.state(row);
   const SlotNumbers p = r.slot[a.base_rule_slot()];
@@ -220,9 +220,15 @@ __device__ __forceinline__ void bracket_bands(const Kad& a, int64_t row) {
   const double most_weigh = static_cast<double>(exp_of(-band_depth(found.shallow)));
   const bool dense = found.above - found.below > kListed * most_weigh;
   const Between ends = between_bands(p, found.shallow, found.deep, kBuckets);
+  // Of a band's mass, in its own units, each element is one.
+  uint64_t kept = 0;
+  for (int band = static_cast<int>(threadIdx.x); band < found.shallow; band += kThreads)
+    kept += total[band];
+  const double keeps = block_reduce(static_cast<double>(kept), Sum()) * unit;
   if (dense)
     for (int i = static_cast<int>(threadIdx.x); i < kFine; i += kThreads) total[i] = 0;
   if (threadIdx.x) return;
+  r.keeps_many = keeps > static_cast<double>(kNodes * a.s.tiles);
   r.bracket = {found.below, kVague + depths * kDepthSlack, ends.least, ends.most, 0, dense};
 }
 

@@ -96,8 +96,7 @@ struct RowState {
   Step step;
   bool valid;   // everything the rule looks at can be used
   bool summed;  // query 0 has the tiles' masses before the cut: its search needed them
-  // The knapsack keeps more mass than a few tokens a tile can have, of which none weighs more than
-  // 1: most tiles' nodes would all be made anew.
+  // The knapsack keeps more tokens than all tiles have nodes: most would be made anew.
   bool keeps_many;
   Verdict verdict;
   WalkEnd end;  // in the first position of a batch row

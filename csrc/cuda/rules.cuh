@@ -138,8 +138,7 @@ __device__ __forceinline__ void prepare_row(const Kad& a, int64_t row, const Slo
   r.bound = bound;
   r.valid = valid;
   r.summed = false;
-  r.keeps_many = a.rule.rule == kKnapsack &&
-                 slot[kBaseRuleSlot].z - bound > static_cast<double>(kNodes * a.s.tiles);
+  r.keeps_many = false;
   r.step = open ? kSeeksCut : kDone;
 }
 
