@@ -17,14 +17,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tta_ext.decoding.search.compare import paired_scores, parse_settings
+from tta_ext.decoding.search.compare import literal, paired_scores
 from tta_ext.plots import mean, mean_and_error
 
 __all__ = ["Range", "Trial", "call", "grid", "parse_axis", "plot", "suggested", "table", "winner"]
 
 # Values of one axis, and trials of one grid.
 MOST = 10_000
-INFINITE = {"inf": 'float("inf")'}  # what a number's repr leaves without a name
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,7 @@ def parse_axis(text: str) -> tuple[str, list[Any] | Range]:
             return name, Range(low, high, log)
         if ":" in values:
             return name, _as_written(values.split(":"), numbers(values))
-        return name, [parse_settings([f"_={value}"])["_"] for value in values.split(",")]
+        return name, [literal(value.strip()) for value in values.split(",")]
     except (ValueError, ZeroDivisionError, OverflowError):
         raise ValueError(
             f"axis is {text!r}, expected name=a,b,c, name=start:stop:step or name=low..high[:log]"
@@ -237,9 +236,12 @@ def as_csv(rows: Sequence[dict[str, Any]]) -> str:
 
 def call(name: str, given: str, settings: dict[str, Any]) -> str:
     """The line of Python that uses settings, such as ``tta_ext.BestOfN(model, n=4)``."""
-    texts = {key: repr(value) for key, value in settings.items()}
-    arguments = [given, *(f"{key}={INFINITE.get(text, text)}" for key, text in texts.items())]
-    return f"tta_ext.{name}({', '.join(arguments)})"
+    texts = (f"{key}={_as_python(value)}" for key, value in settings.items())
+    return f"tta_ext.{name}({', '.join([given, *texts])})"
+
+
+def _as_python(value: Any) -> str:
+    return 'float("inf")' if value == math.inf else repr(value)
 
 
 def plot(trials: Sequence[Trial], path: Path, title: str) -> None:

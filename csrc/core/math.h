@@ -32,7 +32,8 @@ TTA_INLINE void exp_parts(const F* x, F magic, F* shifted, F* p) {
 
 // e^x for x <= 0 (any x for which the result is normal). Monotone over all floats, exp(-inf) = 0,
 // 0 below ln 2^-126 (no subnormal is ever produced), NaN stays NaN. At most 1.02 ulp off.
-// x = n ln 2 + r by the 1.5 * 2^23 trick, whose low bits then hold n + 127, the field of 2^n.
+// x = n ln 2 + r by the 1.5 * 2^23 trick, whose low bits then hold n + 127, the field of 2^n; or n,
+// where no x is NaN: then bits are added, and the product is saved.
 template <int N, bool kNaN = true>
 TTA_INLINE void exp_pack(F* x) {
   F shifted[N], p[N];

@@ -126,7 +126,8 @@ class AISPSearch(Search[AISPSettings]):
         found, batch, device = scored.candidates, scored.batch, self.mean.device
         index = torch.tensor(active, device=device)
         mean = self.mean.index_select(0, index)
-        length = torch.tensor([[len(one.tokens) for one in row] for row in found], device=device)
+        lengths = [[len(one.tokens) for one in row] for row in found]
+        length = torch.tensor(lengths, device=device)
         before = mean.double().square().sum((1, 2)).tolist()
         dots = [
             part.to(device).view(-1, len(active)).T.contiguous()
@@ -151,7 +152,7 @@ class AISPSearch(Search[AISPSettings]):
             pull = pull_back(step, torch.stack(bend), sigma, settings.coherence, lam)
             new = new - settings.step_size * pull
         different = [len({tuple(one.tokens) for one in row}) for row in found]
-        measured = [[len(one.tokens) for one in row[: settings.metered]] for row in found]
+        measured = [row[: settings.metered] for row in lengths]
         self.mean[index] = bounded(new, kl, measured, different, settings)
         records: list[dict[str, Any]] = []
         for place, prompt in enumerate(active):

@@ -39,6 +39,7 @@ __all__ = [
     "Paired",
     "compare",
     "curve_means",
+    "literal",
     "measure",
     "paired",
     "paired_scores",
@@ -83,11 +84,11 @@ def parse_settings(items: Iterable[str]) -> dict[str, Any]:
             raise ValueError(f"setting is {item!r}, expected name=value")
         if name.strip() in found:
             raise ValueError(f"setting {name.strip()} is given twice")
-        found[name.strip()] = _literal(value.strip())
+        found[name.strip()] = literal(value.strip())
     return found
 
 
-def _literal(text: str) -> Any:
+def literal(text: str) -> Any:
     """A Python literal or ``inf``, or else the text."""
     if text == "inf":
         return math.inf
